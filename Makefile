@@ -1,0 +1,64 @@
+# Everything runs in a virtual environment of its own, .venv, with the versions of constraints.txt.
+#
+#   make train              trains the bundle; without a data set on a synthetic phantom
+#   make train ARGS="--dataset_dir /data/ACDC --labeled_patients 7"
+#   make test               installs the test extras and runs the tests
+#   make check              lint, and every test, the slow ones included
+#   make lint               black, isort and flake8, changing nothing
+#   make clean              removes .venv and caches; trained models stay
+#
+# PYTHON picks the interpreter (3.10 to 3.12):  make train PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BUNDLE ?= bundles/knowsam_acdc
+ARGS   ?=
+
+venv_python = $(VENV)/bin/python
+pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+packaging   = setup.cfg pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
+
+train: $(VENV)/.installed
+	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(venv_python) -m pytest $(ARGS)
+
+check: lint $(VENV)/.installed-test
+	$(venv_python) -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(venv_python) -m black --check --quiet --diff .
+	$(venv_python) -m isort --check-only --diff .
+	$(venv_python) -m flake8
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --clear: an environment whose making was interrupted has no stamp and is made anew
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
+	  echo "Python must be 3.10, 3.11 or 3.12 but \`$(PYTHON)\` is `$(PYTHON) --version 2>/dev/null || echo not found`:" \
+	       "name one, as in \`make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))\`." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(packaging)
+	@echo "Installing into $(VENV): torch is large, this takes some minutes the first time."
+	@$(pip_install) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(pip_install) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created $(packaging)
+	@$(pip_install) black flake8 isort
+	@touch $@

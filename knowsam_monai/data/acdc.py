@@ -1,0 +1,204 @@
+"""The published ACDC split by patient, for the official release and for the SSL4MIS pack of h5 files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "ACDC_LABELED_SLICES",
+    "ACDC_TEST_PATIENTS",
+    "ACDC_TRAINING_PATIENTS",
+    "ACDC_VALIDATION_PATIENTS",
+    "acdc_datalist",
+    "find_acdc",
+]
+
+
+def _patients(numbers: str) -> tuple[str, ...]:
+    return tuple(f"patient{number}" for number in numbers.split())
+
+
+# The order decides who is labelled: a protocol of n patients labels the first n.
+ACDC_TRAINING_PATIENTS = _patients(
+    "099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 043 "
+    "041 063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 062 034 "
+    "076 092 070 077 067 003 091 016 014 044 042 090 053 027 035 086 023 009 079 015"
+)
+ACDC_VALIDATION_PATIENTS = _patients("028 085 082 087 019 030 078 045 002 039")
+ACDC_TEST_PATIENTS = _patients("011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052")
+# Slices of the SSL4MIS pack that each protocol labels.
+ACDC_LABELED_SLICES = {3: 68, 7: 136, 21: 396, 70: 1312}
+
+
+def acdc_datalist(
+    dataset_dir: str | Path, labeled_patients: int = 7, holdout_patients: int = 0
+) -> dict[str, list[dict]]:
+    """List the published 70/10/20 ACDC patients, the first `labeled_patients` of the 70 with their labels.
+
+    Two forms are read. The official release (`training/patient001/Info.cfg`, `patient001_frame01.nii.gz`,
+    `patient001_frame01_gt.nii.gz`) gives one ED and one ES volume a patient. The SSL4MIS pack
+    (`data/slices/patient001_frame01_slice_0.h5`, `data/patient001_frame01.h5`) gives slices to train on and
+    volumes to validate on. The `testing` folder of the official release (patients 101 to 150) is no part of
+    the published split and is not read.
+
+    Args:
+        dataset_dir: the release's folder, its `training` folder, or the pack's folder.
+        labeled_patients: number of patients with labels: 3, 7 or 21 (published), or all 70.
+        holdout_patients: this many patients, the last of the published training order, leave the training data
+            and take the place of the validation patients: for tuning without looking at the validation set.
+
+    Returns:
+        `labeled`, `unlabeled`, `validation` and `test` lists of items `{"image", "label", "patient", "frame"}`, plus
+        `"slice"` for slice files. Unlabelled items have no `"label"`. `test` is empty where none of its patients
+        is there.
+
+    Raises:
+        ValueError: if `labeled_patients` is no published protocol, or the folder has neither form.
+        FileNotFoundError: if a file of the split is missing; it names the first one.
+
+    Example:
+        >>> from knowsam_monai.data import acdc_datalist
+        >>> items = acdc_datalist("/data/ACDC", labeled_patients=7)      # doctest: +SKIP
+        >>> len(items["labeled"]), len(items["unlabeled"])               # doctest: +SKIP
+        (136, 1176)
+
+    Reference:
+        Bernard et al., IEEE TMI 2018 (ACDC); the split is the one of https://github.com/HiLab-git/SSL4MIS.
+    """
+    if isinstance(labeled_patients, bool) or labeled_patients not in ACDC_LABELED_SLICES:
+        raise ValueError(
+            f"`labeled_patients` must be one of {list(ACDC_LABELED_SLICES)} but is {labeled_patients!r}. "
+            "Other selections can be written as a data-list JSON."
+        )
+    most = len(ACDC_TRAINING_PATIENTS) - labeled_patients
+    if not 0 <= holdout_patients <= most:
+        raise ValueError(
+            f"`holdout_patients` must be from 0 to {most} with {labeled_patients} labeled patients "
+            f"but is {holdout_patients}."
+        )
+    form, root = find_acdc(dataset_dir)
+    pack = form == "pack"
+    patient_volumes = _pack_volumes if pack else _official_volumes
+    patient_slices = _pack_slices(root) if pack else {}
+
+    training = ACDC_TRAINING_PATIENTS[: len(ACDC_TRAINING_PATIENTS) - holdout_patients]
+    heldout = ACDC_TRAINING_PATIENTS[len(training) :]
+    labeled, unlabeled = training[:labeled_patients], training[labeled_patients:]
+
+    def train_items(patients: Sequence[str]) -> list[dict]:
+        return [item for p in patients for item in (patient_slices[p] if pack else patient_volumes(root, p))]
+
+    if not heldout:
+        validation = [item for p in ACDC_VALIDATION_PATIENTS for item in patient_volumes(root, p)]
+    elif pack:
+        validation = [item for p in heldout for item in _stacked_slices(patient_slices[p])]
+    else:
+        validation = train_items(heldout)
+    datalist = {
+        "labeled": train_items(labeled),
+        "unlabeled": [{k: v for k, v in item.items() if k != "label"} for item in train_items(unlabeled)],
+        "validation": validation,
+        "test": _test_items(root, pack, patient_volumes),
+    }
+    if pack and len(datalist["labeled"]) != ACDC_LABELED_SLICES[labeled_patients]:
+        raise ValueError(
+            f"`dataset_dir` must hold the {ACDC_LABELED_SLICES[labeled_patients]} slices of the first "
+            f"{labeled_patients} training patients but {root} holds {len(datalist['labeled'])} of them. "
+            "Unpack the SSL4MIS data again."
+        )
+    return datalist
+
+
+def find_acdc(dataset_dir: str | Path) -> tuple[str, Path]:
+    """Return the form of the ACDC folder, "official" or "pack", and the folder that holds its patients or lists."""
+    root = Path(dataset_dir).expanduser()
+    for folder in (root, root / "training", root / "database" / "training"):
+        if any(folder.glob("patient*/Info.cfg")):
+            return "official", folder
+    if any((root / "data" / "slices").glob("*.h5")):
+        return "pack", root
+    if not root.exists():
+        found = "does not exist"
+    elif not root.is_dir():
+        found = "is a file"
+    else:
+        found = "holds neither" if any(root.iterdir()) else "is empty"
+    raise ValueError(
+        "`dataset_dir` must be the official ACDC release (training/patient001/Info.cfg was looked for), the SSL4MIS "
+        f"pack (data/slices/*.h5 was looked for) or a data-list *.json but {root} {found}. "
+        "Give the folder that contains `training` or `data`, or no `dataset_dir` for the synthetic phantom."
+    )
+
+
+def _existing(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`dataset_dir` must hold the whole ACDC training data but {path} is missing. Unpack the data again."
+        )
+    return str(path)
+
+
+def _official_volumes(root: Path, patient: str) -> list[dict]:
+    info = Path(_existing(root / patient / "Info.cfg")).read_text(encoding="utf-8", errors="replace")
+    items = []
+    for phase in ("ED", "ES"):
+        match = re.search(rf"^\s*{phase}\s*:\s*(\d+)", info, flags=re.MULTILINE)
+        if match is None:
+            raise ValueError(f"`Info.cfg` must give the frame of {phase} but {root / patient / 'Info.cfg'} does not.")
+        stem = f"{patient}_frame{int(match.group(1)):02d}"
+        # Some copies of the release were unpacked to .nii.
+        suffix = ".nii" if (root / patient / f"{stem}.nii").is_file() else ".nii.gz"
+        image, label = (_existing(root / patient / f"{stem}{end}{suffix}") for end in ("", "_gt"))
+        items.append({"image": image, "label": label, "patient": patient, "frame": phase})
+    return items
+
+
+def _pack_volumes(root: Path, patient: str) -> list[dict]:
+    items = []
+    for frame in ("frame01", "frame02"):
+        path = _existing(root / "data" / f"{patient}_{frame}.h5")
+        items.append({"image": path, "label": path, "patient": patient, "frame": frame})
+    return items
+
+
+def _pack_slices(root: Path) -> dict[str, list[dict]]:
+    """Slice items of each training patient, by frame and position in the stack."""
+    folder, listed = root / "data" / "slices", root / "train_slices.list"
+    if listed.is_file():
+        names = listed.read_text(encoding="utf-8").split()
+        paths = [Path(_existing(folder / f"{name.removesuffix('.h5')}.h5")) for name in names]
+    else:
+        paths = sorted(folder.glob("*.h5"))
+    slices: dict[str, list[dict]] = {patient: [] for patient in ACDC_TRAINING_PATIENTS}
+    for path in paths:
+        match = re.fullmatch(r"(patient\d{3})_(frame\d{2})_slice_(\d+)", path.stem)
+        if match and match.group(1) in slices:
+            patient, frame, index = match.group(1), match.group(2), int(match.group(3))
+            slices[patient].append(
+                {"image": str(path), "label": str(path), "patient": patient, "frame": frame, "slice": index}
+            )
+    for patient, items in slices.items():
+        items.sort(key=lambda item: (item["frame"], item["slice"]))
+        if not items:
+            _existing(folder / f"{patient}_frame01_slice_0.h5")
+    return slices
+
+
+def _stacked_slices(slices: list[dict]) -> list[dict]:
+    """Volumes of a training patient from its slice files (the list of files is read as one stack)."""
+    items = []
+    for frame in dict.fromkeys(item["frame"] for item in slices):
+        files = [item["image"] for item in slices if item["frame"] == frame]
+        items.append({"image": files, "label": files, "patient": slices[0]["patient"], "frame": frame})
+    return items
+
+
+def _test_items(root: Path, pack: bool, patient_volumes) -> list[dict]:
+    """The test volumes, or nothing where not a single one is there (the pack is often shared without them)."""
+    if pack:
+        present = any((root / "data" / f"{p}_frame01.h5").exists() for p in ACDC_TEST_PATIENTS)
+    else:
+        present = any((root / p).exists() for p in ACDC_TEST_PATIENTS)
+    return [item for p in ACDC_TEST_PATIENTS for item in patient_volumes(root, p)] if present else []

@@ -1,0 +1,79 @@
+"""Writing a segmentation as NIfTI with exactly the geometry of the file that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from monai.data import NibabelWriter
+from monai.utils import ImageMetaKey
+
+__all__ = ["NiftiGeometryWriter"]
+
+GEOMETRY_FIELDS = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+
+
+class NiftiGeometryWriter(NibabelWriter):
+    """Copy both coordinate forms, their codes, spacing and units from the input file's header to the output's.
+
+    MONAI's writer puts nibabel's affine into both forms. That changes a file whose two forms differ, or which has
+    none: nibabel and ITK then disagree with themselves about input and output. Here every reader sees the same
+    geometry twice, whichever form it prefers. Nothing else is copied: no description, no extension, no patient.
+
+    An input that is no NIfTI file, or a prediction on another grid, is written the way MONAI does it.
+
+    Args:
+        output_dtype: type of the voxels, uint8 for label maps.
+        kwargs: of ``NibabelWriter``.
+
+    Example:
+        >>> from monai.transforms import SaveImaged
+        >>> save = SaveImaged("pred", writer="knowsam_monai.data.nifti_writer.NiftiGeometryWriter", resample=False)
+    """
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
+        super().set_metadata(meta_dict, resample=resample, **options)
+        self.source = (meta_dict or {}).get(ImageMetaKey.FILENAME_OR_OBJ)
+
+    def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
+        import nibabel
+
+        header = _nifti_header(self.source)
+        array = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype).dataobj
+        shape = () if header is None else _same_grid(array.shape, header.get_data_shape())
+        if not shape:
+            super().write(filename, verbose=verbose, **obj_kwargs)
+            return
+        is_nifti_2 = isinstance(header, nibabel.Nifti2Header)
+        image_class = nibabel.Nifti2Image if is_nifti_2 else nibabel.Nifti1Image
+        geometry = image_class.header_class()
+        geometry.set_data_dtype(array.dtype)
+        geometry.set_data_shape(shape)
+        for field in GEOMETRY_FIELDS:
+            geometry[field] = header[field]
+        super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file's name
+        nibabel.save(image_class(array.reshape(shape), None, geometry), filename)
+
+
+def _nifti_header(source: Any) -> Any:
+    """The header of the file `source`, None when that is no NIfTI file."""
+    import nibabel
+
+    try:
+        header = nibabel.load(source).header
+    except (OSError, TypeError, nibabel.filebasedimages.ImageFileError):
+        return None
+    return header if isinstance(header, nibabel.Nifti1Header) else None
+
+
+def _same_grid(shape: tuple[int, ...], source_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The source's shape, without channels, in which an array of `shape` has to be written; () if the grids differ."""
+    spatial_shape = tuple(source_shape) + (1,) * (3 - len(source_shape))
+    if tuple(shape) + (1,) * (3 - len(shape)) != spatial_shape[:3]:
+        return ()
+    has_channels = any(size > 1 for size in source_shape[3:])
+    return tuple(source_shape[:3] if has_channels else source_shape)

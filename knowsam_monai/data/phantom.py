@@ -1,0 +1,143 @@
+"""A synthetic data set of short-axis cardiac cine MR: what every run without real data trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from knowsam_monai.data.phantom_image import draw_patient
+
+__all__ = ["phantom_datalist", "write_phantom"]
+
+# Raise when the drawn patients change: a phantom of another version is written anew.
+PHANTOM_VERSION = 1
+LIST_NAME = "dataset.json"
+
+
+def write_phantom(
+    folder: str | Path,
+    num_labeled: int = 4,
+    num_unlabeled: int = 12,
+    num_validation: int = 4,
+    num_test: int = 2,
+    seed: int = 0,
+    max_size: int = 128,
+) -> Path:
+    """Write synthetic short-axis patients as NIfTI, with a MONAI data list `dataset.json`, and return its path.
+
+    Each patient has an ED and an ES volume: left ventricle (3), myocardium (2) and right ventricle (1) that vary in
+    place, size, rotation and contrast, among lungs, liver, chest wall and vessels, with bias field, noise, anisotropic
+    spacing and an oblique orientation. The same arguments give the same voxels. A whole phantom of the same arguments
+    is left as it is; anything else is written beside it first and then put in place, so that an interrupted run leaves
+    nothing half written.
+
+    Args:
+        folder: where to write; new, empty, or holding an earlier phantom.
+        num_labeled: patients with labels to train on.
+        num_unlabeled: patients without label files.
+        num_validation: patients to validate on.
+        num_test: patients to test on.
+        seed: of all patients.
+        max_size: largest in-plane size in voxels; patients have 3/4 of it up to all of it.
+
+    Raises:
+        ValueError: if a count is negative, no patient is labelled, or `folder` holds something else.
+        PermissionError: if `folder` cannot be written.
+
+    Example:
+        >>> from knowsam_monai.data import phantom_datalist, write_phantom
+        >>> items = phantom_datalist(write_phantom("/tmp/phantom"))     # doctest: +SKIP
+    """
+    counts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "validation": num_validation, "test": num_test}
+    if num_labeled < 1 or min(counts.values()) < 0:
+        raise ValueError(f"`num_labeled` must be at least 1 and no count negative but they are {counts}.")
+    if max_size < 32:
+        raise ValueError(f"`max_size` must be at least 32 voxels but is {max_size}.")
+    made_from = {"version": PHANTOM_VERSION, "seed": seed, "max_size": max_size, "patients": counts}
+    folder = Path(folder).expanduser()
+    if _is_whole(folder, made_from):
+        return folder / LIST_NAME
+    if folder.exists() and not _is_phantom(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"`folder` must be empty or hold an earlier phantom but {folder} holds something else. Name another folder."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise PermissionError(f"`folder` must be writable but {folder} is not ({error.strerror}).") from error
+    try:
+        temporary.chmod(0o755)  # mkdtemp's own is private
+        _write(temporary, counts, made_from)
+        if _is_phantom(folder):
+            shutil.rmtree(folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was faster
+            if not _is_whole(folder, made_from):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / LIST_NAME
+
+
+def phantom_datalist(list_path: str | Path) -> dict[str, list[dict]]:
+    """Read the data list that `write_phantom` wrote, with absolute paths."""
+    list_path = Path(list_path).resolve()
+    datalist = json.loads(list_path.read_text(encoding="utf-8"))
+    for name in datalist["phantom"]["patients"]:
+        for item in datalist[name]:
+            item.update({key: str(list_path.parent / item[key]) for key in ("image", "label") if key in item})
+    return {name: datalist[name] for name in datalist["phantom"]["patients"]}
+
+
+def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
+    datalist: dict = {"name": "synthetic short-axis cardiac MR phantom", "phantom": made_from}
+    number = 0
+    for name, count in counts.items():
+        datalist[name] = []
+        for _ in range(count):
+            number += 1
+            patient = f"phantom{number:03d}"
+            (folder / patient).mkdir()
+            frames = draw_patient(seed=made_from["seed"], number=number, max_size=made_from["max_size"])
+            for frame, (image, label, affine) in frames.items():
+                item = {"image": f"{patient}/{patient}_{frame}.nii.gz", "patient": patient, "frame": frame}
+                _save_nifti(folder / item["image"], image, affine)
+                if name != "unlabeled":
+                    item["label"] = f"{patient}/{patient}_{frame}_gt.nii.gz"
+                    _save_nifti(folder / item["label"], label, affine)
+                datalist[name].append(item)
+    (folder / LIST_NAME).write_text(json.dumps(datalist, indent=1), encoding="utf-8")
+
+
+def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    import nibabel
+
+    image = nibabel.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    nibabel.save(image, path)
+
+
+def _is_phantom(folder: Path) -> bool:
+    try:
+        return "phantom" in json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_whole(folder: Path, made_from: dict) -> bool:
+    if not _is_phantom(folder):
+        return False
+    if json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["phantom"] != made_from:
+        return False
+    datalist = phantom_datalist(folder / LIST_NAME)
+    items = [item for name in made_from["patients"] for item in datalist[name]]
+    return all(Path(item[key]).is_file() for item in items for key in ("image", "label") if key in item)

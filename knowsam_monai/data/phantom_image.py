@@ -1,0 +1,234 @@
+"""Drawing one synthetic short-axis patient: anatomy in millimetres, then tissue, bias field, blur and noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["draw_patient"]
+
+RIGHT_VENTRICLE, MYOCARDIUM, LEFT_VENTRICLE = 1, 2, 3
+
+
+@dataclass
+class _Heart:
+    """Geometry of one frame; lengths in mm, angles in radians."""
+
+    lv_radius: float
+    wall: float
+    rv_length: float
+    rv_width: float
+
+
+def draw_patient(seed: int, number: int, max_size: int = 128) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Draw patient `number`: for "ED" and "ES" its image (H, W, D) int16, label (H, W, D) uint8 and affine (4, 4)."""
+    rng = np.random.default_rng([seed, number])
+    height, width = (int(rng.integers(3 * max_size // 4, max_size + 1)) for _ in range(2))
+    depth = int(rng.integers(6, 11))
+    # Fewer voxels see the same field of view: about 130 to 200 mm.
+    in_plane, thickness = rng.uniform(1.4, 1.6) * 128 / max_size, rng.uniform(8.0, 10.0)
+
+    diastole = _Heart(rng.uniform(22, 30), rng.uniform(8, 11), rng.uniform(35, 44), rng.uniform(23, 31))
+    shrink = rng.uniform(0.62, 0.78)
+    systole = _Heart(
+        lv_radius=diastole.lv_radius * shrink,
+        wall=diastole.wall * rng.uniform(1.25, 1.5),
+        rv_length=diastole.rv_length * rng.uniform(0.86, 0.95),
+        rv_width=diastole.rv_width * rng.uniform(0.6, 0.8),
+    )
+    patient = {
+        "centre": rng.uniform(-14, 14, 2),
+        "tilt": rng.uniform(-7, 7, 2),
+        "breathing": rng.normal(0, 1.0, (depth, 2)),
+        "septum": np.deg2rad(rng.uniform(150, 250)),
+        "ellipticity": rng.uniform(0.9, 1.12),
+        "wobble": rng.normal(0, 0.025, (2, 3)),
+        "fat": rng.uniform(0.8, 3.2),
+        "lungs": rng.normal(0, 7, (2, 2)) + np.array([[-2.0, 86.0], [-20.0, -88.0]]),
+        "liver": rng.normal(0, 8, 2) + np.array([70.0, -36.0]),
+        "chest": np.array([rng.uniform(54, 70), rng.normal(0, 0.22)]),
+        "papillary": rng.uniform(0.5, 2.3, 2) + np.array([0.0, np.pi]),
+        "aorta": np.array([rng.uniform(20, 48), rng.uniform(46, 60), rng.uniform(8, 12)]),
+        "tissue": {
+            "blood": rng.uniform(0.62, 0.9),
+            "wall": rng.uniform(0.22, 0.36),
+            "lung": rng.uniform(0.03, 0.1),
+            "liver": rng.uniform(0.26, 0.5),
+            "muscle": rng.uniform(0.22, 0.4),
+            "fat": rng.uniform(0.6, 1.0),
+        },
+        "bias": rng.normal(0, 0.16, 5),
+        "texture": rng.uniform(0.06, 0.12),
+        "blur": rng.uniform(0.55, 0.8),
+        "noise": rng.uniform(0.02, 0.05),
+        "scale": rng.uniform(250, 1100),
+    }
+    shape = (height, width, depth)
+    affine = _oblique_affine(rng, shape, in_plane, thickness)
+    frames = {}
+    for frame, heart in (("ED", diastole), ("ES", systole)):
+        slices = [_draw_slice(rng, shape, z, in_plane, heart, patient) for z in range(depth)]
+        image, label = (np.stack(arrays, axis=-1) for arrays in zip(*slices))
+        frames[frame] = (np.round(image * patient["scale"]).astype(np.int16), label.astype(np.uint8), affine)
+    return frames
+
+
+def _draw_slice(
+    rng: np.random.Generator, shape: tuple[int, int, int], z: int, in_plane: float, heart: _Heart, patient: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    height, width, depth = shape
+    level = z / (depth - 1)  # 0 at the apex, 1 at the base
+    rows, columns = np.mgrid[:height, :width].astype(np.float64)
+    y0 = (rows - (height - 1) / 2) * in_plane
+    x0 = (columns - (width - 1) / 2) * in_plane
+    centre = patient["centre"] + patient["tilt"] * (level - 0.5) + patient["breathing"][z]
+    # Axes of the heart: u points through the septum into the right ventricle, v along the septum.
+    y, x = y0 - centre[0], x0 - centre[1]
+    cos, sin = np.cos(patient["septum"]), np.sin(patient["septum"])
+    u, v = x * cos + y * sin, -x * sin + y * cos
+
+    label = _draw_heart(u, v, level, heart, patient)
+    image = _draw_background(x0, y0, u, v, level, heart, patient, rng)
+    image = _fill_heart(image, label, u, v, level, heart, patient, rng)
+    image = _smooth(image, patient["blur"])
+    image = image * _bias_field(x0, y0, patient["bias"])
+    real, imaginary = (rng.normal(0, patient["noise"], image.shape) for _ in range(2))
+    return np.hypot(image + real, imaginary), label  # Rician: the magnitude of a complex signal
+
+
+def _draw_heart(u: np.ndarray, v: np.ndarray, level: float, heart: _Heart, patient: dict) -> np.ndarray:
+    cavity, wall = _radii(level, heart)
+    angle = np.arctan2(v, u)
+    waves = np.stack([np.cos(k * angle + level * k) for k in (2, 3, 4)])
+    inner, outer = (1 + np.tensordot(patient["wobble"][i], waves, axes=1) for i in range(2))
+    distance = np.hypot(u * patient["ellipticity"], v / patient["ellipticity"])
+    label = np.zeros(u.shape, dtype=np.uint8)
+    if level > 0.2:
+        label[_right_ventricle(u, v, level, heart)] = RIGHT_VENTRICLE
+    label[distance < (cavity + wall) * outer] = MYOCARDIUM
+    label[distance < cavity * inner] = LEFT_VENTRICLE
+    return label
+
+
+def _radii(level: float, heart: _Heart) -> tuple[float, float]:
+    """Cavity radius and wall thickness at a level: a truncated ellipsoid, its wall thinner towards the apex."""
+    taper = np.sqrt(1 - (0.9 * (1 - level)) ** 2)
+    return heart.lv_radius * taper, heart.wall * (0.75 + 0.25 * level)
+
+
+def _right_ventricle(u: np.ndarray, v: np.ndarray, level: float, heart: _Heart, margin: float = 0.0) -> np.ndarray:
+    """An ellipse beside the left ventricle; what the myocardium covers of it is drawn over, which leaves a crescent."""
+    cavity, wall = _radii(level, heart)
+    taper = np.sqrt(1 - (1 - level) ** 2) ** 0.7
+    length, width = heart.rv_length * taper + margin, heart.rv_width * taper + margin
+    return ((u - 0.78 * (cavity + wall)) / width) ** 2 + ((v + 3) / length) ** 2 < 1
+
+
+def _draw_background(
+    x0: np.ndarray,
+    y0: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    level: float,
+    heart: _Heart,
+    patient: dict,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    tissue = patient["tissue"]
+    image = np.full(u.shape, tissue["muscle"])
+    # Lungs on both sides of the mediastinum, with bright vessels.
+    (left_y, left_x), (right_y, right_x) = patient["lungs"]
+    lungs = ((x0 - left_x) / 64) ** 2 + ((y0 - left_y) / 78) ** 2 < 1
+    lungs |= ((x0 - right_x) / 54) ** 2 + ((y0 - right_y) / 60) ** 2 < 1
+    vessels = _smooth(rng.normal(0, 1, u.shape), 1.3)
+    image[lungs] = tissue["lung"]
+    image[lungs & (vessels > 2.0 * vessels.std())] = 0.75 * tissue["blood"]
+    # Liver below the right heart, larger towards the apex.
+    liver_y, liver_x = patient["liver"]
+    liver = ((x0 - liver_x) / 62) ** 2 + ((y0 - liver_y + 22 * (1 - level)) / 38) ** 2 < 1
+    image[liver] = tissue["liver"] * (1 + 0.25 * (vessels[liver] > 2 * vessels.std()))
+    # Chest wall in front: muscle under a bright layer of fat, and air.
+    front = y0 + patient["chest"][1] * x0 + 0.003 * x0**2 + patient["chest"][0]
+    image[front < 8] = tissue["muscle"]
+    image[front < 0] = tissue["fat"]
+    image[front < -12] = 0.01
+    # Descending aorta, as bright as the cavities.
+    aorta_y, aorta_x, aorta_radius = patient["aorta"]
+    aorta = np.hypot(x0 - aorta_x, y0 - aorta_y) - aorta_radius
+    image[aorta < 2] = tissue["wall"]
+    image[aorta < 0] = tissue["blood"] * 0.97
+    # Fat around the heart, on one side more than on the other, and the thin wall of the right ventricle.
+    cavity, wall = _radii(level, heart)
+    distance = np.hypot(u * patient["ellipticity"], v / patient["ellipticity"])
+    fat = patient["fat"] * (1 + np.cos(np.arctan2(v, u) - 1.2))
+    image[distance < cavity + wall + fat] = tissue["fat"]
+    if level > 0.2:
+        image[_right_ventricle(u, v, level, heart, margin=3.0 + patient["fat"])] = tissue["fat"]
+        image[_right_ventricle(u, v, level, heart, margin=3.0)] = tissue["wall"]
+    return image
+
+
+def _fill_heart(
+    image: np.ndarray,
+    label: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    level: float,
+    heart: _Heart,
+    patient: dict,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    tissue = patient["tissue"]
+    texture = 1 + patient["texture"] * _unit(_smooth(rng.normal(0, 1, image.shape), 2.0))
+    trabeculae = _unit(_smooth(rng.normal(0, 1, image.shape), 1.1))
+    image = image * texture
+    image[label == MYOCARDIUM] = (tissue["wall"] * texture)[label == MYOCARDIUM]
+    image[label == LEFT_VENTRICLE] = (tissue["blood"] * texture)[label == LEFT_VENTRICLE]
+    right = label == RIGHT_VENTRICLE
+    image[right] = (0.93 * tissue["blood"] * (texture - 0.3 * (trabeculae > 1.3)))[right]
+    # Papillary muscles: dark, but part of the cavity in the labels.
+    cavity, _ = _radii(level, heart)
+    if 0.25 < level < 0.8:
+        for angle in patient["papillary"]:
+            at = 0.66 * cavity
+            papillary = np.hypot(u - at * np.cos(angle), v - at * np.sin(angle)) < 0.17 * cavity
+            image[papillary & (label == LEFT_VENTRICLE)] = 1.15 * tissue["wall"]
+    return image
+
+
+def _bias_field(x0: np.ndarray, y0: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Smooth gain of the coils, higher at the chest wall."""
+    x, y = x0 / 75, y0 / 75
+    terms = np.stack([x, y, x * y, x**2 - 0.5, y**2 - 0.5])
+    return np.exp(np.tensordot(coefficients, terms, axes=1) - 0.18 * y)
+
+
+def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur by FFT; `sigma` in voxels."""
+    rows, columns = np.fft.fftfreq(image.shape[0])[:, None], np.fft.rfftfreq(image.shape[1])[None, :]
+    transfer = np.exp(-2 * (np.pi * sigma) ** 2 * (rows**2 + columns**2))
+    return np.fft.irfft2(np.fft.rfft2(image) * transfer, s=image.shape)
+
+
+def _unit(field: np.ndarray) -> np.ndarray:
+    return field / field.std()
+
+
+def _oblique_affine(
+    rng: np.random.Generator, shape: tuple[int, int, int], in_plane: float, thickness: float
+) -> np.ndarray:
+    """Voxel to world (RAS, mm) of a short-axis stack: turned against the scanner's axes, centred near its origin."""
+    angles = np.deg2rad([rng.uniform(30, 60), rng.uniform(-40, -15), rng.uniform(-15, 15)])
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        i, j = [k for k in range(3) if k != axis]
+        step = np.eye(3)
+        step[i, i] = step[j, j] = np.cos(angle)
+        step[i, j], step[j, i] = -np.sin(angle), np.sin(angle)
+        turn = turn @ step
+    flips = np.diag([-1.0, -1.0, 1.0])  # scanner files count towards left and posterior
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ flips @ np.diag([in_plane, in_plane, thickness])
+    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine

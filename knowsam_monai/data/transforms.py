@@ -1,0 +1,112 @@
+"""The two transforms that MONAI lacks: checking a case by name, and splitting a volume into slices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SplitDim, Transform
+from monai.transforms.traits import MultiSampleTrait
+
+__all__ = ["CheckDatad", "SplitSlicesd"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckDatad(Transform):
+    """Refuse a case that would silently train wrong, naming its file.
+
+    Args:
+        image_key: key of the image, channel first.
+        label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
+        num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
+
+    Shape:
+        image (ch, *spatial), label (1, *spatial).
+
+    Raises:
+        ValueError: if the image has NaN or infinite values, the label has another spatial shape or more than one
+            channel, or a label value is not an integer from 0 to C - 1.
+
+    Example:
+        >>> check = CheckDatad(num_classes=4)
+        >>> case = check({"image": torch.rand(1, 8, 8), "label": torch.zeros(1, 8, 8)})
+    """
+
+    def __init__(self, image_key: str = "image", label_key: str = "label", num_classes: int = 4) -> None:
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
+        self.image_key = image_key
+        self.label_key = label_key
+        self.num_classes = num_classes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        image = data[self.image_key]
+        num_bad = int(image.numel() - torch.isfinite(image).sum())
+        if num_bad:
+            raise ValueError(
+                f"`{self.image_key}` must be finite but {_name(image)} has {num_bad} NaN or infinite values. "
+                "Repair or remove the file."
+            )
+        if self.label_key in data:
+            self._check_label(image, data[self.label_key])
+        return data
+
+    def _check_label(self, image: torch.Tensor, label: torch.Tensor) -> None:
+        if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
+            raise ValueError(
+                f"`{self.label_key}` must be one channel of the image's shape {tuple(image.shape[1:])} but "
+                f"{_name(label)} has shape {tuple(label.shape)} for the image {_name(image)}."
+            )
+        values = torch.unique(torch.as_tensor(label))
+        wrong = [v for v in values.tolist() if v not in range(self.num_classes)]  # 1.0 is in, 1.5 and NaN are not
+        if wrong:
+            shown = ", ".join(f"{v:g}" for v in wrong[:5])
+            raise ValueError(
+                f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
+                f"{_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
+            )
+        affines = (getattr(image, "affine", None), getattr(label, "affine", None))
+        if None not in affines and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2):
+            logger.warning("%s and its label have different affines: the voxels are taken as aligned.", _name(image))
+
+
+class SplitSlicesd(MapTransform, MultiSampleTrait):
+    """Split a volume into its slices along the last axis; an image that is already 2D passes unchanged.
+
+    Args:
+        keys: keys of the volumes to split together; a missing key is skipped (unlabelled items).
+        image_key: the key whose number of axes says whether the item is a volume.
+
+    Shape:
+        (ch, H, W, D) gives D items of (ch, H, W), each with its own metadata (affine moved to the slice) and its
+        position in the stack as `"slice"`. (ch, H, W) gives the item itself.
+
+    Example:
+        >>> slices = SplitSlicesd(keys=["image"])({"image": MetaTensor(torch.rand(1, 8, 8, 3))})
+        >>> len(slices), tuple(slices[0]["image"].shape)
+        (3, (1, 8, 8))
+    """
+
+    def __init__(self, keys: Any = ("image", "label"), image_key: str = "image") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.image_key = image_key
+        self.split = SplitDim(dim=-1, keepdim=False)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]] | dict[Hashable, Any]:
+        if data[self.image_key].ndim == 3:
+            return dict(data)
+        stacks = {key: self.split(data[key]) for key in self.key_iterator(data)}
+        # A slice is copied: a view would keep the whole volume in memory.
+        return [
+            {**data, **{key: stack[index].clone() for key, stack in stacks.items()}, "slice": index}
+            for index in range(len(stacks[self.image_key]))
+        ]
+
+
+def _name(image: torch.Tensor) -> str:
+    meta = image.meta if isinstance(image, MetaTensor) else {}
+    return str(meta.get("filename_or_obj", "an image in memory"))

@@ -1,0 +1,245 @@
+"""SAM-induced knowledge distillation without an engine: the core that every way of attaching it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from knowsam_monai.gate import TeacherGate
+from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.losses.supervised import check_label
+from knowsam_monai.networks.views import unstack_views
+
+
+class Distillation(NamedTuple):
+    """What one call of :class:`SAMDistiller` returns; `loss` is what a training loop adds to its own."""
+
+    distillation_loss: Tensor  # weighted and gated; its gradient reaches the student alone
+    sam_loss: Tensor  # its gradient reaches the teacher alone; 0 without labelled rows
+    teacher_logits: Tensor  # (B, C, *spatial), detached
+
+    @property
+    def loss(self) -> Tensor:
+        return self.distillation_loss + self.sam_loss
+
+
+class SAMDistiller(nn.Module):
+    """
+    A promptable teacher (SAM) that learns from the labelled rows of a batch and teaches a student on all rows.
+
+    .. math::
+        L_{kd} = w \\, g \\sum_{v} T^2 \\, KL(p_{sam}^T \\| p_v^T), \\qquad L_{sam} = CE + Dice(Y_{sam}, y)
+
+    The sum runs over the taught views of the student, g is the teacher gate. The student's detached logits are the
+    teacher's mask prompt. Only the labelled rows build a graph through the teacher.
+
+    Args:
+        teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), one row independent of the
+            others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`.
+        optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
+        distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`DistillationLoss`.
+        sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
+        prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
+        taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
+            A plain network's logits are both, whatever these say.
+        gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`TeacherGate`.
+        gate_tolerance: how much worse (Dice, 0..1) than its student a teacher may be before g is 0.
+        autocast_dtype: run the teacher under autocast of this type, on CPU too. None leaves the caller's autocast.
+
+    Shape:
+        image: (B, channels, *spatial). logits: (B, C, *spatial) or (B, V, C, *spatial). label: (B_l, 1, *spatial).
+
+    Raises:
+        ValueError: when an argument is not one of the above, or class counts and rows do not agree.
+
+    Example::
+
+        distiller = SAMDistiller(SAMTeacher(num_classes=4), optimizer)
+        distiller.follow(student_optimizer)                       # once: the teacher steps when the student steps
+        for image, label in loader:                               # B rows, of which the first B_l have labels
+            logits = student(image)
+            loss = supervised_loss(logits[: len(label)], label) + distiller(image, logits, label).loss
+
+    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10. Temperature and T^2 as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        optimizer: Optimizer | None = None,
+        distillation_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        sam_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        prompt_view: int = 0,
+        taught_views: Sequence[int] = (0,),
+        gate: str = "none",
+        gate_tolerance: float = 0.1,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(taught_views) == 0:
+            raise ValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
+        self.teacher = teacher.eval()
+        self.optimizer = optimizer
+        self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
+        self.sam_loss = sam_loss
+        self.prompt_view = prompt_view
+        self.taught_views = tuple(taught_views)
+        self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
+        self.autocast_dtype = autocast_dtype
+
+    def train(self, mode: bool = True) -> SAMDistiller:
+        """Set the mode of everything but the teacher, which makes targets and so stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(
+        self,
+        image: Tensor,
+        logits: Tensor,
+        label: Tensor | None = None,
+        labeled_rows: int | slice | None = None,
+        weight: float = 1.0,
+    ) -> Distillation:
+        """
+        Args:
+            image: (B, channels, *spatial), what the student saw.
+            logits: the student's raw output for it, (B, C, *spatial) or its stacked views.
+            label: (B_l, 1, *spatial) class indices of the labelled rows, or of all rows with `labeled_rows` given.
+            labeled_rows: which rows SAM learns from: an int n (the first n), a slice, or None: the first len(label).
+            weight: factor of the distillation loss at this step.
+        """
+        image, logits = without_meta(image), without_meta(logits)
+        views = unstack_views(logits, image)
+        prompt_logits = _view(views, self.prompt_view).detach()
+        self._check_classes(prompt_logits)
+        rows = _row_slice(labeled_rows, label, len(image))
+        teacher_logits, labeled_logits = self._teach(image, prompt_logits, rows)
+
+        sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
+        if labeled_logits is not None and label is not None:
+            label = without_meta(label)
+            label = label[rows] if len(label) == len(image) else label
+            sam_loss = self._sam_loss(labeled_logits, label)
+
+        taught = dict.fromkeys(_view(views, v) for v in self.taught_views)  # each view once
+        kd_terms = [self.distillation_loss(view, teacher_logits) for view in taught]
+        factor = self.gate.weight.to(teacher_logits.dtype) * weight
+        return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits)
+
+    def _teach(self, image: Tensor, prompt_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Teacher logits of all rows (detached) and of the labelled rows (with the graph SAM's loss needs)."""
+        labeled = range(len(image))[rows]
+        learns = self.training and torch.is_grad_enabled() and self.optimizer is not None and len(labeled) > 0
+        autocast = (
+            nullcontext()
+            if self.autocast_dtype is None
+            else torch.autocast(image.device.type, dtype=self.autocast_dtype)
+        )
+        with autocast:
+            if not learns:
+                with torch.no_grad():
+                    logits = self.teacher(image, prompt_logits)
+                return logits, logits[rows]
+            labeled_logits = self.teacher(image[rows], prompt_logits[rows])
+            logits = torch.empty_like(prompt_logits, dtype=labeled_logits.dtype)
+            logits[rows] = labeled_logits.detach()
+            first_rows = labeled == range(len(labeled))
+            rest = slice(len(labeled), None) if first_rows else [r for r in range(len(image)) if r not in labeled]
+            if len(labeled) < len(image):
+                with torch.no_grad():
+                    logits[rest] = self.teacher(image[rest], prompt_logits[rest])
+        return logits, labeled_logits
+
+    def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        check_label(logits, label)
+        loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
+        with torch.autocast(logits.device.type, enabled=False):
+            return loss(logits, label)
+
+    def _check_classes(self, prompt_logits: Tensor) -> None:
+        num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
+        if prompt_logits.shape[1] != num_classes:
+            raise ValueError(
+                f"`logits` must have {num_classes} channels, the teacher's classes, but have shape "
+                f"{tuple(prompt_logits.shape)}; give student and teacher the same number of classes."
+            )
+
+    def follow(
+        self, optimizer: Optimizer, scaler: torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None = None
+    ) -> FollowHandle:
+        """
+        Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
+
+        A step that the scaler skips, accumulation and its flush are thereby right without a word about them.
+
+        Args:
+            optimizer: the student's.
+            scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
+
+        Returns:
+            A handle; ``handle.remove()`` leaves the student's optimiser as it was.
+        """
+        teacher_optimizer = self.optimizer
+        if teacher_optimizer is None:
+            raise RuntimeError("`optimizer` of the distiller must be the teacher's but is None: nothing can follow.")
+        parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
+
+        def step_teacher(*_) -> None:
+            if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
+                return
+            current = scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
+            if current is None:
+                teacher_optimizer.step()
+            else:
+                current.step(teacher_optimizer)
+            teacher_optimizer.zero_grad(set_to_none=True)
+
+        student_zero_grad = optimizer.zero_grad
+
+        def zero_grad(*args, **kwargs) -> None:
+            student_zero_grad(*args, **kwargs)
+            teacher_optimizer.zero_grad(set_to_none=True)  # a skipped step leaves gradients behind
+
+        step_handle = optimizer.register_step_post_hook(step_teacher)
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        return FollowHandle(step_handle, optimizer)
+
+
+class FollowHandle:
+    """Undoes :meth:`SAMDistiller.follow`."""
+
+    def __init__(self, step_handle: RemovableHandle, optimizer: Optimizer) -> None:
+        self._step_handle, self._optimizer = step_handle, optimizer
+
+    def remove(self) -> None:
+        self._step_handle.remove()
+        self._optimizer.__dict__.pop("zero_grad", None)
+
+
+def _view(views: Sequence[Tensor], index: int) -> Tensor:
+    """The named view of a multi-view student; a plain network's logits are all its views."""
+    if len(views) == 1:
+        return views[0]
+    if not -len(views) <= index < len(views):
+        raise ValueError(f"`taught_views` and `prompt_view` must be below {len(views)}, the student's views, but one is {index}.")
+    return views[index]
+
+
+def _row_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:
+    if isinstance(labeled_rows, slice):
+        return labeled_rows
+    count = labeled_rows if labeled_rows is not None else 0 if label is None else len(label)
+    if count > num_rows or (label is not None and len(label) not in (count, num_rows)):
+        raise ValueError(
+            f"`label` must have as many rows as are labelled ({count}) or as `image` has ({num_rows}) but has "
+            f"{0 if label is None else len(label)}; name the labelled rows with `labeled_rows`."
+        )
+    return slice(0, count)

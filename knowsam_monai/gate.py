@@ -1,0 +1,110 @@
+"""How far a teacher is trusted, judged on rows that it has not learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("none", "validation", "agreement")
+
+
+class TeacherGate(nn.Module):
+    """
+    A factor on the distillation loss: 1 where the teacher is as good as its student, 0 where it is clearly worse.
+
+    .. math:: g = \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
+
+    Dice on the labelled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
+
+    - "none": g = 1 throughout, the paper.
+    - "validation": Dice of both in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`);
+      g = 0 until the first.
+    - "agreement": no labels at all. d is the foreground Dice of a model's labels on an image with its labels on the
+      flipped or turned image, turned back, on unlabelled rows; a running mean. A teacher that has only memorised its
+      labelled rows does not agree with itself elsewhere. It cannot see a teacher that is consistently wrong.
+
+    The state (g, both scores, number of measurements) is in the state dict.
+
+    Args:
+        mode: "none", "validation" or "agreement".
+        tolerance: Dice (0..1) by which the teacher may be worse before g reaches 0.
+        momentum: of the running mean of agreement scores, per measurement.
+
+    Raises:
+        ValueError: when `mode` is none of these or `tolerance` is not positive.
+    """
+
+    def __init__(self, mode: str = "none", tolerance: float = 0.1, momentum: float = 0.8) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"`gate` must be one of {', '.join(MODES)} but is {mode!r}.")
+        if tolerance <= 0:
+            raise ValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
+        self.mode, self.tolerance, self.momentum = mode, tolerance, momentum
+        self.weight: Tensor
+        self.scores: Tensor
+        self.num_measured: Tensor
+        self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
+        self.register_buffer("scores", torch.zeros(2))  # Dice of student, teacher
+        self.register_buffer("num_measured", torch.tensor(0))
+
+    def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
+        """Take a new measurement; one that is not finite (nothing to compare) changes nothing."""
+        new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(self.scores) for d in (student_dice, teacher_dice)])
+        mixed = torch.where(self.num_measured > 0, momentum * self.scores + (1 - momentum) * new, new)
+        valid = torch.isfinite(new).all()
+        self.scores.copy_(torch.where(valid, mixed, self.scores))
+        self.num_measured.add_(valid)
+        if self.mode != "none":
+            difference = self.scores[1] - self.scores[0]
+            weight = torch.clamp(1 + difference / self.tolerance, 0, 1)
+            self.weight.copy_(torch.where(self.num_measured > 0, weight, self.weight))
+
+    @torch.no_grad()
+    def measure_agreement(
+        self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor, Tensor], Tensor], image: Tensor, turn: int
+    ) -> None:
+        """
+        One measurement of "agreement" on unlabelled images.
+
+        Args:
+            student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
+            teacher: ``f(image, student_logits) -> logits``.
+            image: (B, channels, *spatial), rows that the teacher does not learn from.
+            turn: which orientation to compare with, any integer: flips, and turns where the plane is square.
+        """
+        turns = [lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.flip((-2, -1))]
+        backs = list(turns)
+        if image.shape[-1] == image.shape[-2]:
+            turns += [lambda x: x.rot90(1, (-2, -1)), lambda x: x.rot90(3, (-2, -1))]
+            backs += [lambda x: x.rot90(3, (-2, -1)), lambda x: x.rot90(1, (-2, -1))]
+        there, back = turns[turn % len(turns)], backs[turn % len(turns)]
+        turned_image = there(image)
+        student_logits, turned_logits = student(image), student(turned_image)
+        pairs = {
+            "student": (student_logits, back(turned_logits)),
+            "teacher": (teacher(image, student_logits), back(teacher(turned_image, turned_logits))),
+        }
+        num_classes = student_logits.shape[1]
+        student_counts, teacher_counts = (_class_counts(*pairs[role], num_classes) for role in ("student", "teacher"))
+        # a class that either model finds counts for both: a teacher that finds nothing does not agree perfectly
+        found = (student_counts[1] + teacher_counts[1]) > 0
+        student_dice, teacher_dice = (
+            torch.where(found, 2 * common / total.clamp(min=1), torch.nan).nanmean()
+            for common, total in (student_counts, teacher_counts)
+        )
+        self.update(student_dice, teacher_dice, momentum=self.momentum)
+
+
+def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Pixels of each foreground class that both maps share, and pixels of the two together, each (C - 1,)."""
+    if num_classes == 1:
+        masks = [(x > 0).flatten() for x in (logits, other)]
+        both, total = (masks[0] & masks[1]).sum(), masks[0].sum() + masks[1].sum()
+        return both[None].float(), total[None].float()
+    labels, others = logits.argmax(1).flatten(), other.argmax(1).flatten()
+    common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
+    total = torch.bincount(labels, minlength=num_classes) + torch.bincount(others, minlength=num_classes)
+    return common[1:].float(), total[1:].float()

@@ -1,0 +1,24 @@
+"""Ignite handlers for MONAI's unmodified trainers and evaluators, one method or duty a file."""
+
+from .case_metrics import CaseMetrics
+from .co_training import MultiViewCoTraining
+from .guided_mixing import UncertaintyGuidedMixing
+from .loss_terms import LossTerms, scalar_terms
+from .preflight import Preflight
+from .sam_distillation import SAMDistillation
+from .teacher_validation import TeacherValidation
+from .training_progress import TrainingProgress
+from .validation_report import ValidationReport
+
+__all__ = [
+    "CaseMetrics",
+    "LossTerms",
+    "MultiViewCoTraining",
+    "Preflight",
+    "SAMDistillation",
+    "TeacherValidation",
+    "TrainingProgress",
+    "UncertaintyGuidedMixing",
+    "ValidationReport",
+    "scalar_terms",
+]

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+from collections.abc import Sequence
+from itertools import product
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
+from monai.transforms import KeepLargestConnectedComponent
+from torch import Tensor
+
+from knowsam_monai.handlers.validation_case import Spacing, case_names, class_dice, validation_cases
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("dice", "jaccard", "hd95_mm", "asd_mm", "hd95_voxel", "asd_voxel")
+COMPONENTS = ("all", "largest")
+
+
+class CaseMetrics:
+    """
+    Dice, Jaccard, HD95 and ASD of every case and class, over the whole volume on the label's own grid, as CSV.
+
+    Every value is there twice: of the prediction as it is (``components`` = all), and with only the largest 3D
+    connected component of each class kept (largest; corners connect). Distances are there twice too: in mm where the
+    spacing is known, and in voxels (every edge 1).
+
+    - Dice: 2 |P n T| / (|P| + |T|), Jaccard: |P n T| / |P u T|. nan, and left out of the mean, where class and
+      prediction are both empty.
+    - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
+    - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).
+    - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
+    - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
+
+    ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known).
+    ``metrics_summary.csv`` has mean, standard deviation (population), median, count and num_undefined of each metric,
+    class and filter; its class ``mean`` is the mean over a case's classes first, and then over the cases.
+
+    Args:
+        output_dir: folder of the two files, made when missing.
+        class_names: names of classes 1, 2, ... (no background).
+        spacing: "meta" takes each case's own from its metadata; mm along each axis for data whose files have lost it;
+            None for unknown. Units of NIfTI headers other than mm are not converted.
+        file_prefix: what the names of the two files begin with.
+
+    Shape:
+        ``pred`` and ``label`` of the evaluator's output: (1, *spatial) class numbers or (C, *spatial) one-hot,
+        decollated (MONAI's default) or as a batch.
+
+    Raises:
+        ValueError: when `class_names` is empty or is one string; during a run, when label and prediction do not fit.
+        OSError: when the run starts and `output_dir` cannot be written.
+
+    Example::
+
+        SupervisedEvaluator(..., val_handlers=[CaseMetrics("eval", ["RV", "myocardium", "LV"])])
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        class_names: Sequence[str],
+        spacing: Spacing = "meta",
+        file_prefix: str = "metrics",
+    ) -> None:
+        if isinstance(class_names, str) or not class_names:
+            raise ValueError(f"`class_names` must be a list of the foreground classes' names but is {class_names!r}.")
+        self.output_dir = str(output_dir)
+        self.class_names = list(class_names)
+        self.spacing = spacing
+        self.file_prefix = file_prefix
+        self._cases: list[tuple[str, tuple[float, ...] | None, np.ndarray]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI evaluator, after its postprocessing."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run, and see that the folder can be written."""
+        self._cases = []
+        os.makedirs(self.output_dir, exist_ok=True)
+        if not os.access(self.output_dir, os.W_OK):
+            raise PermissionError(f"`output_dir` must be writable but {self.output_dir} is not; choose another folder.")
+
+    def __call__(self, engine: Engine) -> None:
+        for case in validation_cases(engine, len(self.class_names) + 1, spacing=self.spacing):
+            values = case_metrics(case.preds["pred"], case.label, len(self.class_names) + 1, case.spacing)
+            self._cases.append((case.path, case.spacing, values))
+
+    def completed(self, engine: Engine) -> None:
+        """Gather the cases of all ranks; the first rank writes both files and logs a table."""
+        cases = self._cases
+        if idist.get_world_size() > 1:
+            cases = [case for rank in idist.all_gather(cases) for case in rank]
+        if idist.get_rank() != 0 or not cases:
+            return
+        cases = list({case[0]: case for case in cases}.values())  # samplers repeat cases to serve all ranks alike
+        names = case_names([path for path, _, _ in cases])
+        values = np.stack([case[2] for case in cases])  # (cases, components, classes, metrics)
+        spacings = [spacing for _, spacing, _ in cases]
+        raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
+        for name, rows in (("raw", raw), ("summary", summary)):
+            _write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
+        for line in self._table(values):
+            logger.info(line)
+        logger.info(f"{os.path.join(self.output_dir, self.file_prefix)}_raw.csv has every case.")
+
+    def _raw_rows(self, names: list[str], spacings: list, values: np.ndarray) -> list[dict]:
+        rows = []
+        for (n, name), (k, components), (c, class_name) in product(
+            enumerate(names), enumerate(COMPONENTS), enumerate(self.class_names)
+        ):
+            metrics = dict(zip(METRICS, values[n, k, c].tolist()))
+            undefined = sum(math.isnan(v) for m, v in metrics.items() if spacings[n] is not None or "_mm" not in m)
+            if spacings[n] is None:
+                metrics.update(hd95_mm="", asd_mm="")
+            spacing = "" if spacings[n] is None else "x".join(f"{edge:g}" for edge in spacings[n])
+            rows.append(
+                {"case": name, "class": class_name, "components": components}
+                | {m: v if v == "" else f"{v:.6f}" for m, v in metrics.items()}
+                | {"spacing_mm": spacing, "num_undefined": undefined}
+            )
+        return rows
+
+    def _summary_rows(self, spacings: list, values: np.ndarray) -> list[dict]:
+        known = np.array([spacing is not None for spacing in spacings])
+        rows = []
+        for (m, metric), (k, components), (c, class_name) in product(
+            enumerate(METRICS), enumerate(COMPONENTS), enumerate([*self.class_names, "mean"])
+        ):
+            of_cases = values[known if metric.endswith("_mm") else slice(None), k, :, m]  # (cases, classes)
+            per_case = _nanmean(of_cases) if class_name == "mean" else of_cases[:, c]
+            defined = per_case[~np.isnan(per_case)]
+            statistics = [f(defined) if len(defined) else math.nan for f in (np.mean, np.std, np.median)]
+            undefined = int(np.isnan(of_cases if class_name == "mean" else per_case).sum())
+            rows.append(
+                {"metric": metric, "class": class_name, "components": components}
+                | {s: f"{v:.6f}" for s, v in zip(("mean", "std", "median"), statistics)}
+                | {"count": len(defined), "num_undefined": undefined}
+            )
+        return rows
+
+    def _table(self, values: np.ndarray) -> list[str]:
+        """Mean and standard deviation over the cases; undefined distances are counted, not averaged."""
+        shown = [m for m in METRICS if m != "jaccard" and not (m.endswith("_mm") and np.isnan(values[..., 2:4]).all())]
+        width = max(len(name) for name in (*self.class_names, "class"))
+        header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
+        lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
+        for (c, name), (k, components) in product(enumerate([*self.class_names, "mean"]), enumerate(COMPONENTS)):
+            line = f"{name:<{width}}  {components:<10}"
+            of_class = values[:, k] if name == "mean" else values[:, k, c : c + 1]  # (cases, classes, metrics)
+            for metric in shown:
+                per_case = _nanmean(of_class[..., METRICS.index(metric)])
+                digits = 3 if metric == "dice" else 2
+                per_case = per_case[~np.isnan(per_case)]
+                text = f"{per_case.mean():.{digits}f} ± {per_case.std():.{digits}f}" if len(per_case) else "-"
+                line += f"{text:>16}"
+            lines.append(line + f"{int(np.isnan(of_class[..., METRICS.index('hd95_voxel')]).sum()):>12}")
+        return lines
+
+
+def case_metrics(
+    pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[float, ...] | None = None
+) -> np.ndarray:
+    """
+    All metrics of one case.
+
+    Args:
+        pred: (*spatial), class numbers.
+        label: (*spatial), class numbers.
+        num_classes: C, background included.
+        spacing: mm along each axis; None leaves the distances in mm nan.
+
+    Shape:
+        - output: (2, C - 1, 6), the prediction as it is and its largest components, in the order of ``METRICS``
+    """
+    if label.ndim == 3 and label.shape[-1] == 1:
+        pred, label, spacing = pred[..., 0], label[..., 0], spacing and spacing[:2]
+    largest = KeepLargestConnectedComponent(applied_labels=list(range(1, num_classes)), is_onehot=False)(pred[None].clone())[0]
+    values = np.full((len(COMPONENTS), num_classes - 1, len(METRICS)), math.nan)
+    for k, filtered in enumerate((pred, torch.as_tensor(largest).long())):
+        dice = class_dice(filtered, label, num_classes).numpy()
+        values[k, :, 0], values[k, :, 1] = dice, dice / (2 - dice)
+        for c in range(1, num_classes):
+            masks = [(x == c)[None, None] for x in (filtered, label)]
+            if k and torch.equal(filtered == c, pred == c):
+                values[k, c - 1] = values[0, c - 1]
+            elif all(mask.any() for mask in masks):
+                values[k, c - 1, 4:] = _distances(*masks, None)
+                values[k, c - 1, 2:4] = math.nan if spacing is None else _distances(*masks, spacing)
+    return values
+
+
+def _distances(pred: Tensor, label: Tensor, spacing: tuple[float, ...] | None) -> list[float]:
+    """HD95 and ASD of two masks (1, 1, *spatial), neither of them empty."""
+    metrics = (
+        HausdorffDistanceMetric(include_background=True, percentile=95),
+        SurfaceDistanceMetric(include_background=True, symmetric=True),
+    )
+    return [float(metric(pred.float(), label.float(), spacing=spacing)) for metric in metrics]
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis, nan where nothing is defined."""
+    count = (~np.isnan(values)).sum(-1)
+    return np.where(count > 0, np.nansum(values, -1) / np.maximum(count, 1), math.nan)
+
+
+def _write_csv(path: str, rows: list[dict]) -> None:
+    """All or nothing: a run that is killed leaves the old file or the new one."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

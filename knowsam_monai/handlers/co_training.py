@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ignite.engine import Engine
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+
+from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
+from knowsam_monai.networks.views import unstack_views
+
+
+class MultiViewCoTraining:
+    """
+    Two sub-networks of a multi-view student teach each other on all rows, and are asked to be sure.
+
+    .. math:: L + \\lambda_m(t) L_{mut} + w_{ent} L_{ent}
+
+    `mutual_loss` and `entropy_loss` (weighted, detached) are written into ``engine.state.output``.
+
+    Args:
+        mutual_weight: lambda_m, a number or a function of the iteration such as :class:`SigmoidRampUp`. The paper
+            (eq. 14): exp(-5 (1 - t/t_max)^2). 0 switches the term off.
+        entropy_weight: of the entropy term, in units of log C; the paper: 0.9. 0 switches it off.
+        target: "hard" (the paper, which follows CPS) or "soft" (the authors' code).
+        views: which two views learn from each other; (1, 2) are U-Net and V-Net.
+
+    Shape:
+        pred: (B, V, C, *spatial), views stacked at dim 1.
+
+    Raises:
+        ValueError: at the first step when the student has no such views.
+
+    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 5, 13 and 14. Chen et al., CVPR 2021 (CPS).
+    """
+
+    def __init__(
+        self,
+        mutual_weight: float | Callable[[int], float] = 1.0,
+        entropy_weight: float = 0.9,
+        target: str = "hard",
+        views: Sequence[int] = (1, 2),
+    ) -> None:
+        if len(views) != 2:
+            raise ValueError(f"`views` must name two views but is {views}.")
+        self.mutual_weight = mutual_weight
+        self.entropy_weight = entropy_weight
+        self.views = tuple(views)
+        self.mutual_loss = MutualConsistencyLoss(target=target)
+        self.entropy_loss = EntropyLoss()
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        output = engine.state.output
+        views = unstack_views(output[Keys.PRED], output[Keys.IMAGE])
+        if max(self.views) >= len(views):
+            raise ValueError(
+                f"`pred` must have the stacked views {self.views} but has {len(views)}; co-training needs a multi-view "
+                "student such as MultiViewNet."
+            )
+        first, second = (views[v] for v in self.views)
+        mutual_weight = self.mutual_weight(engine.state.iteration) if callable(self.mutual_weight) else self.mutual_weight
+        terms = {}
+        if mutual_weight:
+            terms["mutual_loss"] = mutual_weight * self.mutual_loss(first, second)
+        if self.entropy_weight:
+            terms["entropy_loss"] = self.entropy_weight * (self.entropy_loss(first) + self.entropy_loss(second))
+        for name, term in terms.items():
+            output[Keys.LOSS] = output[Keys.LOSS] + term
+            output[name] = term.detach()

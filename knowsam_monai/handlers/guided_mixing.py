@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from ignite.engine import Engine
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+from torch.nn import functional as F
+
+from knowsam_monai.losses import entropy_map
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.views import unstack_views
+
+
+class UncertaintyGuidedMixing:
+    """
+    Uncertainty-guided data augmentation (UGDA): train on labelled and unlabelled images mixed where one is unsure.
+
+    The entropy map of the student is averaged over a grid of cells. In each pair of a labelled and an unlabelled row
+    the most uncertain cells of the unlabelled image are overwritten by labelled content, and the most uncertain cells
+    of the labelled image by unlabelled content; labels follow: truth, or the pseudo-label. The mixed images are a
+    second forward with a backward of its own, so that one graph lives at a time; the gradients add up to the same.
+    Row i is paired with row i: the loader has shuffled both streams. `mixing_loss` goes into ``engine.state.output``.
+
+    Args:
+        loss: ``f(pred, label)`` on the mixed rows, the trainer's supervised loss as a rule.
+        start: iterations before the first mixing; the authors' code: 12,000 of 50,000.
+        weight: factor of the loss.
+        grid_size: cells along each spatial axis; 4.
+        num_cells: cells overwritten in each image; 5 of the 16.
+        pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student".
+        view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
+
+    Raises:
+        ValueError: when `num_cells` is not below the number of cells, or `pseudo_label` is unknown.
+
+    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 11 (cells of *highest* entropy).
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        start: int = 0,
+        weight: float = 1.0,
+        grid_size: int = 4,
+        num_cells: int = 5,
+        pseudo_label: str = "teacher",
+        view: int = 0,
+    ) -> None:
+        if not 0 < num_cells < grid_size**2:
+            raise ValueError(f"`num_cells` must be between 1 and {grid_size**2 - 1} but is {num_cells}.")
+        if pseudo_label not in ("teacher", "student"):
+            raise ValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
+        self.loss = loss
+        self.start = start
+        self.weight = weight
+        self.grid_size = grid_size
+        self.num_cells = num_cells
+        self.pseudo_label = pseudo_label
+        self.view = view
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration <= self.start:
+            return
+        output = engine.state.output
+        image, label = output[Keys.IMAGE], output[Keys.LABEL]
+        views = unstack_views(output[Keys.PRED], image)
+        logits = views[self.view if len(views) > 1 else 0].detach()
+        pseudo_logits = output.get("teacher_logits") if self.pseudo_label == "teacher" else None
+        mixed_image, mixed_label = self.mix(image, label, logits, logits if pseudo_logits is None else pseudo_logits)
+        # the first graph is spent: let go of it before the second is built
+        output[Keys.PRED] = output[Keys.PRED].detach()
+        output[Keys.LOSS] = output[Keys.LOSS].detach()
+
+        scaler = engine.scaler if engine.amp else None
+        autocast = nullcontext() if scaler is None else torch.autocast("cuda", **engine.amp_kwargs)
+        with autocast:
+            pred = engine.inferer(mixed_image, engine.network)
+            loss = self.weight * self.loss(pred, mixed_label).mean()
+        output["mixing_loss"] = loss.detach()
+        loss = loss / engine.accumulation_steps
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    @torch.no_grad()
+    def mix(self, image: Tensor, label: Tensor, logits: Tensor, pseudo_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Mix rows i and B_l + i, for as many pairs P as both kinds have.
+
+        Args:
+            image: (B, channels, *spatial), labelled rows first. label: (B_l, 1, *spatial).
+            logits: (B, C, *spatial), whose entropy guides. pseudo_logits: (B, C, *spatial), whose argmax labels.
+
+        Returns:
+            Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabelled ones come first.
+        """
+        image, label = without_meta(image), without_meta(label)
+        num_labeled = len(label)
+        num_pairs = min(num_labeled, len(image) - num_labeled)
+        if num_pairs == 0:
+            raise ValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+        labeled, unlabeled = slice(num_pairs), slice(num_labeled, num_labeled + num_pairs)
+        both = (image[labeled], label[labeled])
+        if pseudo_logits.shape[1] == 1:
+            pseudo_label = pseudo_logits[unlabeled] > 0
+        else:
+            pseudo_label = pseudo_logits[unlabeled].argmax(1, keepdim=True)
+        others = (image[unlabeled], pseudo_label.to(label.dtype))
+
+        labeled_mask, unlabeled_mask = (self.uncertain_mask(logits[rows]) for rows in (labeled, unlabeled))
+        mixed = [
+            torch.cat([torch.where(unlabeled_mask, ours, theirs), torch.where(labeled_mask, theirs, ours)])
+            for ours, theirs in zip(both, others)
+        ]
+        return mixed[0], mixed[1]
+
+    def uncertain_mask(self, logits: Tensor) -> Tensor:
+        """Cells of highest mean entropy, (P, 1, *spatial), bool, for logits (P, C, *spatial)."""
+        spatial = logits.shape[2:]
+        grid = (self.grid_size,) * len(spatial)
+        pool = F.adaptive_avg_pool2d if len(spatial) == 2 else F.adaptive_avg_pool3d
+        cells = pool(entropy_map(logits.float()), grid).flatten(1)
+        mask = torch.zeros_like(cells).scatter_(1, cells.topk(self.num_cells, dim=1).indices, 1.0)
+        return F.interpolate(mask.reshape(-1, 1, *grid), size=spatial, mode="nearest") > 0

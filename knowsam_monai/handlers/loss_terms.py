@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+import torch
+
+
+def scalar_terms(output: dict) -> dict[str, Tensor]:
+    """The 0-dimensional entries of an iteration's output: every loss term, weight and Dice under its own name."""
+    return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
+
+
+class LossTerms:
+    """
+    Average every term of the loss over `log_interval` steps, and stop the run when one is not finite.
+
+    Terms are the 0-dimensional entries of ``engine.state.output``. They are summed on the device and read once every
+    `log_interval` iterations and at the end of each epoch, so no step waits for the device. The averages are
+    ``engine.state.terms``. Attach it before whatever writes a checkpoint at the end of an epoch: then none is written
+    with a term unread. GradScaler's overflows are no business of this handler: it reads terms, never scaled gradients.
+
+    Args:
+        log_interval: iterations between two readings.
+
+    Raises:
+        RuntimeError: naming the terms that are not finite and the iterations among which they arose.
+    """
+
+    def __init__(self, log_interval: int = 50) -> None:
+        if log_interval < 1:
+            raise ValueError(f"`log_interval` must be at least 1 iteration but is {log_interval}.")
+        self.log_interval = log_interval
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._first = 1
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer whose ``state.output`` is a dictionary (MONAI: ``decollate=False``)."""
+        engine.state.terms = {}
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.log_interval), self.read)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.read)
+
+    def __call__(self, engine: Engine) -> None:
+        for name, term in scalar_terms(engine.state.output).items():
+            self._sums[name] = self._sums[name] + term.detach() if name in self._sums else term.detach().clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self, engine: Engine) -> None:
+        """Bring the sums to the host, check them, and start again."""
+        if not self._sums:
+            return
+        names = list(self._sums)
+        values = torch.stack([self._sums[name].float() for name in names]).tolist()
+        first, last = self._first, engine.state.iteration
+        means = {name: value / self._counts[name] for name, value in zip(names, values)}
+        self._sums, self._counts, self._first = {}, {}, last + 1
+        bad = [name for name, value in means.items() if name.endswith("loss") and not torch.isfinite(torch.tensor(value))]
+        if bad:
+            raise RuntimeError(
+                f"Every loss term must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "
+                "lower the learning rate or that term's weight, or set amp to False. No checkpoint was written since."
+            )
+        engine.state.terms = means

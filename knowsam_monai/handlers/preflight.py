@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from knowsam_monai.distiller import SAMDistiller
+
+logger = logging.getLogger(__name__)
+
+
+class Preflight:
+    """
+    Before the first step, say what this run is: rows, what trains, the teacher, time, memory and expected finish.
+
+    Two trial iterations at the first, the middle and the last iteration number are run on one real batch (so that
+    terms that start later are counted) and undone: weights, optimisers and random states are as before.
+
+    Args:
+        network: the student.
+        optimizer: its optimiser.
+        distiller: teacher with its optimiser, or None for a run without SAM.
+        num_rows: numbers of labelled and unlabelled rows, for the report.
+        stop: end the run after the report.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        distiller: SAMDistiller | None = None,
+        num_rows: tuple[int, int] = (0, 0),
+        stop: bool = False,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.distiller = distiller
+        self.num_rows = tuple(num_rows)
+        self.stop = stop
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer, after all handlers that act in a step."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        seconds = self._seconds_per_iteration(engine)
+        for line in self.report(engine, seconds):
+            logger.info(line)
+        if self.stop:
+            engine.terminate()
+
+    def report(self, engine: Engine, seconds: float) -> list[str]:
+        """The lines of the table, for `seconds` an iteration."""
+        remaining = engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration
+        finish = timedelta(seconds=round(seconds * remaining))
+        if torch.device(engine.state.device).type == "cuda":
+            memory = torch.cuda.max_memory_allocated(engine.state.device) / 2**30
+        else:
+            memory = _peak_process_memory()
+        rows = [
+            ("rows", f"{self.num_rows[0]} labelled, {self.num_rows[1]} unlabelled"),
+            ("student", f"{type(self.network).__name__}, {_trainable(self.network)}"),
+            *self._teacher_rows(),
+            ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
+            ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
+            ("peak memory", f"{memory:.1f} GiB"),
+            ("expected finish", f"{datetime.now() + finish:%Y-%m-%d %H:%M} (in {finish}, validation not counted)"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return ["Preflight", *(f"  {name:<{width}}  {value}" for name, value in rows)]
+
+    def _teacher_rows(self) -> list[tuple[str, str]]:
+        if self.distiller is None:
+            return [("teacher", "none (use_sam is False)")]
+        teacher = self.distiller.teacher
+        weights = "pretrained" if getattr(teacher, "pretrained", False) else "NOT pretrained: random weights, not SAM's"
+        groups: dict[str, int] = {}
+        for name, parameter in teacher.named_parameters():
+            if parameter.requires_grad:
+                group = "adapters" if "adapter" in name else name.split(".")[0]
+                groups[group] = groups.get(group, 0) + parameter.numel()
+        trains = ", ".join(f"{name} {count:,}" for name, count in groups.items()) or "nothing"
+        gate = self.distiller.gate
+        return [
+            ("teacher", f"{type(teacher).__name__} {getattr(teacher, 'variant', '')}, {weights}"),
+            ("teacher trains", f"{_trainable(teacher)}: {trains}"),
+            ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
+        ]
+
+    def _seconds_per_iteration(self, engine: Engine) -> float:
+        """Mean seconds of a step at the start, in the middle and at the end of the run."""
+        snapshot = self._snapshot(engine)
+        state = engine.state
+        batch = next(iter(engine.data_loader))
+        if hasattr(engine.data_loader, "set_iteration"):  # a loader that knows its place goes back to it
+            engine.data_loader.set_iteration(state.iteration)
+        iteration, last = state.iteration, state.max_epochs * state.epoch_length
+        times = []
+        for trial in (1, 1, last // 2, last):  # the first warms up
+            state.iteration, state.batch = max(trial, 1), batch
+            start = time.perf_counter()
+            engine._process_function(engine, batch)
+            if torch.device(state.device).type == "cuda":
+                torch.cuda.synchronize(state.device)
+            times.append(time.perf_counter() - start)
+        state.iteration, state.batch, state.output = iteration, None, None
+        self._restore(engine, snapshot)
+        return sum(times[1:]) / 3
+
+    def _objects(self, engine: Engine) -> list[Any]:
+        objects = [self.network, self.optimizer]
+        if self.distiller is not None:
+            objects += [self.distiller] + ([self.distiller.optimizer] if self.distiller.optimizer is not None else [])
+        if engine.scaler is not None:
+            objects.append(engine.scaler)
+        return objects
+
+    def _snapshot(self, engine: Engine) -> dict[str, Any]:
+        return {
+            "states": [copy.deepcopy(o.state_dict()) for o in self._objects(engine)],
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def _restore(self, engine: Engine, snapshot: dict[str, Any]) -> None:
+        for item, state in zip(self._objects(engine), snapshot["states"]):
+            item.load_state_dict(state)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(snapshot["cpu_rng"])
+        if snapshot["cuda_rng"]:
+            torch.cuda.set_rng_state_all(snapshot["cuda_rng"])
+
+
+def _peak_process_memory() -> float:
+    """Largest resident size of this process so far in GiB, nan where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _trainable(module: nn.Module) -> str:
+    total = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{trainable:,} of {total:,} parameters train"

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.metrics import DiceHelper
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.views import unstack_views
+
+
+class SAMDistillation:
+    """
+    Attach SAM-induced knowledge distillation to a MONAI trainer: ``loss + L_kd + L_sam``, nothing else changes.
+
+    Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits. The teacher's optimiser
+    follows the trainer's, under AMP and gradient accumulation too. Every step writes `distillation_loss`, `sam_loss`
+    and `gate_weight` (detached) and `teacher_logits` into ``engine.state.output``, and every `log_interval` steps
+    `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labelled rows, which the teacher learns
+    from and which therefore does not judge it.
+
+    Args:
+        distiller: the core, with teacher, optimiser and gate.
+        weight: factor of the distillation loss, a number or a function of ``engine.state.iteration``.
+        start: first iteration at which the student is taught; the teacher learns from the beginning.
+        labeled_rows: rows that SAM learns from, an int n (the first n), a slice, or a callable of the batch that
+            returns one of these; None: the first ``len(label)``.
+        gate_interval: iterations between two measurements of the "agreement" gate.
+        log_interval: iterations between two logs of the labelled Dice.
+
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[MyMethod(), SAMDistillation(SAMDistiller(teacher, optimizer))])
+
+    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10.
+    """
+
+    def __init__(
+        self,
+        distiller: SAMDistiller,
+        weight: float | Callable[[int], float] = 1.0,
+        start: int = 0,
+        labeled_rows: int | slice | Callable[[Any], int | slice] | None = None,
+        gate_interval: int = 50,
+        log_interval: int = 50,
+    ) -> None:
+        if gate_interval < 1 or log_interval < 1:
+            raise ValueError("`gate_interval` and `log_interval` must be at least 1 iteration.")
+        self.distiller = distiller
+        self.weight = weight
+        self.start = start
+        self.labeled_rows = labeled_rows
+        self.gate_interval = gate_interval
+        self.log_interval = log_interval
+        self._handle: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer that has ``optimizer``, ``network`` and MONAI's iteration events."""
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        """Move the teacher to the trainer's device and let it follow the trainer's optimiser."""
+        self.completed(engine)
+        self.distiller.to(engine.state.device).train()
+        if self.distiller.optimizer is not None:
+            self._handle = self.distiller.follow(engine.optimizer, lambda: engine.scaler if engine.amp else None)
+
+    def completed(self, engine: Engine) -> None:
+        """Leave the trainer's optimiser as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __call__(self, engine: Engine) -> None:
+        output, iteration = engine.state.output, engine.state.iteration
+        image, label, pred = output[Keys.IMAGE], output[Keys.LABEL], output[Keys.PRED]
+        rows = self.labeled_rows(engine.state.batch) if callable(self.labeled_rows) else self.labeled_rows
+        if self.distiller.gate.mode == "agreement" and iteration % self.gate_interval == 1 % self.gate_interval:
+            self._measure_agreement(engine, image, rows if rows is not None else len(label))
+
+        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        result = self.distiller(image, pred, label, rows, weight if iteration >= self.start else 0.0)
+        output[Keys.LOSS] = output[Keys.LOSS] + result.loss
+        output["distillation_loss"] = result.distillation_loss.detach()
+        output["sam_loss"] = result.sam_loss.detach()
+        output["gate_weight"] = self.distiller.gate.weight.clone()
+        output["teacher_logits"] = result.teacher_logits
+        if iteration % self.log_interval == 0 and label is not None and rows is None:
+            student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
+            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label)
+            output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label)
+
+    def _measure_agreement(self, engine: Engine, image: Tensor, rows: int | slice) -> None:
+        """One turn a measurement, on the rows that the teacher does not learn from."""
+        labeled = range(len(image))[rows if isinstance(rows, slice) else slice(rows)]
+        unlabeled = [row for row in range(len(image)) if row not in labeled]
+        if not unlabeled:
+            return
+        view = self.distiller.prompt_view
+
+        def student(x: Tensor) -> Tensor:
+            pred = engine.inferer(x, engine.network)
+            return unstack_views(pred, x)[view if pred.ndim > x.ndim else 0]
+
+        engine.network.eval()
+        image = image[unlabeled]
+        image = without_meta(image)
+        turn = engine.state.iteration // self.gate_interval
+        self.distiller.gate.measure_agreement(student, self.distiller.teacher, image, turn)
+        engine.network.train()
+
+
+def _foreground_dice(logits: Tensor, label: Tensor) -> Tensor:
+    num_classes = logits.shape[1]
+    labels = (logits > 0) if num_classes == 1 else logits.argmax(1, keepdim=True)
+    helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
+    dice, _ = helper(labels, label)
+    return torch.nanmean(dice)

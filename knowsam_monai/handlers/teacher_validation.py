@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.losses.class_logits import without_meta
+
+TEACHER_PRED = "teacher_pred"
+
+
+class TeacherValidation:
+    """
+    Let the teacher segment the validation volumes too, prompted by the student, and set the "validation" gate.
+
+    The evaluator's own inferer brings slices or windows to the teacher as it does to the student. The teacher's logits
+    are ``engine.state.output["teacher_pred"]``: name that key in the postprocessing beside ``pred``, and in a metric.
+
+    Args:
+        distiller: holds the teacher and the gate.
+        student_metric: name of the student's mean Dice among the evaluator's metrics.
+        teacher_metric: name of the teacher's.
+
+    Raises:
+        ValueError: after the validation, when the evaluator has no metric of these names.
+    """
+
+    def __init__(
+        self, distiller: SAMDistiller, student_metric: str = "val_mean_dice", teacher_metric: str = "val_teacher_dice"
+    ) -> None:
+        self.distiller = distiller
+        self.student_metric = student_metric
+        self.teacher_metric = teacher_metric
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI evaluator."""
+        engine.add_event_handler(Events.STARTED, lambda e: self.distiller.to(e.state.device))
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        image, pred = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
+        channels = image.shape[1]
+
+        def teacher(x: torch.Tensor) -> torch.Tensor:
+            x = without_meta(x)
+            return self.distiller.teacher(x[:, :channels], x[:, channels:])
+
+        engine.state.output[TEACHER_PRED] = engine.inferer(torch.cat([image, pred], dim=1), teacher)
+
+    def completed(self, engine: Engine) -> None:
+        """Hand both Dice values to the gate."""
+        metrics = engine.state.metrics
+        missing = [name for name in (self.student_metric, self.teacher_metric) if name not in metrics]
+        if missing:
+            raise ValueError(
+                f"`student_metric` and `teacher_metric` must be metrics of the evaluator but {missing[0]!r} is not one "
+                f"of {', '.join(metrics)}; add a MeanDice of that name."
+            )
+        if self.distiller.gate.mode == "validation":
+            self.distiller.gate.update(metrics[self.student_metric], metrics[self.teacher_metric])

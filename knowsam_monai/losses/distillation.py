@@ -1,0 +1,61 @@
+"""SAM-induced knowledge distillation: the student learns the teacher's class probabilities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from knowsam_monai.losses.class_logits import class_logits
+
+
+class DistillationLoss(nn.Module):
+    """Kullback-Leibler divergence of the softened student from the softened teacher.
+
+    ``L_kd = T^2 * mean(sum_c p_c (log p_c - log q_c))`` with ``p = softmax(teacher / T)``, ``q = softmax(student / T)``,
+    the mean over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton, and the authors' code) keeps the
+    gradient's size when T changes; at large T the loss is a regression on logits, ``sum_c (difference of centred
+    logits)^2 / 2C``, and unbounded. Sigmoid networks of one channel are compared as two classes, and may learn from a
+    teacher of two.
+
+    Args:
+        temperature: T > 0. The paper does not state it; the authors' code has 10.
+
+    Shape:
+        - student_logits, teacher_logits: (B, C, *spatial)
+        - output: scalar, float32 at least
+
+    Raises:
+        ValueError: when ``temperature`` is not positive, or the shapes differ.
+
+    Example::
+
+        >>> loss = DistillationLoss(temperature=2.0)
+        >>> loss(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)).item()  # softmax ignores a constant
+        0.0
+
+    Reference:
+        Huang et al., KnowSAM, arXiv:2412.13742, eq. 9 and 10; Hinton et al., arXiv:1503.02531.
+    """
+
+    def __init__(self, temperature: float = 10.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive but is {temperature}. The authors' code uses 10.")
+        self.temperature = temperature
+
+    def forward(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        student, teacher = class_logits(student_logits), class_logits(teacher_logits.detach())
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"`teacher_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
+                f"{tuple(teacher_logits.shape)}. Build teacher and student for the same classes and image size."
+            )
+        divergence = F.kl_div(
+            input=(student / self.temperature).log_softmax(dim=1),
+            target=(teacher / self.temperature).log_softmax(dim=1),
+            reduction="sum",
+            log_target=True,
+        )
+        num_pixels = student.numel() // student.shape[1]
+        return self.temperature**2 * divergence / num_pixels

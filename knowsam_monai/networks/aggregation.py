@@ -1,0 +1,95 @@
+"""The hybrid aggregation module (HAM): one segmentation from two views and what they disagree on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Conv
+
+from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.losses.entropy import entropy_map
+
+
+class HybridAggregation(nn.Module):
+    """Fuse the logits of two sub-networks with the maps of their entropy and of their dissimilarity.
+
+    ``Y_f = Conv(CBL(cat{CBL(1 - H_a, 1 - H_b), CBL(1 - M), CBL(logits_a, logits_b)}))``, where ``H`` is the entropy map
+    in nats (eq. 1), ``M = [Y_a > 0.5] xor [Y_b > 0.5]`` per class (eq. 2) and CBL is Conv-BatchNorm-LeakyReLU(0.2); each
+    branch is a 3x3 and a 1x1 CBL. ``M`` carries no gradient; through the logits and the entropies it reaches both
+    sub-networks. The ``1 -`` and the raw logits are those of the authors' code. Eq. 3 ends in a CBL, which would
+    standardise the fused logits over the batch and shrink the negative ones: here a plain convolution ends it.
+
+    Args:
+        spatial_dims: 2 or 3.
+        num_classes: C, the channels of each sub-network's logits; 1 for sigmoid students, taken as two classes in the
+            maps.
+        dissimilarity_channels: width of the branch of M (16 in the authors' code, as the next two).
+        entropy_channels: width of the branch of the entropies.
+        logits_channels: width of the branch of the logits.
+
+    Shape:
+        - logits_a, logits_b: (B, C, *spatial)
+        - output: fused logits (B, C, *spatial)
+
+    Example::
+
+        >>> fuse = HybridAggregation(spatial_dims=2, num_classes=4)
+        >>> fuse(torch.zeros(2, 4, 16, 16), torch.zeros(2, 4, 16, 16)).shape
+        torch.Size([2, 4, 16, 16])
+
+    Reference:
+        Huang et al., KnowSAM, arXiv:2412.13742, eq. 1-3.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        num_classes: int = 4,
+        dissimilarity_channels: int = 16,
+        entropy_channels: int = 16,
+        logits_channels: int = 32,
+    ) -> None:
+        super().__init__()
+        width = dissimilarity_channels + entropy_channels + logits_channels
+        self.entropy_branch = branch(spatial_dims, 2, entropy_channels)
+        self.dissimilarity_branch = branch(spatial_dims, max(num_classes, 2), dissimilarity_channels)
+        self.logits_branch = branch(spatial_dims, 2 * num_classes, logits_channels)
+        self.mix = conv_bn_lrelu(spatial_dims, width, width, kernel_size=3)
+        self.head = Conv["conv", spatial_dims](width, num_classes, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
+        # the maps are exact in float32 at least; the convolutions run in the dtype of the logits
+        certainty = 1 - torch.cat((entropy_map(logits_a), entropy_map(logits_b)), dim=1)
+        agreement = binarized(logits_a) == binarized(logits_b)  # 1 - M
+        features = (
+            self.entropy_branch(certainty.to(logits_a.dtype)),
+            self.dissimilarity_branch(agreement.to(logits_a.dtype)),
+            self.logits_branch(torch.cat((logits_a, logits_b), dim=1)),
+        )
+        return self.head(self.mix(torch.cat(features, dim=1)))
+
+
+def binarized(logits: torch.Tensor) -> torch.Tensor:
+    """B(Y) of eq. 2: where a class has more than half of the probability, without gradient."""
+    return class_logits(logits.detach()).softmax(dim=1) > 0.5
+
+
+def branch(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        conv_bn_lrelu(spatial_dims, in_channels, out_channels, kernel_size=3),
+        conv_bn_lrelu(spatial_dims, out_channels, out_channels, kernel_size=1),
+    )
+
+
+def conv_bn_lrelu(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int) -> Convolution:
+    """The paper's CBL."""
+    return Convolution(
+        spatial_dims,
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        norm="batch",
+        act=("leakyrelu", {"negative_slope": 0.2, "inplace": True}),
+        bias=False,
+    )

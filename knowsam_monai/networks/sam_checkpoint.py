@@ -1,0 +1,160 @@
+"""Strict loading of SAM's published checkpoints: every tensor is used, and each bad file is named with its remedy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from knowsam_monai.networks.sam_variants import SAM_VARIANTS
+
+logger = logging.getLogger(__name__)
+
+POSITION_TABLE = "image_encoder.pos_embed"
+PATCH_PROJECTION = "image_encoder.patch_embed.proj.weight"  # its channels tell the variants apart
+
+
+def load_checkpoint(sam: nn.Module, checkpoint: str | os.PathLike[str], variant: str) -> None:
+    """Load a checkpoint into a SAM of any input size; each of its tensors must be there and find its place.
+
+    Known forms: Meta's state dict; MedSAM's, the same for ``vit_b``; and MedSAM's training file, which holds that state
+    dict under "model", with "module." before each name when it was trained on several GPUs.
+
+    Args:
+        sam: a Sam of :func:`knowsam_monai.networks.sam.build_sam`, without adapters.
+        checkpoint: the file.
+        variant: what the file must hold.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is damaged, no checkpoint, or of another model.
+
+    Example::
+
+        load_checkpoint(build_sam("vit_b", image_size=256), "models/sam_vit_b_01ec64.pth", variant="vit_b")
+    """
+    path = Path(checkpoint)
+    state = _state_dict(_read(path, variant), path, variant)
+    expected = sam.state_dict()
+    resized = []
+    for name in _position_names(sam):
+        if name in state and _same_channels(state[name], expected[name]) and state[name].shape != expected[name].shape:
+            state[name] = resize_positions(state[name], expected[name].shape)
+            resized.append(name)
+    _check_tensors(state, expected, path, variant)
+    sam.load_state_dict(state)
+    logger.info(
+        "SAM %s: all %d tensors loaded from %s, none left out, none new. Resized to the token grid of %s: %s.",
+        variant,
+        len(expected),
+        path,
+        "x".join(map(str, expected[POSITION_TABLE].shape[1:3])),
+        ", ".join(resized) or "none",
+    )
+
+
+def resize_positions(table: torch.Tensor, shape: Iterable[int]) -> torch.Tensor:
+    """Resize a position table (1, h, w, channels) or relative positions (length, channels) to another token grid.
+
+    Example::
+
+        >>> resize_positions(torch.zeros(127, 64), (31, 64)).shape
+        torch.Size([31, 64])
+    """
+    size = tuple(shape)
+    if table.ndim == 2:  # linear, as upstream's `get_rel_pos` does it in each forward
+        return F.interpolate(table.T[None], size=size[0], mode="linear")[0].T
+    return F.interpolate(table.permute(0, 3, 1, 2), size=size[1:3], mode="bilinear").permute(0, 2, 3, 1)
+
+
+def _read(path: Path, variant: str) -> Any:
+    expectation = f"`checkpoint` must be a file with the weights of SAM's {variant} but {path}"
+    url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
+    remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
+    if url is not None:
+        remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}` (md5 {md5})"
+    if not path.is_file():
+        raise FileNotFoundError(f"{expectation} {'is a folder' if path.is_dir() else 'does not exist'}; {remedy}.")
+    with path.open("rb") as file:
+        head = file.read(512).lstrip()
+    if head.startswith(b"<"):
+        raise ValueError(f"{expectation} is a web page (HTML or XML), saved in place of the download; {remedy}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch, pickle and zipfile each have their own for a damaged file
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            raise ValueError(
+                f"{expectation} is a pickle of Python objects, which would run code when it is loaded, so it was not; "
+                f"save the model's plain `state_dict()` where you trust the file, or {remedy}."
+            ) from error
+        raise ValueError(
+            f"{expectation} ({path.stat().st_size} bytes) is truncated or no checkpoint at all; {remedy}."
+        ) from error
+
+
+def _state_dict(content: Any, path: Path, variant: str) -> dict[str, torch.Tensor]:
+    """The tensors by SAM's own names, out of the known forms."""
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        kind = f"a dict of {', '.join(map(str, list(content)[:3]))}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"`checkpoint` must be a file with the weights of SAM's {variant} but {path} holds no state dict ({kind}); save the "
+            "model's `state_dict()`."
+        )
+    wrapped = bool(content) and all(name.startswith("module.") for name in content)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in content.items()}
+
+
+def _position_names(sam: nn.Module) -> list[str]:
+    """The tables whose length follows the token grid: windows keep their own relative positions."""
+    global_blocks = [i for i, block in enumerate(sam.image_encoder.blocks) if block.window_size == 0]
+    relative = [f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"]
+    return [POSITION_TABLE, *relative]
+
+
+def _same_channels(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.ndim == b.ndim and a.shape[-1] == b.shape[-1]
+
+
+def _check_tensors(
+    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path, variant: str
+) -> None:
+    expectation = f"`checkpoint` must be a file with the weights of SAM's {variant} but {path}"
+    if PATCH_PROJECTION not in state:
+        raise ValueError(
+            f"{expectation} holds another model (its tensors are {_some(state)}); give the file of a {variant}."
+        )
+    dims = {numbers.embed_dim: name for name, numbers in SAM_VARIANTS.items()}
+    found = dims.get(len(state[PATCH_PROJECTION]))
+    if found is not None and found != variant:
+        raise ValueError(f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}.")
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [("lacks", missing), ("has no place for", unknown), ("has other shapes in", misshapen)]
+    found_problems = [f"{verb} {_some(names)}" for verb, names in problems if names]
+    if found_problems:
+        raise ValueError(
+            f"{expectation} holds another model ({'; '.join(found_problems)}); give the file of a {variant}, as "
+            "`segment_anything` or MedSAM writes it."
+        )
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + rest

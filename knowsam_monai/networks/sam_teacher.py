@@ -1,0 +1,192 @@
+"""SAM as a teacher: adapters, learnable prompts, and one mask for each class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.data import MetaTensor
+
+from knowsam_monai.networks.adapter import Adapter, add_adapters
+from knowsam_monai.networks.prompt import LearnablePrompt
+from knowsam_monai.networks.sam import build_sam, check_image_size
+from knowsam_monai.networks.sam_decoder import decode_masks, dense_positions, embed_masks
+from knowsam_monai.networks.sam_encoder import encode_image
+
+logger = logging.getLogger(__name__)
+
+# what a single mask from prompt tokens and a mask prompt never touches
+UNUSED_IN_SAM = (
+    "prompt_encoder.point_embeddings.",
+    "prompt_encoder.not_a_point_embed.",
+    "prompt_encoder.no_mask_embed.",
+    "mask_decoder.iou_prediction_head.",
+    "mask_decoder.output_hypernetworks_mlps.1.",
+    "mask_decoder.output_hypernetworks_mlps.2.",
+    "mask_decoder.output_hypernetworks_mlps.3.",
+)
+
+
+class SAMTeacher(nn.Module):
+    """Segment Anything with adapters and learnable prompts, prompted by a student's logits.
+
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``: one decoder call for all classes of all images gives
+    one mask a class; the low-resolution masks, bilinear to the size of the image in logit space, are the teacher's
+    logits. The mask prompt is the *detached raw* logits of the class, bilinear to 4 x the token grid, no sigmoid. It is
+    always in eval mode, and no row sees another, so labelled rows with a graph and unlabelled rows without one can run
+    apart and give what one call gives.
+
+    Args:
+        num_classes: C, background included (1 for a sigmoid student).
+        image_size: height and width of SAM's input, multiples of 16; images of other sizes are resized to it.
+        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, random weights), see :func:`build_sam`.
+        checkpoint: SAM's weights. None leaves them random: for "adapters" that is a test, not a teacher.
+        trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM without
+            pretrained weights.
+        to_rgb: how an image becomes SAM's three channels: the index of the channel to repeat, "mean" of the channels,
+            "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+        num_prompt_tokens: prompt tokens of each class (2 in the paper).
+
+    Attributes:
+        num_classes, image_size, variant, checkpoint, pretrained: as built.
+
+    Shape:
+        - image: (B, channels, H, W), 0..1; SAM's scale, mean and deviation are applied here
+        - prompt_logits: (B, C, H, W)
+        - output: (B, C, H, W), float32 (float64 for a float64 teacher)
+
+    Raises:
+        ValueError: when an argument is none of the above, or ``image`` and ``prompt_logits`` do not fit.
+        FileNotFoundError: when the checkpoint is missing.
+
+    Example::
+
+        >>> teacher = SAMTeacher(num_classes=4, image_size=64, variant="vit_t", trainable="all")
+        >>> teacher(torch.rand(2, 1, 64, 64), prompt_logits=torch.zeros(2, 4, 64, 64)).shape
+        torch.Size([2, 4, 64, 64])
+
+    Reference:
+        Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8; adapters: Wu et al., arXiv:2304.12620.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int | Sequence[int] = (256, 256),
+        variant: str = "vit_b",
+        checkpoint: str | os.PathLike[str] | None = None,
+        trainable: str = "adapters",
+        to_rgb: int | str | Callable[[torch.Tensor], torch.Tensor] = 0,
+        num_prompt_tokens: int = 2,
+    ) -> None:
+        super().__init__()
+        if trainable not in ("adapters", "all"):
+            raise ValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
+        if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
+            raise ValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
+        self.num_classes = num_classes
+        self.image_size = check_image_size(image_size)
+        self.variant = variant
+        self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
+        self.trainable = trainable
+        self.to_rgb = to_rgb
+        self.sam = build_sam(variant, self.image_size, checkpoint)
+        add_adapters(self.sam)
+        self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
+        self._freeze(trainable)
+        self.eval()
+        if not self.pretrained and trainable == "adapters":
+            logger.warning(
+                "SAM %s has no pretrained weights and all but its adapters is frozen: a teacher that knows nothing. "
+                "Give `checkpoint`, or train it whole with `trainable='all'`.",
+                variant,
+            )
+
+    def _freeze(self, trainable: str) -> None:
+        for parameter in self.sam.parameters():
+            parameter.requires_grad_(trainable == "all")
+        for name, parameter in self.sam.named_parameters():
+            if name.startswith(UNUSED_IN_SAM):
+                parameter.requires_grad_(False)
+        for module in self.sam.modules():
+            if isinstance(module, Adapter):
+                module.requires_grad_(True)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether SAM's weights came from a checkpoint."""
+        return self.checkpoint is not None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def train(self, mode: bool = True) -> SAMTeacher:
+        """Stay in eval mode: a teacher makes targets, and neither dropout nor batch statistics belong in them."""
+        return super().train(False)
+
+    def forward(self, image: torch.Tensor, prompt_logits: torch.Tensor) -> torch.Tensor:
+        if prompt_logits.shape != (len(image), self.num_classes, *image.shape[2:]):
+            raise ValueError(
+                f"`prompt_logits` must be of shape {(len(image), self.num_classes, *image.shape[2:])}, for an image of "
+                f"shape {tuple(image.shape)} and {self.num_classes} classes, but are of shape "
+                f"{tuple(prompt_logits.shape)}; `num_classes` of teacher and student must agree."
+            )
+        return self.decode(self.encode(image), prompt_logits, size=image.shape[2:])
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """SAM's embedding of images: (B, channels, H, W) to (B, D, h, w), h x w being the token grid."""
+        rgb = self._three_channels(_plain(image))
+        if rgb.shape[2:] != self.image_size:
+            rgb = F.interpolate(rgb, size=self.image_size, mode="bilinear")
+        normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std
+        return encode_image(self.sam.image_encoder, normalized)
+
+    def decode(
+        self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; ``size`` is that of the prompts by default."""
+        prompt_encoder = self.sam.prompt_encoder
+        prompts = _plain(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
+        masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
+        masks = decode_masks(
+            decoder=self.sam.mask_decoder,
+            embedding=embedding,
+            positions=dense_positions(prompt_encoder),
+            prompt_tokens=self.prompt(embedding),
+            mask_tokens=embed_masks(prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
+        )
+        masks = masks.to(prompts.dtype)  # under autocast they come in half precision
+        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
+
+    def _three_channels(self, image: torch.Tensor) -> torch.Tensor:
+        channels = image.shape[1]
+        if callable(self.to_rgb):
+            rgb = self.to_rgb(image)
+        elif self.to_rgb == "mean":
+            rgb = image.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        elif self.to_rgb == "rgb":
+            rgb = image
+        else:
+            if not -channels <= self.to_rgb < channels:
+                raise ValueError(f"`to_rgb` must be a channel of the image, which has {channels}, but is {self.to_rgb}.")
+            rgb = image[:, self.to_rgb, None].expand(-1, 3, -1, -1)
+        if rgb.ndim != 4 or rgb.shape[:2] != (len(image), 3):
+            raise ValueError(
+                f"`to_rgb` must make three channels of {tuple(image.shape)} but {self.to_rgb!r} makes "
+                f"{tuple(rgb.shape)}; choose a channel index or 'mean' for images that are not RGB."
+            )
+        return rgb
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A MetaTensor's tensor: metadata costs time in every operation and nothing here reads it."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor

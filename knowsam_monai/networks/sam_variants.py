@@ -1,0 +1,52 @@
+"""The SAMs that can be built: their numbers and where their published weights are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SAMVariant(NamedTuple):
+    """The numbers that make one SAM; those of vit_b, vit_l and vit_h are `segment_anything`'s."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attention_blocks: tuple[int, ...]
+    patch_size: int = 16
+    window_size: int = 14
+    prompt_dim: int = 256
+    decoder_mlp_dim: int = 2048
+    url: str | None = None
+    md5: str | None = None
+
+
+_META = "https://dl.fbaipublicfiles.com/segment_anything"
+
+SAM_VARIANTS = {
+    "vit_b": SAMVariant(
+        768,
+        12,
+        12,
+        (2, 5, 8, 11),
+        url=f"{_META}/sam_vit_b_01ec64.pth",
+        md5="01ec64d29a2fca3f0661936605ae66f8",
+    ),
+    "vit_l": SAMVariant(
+        1024,
+        24,
+        16,
+        (5, 11, 17, 23),
+        url=f"{_META}/sam_vit_l_0b3195.pth",
+        md5="0b3195507c641ddb6910d2bb5adee89c",
+    ),
+    "vit_h": SAMVariant(
+        1280,
+        32,
+        16,
+        (7, 15, 23, 31),
+        url=f"{_META}/sam_vit_h_4b8939.pth",
+        md5="4b8939a88964f0f4ff5f5b2642c598a6",
+    ),
+    # a small SAM of the same classes for CPU work: 128 x 128 pixels keep the 16 x 16 tokens that 256 x 256 have above
+    "vit_t": SAMVariant(160, 6, 5, (2, 5), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
+}

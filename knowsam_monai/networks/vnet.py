@@ -1,0 +1,103 @@
+"""The second view of the student: a V-Net without normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Conv
+
+from knowsam_monai.networks.spatial_size import check_spatial_size
+
+
+class VNet(nn.Module):
+    """V-Net of conv-ReLU stages with strided convolutions down, transposed ones up and additive skips.
+
+    No normalisation and no dropout, as in the authors' code: with the defaults in 2D, one input channel and four classes
+    it has 3.27 M parameters. MONAI's own ``VNet`` is another network: residual, normalised, and unusable in 2D with
+    dropout.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: number of classes C; 1 for a sigmoid student.
+        channels: features of each level, from full resolution down.
+        num_convs: convolutions of each level, as many as ``channels``, the same down and up.
+
+    Shape:
+        - image: (B, in_channels, *spatial), every size a multiple of 2 ** (len(channels) - 1), 16 by default
+        - output: logits (B, C, *spatial)
+
+    Raises:
+        ValueError: when ``channels`` and ``num_convs`` differ in length, or a spatial size is no such multiple.
+
+    Example::
+
+        >>> VNet()(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 4, 32, 32])
+
+    Reference:
+        Milletari et al., "V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation", 3DV
+        2016, in the shape that KnowSAM (arXiv:2412.13742) uses.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        in_channels: int = 1,
+        out_channels: int = 4,
+        channels: Sequence[int] = (16, 32, 64, 128, 256),
+        num_convs: Sequence[int] = (1, 2, 3, 3, 3),
+    ) -> None:
+        super().__init__()
+        if len(num_convs) != len(channels):
+            raise ValueError(
+                f"`num_convs` must be one count for each of the {len(channels)} levels of `channels` "
+                f"but is {tuple(num_convs)}. Give both the same length."
+            )
+        self.divisor = 2 ** (len(channels) - 1)
+        upward = tuple(reversed(channels))
+        self.stem = conv_stage(spatial_dims, in_channels, channels[0], num_convs[0])
+        self.encoder = nn.ModuleList(
+            nn.Sequential(
+                conv_relu(spatial_dims, num_in, num_out, strides=2, kernel_size=2, padding=0),
+                conv_stage(spatial_dims, num_out, num_out, count),
+            )
+            for num_in, num_out, count in zip(channels, channels[1:], num_convs[1:])
+        )
+        self.upsample = nn.ModuleList(
+            conv_relu(
+                spatial_dims, num_in, num_out, strides=2, kernel_size=2, padding=0, output_padding=0, is_transposed=True
+            )
+            for num_in, num_out in zip(upward, upward[1:])
+        )
+        self.decoder = nn.ModuleList(
+            conv_stage(spatial_dims, num_features, num_features, count)
+            for num_features, count in zip(upward[1:], reversed(num_convs[:-1]))
+        )
+        self.head = Conv["conv", spatial_dims](channels[0], out_channels, kernel_size=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        check_spatial_size(image, self.divisor)
+        x = self.stem(image)
+        skips: list[torch.Tensor] = []
+        for stage in self.encoder:
+            skips.append(x)
+            x = stage(x)
+        for upsample, stage in zip(self.upsample, self.decoder):
+            x = stage(upsample(x) + skips.pop())
+        return self.head(x)
+
+
+def conv_stage(spatial_dims: int, in_channels: int, out_channels: int, count: int) -> nn.Sequential:
+    """``count`` 3x3 conv-ReLU, the first of which changes the number of channels."""
+    return nn.Sequential(
+        *(conv_relu(spatial_dims, in_channels if i == 0 else out_channels, out_channels) for i in range(count))
+    )
+
+
+def conv_relu(spatial_dims: int, in_channels: int, out_channels: int, **kwargs) -> Convolution:
+    """A convolution of MONAI's with ReLU and nothing else; ``kwargs`` are those of ``Convolution``."""
+    return Convolution(spatial_dims, in_channels, out_channels, act=("relu", {"inplace": True}), norm=None, **kwargs)

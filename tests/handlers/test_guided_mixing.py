@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+
+from ..toys import ToyStudent, toy_batches, toy_trainer
+
+
+def unsure_logits(cells, num_rows=2, size=8, cell=2):
+    """Sure of class 1 (logit 9) but in the given cells of a 4 x 4 grid, where all classes are equal."""
+    logits = torch.zeros(num_rows, 2, size, size)
+    logits[:, 1] = 9
+    for row, col in cells:
+        logits[:, :, row * cell : (row + 1) * cell, col * cell : (col + 1) * cell] = 0
+    return logits
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_cells_of_highest_entropy_are_chosen(spatial_dims):
+    mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=2)
+    logits = unsure_logits([(0, 1), (3, 2)])
+    if spatial_dims == 3:
+        logits = logits[..., None].repeat(1, 1, 1, 1, 8)
+        logits[..., 2:] = torch.tensor([0.0, 9.0]).reshape(1, 2, 1, 1, 1)  # unsure in the first slab alone
+    mask = mixing.uncertain_mask(logits)
+    assert mask.shape == (2, 1, *logits.shape[2:]) and mask.dtype == torch.bool
+    expected = (logits[:, :1] == logits[:, 1:]) & True
+    assert torch.equal(mask, expected)
+
+
+def test_content_and_labels_are_exchanged_in_uncertain_cells():
+    mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
+    image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labelled, unlabelled
+    label = torch.zeros(1, 1, 8, 8)
+    logits = torch.cat([unsure_logits([(0, 0)], 1), unsure_logits([(3, 3)], 1)])
+    pseudo = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(2, 2, 8, 8)  # class 1 everywhere
+    mixed_image, mixed_label = mixing.mix(image, label, logits, pseudo)
+    unlabeled, labeled = mixed_image[0, 0], mixed_image[1, 0]
+    assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labelled content
+    assert (labeled[:2, :2] == 20).all() and (labeled == 20).sum() == 4
+    assert torch.equal(mixed_label[0, 0], (unlabeled == 20).float()) and torch.equal(mixed_label[1, 0], (labeled == 20).float())
+
+
+def test_own_backward_adds_the_gradient_of_one_joint_backward():
+    torch.manual_seed(0)
+    student = ToyStudent().double()
+    other = copy.deepcopy(student)
+    batches, loss = toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3))
+    mixing = UncertaintyGuidedMixing(loss, start=1, weight=0.5)
+    trainer = toy_trainer(student, batches, loss, [mixing], accumulation_steps=2)
+    trainer.run()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for t, batch in enumerate(batches, start=1):
+        if t % 2 == 1:
+            optimizer.zero_grad()
+        pred = other(batch["image"])
+        total = loss(pred, batch["label"])
+        if t > 1:
+            fused = pred[:, 0].detach()
+            total = total + 0.5 * loss(*reversed_mix(mixing, other, batch, fused))
+        (total / 2).backward()
+        if t != 1:
+            optimizer.step()
+    for ours, expected in zip(student.parameters(), other.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert not trainer.state.output["mixing_loss"].requires_grad
+
+
+def reversed_mix(mixing, network, batch, logits):
+    image, label = mixing.mix(batch["image"], batch["label"], logits, logits)
+    return network(image), label
+
+
+def test_pseudo_labels_come_from_the_teacher_when_one_runs():
+    student = ToyStudent().double()
+    seen = []
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    mixing = UncertaintyGuidedMixing(lambda pred, label: seen.append(label) or loss(pred, label))
+    trainer = toy_trainer(student, toy_batches(1), loss, [mixing])
+    teacher_logits = torch.zeros(4, 3, 8, 8)
+    teacher_logits[:, 2] = 1
+    from monai.engines.utils import IterationEvents
+
+    trainer.add_event_handler(
+        IterationEvents.LOSS_COMPLETED, lambda e: e.state.output.update(teacher_logits=teacher_logits)
+    )
+    trainer.run()
+    unlabeled = seen[0][:2]  # the mostly unlabelled rows: 11 of 16 cells keep the pseudo-label 2
+    assert (unlabeled == 2).float().mean() >= 11 / 16
+
+
+def test_nothing_is_mixed_before_the_start():
+    trainer = toy_trainer(ToyStudent().double(), toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [UncertaintyGuidedMixing(None, start=2)])
+    trainer.run()
+    assert "mixing_loss" not in trainer.state.output
+
+
+def test_bad_arguments_are_errors():
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 15"):
+        UncertaintyGuidedMixing(None, num_cells=16)
+    with pytest.raises(ValueError, match="`pseudo_label` must be"):
+        UncertaintyGuidedMixing(None, pseudo_label="truth")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.handlers.preflight import Preflight
+from knowsam_monai.handlers.sam_distillation import SAMDistillation
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+
+from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+
+
+class DroppingStudent(ToyStudent):
+    """Draws random numbers in its forward, as dropout does."""
+
+    def forward(self, image):
+        return torch.nn.functional.dropout(super().forward(image), 0.2, self.training)
+
+
+def run(with_preflight, stop=False):
+    torch.manual_seed(0)
+    student, teacher = DroppingStudent().double(), ToyTeacher().double()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    handlers = [SAMDistillation(distiller)]
+    if with_preflight:
+        handlers.append(Preflight(student, optimizer, distiller, num_rows=(6, 60), stop=stop))
+    before = copy.deepcopy([*student.parameters(), *teacher.parameters()])
+    trainer = toy_trainer(student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), handlers, optimizer=optimizer)
+    trainer.run()
+    return trainer, before, [*student.parameters(), *teacher.parameters()]
+
+
+def test_trial_iterations_leave_no_trace_in_the_run():
+    with_it, without = run(True)[2], run(False)[2]
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without))
+
+
+def test_stop_ends_the_run_before_its_first_step():
+    trainer, before, after = run(True, stop=True)
+    assert trainer.state.iteration == 0 and all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_report_says_what_the_run_is(caplog):
+    with caplog.at_level(logging.INFO, logger="knowsam_monai"):
+        run(True)
+    text = caplog.text
+    for fact in ("6 labelled, 60 unlabelled", "60 of 60 parameters train", "NOT pretrained", "3 of ", "peak memory", "expected finish"):
+        assert fact in text, fact

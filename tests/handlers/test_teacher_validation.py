@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.handlers import MeanDice, from_engine
+from monai.inferers import SliceInferer
+from monai.transforms import AsDiscreted
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.handlers.teacher_validation import TeacherValidation
+
+from ..toys import ToyStudent, ToyTeacher
+
+
+def evaluator_of(distiller, student, handler=None, with_metric=True):
+    volumes = [{"image": torch.rand(1, 1, 8, 8, 3), "label": torch.randint(3, (1, 1, 8, 8, 3))} for _ in range(2)]
+    metric = {"val_teacher_dice": MeanDice(num_classes=3, output_transform=from_engine(["teacher_pred", "label"]))}
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=volumes,
+        network=student,
+        inferer=SliceInferer(roi_size=(8, 8), spatial_dim=2, sw_batch_size=2),
+        postprocessing=AsDiscreted(keys=["pred", "teacher_pred"], argmax=True, allow_missing_keys=True),
+        key_val_metric={"val_mean_dice": MeanDice(num_classes=3, output_transform=from_engine(["pred", "label"]))},
+        additional_metrics=metric if with_metric else None,
+        val_handlers=[handler or TeacherValidation(distiller)],
+    )
+
+
+def test_teacher_sees_each_slice_with_the_students_logits_as_prompt():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().eval(), ToyTeacher()
+    image = torch.rand(1, 1, 8, 8, 3)
+    evaluator = evaluator_of(SAMDistiller(teacher), student)
+    evaluator.state.output = {"image": image, "pred": evaluator.inferer(image, student)}
+    TeacherValidation(SAMDistiller(teacher))(evaluator)
+    for k in range(3):
+        expected = teacher(image[..., k], student(image[..., k]))
+        torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., k], expected)
+
+
+def test_validation_sets_the_gate_from_both_dice_values():
+    torch.manual_seed(0)
+    distiller = SAMDistiller(ToyTeacher(), gate="validation")
+    evaluator = evaluator_of(distiller, ToyStudent())
+    evaluator.run()
+    metrics = evaluator.state.metrics
+    expected = min(1.0, max(0.0, 1 + (metrics["val_teacher_dice"] - metrics["val_mean_dice"]) / 0.1))
+    assert distiller.gate.weight.item() == pytest.approx(expected, abs=1e-5)
+    assert distiller.gate.num_measured == 1
+
+
+def test_missing_metric_is_one_clear_error():
+    evaluator = evaluator_of(SAMDistiller(ToyTeacher()), ToyStudent(), with_metric=False)
+    with pytest.raises(ValueError, match="'val_teacher_dice' is not one of val_mean_dice"):
+        evaluator.run()

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.networks.nets import BasicUNet
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+
+from .toys import ToyStudent, ToyTeacher, toy_batches, with_gradient
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return ToyStudent().double()
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(1)
+    return ToyTeacher().double()
+
+
+def distiller_of(teacher, **kwargs):
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+
+
+def test_distillation_reaches_the_student_alone_and_only_the_taught_views(student, teacher):
+    batch = toy_batches(1)[0]
+    result = distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    result.distillation_loss.backward()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_fused_view_is_never_taught_by_default_of_the_paper(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"]).detach().requires_grad_()
+    distiller_of(teacher)(batch["image"], logits, batch["label"]).distillation_loss.backward()
+    assert logits.grad[:, 0].abs().sum() == 0 and (logits.grad[:, 1:].flatten(2).abs().sum(-1) > 0).all()
+
+
+def test_sam_loss_reaches_the_teacher_alone(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"]).sam_loss.backward()
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_terms_equal_hand_written_ones(student, teacher):
+    batch = toy_batches(1)[0]
+    image, label, logits = batch["image"], batch["label"], student(batch["image"])
+    result = distiller_of(teacher, distillation_loss=DistillationLoss(2.0))(image, logits, label, weight=0.5)
+    target = teacher(image, logits[:, 0])
+    p, q = (target / 2).softmax(1), [(logits[:, v] / 2).softmax(1) for v in (1, 2)]
+    expected = 0.5 * sum(4 * (p * (p.log() - v.log())).sum(1).mean() for v in q)
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[:2], label), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.teacher_logits, target, rtol=1e-12, atol=0)
+    assert not result.teacher_logits.requires_grad
+    torch.testing.assert_close(result.loss, result.distillation_loss + result.sam_loss)
+
+
+@pytest.mark.parametrize("rows", [2, slice(0, 2), slice(1, 4, 2)])
+def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(student, teacher, rows):
+    batch = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"], labeled_rows=rows)
+    chosen = rows if isinstance(rows, slice) else slice(rows)
+    target = teacher(batch["image"], logits[:, 0])
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[chosen], batch["label"][chosen]))
+    torch.testing.assert_close(result.teacher_logits, target)
+
+
+def test_no_graph_through_the_teacher_for_unlabeled_rows(student, teacher):
+    seen = []
+    teacher.register_forward_hook(lambda m, a, out: seen.append((len(out), out.requires_grad)))
+    batch = toy_batches(1, num_labeled=1, num_unlabeled=3)[0]
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    assert seen == [(1, True), (3, False)]
+
+
+def test_without_labels_or_without_optimizer_the_teacher_is_left_alone(student, teacher):
+    batch = toy_batches(1)[0]
+    image, logits = batch["image"], student(batch["image"])
+    assert not distiller_of(teacher)(image, logits).sam_loss.requires_grad
+    assert not SAMDistiller(teacher).train()(image, logits, batch["label"]).sam_loss.requires_grad
+
+
+def test_plain_network_is_prompt_and_pupil_whatever_the_view_arguments_say(teacher):
+    batch = toy_batches(1)[0]
+    logits = torch.randn(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    expected = DistillationLoss()(logits, teacher(batch["image"], logits.detach()))
+    torch.testing.assert_close(result.distillation_loss, expected)
+
+
+def test_sigmoid_student_of_one_channel_learns(teacher):
+    teacher = ToyTeacher(1).double()
+    batch = toy_batches(1, num_classes=2)[0]
+    logits = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    result.loss.backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+
+
+def test_teacher_stays_in_eval_mode(teacher):
+    distiller = distiller_of(teacher)
+    assert distiller.training and not teacher.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(classes=4), "`logits` must have 3 channels"),
+        (dict(label_rows=5), "`label` must have as many rows"),
+        (dict(label_value=3), "`label` must be in 0..2"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(teacher, change, message):
+    image = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    logits = torch.zeros(4, change.get("classes", 3), 8, 8, dtype=torch.float64)
+    label = torch.full((change.get("label_rows", 2), 1, 8, 8), float(change.get("label_value", 0)), dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        distiller_of(teacher)(image, logits, label)
+
+
+def test_view_that_the_student_lacks_is_one_clear_error(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller = SAMDistiller(teacher, taught_views=(3,))
+    with pytest.raises(ValueError, match="must be below 3"):
+        distiller(batch["image"], student(batch["image"]), batch["label"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_following_teacher_steps_exactly_when_the_student_steps(student, teacher, accumulation):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = distiller.follow(optimizer)
+    reference = copy.deepcopy(teacher)
+    reference_optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
+    reference_distiller = SAMDistiller(reference, reference_optimizer, taught_views=(1, 2)).train()
+    for i, batch in enumerate(toy_batches(4)):
+        if i % accumulation == 0:
+            optimizer.zero_grad()
+            reference_optimizer.zero_grad()
+        logits = student(batch["image"])
+        distiller(batch["image"], logits, batch["label"]).loss.backward()
+        reference_distiller(batch["image"], logits.detach(), batch["label"]).sam_loss.backward()
+        if (i + 1) % accumulation == 0:
+            reference_optimizer.step()
+            optimizer.step()
+        for ours, expected in zip(teacher.parameters(), reference.parameters()):
+            assert torch.equal(ours, expected)
+    handle.remove()
+    assert "zero_grad" not in vars(optimizer) and not optimizer._optimizer_step_post_hooks
+
+
+def test_gradients_of_a_skipped_step_do_not_reach_the_teachers_next_one(student, teacher):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer)
+    batches = toy_batches(2)
+    distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"]).loss.backward()
+    optimizer.zero_grad()  # the host skips its step
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    distiller.follow(optimizer, scaler)
+    before = copy.deepcopy(teacher.state_dict())
+    steps = []
+    for i, batch in enumerate(toy_batches(3)):
+        image, label = batch["image"].float(), batch["label"].float()
+        optimizer.zero_grad()
+        loss = distiller(image, student(image), label).loss
+        scaler.scale(loss * (float("inf") if i == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(not all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()))
+        before = copy.deepcopy(teacher.state_dict())
+    assert steps == [True, False, True]
+    assert all(torch.isfinite(p).all() for p in teacher.parameters())
+
+
+def test_bfloat16_autocast_reaches_the_teacher_and_losses_stay_float32():
+    teacher, dtypes = ToyTeacher(), []
+    teacher.image_conv.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
+    distiller = distiller_of(teacher, autocast_dtype=torch.bfloat16)
+    image = torch.rand(4, 1, 8, 8)
+    result = distiller(image, ToyStudent()(image), torch.zeros(2, 1, 8, 8))
+    assert set(dtypes) == {torch.bfloat16}
+    assert result.distillation_loss.dtype == result.sam_loss.dtype == torch.float32
+
+
+def test_state_dict_holds_the_gate(teacher):
+    distiller = distiller_of(teacher, gate="validation")
+    distiller.gate.update(0.5, 0.45)
+    other = distiller_of(copy.deepcopy(teacher), gate="validation")
+    other.load_state_dict(distiller.state_dict())
+    assert other.gate.weight.item() == pytest.approx(0.5) and other.gate.num_measured.item() == 1
+
+
+def test_monai_network_of_a_user_is_taught():
+    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=3, features=(4, 4, 4, 4, 4, 4))
+    teacher = ToyTeacher()
+    image = torch.rand(2, 1, 32, 32)
+    result = distiller_of(teacher)(image, network(image), torch.zeros(1, 1, 32, 32))
+    result.distillation_loss.backward()
+    assert all(p.grad is not None for p in network.parameters())
