@@ -50,7 +50,9 @@ def inference_items(
         return [{"image": folder}]
     if not os.path.isdir(folder):
         raise ValueError(f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist.")
-    paths = sorted(p for p in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if os.path.isfile(p))
+    paths = sorted(
+        p for p in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if os.path.isfile(p)
+    )
     if not paths:
         raise ValueError(
             f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "

@@ -42,7 +42,8 @@ def slice_dataset(
         ... )     # doctest: +SKIP
     """
     try:
-        cases = CacheDataset(items, _compose(preprocessing), num_workers=num_workers, progress=progress)
+        loaded = CacheDataset(items, _compose(preprocessing), num_workers=num_workers, progress=progress)
+        cases = [loaded[index] for index in range(len(loaded))]
     except RuntimeError as error:
         root: BaseException = error
         while root.__cause__ is not None and not isinstance(root, ValueError):

@@ -64,7 +64,7 @@ class CheckDatad(Transform):
         values = torch.unique(torch.as_tensor(label))
         wrong = [v for v in values.tolist() if v not in range(self.num_classes)]  # 1.0 is in, 1.5 and NaN are not
         if wrong:
-            shown = ", ".join(f"{v:g}" for v in wrong[:5])
+            shown = ", ".join(list(dict.fromkeys(f"{v:g}" for v in wrong))[:5])
             raise ValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
                 f"{_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."

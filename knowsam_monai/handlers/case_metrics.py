@@ -167,9 +167,7 @@ class CaseMetrics:
         return lines
 
 
-def case_metrics(
-    pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[float, ...] | None = None
-) -> np.ndarray:
+def case_metrics(pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[float, ...] | None = None) -> np.ndarray:
     """
     All metrics of one case.
 
@@ -184,7 +182,9 @@ def case_metrics(
     """
     if label.ndim == 3 and label.shape[-1] == 1:
         pred, label, spacing = pred[..., 0], label[..., 0], spacing and spacing[:2]
-    largest = KeepLargestConnectedComponent(applied_labels=list(range(1, num_classes)), is_onehot=False)(pred[None].clone())[0]
+    largest = KeepLargestConnectedComponent(applied_labels=list(range(1, num_classes)), is_onehot=False)(
+        pred[None].clone()
+    )[0]
     values = np.full((len(COMPONENTS), num_classes - 1, len(METRICS)), math.nan)
     for k, filtered in enumerate((pred, torch.as_tensor(largest).long())):
         dice = class_dice(filtered, label, num_classes).numpy()

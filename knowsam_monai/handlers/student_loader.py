@@ -48,7 +48,7 @@ class StudentLoader(CheckpointLoader):
         if missing or unknown:
             raise ValueError(
                 f"`load_path` must hold the weights of {kind} but {self.load_path} is of another network: "
-                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; give the `network_def` it was trained with."
+                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; give the `network_def` of its training."
             )
         different = [name for name in own if own[name].shape != loaded[name].shape]
         if not different:

@@ -27,6 +27,7 @@ class ValidationCase(NamedTuple):
         label: (*spatial), class numbers.
         preds: label maps (*spatial) by their key in the engine's output.
         spacing: edge lengths of a voxel of `label` in mm, None where unknown.
+        affine: from the label's voxels to space, None where unknown.
     """
 
     path: str
@@ -34,6 +35,7 @@ class ValidationCase(NamedTuple):
     label: Tensor
     preds: dict[str, Tensor]
     spacing: tuple[float, ...] | None
+    affine: Tensor | None
 
 
 def validation_cases(
@@ -77,13 +79,15 @@ def validation_cases(
                     f"put Invertd(keys={key!r}, orig_keys='image') into the postprocessing."
                 )
         first = ((engine.state.iteration - 1) * len(items) + row) * idist.get_world_size() + idist.get_rank()
+        affine = _affine(item[Keys.LABEL])
         cases.append(
             ValidationCase(
                 path=_file(item, pred_keys[0]) or f"case_{first:03d}",
                 image=item.get(Keys.IMAGE),
                 label=label,
                 preds=preds,
-                spacing=_spacing(item[Keys.LABEL], label.ndim) if spacing == "meta" else _as_tuple(spacing),
+                spacing=_spacing(affine, label.ndim) if spacing == "meta" else _as_tuple(spacing),
+                affine=affine,
             )
         )
     return cases
@@ -95,9 +99,9 @@ def class_dice(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
     2 |P n T| / (|P| + |T|): 0 where one of both is empty; nan where both are, because nothing was there to be found.
     """
-    sizes = torch.bincount(pred.flatten(), minlength=num_classes) + torch.bincount(label.flatten(), minlength=num_classes)
-    common = torch.bincount(label[pred == label].flatten(), minlength=num_classes)
-    return (2 * common.double() / sizes)[1:]  # 0 / 0 is nan
+    pairs = torch.bincount((label * num_classes + pred).flatten(), minlength=num_classes**2)
+    pairs = pairs.reshape(num_classes, num_classes).double()  # [label, pred]: number of voxels
+    return (2 * pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))[1:]  # 0 / 0 is nan
 
 
 def case_names(paths: Sequence[str]) -> list[str]:
@@ -132,10 +136,13 @@ def _file(item: dict[str, Any], pred_key: str) -> str | None:
     return None
 
 
-def _spacing(label: Tensor, spatial_dims: int) -> tuple[float, ...] | None:
-    if not isinstance(label, MetaTensor) or not bool(torch.as_tensor(label.meta.get("spacing_known", True)).all()):
-        return None
-    return tuple(affine_to_spacing(label.affine, r=spatial_dims).tolist())
+def _affine(label: Tensor) -> Tensor | None:
+    known = isinstance(label, MetaTensor) and torch.as_tensor(label.meta.get("spacing_known", True)).all()
+    return label.affine if known else None
+
+
+def _spacing(affine: Tensor | None, spatial_dims: int) -> tuple[float, ...] | None:
+    return None if affine is None else tuple(affine_to_spacing(affine, r=spatial_dims).tolist())
 
 
 def _as_tuple(spacing: Any) -> tuple[float, ...] | None:

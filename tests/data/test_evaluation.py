@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from knowsam_monai.data.evaluation import inference_items, split_items
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def test_a_folder_gives_its_images_sorted(tmp_path):
+    touch(tmp_path, "b.nii.gz", "a.nii", "notes.txt", "deeper/c.nii")
+    assert inference_items(tmp_path) == [{"image": str(tmp_path / n)} for n in ("a.nii", "b.nii.gz")]
+
+
+def test_a_pattern_reaches_into_folders(tmp_path):
+    touch(tmp_path, "p1/p1_frame01.nii.gz", "p1/p1_frame01_gt.nii.gz", "p1/p1_4d.nii.gz")
+    found = inference_items(tmp_path, "*/*frame[0-9][0-9].nii.gz")
+    assert found == [{"image": str(tmp_path / "p1" / "p1_frame01.nii.gz")}]
+    assert len(inference_items(tmp_path, "**/*.nii.gz")) == 3
+
+
+def test_brackets_in_the_folder_s_name_are_no_pattern(tmp_path):
+    assert len(inference_items(touch(tmp_path / "[1]", "a.nii"))) == 1
+
+
+def test_one_file_is_one_item(tmp_path):
+    touch(tmp_path, "a.nii")
+    assert inference_items(tmp_path / "a.nii") == [{"image": str(tmp_path / "a.nii")}]
+
+
+def test_a_data_list_gives_its_test_images_without_labels(tmp_path):
+    touch(tmp_path, *(f"{n}.nii" for n in "abcdef"))
+    pair = {"image": "a.nii", "label": "b.nii"}
+    sections = {"labeled": [pair], "validation": [{"image": "c.nii", "label": "d.nii"}]}
+    (tmp_path / "list.json").write_text(json.dumps({**sections, "test": ["e.nii"]}))
+    assert inference_items(tmp_path / "list.json") == [{"image": str(tmp_path / "e.nii")}]
+    (tmp_path / "list.json").write_text(json.dumps(sections))
+    with pytest.raises(ValueError, match="filled splits, labeled, validation, but is 'test'"):
+        inference_items(tmp_path / "list.json")
+
+
+def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        inference_items(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"must hold files that match '\*\.nii\*' but .* has none"):
+        inference_items(tmp_path)
+
+
+def test_a_split_must_be_there_filled_and_labelled():
+    datalist = {"validation": [{"image": "a", "label": "b"}], "test": [], "unlabeled": [{"image": "c"}]}
+    assert split_items(datalist) == datalist["validation"]
+    for split in ("test", "training"):
+        with pytest.raises(ValueError, match=f"filled splits, validation, unlabeled, but is '{split}'"):
+            split_items(datalist, split)
+    with pytest.raises(ValueError, match="must have a label for every image but c has none"):
+        split_items(datalist, "unlabeled")

@@ -1,0 +1,182 @@
+"""The published preprocessing and augmentation, written as MONAI config, on the phantom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, decollate_batch
+from monai.inferers import SliceInferer
+from monai.transforms import Compose, Invertd
+
+from knowsam_monai.data import SemiSupervisedLoader, phantom_datalist, slice_dataset, write_phantom
+
+SIZE = 64
+PHANTOM = {"num_labeled": 1, "num_unlabeled": 1, "num_validation": 1, "num_test": 0, "max_size": 48}
+BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
+SMOOTH = {**BOTH, "mode": ["bilinear", "nearest"], "padding_mode": "zeros"}
+AFFINE = {
+    "_target_": "RandAffined",
+    **SMOOTH,
+    "prob": 0.5,
+    "rotate_range": 0.1745,
+    "translate_range": "$[0.06 * @image_size, 0.06 * @image_size]",
+    "scale_range": [0.05, 0.05],
+}
+HOLES = {
+    "_target_": "RandCoarseDropoutd",
+    **BOTH,
+    "spatial_size": "$max(1, round(12 * @image_size / 256))",
+    "fill_value": 0,
+}
+LOAD = [
+    {"_target_": "knowsam_monai.data.LoadCased", **BOTH},
+    {"_target_": "EnsureChannelFirstd", **BOTH},
+    {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 4},
+    {"_target_": "ScaleIntensityd", "keys": "image"},
+]
+CONFIG = {
+    "image_size": SIZE,
+    "slices": [
+        *LOAD,
+        {"_target_": "knowsam_monai.data.SplitSlicesd", "keys": ["image", "label"]},
+        {
+            "_target_": "Resized",
+            **BOTH,
+            "spatial_size": "$[@image_size, @image_size]",
+            "mode": ["bilinear", "nearest-exact"],
+        },
+    ],
+    "volumes": [
+        *LOAD,
+        {
+            "_target_": "Resized",
+            "keys": "image",
+            "spatial_size": "$[@image_size, @image_size, -1]",
+            "mode": "trilinear",
+        },
+    ],
+    "weak": [
+        {"_target_": "RandFlipd", **BOTH, "spatial_axis": 0, "prob": 0.5},
+        {"_target_": "RandFlipd", **BOTH, "spatial_axis": 1, "prob": 0.5},
+        {"_target_": "RandScaleIntensityd", "keys": "image", "factors": 0.2, "prob": 0.2},
+        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.2, "prob": 0.2},
+        AFFINE,
+        {**HOLES, "holes": 5, "max_holes": 8, "prob": 0.5},
+    ],
+    "strong": [
+        {"_target_": "RandScaleIntensityd", "keys": "image", "factors": 0.2, "prob": 0.6},
+        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.2, "prob": 0.6},
+        AFFINE,
+        {
+            "_target_": "OneOf",
+            "weights": [0.25, 0.25, 0.5],
+            "transforms": [
+                {"_target_": "RandGridDistortiond", **SMOOTH, "num_cells": 5, "distort_limit": 0.15, "prob": 1.0},
+                {
+                    "_target_": "Rand2DElasticd",
+                    **SMOOTH,
+                    "spacing": "$[@image_size / 8, @image_size / 8]",
+                    "magnitude_range": "$[@image_size / 128, @image_size / 64]",
+                    "prob": 1.0,
+                },
+                {"_target_": "Identityd", "keys": "image"},
+            ],
+        },
+        {**HOLES, "holes": 10, "max_holes": 20, "prob": 0.7},
+    ],
+    "only_holes": [{**HOLES, "holes": 10, "max_holes": 20, "prob": 1.0}],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    items = phantom_datalist(write_phantom(tmp_path_factory.mktemp("data") / "phantom", **PHANTOM))
+    return {
+        "labeled": slice_dataset(items["labeled"], build("slices"), progress=False),
+        "unlabeled": slice_dataset(items["unlabeled"], build("slices"), progress=False),
+        "volumes": slice_dataset(items["validation"], build("volumes"), progress=False),
+    }
+
+
+def build(name: str) -> Compose:
+    parser = ConfigParser(CONFIG)
+    return Compose(parser.get_parsed_content(name))
+
+
+def augmented(dataset, name: str):
+    return slice_dataset([dict(item) for item in dataset], [], build(name), progress=False)
+
+
+def test_slices_have_the_network_size_and_the_values_of_their_volume(data):
+    for item in data["labeled"]:
+        assert item["image"].shape == item["label"].shape == (1, SIZE, SIZE)
+        assert item["image"].dtype == torch.float32
+        assert 0 <= item["image"].min() and item["image"].max() <= 1
+        assert set(item["label"].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    assert max(item["image"].max() for item in data["labeled"]) > 0.9
+    assert not any("label" in item for item in data["unlabeled"])
+
+
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_augmentation_is_deterministic_with_workers_and_keeps_labels_whole_numbers(data, name):
+    def batches(num_workers: int) -> list[dict]:
+        return list(
+            SemiSupervisedLoader(
+                augmented(data["labeled"], name), augmented(data["unlabeled"], name), 4, 4, num_workers=num_workers
+            )
+        )
+
+    straight = batches(0)
+    for one, other in zip(straight, batches(2), strict=True):
+        assert torch.equal(one["image"].as_tensor(), other["image"].as_tensor())
+        assert torch.equal(one["label"].as_tensor(), other["label"].as_tensor())
+        assert one["image"].shape == (8, 1, SIZE, SIZE) and one["label"].shape == (4, 1, SIZE, SIZE)
+        assert one["image"].isfinite().all()
+        assert set(one["label"].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+
+
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_augmentation_changes_images_and_leaves_the_cache(data, name):
+    before = [item["image"].clone() for item in data["labeled"]]
+    changed = [not torch.equal(new["image"], old) for new, old in zip(augmented(data["labeled"], name), before)]
+    assert sum(changed) > len(changed) / 2
+    assert all(torch.equal(item["image"], old) for item, old in zip(data["labeled"], before))
+
+
+def test_holes_hit_image_and_label_alike(data):
+    item = next(item for item in data["labeled"] if (item["label"] > 0).float().mean() > 0.1)
+    image = item["image"].clamp_min(0.01)
+    holes = build("only_holes")({"image": image.clone(), "label": torch.ones_like(item["label"])})
+    assert torch.equal(holes["image"] == 0, holes["label"] == 0)
+    assert 10 * 9 / 4 < (holes["label"] == 0).sum() <= 20 * 9
+
+
+def test_image_and_label_move_together(data):
+    """An image that is its own label stays so, to what smooth interpolation changes at the border."""
+    geometry = Compose([t for t in build("strong").transforms if "Intensity" not in type(t).__name__])
+    mask = (data["labeled"][4]["label"] > 0).float()
+    for _ in range(8):
+        moved = geometry({"image": mask.clone(), "label": mask.clone()})
+        same = (moved["image"] > 0.5) == (moved["label"] > 0.5)
+        assert same.float().mean() > 0.98
+
+
+def test_validation_volume_goes_back_to_its_own_grid(data):
+    """What a network would see, sent back as probabilities, is the truth again to the resolution of the grid."""
+    batch = next(iter(DataLoader(data["volumes"], batch_size=1)))
+    assert batch["image"].shape[2:4] == (SIZE, SIZE)
+    shape = batch["label"].shape
+    seen = torch.nn.functional.interpolate(
+        torch.nn.functional.one_hot(batch["label"][:, 0].long(), 4).movedim(-1, 1).float(), batch["image"].shape[2:]
+    )
+    inferer = SliceInferer(roi_size=(SIZE, SIZE), spatial_dim=2, sw_batch_size=4)
+    output = inferer(torch.cat([batch["image"].as_tensor(), seen], 1), lambda slices: slices[:, 1:])
+    batch["pred"] = type(batch["image"])(output, meta=batch["image"].meta)
+    case = decollate_batch(batch)[0]
+    back = Invertd("pred", transform=build("volumes"), orig_keys="image", nearest_interp=False)(case)["pred"]
+    found = back.argmax(0, keepdim=True)
+    assert found.shape == shape[1:]
+    for value in (1, 2, 3):
+        one, other = found == value, case["label"] == value
+        assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.93

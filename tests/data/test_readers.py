@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data import decollate_batch, list_data_collate
+from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImage, Resized
+
+from knowsam_monai.data import H5Reader, LoadCased
+
+AFFINE = np.diag([1.5, 1.5, 8.0, 1.0])
+
+
+def write_h5(path: Path, shape=(3, 4, 5)) -> Path:
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["image"] = rng.random(shape, dtype=np.float32)
+        file["label"] = rng.integers(0, 4, shape, dtype=np.uint8)
+    return path
+
+
+def write_nifti(path: Path, shape=(4, 5, 3)) -> Path:
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random(shape, dtype=np.float32), AFFINE), path)
+    return path
+
+
+@pytest.mark.parametrize("dataset", ["image", "label"])
+def test_h5_volume_has_its_slices_last(tmp_path, dataset):
+    path = write_h5(tmp_path / "a.h5")
+    load = LoadImage()
+    load.register(H5Reader(dataset))
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(load(path), file[dataset][()].transpose(1, 2, 0))
+
+
+def test_h5_slice_axis_is_an_argument(tmp_path):
+    path = write_h5(tmp_path / "a.h5")
+    array, _ = H5Reader(slice_axis=-1).get_data(H5Reader(slice_axis=-1).read(path))
+    assert array.shape == (3, 4, 5)
+
+
+def test_h5_slice_files_are_stacked_in_their_order(tmp_path):
+    paths = [write_h5(tmp_path / f"{index}.h5", shape=(4, 5)) for index in range(3)]
+    with h5py.File(paths[2], "a") as file:
+        file["image"][:] = 7
+    volume = LoadCased("image")({"image": [str(path) for path in paths]})["image"]
+    assert volume.shape == (4, 5, 3)
+    assert (volume[..., 2] == 7).all() and not (volume[..., :2] == 7).any()
+
+
+def test_unknown_spacing_survives_collation_decollation_and_inversion(tmp_path):
+    path = str(write_h5(tmp_path / "a.h5"))
+    transform = Compose([LoadCased("image"), EnsureChannelFirstd("image"), Resized("image", (8, 8, -1))])
+    batch = list_data_collate([transform({"image": path}) for _ in range(2)])
+    batch["pred"] = torch.zeros_like(batch["image"])
+    for case in decollate_batch(batch):
+        assert case["image"].meta["spacing_known"] is False
+        inverted = Invertd("pred", transform=transform, orig_keys="image")(case)["pred"]
+        assert inverted.shape == (1, 4, 5, 3)
+        assert inverted.meta["spacing_known"] is False
+    nifti = LoadCased("image")({"image": write_nifti(tmp_path / "a.nii.gz")})["image"]
+    assert "spacing_known" not in nifti.meta
+
+
+def test_one_loader_reads_h5_and_nifti_each_with_its_own_reader(tmp_path):
+    load = LoadCased(["image", "label"], allow_missing_keys=True)
+    h5, nifti = str(write_h5(tmp_path / "a.h5")), str(write_nifti(tmp_path / "a.nii.gz"))
+    case = load({"image": h5, "label": h5, "patient": "a"})
+    assert case["patient"] == "a"
+    assert case["label"].max() == 3 and case["image"].max() < 1
+    case = load({"image": nifti})
+    assert "label" not in case
+    np.testing.assert_array_equal(case["image"].affine, AFFINE)
+    assert case["image"].meta["filename_or_obj"] == nifti
+
+
+def test_several_nifti_files_are_the_channels_of_one_image(tmp_path):
+    paths = [str(write_nifti(tmp_path / f"{name}.nii.gz")) for name in "ab"]
+    case = Compose([LoadCased("image"), EnsureChannelFirstd("image")])({"image": paths})
+    assert case["image"].shape == (2, 4, 5, 3)
+
+
+def truncate(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def test_broken_file_is_named_in_one_sentence(tmp_path):
+    page = tmp_path / "page.nii.gz"
+    page.write_text("<html>not found</html>")
+    unknown = tmp_path / "a.xyz"
+    unknown.touch()
+    broken = [
+        truncate(write_nifti(tmp_path / "half.nii.gz", (32, 32, 8))),
+        truncate(write_nifti(tmp_path / "half.nii", (32, 32, 8))),
+        truncate(write_h5(tmp_path / "half.h5", (8, 32, 32))),
+        tmp_path / "missing.nii.gz",
+        tmp_path / "missing.h5",
+        page,
+        unknown,
+    ]
+    for path in broken:
+        with pytest.raises(ValueError, match=f"`image` must be a readable image but .*{path.name} is not: .+") as caught:
+            LoadCased("image")({"image": str(path)})
+        assert "\n" not in str(caught.value)
+
+
+def test_h5_without_the_dataset_says_what_it_has(tmp_path):
+    with pytest.raises(ValueError, match=r"`dataset` must be in .*a.h5 but is 'seg'; the file has \['image', 'label'\]"):
+        H5Reader("seg").read(write_h5(tmp_path / "a.h5"))
+
+
+def test_slices_of_different_shapes_are_no_volume(tmp_path):
+    paths = [write_h5(tmp_path / "a.h5", (4, 5)), write_h5(tmp_path / "b.h5", (5, 5))]
+    with pytest.raises(ValueError, match=r"must be slices of one shape \(H, W\) but has shapes"):
+        H5Reader().read(paths)
+
+
+def test_missing_h5py_is_one_clear_error(tmp_path, monkeypatch):
+    path = write_h5(tmp_path / "a.h5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match="`h5py` must be installed to read .h5 files"):
+        H5Reader().read(path)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Lambdad
+
+from knowsam_monai.data import CheckDatad, SplitSlicesd
+
+
+def volume(*shape: int, name: str = "case.nii.gz", affine=None) -> MetaTensor:
+    affine = torch.diag(torch.tensor([1.5, 1.4, 8.0, 1.0], dtype=torch.float64)) if affine is None else affine
+    array = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    return MetaTensor(array, affine=affine, meta={"filename_or_obj": name})
+
+
+def label(*shape: int, values=(0.0, 1.0, 2.0, 3.0)) -> MetaTensor:
+    array = torch.tensor(values).repeat(torch.Size(shape).numel())[: torch.Size(shape).numel()].reshape(shape)
+    return MetaTensor(array, affine=volume(1, 1).affine, meta={"filename_or_obj": "case_gt.nii.gz"})
+
+
+def test_good_case_passes_unchanged():
+    case = {"image": volume(2, 4, 5, 3), "label": label(1, 4, 5, 3), "patient": "a"}
+    assert CheckDatad(num_classes=4)(case) is case
+    assert CheckDatad(num_classes=4)({"image": volume(1, 4, 5)}).keys() == {"image"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_value_that_is_not_finite_is_an_error_naming_the_file(value):
+    image = volume(1, 4, 5, 3)
+    image[0, 1, 1, :2] = value
+    with pytest.raises(ValueError, match="`image` must be finite but case.nii.gz has 2 NaN or infinite values"):
+        CheckDatad()({"image": image})
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 3), (1, 4, 5), (2, 4, 5, 3)])
+def test_label_of_another_shape_is_an_error_naming_both_files(shape):
+    message = r"`label` must be one channel of the image's shape \(4, 5, 3\) but case_gt.nii.gz has .* case.nii.gz"
+    with pytest.raises(ValueError, match=message):
+        CheckDatad()({"image": volume(1, 4, 5, 3), "label": label(*shape)})
+
+
+@pytest.mark.parametrize("value, shown", [(4.0, "4"), (-1.0, "-1"), (1.5, "1.5"), (float("nan"), "nan"), (255.0, "255")])
+def test_label_value_outside_the_classes_is_an_error_naming_the_file(value, shown):
+    case = {"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, value))}
+    with pytest.raises(ValueError, match=rf"integers 0 to 3 as values but case_gt.nii.gz has {shown}\."):
+        CheckDatad(num_classes=4)(case)
+
+
+def test_fewer_classes_than_the_label_has_is_an_error():
+    case = {"image": volume(1, 4, 5), "label": label(1, 4, 5)}
+    with pytest.raises(ValueError, match="has 2, 3. Set `num_classes`"):
+        CheckDatad(num_classes=2)(case)
+    with pytest.raises(ValueError, match="`num_classes` must be at least 2"):
+        CheckDatad(num_classes=1)
+
+
+def test_label_in_another_place_is_warned_about(caplog):
+    case = {"image": volume(1, 4, 5, affine=torch.eye(4)), "label": label(1, 4, 5)}
+    with caplog.at_level(logging.WARNING):
+        CheckDatad()(case)
+    assert "case.nii.gz and its label have different affines" in caplog.text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_volume_becomes_its_slices_in_order(channels):
+    case = {"image": volume(channels, 4, 5, 3), "label": label(1, 4, 5, 3), "patient": "a"}
+    slices = SplitSlicesd()(case)
+    assert [item["slice"] for item in slices] == [0, 1, 2]
+    for index, item in enumerate(slices):
+        assert item["image"].shape == (channels, 4, 5) and item["label"].shape == (1, 4, 5)
+        torch.testing.assert_close(item["image"].as_tensor(), case["image"][..., index].as_tensor())
+        torch.testing.assert_close(item["label"].as_tensor(), case["label"][..., index].as_tensor())
+        assert item["patient"] == "a"
+
+
+def test_each_slice_has_its_own_metadata_and_memory():
+    slices = SplitSlicesd("image")({"image": volume(1, 4, 5, 3)})
+    for index, item in enumerate(slices):
+        image = item["image"]
+        assert image.meta["filename_or_obj"] == "case.nii.gz"
+        assert image.affine[:3, 3].tolist() == [0.0, 0.0, 8.0 * index]
+        assert image.affine[:2, :2].tolist() == [[1.5, 0.0], [0.0, 1.4]]
+        assert image.untyped_storage().nbytes() == 4 * 20
+    slices[0]["image"].meta["filename_or_obj"] = "changed"
+    slices[0]["image"].zero_()
+    assert slices[1]["image"].meta["filename_or_obj"] == "case.nii.gz"
+    assert slices[1]["image"].max() > 0
+
+
+def test_image_that_is_already_2d_and_missing_label_pass():
+    case = {"image": volume(1, 4, 5), "slice": 7}
+    out = SplitSlicesd()(case)
+    assert out["image"] is case["image"] and out["slice"] == 7
+
+
+def test_following_transforms_see_slices():
+    pipeline = Compose([SplitSlicesd(), Lambdad("image", lambda image: image.sum((1, 2)))])
+    assert [item["image"].shape for item in pipeline({"image": volume(2, 4, 5, 3)})] == [(2,)] * 3
