@@ -195,6 +195,7 @@ class SAMDistiller(nn.Module):
         def step_teacher(*_) -> None:
             if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
                 return
+            _average_over_ranks([p.grad for p in parameters if p.grad is not None])
             current = scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
             if current is None:
                 teacher_optimizer.step()
@@ -222,6 +223,13 @@ class FollowHandle:
     def remove(self) -> None:
         self._step_handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
+
+
+def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
+    """Mean over the processes of a distributed run: the teacher is in no DistributedDataParallel."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))
 
 
 def _view(views: Sequence[Tensor], index: int) -> Tensor:

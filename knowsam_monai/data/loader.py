@@ -5,24 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from monai.data.utils import list_data_collate, set_rnd
 from torch.utils.data import DataLoader, Dataset
 
+from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler, derive_seed
+
 __all__ = ["SemiSupervisedLoader"]
-
-LABELED, UNLABELED = 0, 1
-
-
-class _Key(NamedTuple):
-    """Which row: its stream, how often the stream has been through before, and the item's index."""
-
-    stream: int
-    epoch: int
-    index: int
 
 
 class SemiSupervisedLoader:
@@ -79,11 +71,10 @@ class SemiSupervisedLoader:
         pin_memory: bool = False,
     ) -> None:
         unlabeled = [] if unlabeled is None else unlabeled
-        self.sizes = (len(labeled), len(unlabeled))
-        self.batch_sizes = (labeled_batch_size, unlabeled_batch_size)
-        if self.sizes[LABELED] == 0:
+        sizes, batch_sizes = (len(labeled), len(unlabeled)), (labeled_batch_size, unlabeled_batch_size)
+        if sizes[LABELED] == 0:
             raise ValueError("`labeled` must have at least one item but is empty. Check the `labeled` data list.")
-        for name, size, batch_size in zip(("labeled", "unlabeled"), self.sizes, self.batch_sizes):
+        for name, size, batch_size in zip(("labeled", "unlabeled"), sizes, batch_sizes):
             if size == 0 and batch_size != 0:
                 raise ValueError(
                     f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}. "
@@ -96,14 +87,11 @@ class SemiSupervisedLoader:
                     f"`{name}_batch_size` must be at most the number of {name} items, {size}, but is {batch_size}. "
                     f"Lower it, or give more {name} items."
                 )
-        self.seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._shard()  # what is already known to be wrong is said here
-        self._next_iteration = 0
-        self._orders: dict[tuple[int, int], list[int]] = {}
+        # The sampler knows nothing of this object: in a reference cycle torch's workers take seconds to stop.
+        self._sampler = TwoStreamSampler(sizes, batch_sizes, seed, rank, world_size)
         self._loader = DataLoader(
             _SeededRows((labeled, unlabeled), seed, label_key),
-            batch_sampler=_Batches(self),
+            batch_sampler=self._sampler,
             collate_fn=_Collate(label_key),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -113,71 +101,18 @@ class SemiSupervisedLoader:
 
     def __len__(self) -> int:
         """Number of batches that show every unlabelled item once (every labelled one without unlabelled rows)."""
-        stream = UNLABELED if self.batch_sizes[UNLABELED] else LABELED
-        return -(-self.sizes[stream] // self.batch_sizes[stream])
+        return len(self._sampler)
 
     def set_iteration(self, iteration: int) -> None:
         """Make the next iteration over the loader start with batch number `iteration` (from 0) of the whole run."""
         if iteration < 0:
             raise ValueError(f"`iteration` must be at least 0 but is {iteration}.")
-        self._next_iteration = iteration
+        self._sampler.next_iteration = iteration
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:
-            self._next_iteration += 1
+            self._sampler.next_iteration += 1
             yield batch
-
-    def _shard(self) -> tuple[int, int]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, world_size = self._rank, self._world_size
-        if world_size is None:
-            world_size = torch.distributed.get_world_size() if distributed else 1
-        if rank is None:
-            rank = torch.distributed.get_rank() if distributed else 0
-        if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` must be from 0 to {world_size - 1} but is {rank}.")
-        for name, batch_size in zip(("labeled", "unlabeled"), self.batch_sizes):
-            if batch_size % world_size:
-                raise ValueError(
-                    f"`{name}_batch_size` must be a multiple of the {world_size} processes that share it "
-                    f"but is {batch_size}."
-                )
-        return rank, world_size
-
-    def _keys(self, iteration: int, rank: int, world_size: int) -> list[_Key]:
-        """Rows of this rank in one batch: an equal, contiguous part of the labelled and of the unlabelled ones."""
-        keys = []
-        for stream, (size, batch_size) in enumerate(zip(self.sizes, self.batch_sizes)):
-            part = batch_size // world_size
-            first = iteration * batch_size + rank * part
-            for position in range(first, first + part):
-                epoch, offset = divmod(position, size)
-                keys.append(_Key(stream, epoch, self._order(stream, epoch)[offset]))
-        return keys
-
-    def _order(self, stream: int, epoch: int) -> list[int]:
-        if (stream, epoch) not in self._orders:
-            self._orders.pop((stream, epoch - 2), None)  # a batch reaches into two passes at most
-            # RandomState's streams are frozen by numpy; a Generator's may change with its version.
-            generator = np.random.RandomState(_derive_seed(self.seed, stream, epoch))
-            self._orders[stream, epoch] = generator.permutation(self.sizes[stream]).tolist()
-        return self._orders[stream, epoch]
-
-
-class _Batches:
-    """Batch sampler: the keys of `len(loader)` batches from the loader's present position on."""
-
-    def __init__(self, loader: SemiSupervisedLoader) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        first = self.loader._next_iteration  # workers run ahead of it afterwards
-        shard = self.loader._shard()
-        for iteration in range(first, first + len(self)):
-            yield self.loader._keys(iteration, *shard)
 
 
 class _SeededRows(Dataset):
@@ -188,18 +123,18 @@ class _SeededRows(Dataset):
         self.seed = seed
         self.label_key = label_key
 
-    def __getitem__(self, key: _Key) -> tuple[int, list[dict]]:
+    def __getitem__(self, key: RowKey) -> tuple[int, list[dict]]:
         dataset = self.datasets[key.stream]
-        seed = _derive_seed(self.seed, *key)
+        seed = derive_seed(self.seed, *key)
         set_rnd(getattr(dataset, "transform", dataset), seed)
         with _seeded_globals(seed):
             item = dataset[key.index]
         rows = list(item) if isinstance(item, (list, tuple)) else [item]  # a multi-sample transform gives a list
-        for row in rows:
-            if (self.label_key in row) != (key.stream == LABELED):
-                name, has = ("labeled", "has none") if key.stream == LABELED else ("unlabeled", "has one")
-                must = "must have a" if key.stream == LABELED else "must have no"
-                raise ValueError(f"`{name}` items {must} {self.label_key!r} key but item {key.index} {has}.")
+        is_labeled = key.stream == LABELED
+        if any((self.label_key in row) != is_labeled for row in rows):
+            if is_labeled:
+                raise ValueError(f"`labeled` items must have a {self.label_key!r} key but item {key.index} has none.")
+            raise ValueError(f"`unlabeled` items must have no {self.label_key!r} key but item {key.index} has one.")
         return key.stream, rows
 
 
@@ -217,11 +152,6 @@ class _Collate:
         batch = list_data_collate([{key: row[key] for key in shared} for row in all_rows])
         batch.update(list_data_collate([{key: row[key] for key in apart} for row in labeled]))
         return batch
-
-
-def _derive_seed(*numbers: int) -> int:
-    """One 32-bit seed from several numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager

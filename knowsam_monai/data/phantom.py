@@ -74,13 +74,7 @@ def write_phantom(
     try:
         temporary.chmod(0o755)  # mkdtemp's own is private
         _write(temporary, counts, made_from)
-        if _is_phantom(folder):
-            shutil.rmtree(folder)
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process was faster
-            if not _is_whole(folder, made_from):
-                raise
+        _put_in_place(temporary, folder, made_from)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / LIST_NAME
@@ -114,6 +108,19 @@ def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
                     _save_nifti(folder / item["label"], label, affine)
                 datalist[name].append(item)
     (folder / LIST_NAME).write_text(json.dumps(datalist, indent=1), encoding="utf-8")
+
+
+def _put_in_place(temporary: Path, folder: Path, made_from: dict) -> None:
+    """Rename, unless another process was faster: what it put there is in use."""
+    if _is_whole(folder, made_from):
+        return
+    if _is_phantom(folder):
+        shutil.rmtree(folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if not _is_whole(folder, made_from):
+            raise
 
 
 def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

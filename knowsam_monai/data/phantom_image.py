@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,17 @@ __all__ = ["draw_patient"]
 RIGHT_VENTRICLE, MYOCARDIUM, LEFT_VENTRICLE = 1, 2, 3
 
 
-@dataclass
-class _Heart:
+class _Grid(NamedTuple):
+    """Where the voxels of one slice lie, in mm: x and y in the image, u and v along the axes of the heart."""
+
+    x: np.ndarray
+    y: np.ndarray
+    u: np.ndarray  # through the septum into the right ventricle
+    v: np.ndarray  # along the septum
+    level: float  # 0 at the apex, 1 at the base
+
+
+class _Heart(NamedTuple):
     """Geometry of one frame; lengths in mm, angles in radians."""
 
     lv_radius: float
@@ -77,35 +86,37 @@ def draw_patient(seed: int, number: int, max_size: int = 128) -> dict[str, tuple
 def _draw_slice(
     rng: np.random.Generator, shape: tuple[int, int, int], z: int, in_plane: float, heart: _Heart, patient: dict
 ) -> tuple[np.ndarray, np.ndarray]:
-    height, width, depth = shape
-    level = z / (depth - 1)  # 0 at the apex, 1 at the base
-    rows, columns = np.mgrid[:height, :width].astype(np.float64)
-    y0 = (rows - (height - 1) / 2) * in_plane
-    x0 = (columns - (width - 1) / 2) * in_plane
-    centre = patient["centre"] + patient["tilt"] * (level - 0.5) + patient["breathing"][z]
-    # Axes of the heart: u points through the septum into the right ventricle, v along the septum.
-    y, x = y0 - centre[0], x0 - centre[1]
-    cos, sin = np.cos(patient["septum"]), np.sin(patient["septum"])
-    u, v = x * cos + y * sin, -x * sin + y * cos
-
-    label = _draw_heart(u, v, level, heart, patient)
-    image = _draw_background(x0, y0, u, v, level, heart, patient, rng)
-    image = _fill_heart(image, label, u, v, level, heart, patient, rng)
+    grid = _place(shape, z, in_plane, patient)
+    label = _draw_heart(grid, heart, patient)
+    image = _draw_background(grid, heart, patient, rng)
+    image = _fill_heart(image, label, grid, heart, patient, rng)
     image = _smooth(image, patient["blur"])
-    image = image * _bias_field(x0, y0, patient["bias"])
+    image = image * _bias_field(grid, patient["bias"])
     real, imaginary = (rng.normal(0, patient["noise"], image.shape) for _ in range(2))
     return np.hypot(image + real, imaginary), label  # Rician: the magnitude of a complex signal
 
 
-def _draw_heart(u: np.ndarray, v: np.ndarray, level: float, heart: _Heart, patient: dict) -> np.ndarray:
-    cavity, wall = _radii(level, heart)
-    angle = np.arctan2(v, u)
-    waves = np.stack([np.cos(k * angle + level * k) for k in (2, 3, 4)])
+def _place(shape: tuple[int, int, int], z: int, in_plane: float, patient: dict) -> _Grid:
+    height, width, depth = shape
+    level = z / (depth - 1)
+    rows, columns = np.mgrid[:height, :width].astype(np.float64)
+    y = (rows - (height - 1) / 2) * in_plane
+    x = (columns - (width - 1) / 2) * in_plane
+    centre = patient["centre"] + patient["tilt"] * (level - 0.5) + patient["breathing"][z]
+    cos, sin = np.cos(patient["septum"]), np.sin(patient["septum"])
+    dy, dx = y - centre[0], x - centre[1]
+    return _Grid(x=x, y=y, u=dx * cos + dy * sin, v=-dx * sin + dy * cos, level=level)
+
+
+def _draw_heart(grid: _Grid, heart: _Heart, patient: dict) -> np.ndarray:
+    cavity, wall = _radii(grid.level, heart)
+    angle = np.arctan2(grid.v, grid.u)
+    waves = np.stack([np.cos(k * angle + grid.level * k) for k in (2, 3, 4)])
     inner, outer = (1 + np.tensordot(patient["wobble"][i], waves, axes=1) for i in range(2))
-    distance = np.hypot(u * patient["ellipticity"], v / patient["ellipticity"])
-    label = np.zeros(u.shape, dtype=np.uint8)
-    if level > 0.2:
-        label[_right_ventricle(u, v, level, heart)] = RIGHT_VENTRICLE
+    distance = _distance(grid, patient)
+    label = np.zeros(distance.shape, dtype=np.uint8)
+    if grid.level > 0.2:
+        label[_right_ventricle(grid, heart)] = RIGHT_VENTRICLE
     label[distance < (cavity + wall) * outer] = MYOCARDIUM
     label[distance < cavity * inner] = LEFT_VENTRICLE
     return label
@@ -117,67 +128,56 @@ def _radii(level: float, heart: _Heart) -> tuple[float, float]:
     return heart.lv_radius * taper, heart.wall * (0.75 + 0.25 * level)
 
 
-def _right_ventricle(u: np.ndarray, v: np.ndarray, level: float, heart: _Heart, margin: float = 0.0) -> np.ndarray:
+def _distance(grid: _Grid, patient: dict) -> np.ndarray:
+    """Distance from the long axis, slightly elliptic."""
+    return np.hypot(grid.u * patient["ellipticity"], grid.v / patient["ellipticity"])
+
+
+def _right_ventricle(grid: _Grid, heart: _Heart, margin: float = 0.0) -> np.ndarray:
     """An ellipse beside the left ventricle; what the myocardium covers of it is drawn over, which leaves a crescent."""
-    cavity, wall = _radii(level, heart)
-    taper = np.sqrt(1 - (1 - level) ** 2) ** 0.7
+    cavity, wall = _radii(grid.level, heart)
+    taper = np.sqrt(1 - (1 - grid.level) ** 2) ** 0.7
     length, width = heart.rv_length * taper + margin, heart.rv_width * taper + margin
-    return ((u - 0.78 * (cavity + wall)) / width) ** 2 + ((v + 3) / length) ** 2 < 1
+    return ((grid.u - 0.78 * (cavity + wall)) / width) ** 2 + ((grid.v + 3) / length) ** 2 < 1
 
 
-def _draw_background(
-    x0: np.ndarray,
-    y0: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    level: float,
-    heart: _Heart,
-    patient: dict,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    tissue = patient["tissue"]
-    image = np.full(u.shape, tissue["muscle"])
+def _draw_background(grid: _Grid, heart: _Heart, patient: dict, rng: np.random.Generator) -> np.ndarray:
+    x, y, tissue = grid.x, grid.y, patient["tissue"]
+    image = np.full(x.shape, tissue["muscle"])
     # Lungs on both sides of the mediastinum, with bright vessels.
     (left_y, left_x), (right_y, right_x) = patient["lungs"]
-    lungs = ((x0 - left_x) / 64) ** 2 + ((y0 - left_y) / 78) ** 2 < 1
-    lungs |= ((x0 - right_x) / 54) ** 2 + ((y0 - right_y) / 60) ** 2 < 1
-    vessels = _smooth(rng.normal(0, 1, u.shape), 1.3)
+    lungs = ((x - left_x) / 64) ** 2 + ((y - left_y) / 78) ** 2 < 1
+    lungs |= ((x - right_x) / 54) ** 2 + ((y - right_y) / 60) ** 2 < 1
+    vessels = _smooth(rng.normal(0, 1, x.shape), 1.3)
     image[lungs] = tissue["lung"]
     image[lungs & (vessels > 2.0 * vessels.std())] = 0.75 * tissue["blood"]
     # Liver below the right heart, larger towards the apex.
     liver_y, liver_x = patient["liver"]
-    liver = ((x0 - liver_x) / 62) ** 2 + ((y0 - liver_y + 22 * (1 - level)) / 38) ** 2 < 1
+    liver = ((x - liver_x) / 62) ** 2 + ((y - liver_y + 22 * (1 - grid.level)) / 38) ** 2 < 1
     image[liver] = tissue["liver"] * (1 + 0.25 * (vessels[liver] > 2 * vessels.std()))
     # Chest wall in front: muscle under a bright layer of fat, and air.
-    front = y0 + patient["chest"][1] * x0 + 0.003 * x0**2 + patient["chest"][0]
+    front = y + patient["chest"][1] * x + 0.003 * x**2 + patient["chest"][0]
     image[front < 8] = tissue["muscle"]
     image[front < 0] = tissue["fat"]
     image[front < -12] = 0.01
     # Descending aorta, as bright as the cavities.
     aorta_y, aorta_x, aorta_radius = patient["aorta"]
-    aorta = np.hypot(x0 - aorta_x, y0 - aorta_y) - aorta_radius
+    aorta = np.hypot(x - aorta_x, y - aorta_y) - aorta_radius
     image[aorta < 2] = tissue["wall"]
     image[aorta < 0] = tissue["blood"] * 0.97
     # Fat around the heart, on one side more than on the other, and the thin wall of the right ventricle.
-    cavity, wall = _radii(level, heart)
-    distance = np.hypot(u * patient["ellipticity"], v / patient["ellipticity"])
-    fat = patient["fat"] * (1 + np.cos(np.arctan2(v, u) - 1.2))
+    cavity, wall = _radii(grid.level, heart)
+    distance = _distance(grid, patient)
+    fat = patient["fat"] * (1 + np.cos(np.arctan2(grid.v, grid.u) - 1.2))
     image[distance < cavity + wall + fat] = tissue["fat"]
-    if level > 0.2:
-        image[_right_ventricle(u, v, level, heart, margin=3.0 + patient["fat"])] = tissue["fat"]
-        image[_right_ventricle(u, v, level, heart, margin=3.0)] = tissue["wall"]
+    if grid.level > 0.2:
+        image[_right_ventricle(grid, heart, margin=3.0 + patient["fat"])] = tissue["fat"]
+        image[_right_ventricle(grid, heart, margin=3.0)] = tissue["wall"]
     return image
 
 
 def _fill_heart(
-    image: np.ndarray,
-    label: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    level: float,
-    heart: _Heart,
-    patient: dict,
-    rng: np.random.Generator,
+    image: np.ndarray, label: np.ndarray, grid: _Grid, heart: _Heart, patient: dict, rng: np.random.Generator
 ) -> np.ndarray:
     tissue = patient["tissue"]
     texture = 1 + patient["texture"] * _unit(_smooth(rng.normal(0, 1, image.shape), 2.0))
@@ -188,18 +188,18 @@ def _fill_heart(
     right = label == RIGHT_VENTRICLE
     image[right] = (0.93 * tissue["blood"] * (texture - 0.3 * (trabeculae > 1.3)))[right]
     # Papillary muscles: dark, but part of the cavity in the labels.
-    cavity, _ = _radii(level, heart)
-    if 0.25 < level < 0.8:
+    cavity, _ = _radii(grid.level, heart)
+    if 0.25 < grid.level < 0.8:
         for angle in patient["papillary"]:
             at = 0.66 * cavity
-            papillary = np.hypot(u - at * np.cos(angle), v - at * np.sin(angle)) < 0.17 * cavity
+            papillary = np.hypot(grid.u - at * np.cos(angle), grid.v - at * np.sin(angle)) < 0.17 * cavity
             image[papillary & (label == LEFT_VENTRICLE)] = 1.15 * tissue["wall"]
     return image
 
 
-def _bias_field(x0: np.ndarray, y0: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+def _bias_field(grid: _Grid, coefficients: np.ndarray) -> np.ndarray:
     """Smooth gain of the coils, higher at the chest wall."""
-    x, y = x0 / 75, y0 / 75
+    x, y = grid.x / 75, grid.y / 75
     terms = np.stack([x, y, x * y, x**2 - 0.5, y**2 - 0.5])
     return np.exp(np.tensordot(coefficients, terms, axes=1) - 0.18 * y)
 

@@ -66,7 +66,7 @@ class H5Reader(NumpyReader):
         try:
             import h5py
         except ImportError as error:
-            raise ImportError("`h5py` must be installed to read .h5 files but is not. Run `pip install h5py`.") from error
+            raise ImportError("`h5py` must be installed to read h5 files but is not. Run pip install h5py.") from error
         try:
             with h5py.File(name, "r") as file:
                 if self.dataset in file:

@@ -38,7 +38,8 @@ class CaseMetrics:
     - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
     - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
 
-    ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known).
+    ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known; num_undefined: the
+    row's nan).
     ``metrics_summary.csv`` has mean, standard deviation (population), median, count and num_undefined of each metric,
     class and filter; its class ``mean`` is the mean over a case's classes first, and then over the cases.
 

@@ -19,6 +19,7 @@ class StudentLoader(CheckpointLoader):
     Args:
         load_path: file with a plain state dict, or with one under the key "model".
         network: the student that gets the weights, strictly; DistributedDataParallel is looked through.
+        num_classes: class count of `network`, for an error that speaks of classes.
 
     Raises:
         ValueError: when the run starts and the file is missing, is no state dict, or is of another network or another
@@ -29,9 +30,10 @@ class StudentLoader(CheckpointLoader):
         SupervisedEvaluator(..., val_handlers=[StudentLoader("models/model.pt", network)])
     """
 
-    def __init__(self, load_path: str | os.PathLike, network: nn.Module) -> None:
+    def __init__(self, load_path: str | os.PathLike, network: nn.Module, num_classes: int | None = None) -> None:
         super().__init__(load_path=str(load_path), load_dict={"model": network}, map_location="cpu")
         self.network = network
+        self.num_classes = num_classes
 
     def __call__(self, engine: Engine) -> None:
         self.check()
@@ -55,7 +57,7 @@ class StudentLoader(CheckpointLoader):
             return
         name = different[-1]  # the output layer, when the class count is what differs
         theirs, ours = tuple(loaded[name].shape), tuple(own[name].shape)
-        if theirs[1:] == ours[1:] and 2 * len(different) < len(own):  # other widths change most weights, classes a few
+        if theirs[1:] == ours[1:] and ours[0] == self.num_classes:
             raise ValueError(
                 f"`load_path` must hold the weights of a network of {ours[0]} classes but {self.load_path} has "
                 f"{theirs[0]} ({name}); set the class count (`class_names` or `num_classes`) it was trained with."

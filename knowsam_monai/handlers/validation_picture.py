@@ -54,7 +54,9 @@ def slice_views(case: ValidationCase, num_classes: int) -> list[SliceView]:
 
 
 def choose_views(views: list[SliceView], dice: dict[str, Tensor], num_slices: int) -> list[SliceView]:
-    """From best to median, each case's largest slice, and the worst slice of all cases last."""
+    """From best to median, each case's largest slice, and the worst slice of all cases last; [] where none is kept."""
+    if not views:
+        return []
     first: dict[str, SliceView] = {}
     for view in views:
         first.setdefault(view.path, view)

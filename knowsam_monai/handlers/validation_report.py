@@ -131,7 +131,7 @@ class ValidationReport:
         Write the picture and log the table, on the first rank.
 
         Returns:
-            The picture's path; None where no validation has run.
+            The picture's path; None where no validation has run, and on other ranks.
         """
         if idist.get_rank() != 0:
             return None
@@ -140,6 +140,8 @@ class ValidationReport:
             return None
         for line in self.table():
             logger.info(line)
+        if not self._kept["views"]:  # the first rank had no case
+            return None
         os.makedirs(self.output_dir, exist_ok=True)
         path = os.path.join(self.output_dir, "validation.png")
         temporary = f"{path}.{os.getpid()}.tmp"

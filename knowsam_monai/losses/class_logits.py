@@ -9,8 +9,8 @@ from monai.data import MetaTensor
 def class_logits(logits: torch.Tensor) -> torch.Tensor:
     """Logits of at least two classes, in float32 at least, without metadata.
 
-    One channel is a sigmoid network: its softmax form has the logits ``(0, z)``. The gradient passes through. TorchScript
-    compiles it.
+    One channel is a sigmoid network: its softmax form has the logits ``(0, z)``. The gradient passes through.
+    TorchScript compiles it.
 
     Args:
         logits: (B, C, *spatial), any floating dtype and memory format.
@@ -31,12 +31,17 @@ def class_logits(logits: torch.Tensor) -> torch.Tensor:
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor in float64 when it is float64, else in float32, which autocast leaves as it is."""
-    if not torch.jit.is_scripting():
-        tensor = without_meta(tensor)
+    tensor = without_meta(tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-@torch.jit.unused
 def without_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """A MetaTensor runs Python code at every operation, and a loss needs none of it."""
+    """The plain tensor: a MetaTensor runs Python code at every operation, which training has no use for."""
+    if not torch.jit.is_scripting():
+        tensor = _as_tensor(tensor)
+    return tensor
+
+
+@torch.jit.unused
+def _as_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor

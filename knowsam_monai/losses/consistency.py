@@ -53,5 +53,5 @@ class MutualConsistencyLoss(nn.Module):
 
     def _cross_entropy(self, log_probs: torch.Tensor, target_log_probs: torch.Tensor) -> torch.Tensor:
         if self.target == "hard":
-            return F.nll_loss(log_probs, target_log_probs.argmax(dim=1))
+            return F.nll_loss(log_probs, target_log_probs.max(dim=1).indices)
         return -(target_log_probs.exp() * log_probs).sum(dim=1).mean()

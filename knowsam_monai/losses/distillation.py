@@ -12,9 +12,9 @@ from knowsam_monai.losses.class_logits import class_logits
 class DistillationLoss(nn.Module):
     """Kullback-Leibler divergence of the softened student from the softened teacher.
 
-    ``L_kd = T^2 * mean(sum_c p_c (log p_c - log q_c))`` with ``p = softmax(teacher / T)``, ``q = softmax(student / T)``,
-    the mean over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton, and the authors' code) keeps the
-    gradient's size when T changes; at large T the loss is a regression on logits, ``sum_c (difference of centred
+    ``L_kd = T^2 * mean(sum_c p_c (log p_c - log q_c))`` with ``p = softmax(teacher / T)`` and ``q = softmax(student /
+    T)``, the mean over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton, and the authors' code) keeps
+    the gradient's size when T changes; at large T the loss is a regression on logits, ``sum_c (difference of centred
     logits)^2 / 2C``, and unbounded. Sigmoid networks of one channel are compared as two classes, and may learn from a
     teacher of two.
 

@@ -42,8 +42,8 @@ class PartiallyLabeledLoss(nn.Module):
     Args:
         loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)) -> scalar; ``None`` is :func:`dice_ce_loss`, of
             softmax logits.
-        view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code has
-            (1, 0.5, 0.5) for fused, U-Net and V-Net.
+        view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
+            has (1, 0.5, 0.5) for fused, U-Net and V-Net.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
@@ -70,52 +70,88 @@ class PartiallyLabeledLoss(nn.Module):
         view_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
+            raise ValueError(
+                f"`view_weights` must be 0 or more, one of them positive, but are {tuple(view_weights)}. "
+                "Give one weight for each view, or None for 1 each."
+            )
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        pred, label = without_meta(pred), without_meta(label)
-        views = unstack_views(pred, label)
-        check_label(views[0], label)
+        label = without_meta(label)
+        views = unstack_views(without_meta(pred), label)
+        check_label(views[0], label, ignore_index=getattr(self.loss, "ignore_index", None))
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
         if len(weights) != len(views):
             raise ValueError(
-                f"`view_weights` must be one weight for each of the {len(views)} views but is {weights}. "
+                f"`view_weights` must be one weight for each of the {len(views)} views but are {weights}. "
                 "A plain network has one view, MultiViewNet three: fused, unet, vnet."
             )
-        losses = [
-            weight * self.loss(at_least_float32(view[: len(label)]), label)
-            for view, weight in zip(views, weights)
-            if weight
-        ]
-        return torch.stack(losses).sum() if losses else pred.sum() * 0.0
+        with torch.autocast(label.device.type, enabled=False):
+            losses = [
+                weight * self.loss(at_least_float32(view[: len(label)]), label)
+                for view, weight in zip(views, weights)
+                if weight > 0
+            ]
+        return torch.stack(losses).sum()
 
 
-def check_label(logits: torch.Tensor, label: torch.Tensor) -> None:
+def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None) -> None:
     """Raise an error that names the fault when a label cannot belong to the first rows of the logits.
 
     Args:
         logits: (B, C, *spatial).
-        label: (B_l, 1 or C, *spatial).
+        label: class indices (B_l, 1, *spatial), or whatever the loss takes of (B_l, C, *spatial).
+        ignore_index: a label value that is no class and that the loss leaves out.
+
+    Raises:
+        ValueError: when there is no label or more labels than rows, spatial shapes differ, or a label on the CPU is
+            outside the classes. On an accelerator the last would make every step wait: there the data pipeline's check
+            must do.
     """
     num_rows, num_classes = logits.shape[:2]
     if len(label) == 0:
-        raise ValueError("`label` must have one row or more but has none. Put a labeled row into every batch.")
+        raise ValueError("`label` must have one row or more but has none. Put a labeled item into every batch.")
     if len(label) > num_rows:
         raise ValueError(
             f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
-            "in the batch, and each label has its image."
+            "in a batch, and each label has its image."
         )
-    if label.shape[1] not in (1, num_classes) or label.shape[2:] != logits.shape[2:]:
+    if label.ndim < 2 or label.shape[1] not in (1, num_classes) or label.shape[2:] != logits.shape[2:]:
         raise ValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
-            f"{tuple(label.shape)}. Load it with a channel dimension and resize it with its image."
+            f"{tuple(label.shape)}. Load it with a channel dimension, and resize it as its image."
         )
-    # read on the CPU only: on an accelerator it would make every step wait, and the data pipeline has checked it
-    if label.device.type == "cpu" and label.shape[1] == 1:
-        lowest, highest = (bound.item() for bound in label.aminmax())
-        if lowest < 0 or highest >= max(num_classes, 2):
+    if label.shape[1] == 1 and label.device.type == "cpu":
+        values = label if ignore_index is None else label[label != ignore_index]
+        top = max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
+        if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):
             raise ValueError(
-                f"`label` must be in 0..{max(num_classes, 2) - 1} for {num_classes} classes but has values from "
-                f"{lowest:g} to {highest:g}. Build the network for the classes of the labels, or map the labels."
+                f"`label` must be in 0..{top}, the classes of the network, but is in "
+                f"{values.min():g}..{values.max():g}. Build the network for the labels' classes, or map the labels."
             )
+
+
+def check_loss_takes(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_rows: int, num_labels: int
+) -> None:
+    """Raise one clear error before a loss that wants a label for every row sees fewer.
+
+    Args:
+        loss: the trainer's loss; a :class:`PartiallyLabeledLoss`, alone or inside another module, takes fewer labels.
+        num_rows: B, rows of the batch.
+        num_labels: B_l, rows that have a label.
+
+    Raises:
+        ValueError: when ``loss`` is another loss and ``num_labels`` is below ``num_rows``.
+    """
+    if num_labels >= num_rows:
+        return
+    modules = loss.modules() if isinstance(loss, nn.Module) else (loss,)
+    if not any(isinstance(module, PartiallyLabeledLoss) for module in modules):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ValueError(
+            f"`loss_function` must be a PartiallyLabeledLoss where {num_labels} of {num_rows} rows have a label but is "
+            f"{name}. Wrap it: PartiallyLabeledLoss(loss={name}(...))."
+        )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
 from knowsam_monai.losses.class_logits import class_logits
 from knowsam_monai.losses.entropy import entropy_map
+from knowsam_monai.networks.convolution import ConvNormAct, channels_last
+
+SLOPE = 0.2  # of the paper's LeakyReLU
 
 
 class HybridAggregation(nn.Module):
     """Fuse the logits of two sub-networks with the maps of their entropy and of their dissimilarity.
 
     ``Y_f = Conv(CBL(cat{CBL(1 - H_a, 1 - H_b), CBL(1 - M), CBL(logits_a, logits_b)}))``, where ``H`` is the entropy map
-    in nats (eq. 1), ``M = [Y_a > 0.5] xor [Y_b > 0.5]`` per class (eq. 2) and CBL is Conv-BatchNorm-LeakyReLU(0.2); each
-    branch is a 3x3 and a 1x1 CBL. ``M`` carries no gradient; through the logits and the entropies it reaches both
+    in nats (eq. 1), ``M = [Y_a > 0.5] xor [Y_b > 0.5]`` per class (eq. 2) and CBL is Conv-BatchNorm-LeakyReLU(0.2);
+    each branch is a 3x3 and a 1x1 CBL. ``M`` carries no gradient; through the logits and the entropies it reaches both
     sub-networks. The ``1 -`` and the raw logits are those of the authors' code. Eq. 3 ends in a CBL, which would
     standardise the fused logits over the batch and shrink the negative ones: here a plain convolution ends it.
 
@@ -51,12 +53,14 @@ class HybridAggregation(nn.Module):
         logits_channels: int = 32,
     ) -> None:
         super().__init__()
+        memory_format = channels_last(spatial_dims)
         width = dissimilarity_channels + entropy_channels + logits_channels
         self.entropy_branch = branch(spatial_dims, 2, entropy_channels)
         self.dissimilarity_branch = branch(spatial_dims, max(num_classes, 2), dissimilarity_channels)
         self.logits_branch = branch(spatial_dims, 2 * num_classes, logits_channels)
-        self.mix = conv_bn_lrelu(spatial_dims, width, width, kernel_size=3)
+        self.mix = ConvNormAct(spatial_dims, width, width, kernel_size=3, negative_slope=SLOPE)
         self.head = Conv["conv", spatial_dims](width, num_classes, kernel_size=3, padding=1, bias=False)
+        self.to(memory_format=memory_format)
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
         # the maps are exact in float32 at least; the convolutions run in the dtype of the logits
@@ -76,20 +80,8 @@ def binarized(logits: torch.Tensor) -> torch.Tensor:
 
 
 def branch(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 3x3 and a 1x1 CBL."""
     return nn.Sequential(
-        conv_bn_lrelu(spatial_dims, in_channels, out_channels, kernel_size=3),
-        conv_bn_lrelu(spatial_dims, out_channels, out_channels, kernel_size=1),
-    )
-
-
-def conv_bn_lrelu(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int) -> Convolution:
-    """The paper's CBL."""
-    return Convolution(
-        spatial_dims,
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        norm="batch",
-        act=("leakyrelu", {"negative_slope": 0.2, "inplace": True}),
-        bias=False,
+        ConvNormAct(spatial_dims, in_channels, out_channels, kernel_size=3, negative_slope=SLOPE),
+        ConvNormAct(spatial_dims, out_channels, out_channels, kernel_size=1, negative_slope=SLOPE),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,11 +20,12 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
         ``q.k_pad / sqrt(d) + logsumexp over padded positions of (rel_h + rel_w)``
 
-    The decomposed relative positions are appended to the queries, against one-hot rows and columns in the keys, so that
-    no (tokens x tokens) bias is written and `scaled_dot_product_attention` takes its fused path with gradients too.
+    The decomposed relative positions are appended to the queries, against one-hot rows and columns in the keys: no
+    (tokens x tokens) bias is written, and `scaled_dot_product_attention` takes its fused path, with gradients too.
+    Tokens are kept window by window throughout, so that windows are slices.
 
     Args:
-        encoder: ImageEncoderViT, with or without adapters, whose relative positions fit the token grid.
+        encoder: ImageEncoderViT, with or without adapters, whose position tables fit the token grid.
         image: normalised image (B, 3, H, W) of the encoder's input size, square or not.
 
     Returns:
@@ -37,96 +40,126 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
     tokens = encoder.patch_embed(image)  # (B, h, w, channels)
     if encoder.pos_embed is not None:
         tokens = tokens + encoder.pos_embed
+    grid = (tokens.shape[1], tokens.shape[2])
+    window_size = max(block.window_size for block in encoder.blocks)
+    order = _window_order(grid, window_size).to(tokens.device)
+    layouts = {size: _layout(order, grid, size, tokens) for size in (0, window_size)}
+
+    tokens = tokens.flatten(1, 2).index_select(1, order)  # (B, h * w, channels), window by window
     for block in encoder.blocks:
-        tokens = tokens + _attend(block.attn, block.norm1(tokens), block.window_size)
+        tokens = tokens + _attend(block.attn, block.norm1(tokens), layouts[block.window_size])
         tokens = tokens + block.mlp(block.norm2(tokens))
-    return _neck(encoder.neck, tokens)
+    return _neck(encoder.neck, tokens.index_select(1, order.argsort()).unflatten(1, grid))
 
 
-def _attend(attention: nn.Module, tokens: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Attention inside windows, (B, h, w, channels) to the same; a window size of 0 is global attention."""
-    if isinstance(attention, AdaptedAttention):
-        return attention.adapter(_attend(attention.attention, tokens, window_size))
-    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))  # (B, h, w, 3, heads, d)
-    height, width = tokens.shape[1:3]
-    window = (window_size or height, window_size or width)
-    rows = []
-    for top, bottom, window_height in _spans(height, window[0]):
-        pieces = [
-            _attend_in_windows(attention, qkv[:, top:bottom, left:right], (window_height, window_width), window)
-            for left, right, window_width in _spans(width, window[1])
-        ]
-        rows.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2))
-    return attention.proj(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
+class _Windows(NamedTuple):
+    """Equal windows of an image, and the real tokens in each."""
+
+    count: int
+    height: int
+    width: int
 
 
-def _spans(size: int, window: int) -> list[tuple[int, int, int]]:
+class _Layout(NamedTuple):
+    """Where the tokens are in their windows; `scatter` and `one_hot` belong to queries and to keys."""
+
+    windows: list[_Windows]  # consecutive in the order of tokens
+    padded: tuple[int, int]  # height and width of a window with upstream's padding
+    distances: torch.Tensor  # (h * w, rows + columns) entry of (rel_pos_h, rel_pos_w) for each row and column
+    one_hot: torch.Tensor  # (h * w, rows + columns) the token's own row and column
+
+
+def _spans(size: int, window_size: int) -> list[tuple[int, int, int]]:
     """(start, stop, real extent of a window) of the whole windows along an axis, then of the cut one."""
-    whole = size - size % window
-    spans = [(0, whole, window), (whole, size, size - whole)]
+    whole = size - size % (window_size or size)
+    spans = [(0, whole, window_size or size), (whole, size, size - whole)]
     return [span for span in spans if span[0] < span[1]]
 
 
-def _attend_in_windows(
-    attention: nn.Module, qkv: torch.Tensor, real: tuple[int, int], padded: tuple[int, int]
-) -> torch.Tensor:
-    """Attention inside equal windows of ``real`` tokens that upstream pads to ``padded`` ones.
+def _window_order(grid: tuple[int, int], window_size: int) -> torch.Tensor:
+    """Indices into the flat token grid: whole windows first, then those cut at the right, at the bottom, at both."""
+    index = torch.arange(grid[0] * grid[1]).view(grid)
+    return torch.cat(
+        [
+            index[top:bottom, left:right].unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten()
+            for top, bottom, height in _spans(grid[0], window_size)
+            for left, right, width in _spans(grid[1], window_size)
+        ]
+    )
 
-    qkv is (B, rows, columns, 3, heads, d), the result (B, rows, columns, heads * d).
+
+def _layout(order: torch.Tensor, grid: tuple[int, int], window_size: int, tokens: torch.Tensor) -> _Layout:
+    windows = [
+        _Windows((bottom - top) // height * ((right - left) // width), height, width)
+        for top, bottom, height in _spans(grid[0], window_size)
+        for left, right, width in _spans(grid[1], window_size)
+    ]
+    padded = (window_size, window_size) if window_size else grid
+    first_entry, distances, one_hot = 0, [], []
+    for position, length in zip((order // grid[1], order % grid[1]), padded):
+        position = position[:, None] % length
+        others = torch.arange(length, device=order.device)
+        distances.append(position - others + length - 1 + first_entry)
+        one_hot.append((position == others).to(tokens.dtype))
+        first_entry += 2 * length - 1
+    return _Layout(windows, padded, torch.cat(distances, dim=1), torch.cat(one_hot, dim=1))
+
+
+def _attend(attention: nn.Module, tokens: torch.Tensor, layout: _Layout) -> torch.Tensor:
+    """Attention inside windows, (B, h * w, channels) to the same."""
+    if isinstance(attention, AdaptedAttention):
+        return attention.adapter(_attend(attention.attention, tokens, layout))
+    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, h * w, d)
+    relative = query @ torch.cat((attention.rel_pos_h, attention.rel_pos_w)).T
+    relative = relative.gather(-1, layout.distances.expand(*query.shape[:2], -1, -1))
+    query = torch.cat((query * attention.scale, relative), dim=-1)
+    key = torch.cat((key, layout.one_hot.to(key.dtype).expand(*key.shape[:2], -1, -1)), dim=-1)
+
+    sizes = [windows.count * windows.height * windows.width for windows in layout.windows]
+    attended = []
+    for windows, *qkv in zip(layout.windows, *(x.split(sizes, dim=2) for x in (query, key, value))):
+        qkv = [x.flatten(0, 1).unflatten(1, (windows.count, -1)) for x in qkv]  # (B * heads, windows, tokens, d)
+        if (windows.height, windows.width) != layout.padded:
+            qkv = _with_padding_key(*qkv, attention.qkv.bias, windows, layout.padded)
+        attended.append(_softmax_attention(*qkv).flatten(1, 2).unflatten(0, key.shape[:2]).transpose(1, 2))
+    return attention.proj(torch.cat(attended, dim=1).flatten(2))
+
+
+def _with_padding_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    windows: _Windows,
+    padded: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append the one key and value that stand for all padded tokens of a window.
+
+    Padded are the rows below (all columns) and, beside the real rows, the columns to the right.
     """
-    (height, width), num_rows, num_columns = real, qkv.shape[1] // real[0], qkv.shape[2] // real[1]
-    windows = qkv.unflatten(2, (num_columns, width)).unflatten(1, (num_rows, height))
-    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, B, window rows, window columns, heads, height, width, d)
-    batch, channels = windows.shape[1:4], windows.shape[-1]
-    query, key, value = windows.flatten(1, 3)  # (windows, heads, height, width, d)
-    key, value = key.flatten(2, 3), value.flatten(2, 3)  # (windows, heads, tokens, d)
-
-    rel_h = torch.einsum("nayxd,ykd->nayxk", query, _relative_table(attention.rel_pos_h, padded[0])[:height])
-    rel_w = torch.einsum("nayxd,xkd->nayxk", query, _relative_table(attention.rel_pos_w, padded[1])[:width])
-    query_parts = [query * attention.scale, rel_h[..., :height], rel_w[..., :width]]
-    if real != padded:
-        query_parts.append(_padding_logit(rel_h, rel_w, height, width).to(query.dtype))
-        _, pad_key, pad_value = attention.qkv.bias.to(key.dtype).view(3, 1, attention.num_heads, 1, channels)
-        key = torch.cat((key, pad_key.expand(len(key), -1, -1, -1)), dim=2)
-        value = torch.cat((value, pad_value.expand(len(value), -1, -1, -1)), dim=2)
-    query = torch.cat(query_parts, dim=-1).flatten(2, 3)
-    positions = _key_positions(height, width, with_padding=real != padded, like=key)
-    key = torch.cat((key, positions.expand(*key.shape[:2], -1, -1)), dim=-1)
-    value = F.pad(value, (0, positions.shape[-1]))  # the fused kernel wants one width for keys and values
-
-    out = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
-    out = out.unflatten(2, real).unflatten(0, batch)  # (B, window rows, window columns, heads, height, width, d)
-    return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-
-
-def _relative_table(rel_pos: torch.Tensor, size: int) -> torch.Tensor:
-    """Row q, column k: the entry for the distance q - k. (2 * size - 1, d) to (size, size, d)."""
-    return rel_pos.flip(0).unfold(0, size, 1).flip(0).transpose(1, 2)
-
-
-def _padding_logit(rel_h: torch.Tensor, rel_w: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Logsumexp of ``rel_h + rel_w`` over the positions outside the real ``height`` x ``width``, (..., 1).
-
-    Outside are the rows below (all columns) and, beside the real rows, the columns to the right.
-    """
+    rel_h, rel_w = query[..., -sum(padded) :].to(torch.promote_types(query.dtype, torch.float32)).split(padded, dim=-1)
     terms = []
-    if height < rel_h.shape[-1]:
-        terms.append(_logsumexp(rel_h[..., height:]) + _logsumexp(rel_w))
-    if width < rel_w.shape[-1]:
-        terms.append(_logsumexp(rel_h[..., :height]) + _logsumexp(rel_w[..., width:]))
-    return terms[0] if len(terms) == 1 else torch.logaddexp(*terms)
+    if windows.height < padded[0]:
+        terms.append(rel_h[..., windows.height :].logsumexp(-1, True) + rel_w.logsumexp(-1, True))
+    if windows.width < padded[1]:
+        terms.append(rel_h[..., : windows.height].logsumexp(-1, True) + rel_w[..., windows.width :].logsumexp(-1, True))
+    logit = terms[0] if len(terms) == 1 else torch.logaddexp(*terms)
+
+    num_heads = len(bias) // (3 * value.shape[-1])
+    images = len(query) // num_heads
+    _, pad_key, pad_value = (
+        part.repeat(images, windows.count, 1, 1) for part in bias.to(key.dtype).view(3, num_heads, 1, 1, -1)
+    )
+    query = torch.cat((query, logit.to(query.dtype)), dim=-1)
+    key = torch.cat((F.pad(key, (0, 1)), F.pad(F.pad(pad_key, (0, sum(padded))), (0, 1), value=1.0)), dim=2)
+    return query, key, torch.cat((value, pad_value), dim=2)
 
 
-def _logsumexp(x: torch.Tensor) -> torch.Tensor:
-    return torch.logsumexp(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, keepdim=True)
-
-
-def _key_positions(height: int, width: int, with_padding: bool, like: torch.Tensor) -> torch.Tensor:
-    """What the appended query channels meet in each key: its row, its column, and whether it is the padding's key."""
-    rows = torch.eye(height, dtype=like.dtype, device=like.device).repeat_interleave(width, dim=0)
-    columns = torch.eye(width, dtype=like.dtype, device=like.device).repeat(height, 1)
-    positions = torch.cat((rows, columns), dim=1)
-    return torch.block_diag(positions, positions.new_ones(1, 1)) if with_padding else positions
+def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    channels = value.shape[-1]
+    value = F.pad(value, (0, key.shape[-1] - channels))  # the fused kernels want one width for keys and values
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
 
 
 def _neck(neck: nn.Sequential, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from monai.networks.blocks import Convolution, UpSample
+from monai.networks.blocks import UpSample
 from monai.networks.layers.factories import Conv, Pool
 
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.convolution import ConvNormAct, channels_last
 from knowsam_monai.networks.spatial_size import check_spatial_size
 
 
@@ -52,6 +54,7 @@ class UNet(nn.Module):
         dropout: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
     ) -> None:
         super().__init__()
+        memory_format = channels_last(spatial_dims)
         if len(dropout) != len(channels):
             raise ValueError(
                 f"`dropout` must be one probability for each of the {len(channels)} levels of `channels` "
@@ -69,10 +72,11 @@ class UNet(nn.Module):
         )
         self.decoder = nn.ModuleList(ConvPair(spatial_dims, 2 * num_out, num_out) for num_out in upward[1:])
         self.head = Conv["conv", spatial_dims](channels[0], out_channels, kernel_size=3, padding=1)
+        self.to(memory_format=memory_format)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         check_spatial_size(image, self.divisor)
-        x = image
+        x = without_meta(image) if self.training else image
         skips: list[torch.Tensor] = []
         for level, block in enumerate(self.encoder):
             if level > 0:
@@ -85,20 +89,10 @@ class UNet(nn.Module):
 
 
 class ConvPair(nn.Sequential):
-    """Two conv-BatchNorm-LeakyReLU, dropout between them (elementwise, so that its place beside LeakyReLU is free)."""
+    """Two conv-BatchNorm-LeakyReLU, dropout between them."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
-        act = ("leakyrelu", {"inplace": True})  # in front is a batch normalisation, which does not need its output
         super().__init__(
-            Convolution(
-                spatial_dims,
-                in_channels,
-                out_channels,
-                norm="batch",
-                act=act,
-                dropout=dropout or None,
-                dropout_dim=1,
-                bias=False,
-            ),
-            Convolution(spatial_dims, out_channels, out_channels, norm="batch", act=act, bias=False),
+            ConvNormAct(spatial_dims, in_channels, out_channels, dropout=dropout),
+            ConvNormAct(spatial_dims, out_channels, out_channels),
         )

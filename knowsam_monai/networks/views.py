@@ -34,7 +34,7 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
     if pred.ndim == reference.ndim + 1:
         return tuple(pred.unbind(1))
     raise ValueError(
-        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) of a {reference.ndim}-dimensional "
-        f"reference but is of shape {tuple(pred.shape)} beside {tuple(reference.shape)}. Give image and label a channel "
+        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but is of shape "
+        f"{tuple(pred.shape)} beside a reference of shape {tuple(reference.shape)}. Give image and label a channel "
         "dimension, and return one tensor from the network."
     )

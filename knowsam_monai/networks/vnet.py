@@ -9,15 +9,17 @@ import torch.nn as nn
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.convolution import channels_last
 from knowsam_monai.networks.spatial_size import check_spatial_size
 
 
 class VNet(nn.Module):
     """V-Net of conv-ReLU stages with strided convolutions down, transposed ones up and additive skips.
 
-    No normalisation and no dropout, as in the authors' code: with the defaults in 2D, one input channel and four classes
-    it has 3.27 M parameters. MONAI's own ``VNet`` is another network: residual, normalised, and unusable in 2D with
-    dropout.
+    No normalisation and no dropout, as in the authors' code: with the defaults in 2D, one input channel and four
+    classes it has 3.27 M parameters. MONAI's own ``VNet`` is another network: residual, normalised, and unusable in 2D
+    with dropout.
 
     Args:
         spatial_dims: 2 or 3.
@@ -52,6 +54,7 @@ class VNet(nn.Module):
         num_convs: Sequence[int] = (1, 2, 3, 3, 3),
     ) -> None:
         super().__init__()
+        memory_format = channels_last(spatial_dims)
         if len(num_convs) != len(channels):
             raise ValueError(
                 f"`num_convs` must be one count for each of the {len(channels)} levels of `channels` "
@@ -78,10 +81,11 @@ class VNet(nn.Module):
             for num_features, count in zip(upward[1:], reversed(num_convs[:-1]))
         )
         self.head = Conv["conv", spatial_dims](channels[0], out_channels, kernel_size=1)
+        self.to(memory_format=memory_format)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         check_spatial_size(image, self.divisor)
-        x = self.stem(image)
+        x = self.stem(without_meta(image) if self.training else image)
         skips: list[torch.Tensor] = []
         for stage in self.encoder:
             skips.append(x)

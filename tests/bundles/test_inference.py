@@ -193,8 +193,9 @@ print("loaded", [m for m in sys.modules if m.split(".")[0] in ("segment_anything
     assert (tmp_path / "out" / "scan_seg.nii.gz").is_file()
 
 
-def test_verify_net_in_out_passes():
-    verify_net_in_out("network_def", meta_file=META, config_file=CONFIG, device="cpu", n=2)
+@pytest.mark.parametrize("n", [1, 3])
+def test_verify_net_in_out_passes(n):
+    verify_net_in_out("network_def", meta_file=META, config_file=CONFIG, device="cpu", n=n)
 
 
 def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path):

@@ -35,8 +35,9 @@ def patients(items: list[dict]) -> list[str]:
 def write_official(folder: Path, names=ALL_PATIENTS) -> Path:
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
-        (folder / name / "Info.cfg").write_text(f"ED: 1\nES: {number % 9 + 8}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\n")
-        for frame in (1, number % 9 + 8):
+        systole = number % 9 + 8
+        (folder / name / "Info.cfg").write_text(f"ED: 1\nES: {systole}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\n")
+        for frame in (1, systole):
             for end in ("", "_gt"):
                 (folder / name / f"{name}_frame{frame:02d}{end}.nii.gz").touch()
     return folder

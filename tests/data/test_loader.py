@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import random
+import time
 
 import numpy as np
 import pytest
@@ -264,6 +266,17 @@ def test_trainer_sees_one_seamless_stream_whatever_its_epoch_length(epoch_length
 def test_bad_argument_is_one_clear_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         loader(**arguments)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_stop_at_once_when_the_loader_goes(num_workers):
+    """In a reference cycle torch waits 5 seconds for each."""
+    with_workers = loader(num_workers=num_workers)
+    take(with_workers, 2)
+    started = time.monotonic()
+    del with_workers
+    gc.collect()
+    assert time.monotonic() - started < 4
 
 
 def test_negative_iteration_is_refused():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
@@ -18,9 +19,7 @@ def written(tmp_path_factory) -> Path:
 
 def voxels(list_path: Path) -> dict[str, np.ndarray]:
     folder = list_path.parent
-    return {
-        str(path.relative_to(folder)): np.asarray(nibabel.load(path).dataobj) for path in folder.rglob("*.nii.gz")
-    }
+    return {str(path.relative_to(folder)): np.asarray(nibabel.load(path).dataobj) for path in folder.rglob("*.nii.gz")}
 
 
 def test_list_has_ed_and_es_of_every_patient(written):
@@ -96,6 +95,15 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_phantom(tmp_path / "phantom", **SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_may_write_the_same_phantom(tmp_path):
+    arguments = {**SMALL, "num_labeled": 1, "num_test": 0}
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: write_phantom(tmp_path / "phantom", **arguments), range(3)))
+    assert set(paths) == {tmp_path / "phantom" / "dataset.json"}
+    assert len(voxels(paths[0])) == 2 * (2 + 1 + 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["phantom"]
 
 
 def test_folder_with_something_else_is_refused_and_left_alone(tmp_path):

@@ -95,7 +95,7 @@ def data(tmp_path_factory) -> dict:
     return {
         "labeled": slice_dataset(items["labeled"], build("slices"), progress=False),
         "unlabeled": slice_dataset(items["unlabeled"], build("slices"), progress=False),
-        "volumes": slice_dataset(items["validation"], build("volumes"), progress=False),
+        "validation": items["validation"],
     }
 
 
@@ -164,19 +164,20 @@ def test_image_and_label_move_together(data):
 
 def test_validation_volume_goes_back_to_its_own_grid(data):
     """What a network would see, sent back as probabilities, is the truth again to the resolution of the grid."""
-    batch = next(iter(DataLoader(data["volumes"], batch_size=1)))
+    preprocessing = build("volumes")
+    volumes = slice_dataset(data["validation"], preprocessing, progress=False)
+    batch = next(iter(DataLoader(volumes, batch_size=1)))
     assert batch["image"].shape[2:4] == (SIZE, SIZE)
     shape = batch["label"].shape
-    seen = torch.nn.functional.interpolate(
-        torch.nn.functional.one_hot(batch["label"][:, 0].long(), 4).movedim(-1, 1).float(), batch["image"].shape[2:]
-    )
+    truth = torch.nn.functional.one_hot(batch["label"].as_tensor()[:, 0].long(), 4).movedim(-1, 1).float()
+    seen = torch.nn.functional.interpolate(truth, batch["image"].shape[2:], mode="trilinear")
     inferer = SliceInferer(roi_size=(SIZE, SIZE), spatial_dim=2, sw_batch_size=4)
     output = inferer(torch.cat([batch["image"].as_tensor(), seen], 1), lambda slices: slices[:, 1:])
     batch["pred"] = type(batch["image"])(output, meta=batch["image"].meta)
     case = decollate_batch(batch)[0]
-    back = Invertd("pred", transform=build("volumes"), orig_keys="image", nearest_interp=False)(case)["pred"]
+    back = Invertd("pred", transform=preprocessing, orig_keys="image", nearest_interp=False)(case)["pred"]
     found = back.argmax(0, keepdim=True)
     assert found.shape == shape[1:]
     for value in (1, 2, 3):
         one, other = found == value, case["label"] == value
-        assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.93
+        assert 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.95

@@ -105,13 +105,15 @@ def test_broken_file_is_named_in_one_sentence(tmp_path):
         unknown,
     ]
     for path in broken:
-        with pytest.raises(ValueError, match=f"`image` must be a readable image but .*{path.name} is not: .+") as caught:
+        message = f"`image` must be a readable image but .*{path.name} is not: .+"
+        with pytest.raises(ValueError, match=message) as caught:
             LoadCased("image")({"image": str(path)})
         assert "\n" not in str(caught.value)
 
 
 def test_h5_without_the_dataset_says_what_it_has(tmp_path):
-    with pytest.raises(ValueError, match=r"`dataset` must be in .*a.h5 but is 'seg'; the file has \['image', 'label'\]"):
+    message = r"`dataset` must be in .*a.h5 but is 'seg'; the file has \['image', 'label'\]"
+    with pytest.raises(ValueError, match=message):
         H5Reader("seg").read(write_h5(tmp_path / "a.h5"))
 
 
@@ -124,5 +126,5 @@ def test_slices_of_different_shapes_are_no_volume(tmp_path):
 def test_missing_h5py_is_one_clear_error(tmp_path, monkeypatch):
     path = write_h5(tmp_path / "a.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match="`h5py` must be installed to read .h5 files"):
+    with pytest.raises(ImportError, match="`h5py` must be installed to read h5 files"):
         H5Reader().read(path)

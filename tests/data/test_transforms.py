@@ -42,7 +42,7 @@ def test_label_of_another_shape_is_an_error_naming_both_files(shape):
         CheckDatad()({"image": volume(1, 4, 5, 3), "label": label(*shape)})
 
 
-@pytest.mark.parametrize("value, shown", [(4.0, "4"), (-1.0, "-1"), (1.5, "1.5"), (float("nan"), "nan"), (255.0, "255")])
+@pytest.mark.parametrize("value, shown", [(4.0, "4"), (-1.0, "-1"), (1.5, "1.5"), (float("nan"), "nan"), (255, "255")])
 def test_label_value_outside_the_classes_is_an_error_naming_the_file(value, shown):
     case = {"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, value))}
     with pytest.raises(ValueError, match=rf"integers 0 to 3 as values but case_gt.nii.gz has {shown}\."):

@@ -1,6 +1,8 @@
 import csv
 import math
+import os
 
+import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from knowsam_monai.handlers.case_metrics import METRICS, CaseMetrics, case_metrics
+from knowsam_monai.handlers.validation_report import ValidationReport
 
 SPACING = (1.5, 2.0, 10.0)
 
@@ -238,3 +241,26 @@ def test_outputs_that_do_not_fit_are_one_clear_error(tmp_path, change, message):
 def test_class_names_must_be_a_list(tmp_path, class_names):
     with pytest.raises(ValueError, match="`class_names` must be a list"):
         CaseMetrics(tmp_path, class_names)
+
+
+def _evaluate_on_a_rank(rank, folder):
+    shards = [["a", "b"], ["c", "a"]]  # a sampler gives the last rank a case twice to serve all alike
+    shifts = {"a": 0, "b": 1, "c": 2}
+    outputs = [[item(cube(4 + shifts[name], 4, 2), cube(4, 4, 2), f"{name}.nii")] for name in shards[rank]]
+    engine = Engine(lambda engine, output: output)
+    CaseMetrics(folder, ["cavity"]).attach(engine)
+    report = ValidationReport(folder, ["cavity"])
+    report.attach(engine)
+    engine.run(outputs)
+    assert (report.write() is None) == (rank > 0)
+    assert report.mean_dice == pytest.approx((1 + 0.75 + 0.5) / 3)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_every_case_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    idist.spawn("gloo", _evaluate_on_a_rank, (str(tmp_path),), nproc_per_node=2)
+    with open(tmp_path / "metrics_raw.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["components"] == "all"]
+    assert {row["case"]: float(row["hd95_voxel"]) for row in rows} == {"a": 0, "b": 1, "c": 2} and len(rows) == 3
+    assert (tmp_path / "validation.png").is_file()

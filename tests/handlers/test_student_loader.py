@@ -13,7 +13,7 @@ def small(**kwargs):
 
 def run(path, network):
     engine = Engine(lambda engine, batch: None)
-    StudentLoader(path, network).attach(engine)
+    StudentLoader(path, network, num_classes=4).attach(engine)
     engine.run([0])
 
 

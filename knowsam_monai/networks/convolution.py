@@ -1,0 +1,70 @@
+"""The convolution with batch normalisation that U-Net and aggregation are made of."""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks import Convolution
+
+
+def channels_last(spatial_dims: int) -> torch.memory_format:
+    """The memory format for a network's weights: convolutions on the CPU run 1.2 to 1.5 times faster in it.
+
+    Raises:
+        ValueError: when ``spatial_dims`` is neither 2 nor 3.
+    """
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    if spatial_dims not in formats:
+        raise ValueError(f"`spatial_dims` must be 2 or 3 but is {spatial_dims}. Give slices 2 and volumes 3.")
+    return formats[spatial_dims]
+
+
+class ConvNormAct(Convolution):
+    """Conv-BatchNorm-LeakyReLU, in which the normalisation costs nothing at inference.
+
+    In eval mode and without autograd it is a fixed scale and shift of each channel, and is folded into weights and bias
+    of the convolution: the same result up to rounding. The convolution has no bias, which the normalisation would take
+    away again, and the activation is in place, since a normalisation does not need its output for its gradient.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: odd; the padding keeps the spatial size.
+        negative_slope: of LeakyReLU.
+        dropout: probability of zeroing an element, 0 for none. Elementwise, so that its place beside LeakyReLU is free.
+
+    Example::
+
+        >>> ConvNormAct(2, 1, 8)(torch.zeros(2, 1, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        negative_slope: float = 0.01,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            norm="batch",
+            act=("leakyrelu", {"negative_slope": negative_slope, "inplace": True}),
+            dropout=dropout or None,
+            dropout_dim=1,
+            bias=False,
+        )
+        self.scale_shape = (out_channels,) + (1,) * (spatial_dims + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or torch.is_grad_enabled():
+            return self.adn(self.conv(x))
+        norm = self.adn.N
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = self.conv.weight * scale.view(self.scale_shape)
+        return self.adn.A(self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale))

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from knowsam_monai.networks.convolution import ConvNormAct, channels_last
+
+
+def trained(block: torch.nn.Module) -> torch.nn.Module:
+    """With statistics and affine parameters unlike those of a fresh batch normalisation."""
+    generator = torch.Generator().manual_seed(1)
+    for module in block.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return block.double()
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_training_is_convolution_batch_norm_and_leaky_relu(spatial_dims, kernel_size):
+    block = trained(ConvNormAct(spatial_dims, 2, 3, kernel_size=kernel_size, negative_slope=0.2))
+    x = torch.randn(2, 2, *([6] * spatial_dims), dtype=torch.float64)
+    conv = F.conv2d if spatial_dims == 2 else F.conv3d
+    y = conv(x, block.conv.weight, padding=kernel_size // 2)
+    dims = (0, *range(2, y.ndim))
+    y = (y - y.mean(dims, keepdim=True)) / (y.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    shape = (1, -1) + (1,) * spatial_dims
+    y = y * block.adn.N.weight.view(shape) + block.adn.N.bias.view(shape)
+    torch.testing.assert_close(block.train()(x), torch.where(y > 0, y, 0.2 * y), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_folded_inference_equals_the_unfolded_one(spatial_dims):
+    block = trained(ConvNormAct(spatial_dims, 2, 3, dropout=0.5)).eval()
+    x = torch.randn(2, 2, *([6] * spatial_dims), dtype=torch.float64)
+    unfolded = block(x)
+    assert unfolded.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), unfolded, rtol=0, atol=1e-12)
+        torch.testing.assert_close(torch.jit.script(block)(x), unfolded, rtol=0, atol=1e-12)
+
+
+def test_inference_leaves_input_weights_and_statistics_alone():
+    block = trained(ConvNormAct(2, 2, 3)).eval()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    kept_x, kept = x.clone(), {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    with torch.no_grad():
+        block(x)
+    assert torch.equal(x, kept_x)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in block.state_dict().items())
+
+
+def test_dropout_zeroes_single_elements_and_not_channels():
+    block = ConvNormAct(2, 1, 8, dropout=0.5).train()
+    zero = (block(torch.randn(4, 1, 16, 16)) == 0).float().mean(dim=(2, 3))
+    assert 0.3 < zero.min() and zero.max() < 0.7
+
+
+def test_other_than_two_or_three_dimensions_is_an_error():
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2 or 3 but is 1"):
+        channels_last(1)
