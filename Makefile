@@ -18,6 +18,10 @@ venv_python = $(VENV)/bin/python
 pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 packaging   = setup.cfg pyproject.toml constraints.txt
 
+# glibc keeps freed memory instead of asking the kernel for zeroed pages at every step: no page faults, 5 to 9 % faster on
+# CPU, up to 10 % more memory. Both are needed: either one alone switches off the threshold that adapts itself.
+keep_memory = MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+
 .DEFAULT_GOAL := help
 .PHONY: help train test check lint clean
 
@@ -25,7 +29,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
 
 train: $(VENV)/.installed
-	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
+	$(keep_memory) $(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(venv_python) -m pytest $(ARGS)
@@ -42,12 +46,13 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --clear: an environment whose making was interrupted has no stamp and is made anew
+# An environment that is there and has pip is taken as it is; one whose making was interrupted is made anew.
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
-	  echo "Python must be 3.10, 3.11 or 3.12 but \`$(PYTHON)\` is `$(PYTHON) --version 2>/dev/null || echo not found`:" \
-	       "name one, as in \`make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))\`." >&2; exit 1; }
-	@$(PYTHON) -m venv --clear $(VENV)
+	@$(venv_python) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
+	    echo "Python must be 3.10, 3.11 or 3.12 but \`$(PYTHON)\` is `$(PYTHON) --version 2>/dev/null || echo not found`:" \
+	         "name one, as in \`make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))\`." >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(packaging)

@@ -14,7 +14,7 @@ from knowsam_monai.data.loader import SemiSupervisedLoader
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.readers import H5Reader, LoadCased
 from knowsam_monai.data.slices import slice_dataset
-from knowsam_monai.data.transforms import CheckDatad, SplitSlicesd
+from knowsam_monai.data.transforms import CheckDatad, ScaleVolumed, SplitSlicesd
 
 __all__ = [
     "ACDC_LABELED_SLICES",
@@ -24,6 +24,7 @@ __all__ = [
     "CheckDatad",
     "H5Reader",
     "LoadCased",
+    "ScaleVolumed",
     "SemiSupervisedLoader",
     "SplitSlicesd",
     "acdc_datalist",

@@ -1,4 +1,4 @@
-"""The two transforms that MONAI lacks: checking a case by name, and splitting a volume into slices."""
+"""The transforms that MONAI lacks: checking a case by name, scaling by volume, splitting a volume into slices."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SplitDim, Transform
+from monai.transforms import MapTransform, ScaleIntensity, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
-__all__ = ["CheckDatad", "SplitSlicesd"]
+__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,43 @@ class CheckDatad(Transform):
         affines = (getattr(image, "affine", None), getattr(label, "affine", None))
         if None not in affines and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2):
             logger.warning("%s and its label have different affines: the voxels are taken as aligned.", _name(image))
+
+
+class ScaleVolumed(MapTransform):
+    """Scale an image to 0..1 over its whole volume.
+
+    A slice file of a pack, an item with a `"slice"` number, stays as it is: it was scaled together with its volume when
+    the pack was made, and by its own range it would be brighter in training than its volume is in validation.
+
+    Args:
+        keys: keys of the images.
+        channel_wise: whether each channel is scaled by itself.
+
+    Raises:
+        ValueError: if a slice file has values outside 0..1.
+
+    Example:
+        >>> scaled = ScaleVolumed("image")({"image": torch.tensor([[[2.0, 4.0], [3.0, 2.0]]])})
+        >>> scaled["image"].tolist()
+        [[[0.0, 1.0], [0.5, 0.0]]]
+    """
+
+    def __init__(self, keys: Any = "image", channel_wise: bool = False) -> None:
+        super().__init__(keys)
+        self.scale = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=channel_wise)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            if "slice" not in case:
+                case[key] = self.scale(case[key])
+            elif case[key].min() < 0 or case[key].max() > 1:
+                raise ValueError(
+                    f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but "
+                    f"{_name(case[key])} goes from {case[key].min():g} to {case[key].max():g}. Scale the volume first, "
+                    "or leave the number out to scale each file by itself."
+                )
+        return case
 
 
 class SplitSlicesd(MapTransform, MultiSampleTrait):

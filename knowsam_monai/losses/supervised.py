@@ -47,7 +47,7 @@ class PartiallyLabeledLoss(nn.Module):
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), or whatever of (B_l, C, *spatial) ``loss`` takes, 1 <= B_l <= B
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; for C = 1 ``loss`` gets them as floats
         - output: scalar
 
     Raises:
@@ -88,12 +88,11 @@ class PartiallyLabeledLoss(nn.Module):
                 f"`view_weights` must be one weight for each of the {len(views)} views but are {weights}. "
                 "A plain network has one view, MultiViewNet three: fused, unet, vnet."
             )
+        labeled_views = [at_least_float32(view[: len(label)]) for view in views]
+        if labeled_views[0].shape[1] == 1:
+            label = label.to(labeled_views[0].dtype)
         with torch.autocast(label.device.type, enabled=False):
-            losses = [
-                weight * self.loss(at_least_float32(view[: len(label)]), label)
-                for view, weight in zip(views, weights)
-                if weight > 0
-            ]
+            losses = [weight * self.loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
@@ -102,7 +101,7 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
 
     Args:
         logits: (B, C, *spatial).
-        label: class indices (B_l, 1, *spatial), or whatever the loss takes of (B_l, C, *spatial).
+        label: class indices (B_l, 1, *spatial).
         ignore_index: a label value that is no class and that the loss leaves out.
 
     Raises:
@@ -118,12 +117,12 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
             "in a batch, and each label has its image."
         )
-    if label.ndim < 2 or label.shape[1] not in (1, num_classes) or label.shape[2:] != logits.shape[2:]:
+    if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
         raise ValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
-            f"{tuple(label.shape)}. Load it with a channel dimension, and resize it as its image."
+            f"{tuple(label.shape)}. Load it with one channel of class indices, and resize it as its image."
         )
-    if label.shape[1] == 1 and label.device.type == "cpu":
+    if label.device.type == "cpu":
         values = label if ignore_index is None else label[label != ignore_index]
         top = max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
         if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):

@@ -21,7 +21,7 @@ def channels_last(spatial_dims: int) -> torch.memory_format:
 class ConvNormAct(Convolution):
     """Conv-BatchNorm-LeakyReLU, in which the normalisation costs nothing at inference.
 
-    In eval mode and without autograd it is a fixed scale and shift of each channel, and is folded into weights and bias
+    In eval mode it is a fixed scale and shift of each channel, and is folded into weights and bias
     of the convolution: the same result up to rounding. The convolution has no bias, which the normalisation would take
     away again, and the activation is in place, since a normalisation does not need its output for its gradient.
 
@@ -62,7 +62,7 @@ class ConvNormAct(Convolution):
         self.scale_shape = (out_channels,) + (1,) * (spatial_dims + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training or torch.is_grad_enabled():
+        if self.training:
             return self.adn(self.conv(x))
         norm = self.adn.N
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from knowsam_monai.networks.sam_checkpoint import load_checkpoint
+from knowsam_monai.networks.sam_checkpoint import load_checkpoint, read_checkpoint
 from knowsam_monai.networks.sam_variants import SAM_VARIANTS
 from knowsam_monai.networks.segment_anything_import import import_segment_anything
 
@@ -52,6 +52,7 @@ def build_sam(
     numbers = SAM_VARIANTS[variant]
     size = check_image_size(image_size)
     grid = (size[0] // numbers.patch_size, size[1] // numbers.patch_size)
+    state = None if checkpoint is None else read_checkpoint(checkpoint, variant)
 
     modeling = import_segment_anything().modeling
     sam = modeling.Sam(
@@ -82,8 +83,8 @@ def build_sam(
         ),
     )
     _size_positions(sam.image_encoder, grid)
-    if checkpoint is not None:
-        load_checkpoint(sam, checkpoint, variant)
+    if state is not None:
+        load_checkpoint(sam, state, checkpoint, variant)
     return sam.eval()
 
 
@@ -95,7 +96,7 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
         >>> check_image_size(256)
         (256, 256)
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
     if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
         raise ValueError(
             f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
+import pickletools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,40 +21,67 @@ POSITION_TABLE = "image_encoder.pos_embed"
 PATCH_PROJECTION = "image_encoder.patch_embed.proj.weight"  # its channels tell the variants apart
 
 
-def load_checkpoint(sam: nn.Module, checkpoint: str | os.PathLike[str], variant: str) -> None:
-    """Load a checkpoint into a SAM of any input size; each of its tensors must be there and find its place.
+def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[str, torch.Tensor]:
+    """Read SAM's tensors by their own names, without running any code that a file may hold.
 
     Known forms: Meta's state dict; MedSAM's, the same for ``vit_b``; and MedSAM's training file, which holds that state
     dict under "model", with "module." before each name when it was trained on several GPUs.
 
     Args:
-        sam: a Sam of :func:`knowsam_monai.networks.sam.build_sam`, without adapters.
         checkpoint: the file.
-        variant: what the file must hold.
+        variant: what it must hold.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when the file is damaged, no checkpoint, or of another model.
+        FileNotFoundError: when there is no such file; the message holds the command that gets it.
+        ValueError: when it is damaged or no state dict.
 
     Example::
 
-        load_checkpoint(build_sam("vit_b", image_size=256), "models/sam_vit_b_01ec64.pth", variant="vit_b")
+        state = read_checkpoint("models/sam_vit_b_01ec64.pth", variant="vit_b")
     """
-    path = Path(checkpoint)
-    state = _state_dict(_read(path, variant), path, variant)
+    content = _read(Path(checkpoint), variant)
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        kind = f"a dict of {_some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{_expectation(checkpoint, variant)} holds {kind}; save the model's plain `state_dict()`.")
+    wrapped = all(name.startswith("module.") for name in content)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in content.items()}
+
+
+def load_checkpoint(
+    sam: nn.Module, state: dict[str, torch.Tensor], checkpoint: str | os.PathLike[str], variant: str
+) -> None:
+    """Load the tensors of a checkpoint into a SAM of any input size: all of them, into all of it.
+
+    Args:
+        sam: a Sam of :func:`knowsam_monai.networks.sam.build_sam`, without adapters.
+        state: what :func:`read_checkpoint` read.
+        checkpoint: its file, for messages.
+        variant: what the file must hold.
+
+    Raises:
+        ValueError: when the tensors are those of another variant or model.
+
+    Example::
+
+        load_checkpoint(sam, read_checkpoint(path, "vit_b"), path, "vit_b")
+    """
     expected = sam.state_dict()
-    resized = []
+    state, resized = dict(state), []
     for name in _position_names(sam):
         if name in state and _same_channels(state[name], expected[name]) and state[name].shape != expected[name].shape:
             state[name] = resize_positions(state[name], expected[name].shape)
             resized.append(name)
-    _check_tensors(state, expected, path, variant)
+    _check_tensors(state, expected, _expectation(checkpoint, variant), variant)
     sam.load_state_dict(state)
     logger.info(
         "SAM %s: all %d tensors loaded from %s, none left out, none new. Resized to the token grid of %s: %s.",
         variant,
         len(expected),
-        path,
+        checkpoint,
         "x".join(map(str, expected[POSITION_TABLE].shape[1:3])),
         ", ".join(resized) or "none",
     )
@@ -68,14 +95,14 @@ def resize_positions(table: torch.Tensor, shape: Iterable[int]) -> torch.Tensor:
         >>> resize_positions(torch.zeros(127, 64), (31, 64)).shape
         torch.Size([31, 64])
     """
-    size = tuple(shape)
+    size, table = tuple(shape), table.float()
     if table.ndim == 2:  # linear, as upstream's `get_rel_pos` does it in each forward
         return F.interpolate(table.T[None], size=size[0], mode="linear")[0].T
     return F.interpolate(table.permute(0, 3, 1, 2), size=size[1:3], mode="bilinear").permute(0, 2, 3, 1)
 
 
 def _read(path: Path, variant: str) -> Any:
-    expectation = f"`checkpoint` must be a file with the weights of SAM's {variant} but {path}"
+    expectation = _expectation(path, variant)
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
     remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
     if url is not None:
@@ -91,7 +118,7 @@ def _read(path: Path, variant: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # torch, pickle and zipfile each have their own for a damaged file
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        if _would_run_code(path, error):
             raise ValueError(
                 f"{expectation} is a pickle of Python objects, which would run code when it is loaded, so it was not; "
                 f"save the model's plain `state_dict()` where you trust the file, or {remedy}."
@@ -101,18 +128,16 @@ def _read(path: Path, variant: str) -> Any:
         ) from error
 
 
-def _state_dict(content: Any, path: Path, variant: str) -> dict[str, torch.Tensor]:
-    """The tensors by SAM's own names, out of the known forms."""
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        kind = f"a dict of {', '.join(map(str, list(content)[:3]))}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f"`checkpoint` must be a file with the weights of SAM's {variant} but {path} holds no state dict ({kind}); save the "
-            "model's `state_dict()`."
-        )
-    wrapped = bool(content) and all(name.startswith("module.") for name in content)
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in content.items()}
+def _would_run_code(path: Path, error: Exception) -> bool:
+    """Whether a file that torch refused is a whole pickle that calls something; nothing is loaded to find out."""
+    if "GLOBAL" in str(error):
+        return True
+    try:
+        with path.open("rb") as file:  # a protocol that torch does not read: it stops before it sees what is called
+            opcodes = {opcode.name for opcode, _, _ in pickletools.genops(file)}
+    except Exception:
+        return False
+    return not opcodes.isdisjoint({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE"})
 
 
 def _position_names(sam: nn.Module) -> list[str]:
@@ -127,15 +152,14 @@ def _same_channels(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _check_tensors(
-    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path, variant: str
+    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], expectation: str, variant: str
 ) -> None:
-    expectation = f"`checkpoint` must be a file with the weights of SAM's {variant} but {path}"
     if PATCH_PROJECTION not in state:
         raise ValueError(
             f"{expectation} holds another model (its tensors are {_some(state)}); give the file of a {variant}."
         )
     dims = {numbers.embed_dim: name for name, numbers in SAM_VARIANTS.items()}
-    found = dims.get(len(state[PATCH_PROJECTION]))
+    found = dims.get(state[PATCH_PROJECTION].shape[0])
     if found is not None and found != variant:
         raise ValueError(f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}.")
     missing = [name for name in expected if name not in state]
@@ -154,7 +178,13 @@ def _check_tensors(
         )
 
 
+def _expectation(checkpoint: str | os.PathLike[str], variant: str) -> str:
+    return f"`checkpoint` must be a file with the weights of SAM's {variant} but {os.fspath(checkpoint)}"
+
+
 def _some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
+    if not names:
+        return "none"
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + rest

@@ -15,8 +15,8 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """Run `segment_anything`'s ImageEncoderViT on its real tokens only.
 
     Upstream pads the token grid to whole windows (16 x 16 tokens to 28 x 28) and lets queries attend to the padding.
-    The padding comes after the norm and is zero, so all padded tokens of a window have one key and one value, the biases
-    of the projection, and differ in their relative positions alone. They fold exactly into one key whose logit is
+    The padding comes after the norm and is zero, so all padded tokens of a window have one key and one value, the
+    biases of the projection, and differ in their relative positions alone. They fold exactly into one key of logit
 
         ``q.k_pad / sqrt(d) + logsumexp over padded positions of (rel_h + rel_w)``
 
@@ -61,7 +61,7 @@ class _Windows(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the tokens are in their windows; `scatter` and `one_hot` belong to queries and to keys."""
+    """Where the tokens are in their windows."""
 
     windows: list[_Windows]  # consecutive in the order of tokens
     padded: tuple[int, int]  # height and width of a window with upstream's padding

@@ -153,7 +153,7 @@ class SAMTeacher(nn.Module):
     def decode(
         self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; ``size`` is that of the prompts by default."""
+        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; by default of the prompts' size."""
         prompt_encoder = self.sam.prompt_encoder
         prompts = _plain(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
         masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
@@ -177,7 +177,10 @@ class SAMTeacher(nn.Module):
             rgb = image
         else:
             if not -channels <= self.to_rgb < channels:
-                raise ValueError(f"`to_rgb` must be a channel of the image, which has {channels}, but is {self.to_rgb}.")
+                raise ValueError(
+                    f"`to_rgb` must be a channel of the image, which has {channels}, but is {self.to_rgb}; "
+                    "the first is 0."
+                )
             rgb = image[:, self.to_rgb, None].expand(-1, 3, -1, -1)
         if rgb.ndim != 4 or rgb.shape[:2] != (len(image), 3):
             raise ValueError(

@@ -106,7 +106,7 @@ def test_inference_resizes_and_scales_as_validation_does():
         keep = [t for t in transforms if t["_target_"].split(".")[-1] in names]
         return [{k: v for k, v in t.items() if k not in ("keys", "allow_missing_keys")} for t in keep]
 
-    names = ("LoadCased", "CheckDatad", "ScaleIntensityd", "Resized")
+    names = ("LoadCased", "CheckDatad", "ScaleVolumed", "Resized")
     expected = of_images(train["validate"]["preprocessing"]["transforms"], names)
     assert of_images(inference["preprocessing"]["transforms"], names) == expected and len(expected) == 4
     for key in ("network_def", "bundle_root", "image_size", "in_channels"):

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from monai.transforms import Compose
 
 from knowsam_monai.data import (
     ACDC_LABELED_SLICES,
@@ -12,6 +14,7 @@ from knowsam_monai.data import (
     ACDC_TRAINING_PATIENTS,
     ACDC_VALIDATION_PATIENTS,
     LoadCased,
+    ScaleVolumed,
     acdc_datalist,
 )
 
@@ -223,3 +226,17 @@ def test_real_held_out_patient_loads_as_a_volume():
     case = LoadCased(["image", "label"])(item)
     assert case["image"].ndim == 3
     assert case["image"].shape == case["label"].shape
+
+
+@pytest.mark.skipif("KNOWSAM_ACDC_DIR" not in os.environ, reason="KNOWSAM_ACDC_DIR names no real ACDC folder")
+def test_real_slices_are_as_bright_as_the_volume_they_are_from():
+    """A volume stacked from its slice files spans 0..1, its slices alone do not; all go through one pipeline."""
+    folder = os.environ["KNOWSAM_ACDC_DIR"]
+    volume = acdc_datalist(folder, 7, holdout_patients=1)["validation"][0]
+    if not isinstance(volume["image"], list):
+        pytest.skip("the official release has no slice files")
+    items = [item for item in acdc_datalist(folder, 70)["labeled"] if item["image"] in volume["image"]]
+    pipeline = Compose([LoadCased("image", ensure_channel_first=True), ScaleVolumed()])
+    stacked = pipeline(volume)["image"]
+    for item in items:
+        assert torch.equal(pipeline(item)["image"].as_tensor(), stacked[..., volume["image"].index(item["image"])])

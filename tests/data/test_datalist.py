@@ -120,6 +120,11 @@ def test_bad_data_list_is_one_clear_sentence(tmp_path, sections, error, message)
     assert "\n" not in str(caught.value)
 
 
+def test_list_of_the_phantom_is_a_valid_data_list(tmp_path):
+    datalist = load_datalist(None, tmp_path / "phantom", phantom=SMALL)
+    assert load_datalist(tmp_path / "phantom" / "dataset.json", tmp_path / "other") == datalist
+
+
 @pytest.mark.parametrize("text, message", [("{", "must be valid JSON but"), ("[]", "must be a JSON object")])
 def test_file_that_is_no_json_object_is_named(tmp_path, text, message):
     path = tmp_path / "data.json"

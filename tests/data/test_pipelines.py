@@ -33,7 +33,7 @@ LOAD = [
     {"_target_": "knowsam_monai.data.LoadCased", **BOTH},
     {"_target_": "EnsureChannelFirstd", **BOTH},
     {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 4},
-    {"_target_": "ScaleIntensityd", "keys": "image"},
+    {"_target_": "knowsam_monai.data.ScaleVolumed", "keys": "image"},
 ]
 CONFIG = {
     "image_size": SIZE,

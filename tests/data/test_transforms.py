@@ -7,7 +7,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Lambdad
 
-from knowsam_monai.data import CheckDatad, SplitSlicesd
+from knowsam_monai.data import CheckDatad, ScaleVolumed, SplitSlicesd
 
 
 def volume(*shape: int, name: str = "case.nii.gz", affine=None) -> MetaTensor:
@@ -62,6 +62,30 @@ def test_label_in_another_place_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         CheckDatad()(case)
     assert "case.nii.gz and its label have different affines" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (1, 4, 5, 3)])
+def test_image_is_scaled_over_its_volume(shape):
+    image = volume(*shape)
+    scaled = ScaleVolumed()({"image": image})["image"]
+    torch.testing.assert_close(scaled.as_tensor(), (image / image.max()).as_tensor())
+    assert scaled.meta["filename_or_obj"] == "case.nii.gz"
+
+
+def test_channels_are_scaled_together_or_each_by_itself():
+    image = torch.stack([torch.arange(4.0), 2 * torch.arange(4.0)])[:, None]
+    assert ScaleVolumed()({"image": image})["image"].amax((1, 2)).tolist() == [0.5, 1.0]
+    assert ScaleVolumed(channel_wise=True)({"image": image})["image"].amax((1, 2)).tolist() == [1.0, 1.0]
+
+
+def test_slice_file_keeps_the_brightness_of_its_volume():
+    image = volume(1, 4, 5) / 100
+    assert torch.equal(ScaleVolumed()({"image": image, "slice": 3})["image"], image)
+
+
+def test_slice_file_that_was_not_scaled_with_its_volume_is_an_error_naming_it():
+    with pytest.raises(ValueError, match="`image` must be from 0 to 1.* but case.nii.gz goes from 0 to 19"):
+        ScaleVolumed()({"image": volume(1, 4, 5), "slice": 3})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

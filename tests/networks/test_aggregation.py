@@ -11,7 +11,9 @@ from ..toys import with_gradient
 from .test_convolution import trained
 
 
-def branch_inputs(network: HybridAggregation, logits_a: torch.Tensor, logits_b: torch.Tensor) -> dict[str, torch.Tensor]:
+def branch_inputs(
+    network: HybridAggregation, logits_a: torch.Tensor, logits_b: torch.Tensor
+) -> dict[str, torch.Tensor]:
     seen = {}
     for name in ("entropy", "dissimilarity", "logits"):
         module = getattr(network, f"{name}_branch")

@@ -97,14 +97,13 @@ def test_script_equals_python_in_both_modes(spatial_dims, tmp_path):
     network = trained(MultiViewNet(spatial_dims, dropout=(0, 0, 0, 0, 0), **TINY))
     torch.jit.script(network).save(tmp_path / "model.ts")
     script = torch.jit.load(tmp_path / "model.ts")
-    image = torch.rand(2, 1, *([32] * spatial_dims), dtype=torch.float64)
+    image = torch.rand(2, 1, 32, *([16] * (spatial_dims - 1)), dtype=torch.float64)
     torch.testing.assert_close(script.train()(image), copy.deepcopy(network).train()(image), rtol=0, atol=1e-12)
     script = torch.jit.load(tmp_path / "model.ts").eval()
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(script(image), network.eval()(image), rtol=0, atol=1e-12)
+    torch.testing.assert_close(script(image), network.eval()(image), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx_export_equals_torch_at_other_sizes_too(dynamo, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

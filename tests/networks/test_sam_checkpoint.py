@@ -178,7 +178,19 @@ def test_a_truncated_file_is_named(saved, fraction, zip_format):
     assert "is truncated or no checkpoint at all; get it with `curl" in one_sentence_about(path, error)
 
 
-@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html><body>404</body></html>", b"\n  <html>", b"<?xml version='1.0'?>"])
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ec2d"
+
+
+@pytest.mark.parametrize("content", [b"junk text here", GIT_LFS_POINTER, b"PK\x03\x04junk", b"\x80\x02junk"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "sam.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert "is truncated or no checkpoint at all; get it with `curl" in one_sentence_about(path, error)
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html></html>", b"\n  <html>", b"<?xml version='1.0'?>"])
 def test_a_web_page_saved_as_pth_is_named(tmp_path, page):
     path = tmp_path / "sam.pth"
     path.write_bytes(page)
@@ -195,10 +207,15 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, protocol):
     path, trace = tmp_path / "sam.pth", tmp_path / "it_ran"
-    save({"image_encoder.pos_embed": Malicious(trace)}, path)
+    content = {"image_encoder.pos_embed": Malicious(trace)}
+    if protocol is None:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(ValueError) as error:
         load(path)
     assert "pickle of Python objects, which would run code when it is loaded" in one_sentence_about(path, error)
@@ -224,11 +241,12 @@ def test_a_vit_l_file_for_vit_b_is_named(toy_variants, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, r"another model \(its tensors are `conv1.weight`"),
-        ({}, "another model"),
-        (torch.zeros(3), r"no state dict \(Tensor\)"),
-        ({"epoch": 3, "optimizer": {}}, r"no state dict \(a dict of epoch, optimizer\)"),
-        ([torch.zeros(3)], r"no state dict \(list\)"),
+        ({"conv1.weight": torch.zeros(3)}, r"another model \(its tensors are `conv1.weight`\)"),
+        ({}, r"another model \(its tensors are none\)"),
+        ({0: torch.zeros(3)}, "holds a dict of `0`; save"),
+        (torch.zeros(3), "holds a Tensor; save"),
+        ({"epoch": 3, "optimizer": {}}, "holds a dict of `epoch`, `optimizer`; save"),
+        ([torch.zeros(3)], "holds a list; save"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_named(tmp_path, content, words):
@@ -245,6 +263,9 @@ def without(state, name):
 
 WINDOW_TABLE = "image_encoder.blocks.0.attn.rel_pos_h"
 TOKEN_MLP = "mask_decoder.transformer.layers.0.mlp.lin1.weight"
+SAM_HQ_TOKEN = {"mask_decoder.hf_token.weight": torch.zeros(1, 256)}
+LONG_WINDOW_TABLE = {WINDOW_TABLE: torch.zeros(31, 8)}
+NARROW_POSITIONS = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 3)}
 
 
 @pytest.mark.parametrize(
@@ -252,9 +273,9 @@ TOKEN_MLP = "mask_decoder.transformer.layers.0.mlp.lin1.weight"
     [
         (lambda state: without(state, TOKEN_MLP), f"lacks `{TOKEN_MLP}`"),
         (lambda state: without(state, WINDOW_TABLE), f"lacks `{WINDOW_TABLE}`"),
-        (lambda state: state | {"mask_decoder.hf_token.weight": torch.zeros(1, 256)}, "no place for `mask_decoder.hf_token"),
-        (lambda state: state | {WINDOW_TABLE: torch.zeros(31, 8)}, r"other shapes in .*rel_pos_h \[31, 8\] instead of \[27, 8\]"),
-        (lambda state: state | {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 3)}, r"pos_embed \[1, 64, 64, 3\] instead"),
+        (lambda state: state | SAM_HQ_TOKEN, "has no place for `mask_decoder.hf_token.weight`"),
+        (lambda state: state | LONG_WINDOW_TABLE, r"other shapes in .*rel_pos_h \[31, 8\] instead of \[27, 8\]"),
+        (lambda state: state | NARROW_POSITIONS, r"pos_embed \[1, 64, 64, 3\] instead of \[1, 4, 4, 16\]"),
     ],
 )
 def test_a_tensor_too_few_too_many_or_misshapen_is_named(saved, change, words):

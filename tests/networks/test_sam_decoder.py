@@ -93,9 +93,10 @@ def test_mask_embedding_is_upstreams(image_size, dtype):
 def test_gradients_equal_upstreams():
     sam = toy_sam((32, 48), torch.float64)
     inputs = [x.requires_grad_() for x in prompts(sam)]
-    used = [*inputs, *sam.mask_decoder.transformer.parameters(), *sam.prompt_encoder.mask_downscaling.parameters()]
-    used += [*sam.mask_decoder.output_upscaling.parameters(), *sam.mask_decoder.output_hypernetworks_mlps[0].parameters()]
-    used += [sam.mask_decoder.mask_tokens.weight, sam.mask_decoder.iou_token.weight]
+    decoder = sam.mask_decoder
+    modules = [decoder.transformer, decoder.output_upscaling, decoder.output_hypernetworks_mlps[0]]
+    modules += [decoder.mask_tokens, decoder.iou_token, sam.prompt_encoder.mask_downscaling]
+    used = inputs + [parameter for module in modules for parameter in module.parameters()]
     masks = upstream(sam, *inputs)
     weight = torch.randn_like(masks)
     theirs = torch.autograd.grad((masks * weight).sum(), used)

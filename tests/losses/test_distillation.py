@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from knowsam_monai.losses import DistillationLoss
+
+from ..toys import with_gradient
+
+
+def reference(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> float:
+    """T^2 * KL(teacher || student), pixel by pixel."""
+    pixels = []
+    for s, t in zip(*(x.double().movedim(1, -1).reshape(-1, x.shape[1]).tolist() for x in (student, teacher))):
+        p, q = ([math.exp(z / temperature) for z in row] for row in (t, s))
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        pixels.append(sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q)))
+    return temperature**2 * sum(pixels) / len(pixels)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("spatial", [(3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
+def test_equals_the_equation(num_classes, spatial, temperature):
+    student, teacher = (3 * torch.randn(2, num_classes, *spatial, dtype=torch.float64) for _ in range(2))
+    loss = DistillationLoss(temperature)(student, teacher)
+    assert loss.item() == pytest.approx(reference(student, teacher, temperature), rel=1e-12)
+
+
+def test_row_checked_by_hand():
+    teacher = torch.tensor([3.0, 1.0]).log().view(1, 2, 1, 1)  # probabilities 3/4, 1/4
+    student = torch.zeros(1, 2, 1, 1)  # 1/2, 1/2
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert DistillationLoss(temperature=1.0)(student, teacher).item() == pytest.approx(expected)
+
+
+def test_default_temperature_is_the_authors():
+    student, teacher = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    assert torch.equal(DistillationLoss()(student, teacher), DistillationLoss(10.0)(student, teacher))
+
+
+def test_mean_is_over_pixels_and_rows_and_not_over_classes():
+    student, teacher = torch.randn(1, 3, 1, 1), torch.randn(1, 3, 1, 1)
+    one = DistillationLoss(2.0)(student, teacher)
+    many = DistillationLoss(2.0)(student.expand(5, 3, 4, 6), teacher.expand(5, 3, 4, 6))
+    torch.testing.assert_close(many, one)
+
+
+def test_large_temperature_is_a_regression_on_centred_logits():
+    student, teacher = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(2))
+    difference = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    regression = difference.square().sum(1).mean() / (2 * 4)
+    torch.testing.assert_close(DistillationLoss(1e3)(student, teacher), regression, rtol=1e-2, atol=0)
+
+
+def test_zero_exactly_where_the_student_agrees():
+    logits = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    loss = DistillationLoss(10.0)(logits, logits.detach() + 3.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and logits.grad.abs().max() < 1e-12
+
+
+def test_class_absent_from_the_teacher_stays_finite():
+    student = torch.randn(1, 3, 4, 4, requires_grad=True)
+    teacher = torch.randn(1, 3, 4, 4)
+    teacher[:, 2] = -1e4
+    loss = DistillationLoss(1.0)(student, teacher)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+def test_gradient_reaches_the_student_and_never_the_teacher():
+    torch.manual_seed(0)
+    student, teacher = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3)
+    image = torch.rand(2, 1, 8, 8)
+    DistillationLoss()(student(image), teacher(image)).backward()
+    assert with_gradient(student) == {"weight", "bias"} and with_gradient(teacher) == set()
+
+
+def test_gradient_is_the_difference_of_probabilities_times_temperature():
+    student = torch.randn(1, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 3, 1, 1, dtype=torch.float64)
+    DistillationLoss(4.0)(student, teacher).backward()
+    expected = 4.0 * ((student / 4).softmax(1) - (teacher / 4).softmax(1))
+    torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_teacher_channels", [1, 2])
+def test_sigmoid_student_is_compared_as_two_classes(num_teacher_channels):
+    student, teacher = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.randn(2, num_teacher_channels, 4, 4).double()
+    foreground = teacher if num_teacher_channels == 1 else teacher[:, 1:] - teacher[:, :1]
+    p, q = (foreground / 3).sigmoid(), (student / 3).sigmoid()
+    bernoulli = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(DistillationLoss(3.0)(student, teacher), 9 * bernoulli.mean(), rtol=1e-10, atol=1e-12)
+
+
+def test_float16_logits_that_would_overflow_are_compared_in_float32():
+    student = torch.tensor([6e4, -6e4]).half().view(1, 2, 1, 1).requires_grad_()
+    loss = DistillationLoss(10.0)(student, -student)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["meta", "channels_last", "view", "autocast"])
+def test_any_form_of_logits_gives_plain_float32(form):
+    student, teacher = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    expected = DistillationLoss()(student, teacher)
+    change = {
+        "meta": MetaTensor,
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "view": lambda x: torch.stack((x, x), dim=1).unbind(1)[1],
+        "autocast": lambda x: x,
+    }[form]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "autocast"):
+        loss = DistillationLoss()(change(student), change(teacher))
+    assert type(loss) is torch.Tensor and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 4, 4, 8), (1, 4, 4, 4)])
+def test_other_shape_of_the_teacher_is_an_error_with_both_shapes(shape):
+    with pytest.raises(ValueError, match=r"`teacher_logits` must be of the student's shape \(2, 4, 4, 4\) but is"):
+        DistillationLoss()(torch.zeros(2, 4, 4, 4), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_that_is_not_positive_is_an_error(temperature):
+    with pytest.raises(ValueError, match="`temperature` must be positive but is"):
+        DistillationLoss(temperature)

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.losses import DeepSupervisionLoss
+from torch import nn
+from torch.nn import functional as F
+
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+from knowsam_monai.losses.supervised import check_label, check_loss_takes
+
+
+def reference(logits: torch.Tensor, label: torch.Tensor) -> float:
+    """CE + Dice over the whole batch, squared denominator, background included; class by class."""
+    rows = logits.double().movedim(1, -1).reshape(-1, logits.shape[1])
+    truth = label.flatten().tolist()
+    probs = [[math.exp(z) / sum(math.exp(y) for y in row) for z in row] for row in rows.tolist()]
+    ce = -sum(math.log(p[int(t)]) for p, t in zip(probs, truth)) / len(truth)
+    dice = []
+    for c in range(logits.shape[1]):
+        overlap = sum(p[c] for p, t in zip(probs, truth) if t == c)
+        total = sum(p[c] ** 2 for p in probs) + sum(t == c for t in truth)
+        dice.append(1 - (2 * overlap + 1e-5) / (total + 1e-5))
+    return ce + sum(dice) / len(dice)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("spatial", [(3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("absent", [False, True])
+def test_default_loss_is_cross_entropy_plus_dice(num_classes, spatial, absent):
+    logits = torch.randn(2, num_classes, *spatial, dtype=torch.float64)
+    label = torch.randint(num_classes - absent, (2, 1, *spatial))
+    # MONAI's one-hot label, and so the size of each class, is float32
+    assert PartiallyLabeledLoss()(logits, label).item() == pytest.approx(reference(logits, label), rel=1e-6)
+
+
+def test_sigmoid_loss_is_binary_cross_entropy_plus_dice():
+    logits = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    label = torch.randint(2, (2, 1, 4, 4)).double()
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * label).sum() + 1e-5) / (p.square().sum() + label.square().sum() + 1e-5)
+    expected = F.binary_cross_entropy_with_logits(logits, label) + dice
+    torch.testing.assert_close(PartiallyLabeledLoss(dice_ce_loss(num_classes=1))(logits, label), expected)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 4])
+def test_first_rows_are_the_labeled_ones(num_labels):
+    pred = torch.randn(4, 3, 6, 6, requires_grad=True)
+    label = torch.randint(3, (num_labels, 1, 6, 6))
+    loss = PartiallyLabeledLoss()(pred, label)
+    assert torch.equal(loss, dice_ce_loss()(pred[:num_labels], label))
+    loss.backward()
+    reached = pred.grad.abs().sum(dim=(1, 2, 3)) > 0
+    assert reached.tolist() == [row < num_labels for row in range(4)]
+
+
+def test_every_view_counts_once_by_default():
+    pred = torch.randn(4, 3, 2, 6, 6)
+    label = torch.randint(2, (2, 1, 6, 6))
+    expected = sum(dice_ce_loss()(pred[:2, view], label) for view in range(3))
+    torch.testing.assert_close(PartiallyLabeledLoss()(pred, label), expected)
+
+
+def test_view_weights_are_factors_in_the_order_of_the_stack():
+    pred = torch.randn(3, 3, 2, 6, 6, requires_grad=True)
+    label = torch.randint(2, (2, 1, 6, 6))
+    weights = (1.0, 0.5, 0.0)
+    loss = PartiallyLabeledLoss(view_weights=weights)(pred, label)
+    torch.testing.assert_close(loss, sum(w * dice_ce_loss()(pred[:2, v], label) for v, w in enumerate(weights)))
+    loss.backward()
+    assert (pred.grad.abs().sum(dim=(0, 2, 3, 4)) > 0).tolist() == [True, True, False]
+
+
+def test_view_of_weight_zero_is_left_out_whatever_it_holds():
+    pred, label = torch.randn(2, 2, 3, 6, 6), torch.randint(3, (2, 1, 6, 6))
+    pred[:, 1] = torch.nan
+    assert torch.equal(PartiallyLabeledLoss(view_weights=(1, 0))(pred, label), dice_ce_loss()(pred[:, 0], label))
+
+
+def test_any_loss_of_logits_and_label_can_be_wrapped():
+    pred, label = torch.randn(3, 4, 6, 6), torch.randint(4, (2, 1, 6, 6))
+    loss = PartiallyLabeledLoss(lambda logits, label: F.cross_entropy(logits, label.squeeze(1)))
+    assert torch.equal(loss(pred, label), F.cross_entropy(pred[:2], label[:, 0]))
+
+
+@pytest.mark.parametrize("form", ["meta", "channels_last", "view", "half", "autocast"])
+def test_any_form_of_input_gives_plain_float32(form):
+    pred, label = torch.randn(3, 4, 6, 6).half().float(), torch.randint(4, (2, 1, 6, 6)).float()
+    expected = PartiallyLabeledLoss()(pred, label)
+    pred, label = {
+        "meta": lambda: (MetaTensor(pred), MetaTensor(label)),
+        "channels_last": lambda: (pred.contiguous(memory_format=torch.channels_last), label.to(torch.uint8)),
+        "view": lambda: (torch.stack((pred, pred), dim=1).unbind(1)[1], label.long()),
+        "half": lambda: (pred.half(), label.half()),
+        "autocast": lambda: (pred, label),
+    }[form]()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "autocast"):
+        loss = PartiallyLabeledLoss()(pred, label)
+    assert type(loss) is torch.Tensor and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+def test_wrapped_loss_sees_no_autocast_and_float64_stays():
+    seen = []
+
+    def loss(logits, label):
+        seen.append((logits.dtype, (logits[0, 0] @ logits[0, 0]).dtype))
+        return logits.sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float64):
+            PartiallyLabeledLoss(loss)(torch.randn(2, 2, 4, 4, dtype=dtype), torch.zeros(2, 1, 4, 4))
+    assert seen == [(torch.float32, torch.float32), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((0, 1, 6, 6), "`label` must have one row or more but has none"),
+        ((5, 1, 6, 6), "`label` must have at most the 4 rows of `pred` but has 5"),
+        ((2, 1, 6, 8), r"`label` must be of shape \(labeled rows, 1, 6, 6\) but is \(2, 1, 6, 8\)"),
+        ((2, 2, 6, 6), r"`label` must be of shape \(labeled rows, 1, 6, 6\) but is \(2, 2, 6, 6\)"),
+    ],
+)
+@pytest.mark.parametrize("views", [(), (3,)])
+def test_label_that_does_not_fit_is_an_error(shape, message, views):
+    with pytest.raises(ValueError, match=message):
+        PartiallyLabeledLoss()(torch.zeros(4, *views, 3, 6, 6), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("spatial", [(6, 6), (6, 6, 6)])
+def test_label_without_a_channel_is_an_error_and_not_taken_for_a_view(spatial):
+    with pytest.raises(ValueError, match="`label` must be of shape .* Load it with one channel of class indices"):
+        PartiallyLabeledLoss()(torch.zeros(4, 3, *spatial), torch.zeros(2, *spatial))
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "value", "top"), [(3, 3, 2), (4, -1, 3), (1, 2, 1), (2, float("nan"), 1), (4, 255, 3)]
+)
+def test_label_value_outside_the_classes_is_an_error(num_classes, value, top):
+    label = torch.zeros(2, 1, 6, 6)
+    label[1, 0, 5, 5] = value
+    with pytest.raises(ValueError, match=f"`label` must be in 0..{top}, the classes of the network, but is in"):
+        check_label(torch.zeros(2, num_classes, 6, 6), label)
+
+
+@pytest.mark.parametrize(("num_classes", "top"), [(1, 1), (2, 1), (4, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_label_of_the_highest_class_fits(num_classes, top, dtype):
+    check_label(torch.zeros(2, num_classes, 6, 6), torch.full((1, 1, 6, 6), top, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_label_of_any_type_fits_a_sigmoid_network(dtype):
+    label = torch.randint(2, (2, 1, 6, 6)).to(dtype)
+    logits = torch.randn(2, 1, 6, 6)
+    loss = PartiallyLabeledLoss(dice_ce_loss(num_classes=1))
+    torch.testing.assert_close(loss(logits, label), dice_ce_loss(num_classes=1)(logits, label.float()))
+
+
+def test_value_that_the_loss_ignores_fits():
+    label = torch.randint(3, (2, 1, 6, 6))
+    label[0] = 255
+
+    class IgnoringLoss(nn.Module):
+        ignore_index = 255
+
+        def forward(self, logits, label):
+            return F.cross_entropy(logits, label.squeeze(1), ignore_index=self.ignore_index)
+
+    pred = torch.randn(3, 3, 6, 6)
+    expected = F.cross_entropy(pred[1:2], label[1:2, 0])
+    torch.testing.assert_close(PartiallyLabeledLoss(IgnoringLoss())(pred, label), expected)
+    check_label(pred, torch.full((2, 1, 6, 6), 255), ignore_index=255)
+
+
+def test_weights_for_another_number_of_views_are_an_error():
+    loss = PartiallyLabeledLoss(view_weights=(1, 0.5, 0.5))
+    with pytest.raises(ValueError, match=r"one weight for each of the 1 views but are \(1, 0.5, 0.5\)"):
+        loss(torch.zeros(2, 3, 6, 6), torch.zeros(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize("weights", [(), (0, 0), (1, -1)])
+def test_weights_that_are_negative_or_all_zero_are_an_error(weights):
+    with pytest.raises(ValueError, match="`view_weights` must be 0 or more, one of them positive"):
+        PartiallyLabeledLoss(view_weights=weights)
+
+
+def test_bare_loss_with_fewer_labels_than_rows_is_one_clear_error():
+    with pytest.raises(ValueError) as error:
+        check_loss_takes(dice_ce_loss(), num_rows=4, num_labels=2)
+    assert "`loss_function` must be a PartiallyLabeledLoss where 2 of 4 rows have a label" in str(error.value)
+    assert "PartiallyLabeledLoss(loss=DiceCELoss(...))" in str(error.value)
+    with pytest.raises(ValueError, match="but is cross_entropy"):
+        check_loss_takes(F.cross_entropy, num_rows=4, num_labels=2)
+
+
+def test_partially_labeled_loss_takes_fewer_labels_and_any_loss_takes_as_many():
+    check_loss_takes(PartiallyLabeledLoss(), num_rows=4, num_labels=2)
+    check_loss_takes(DeepSupervisionLoss(PartiallyLabeledLoss()), num_rows=4, num_labels=2)
+    check_loss_takes(dice_ce_loss(), num_rows=4, num_labels=4)
