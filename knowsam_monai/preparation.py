@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from types import TracebackType
+
+import torch
+from torch import nn
 
 
 def explain_errors() -> None:
@@ -51,3 +55,48 @@ def check_writable(*folders: str | os.PathLike) -> None:
                 f"`output_dir` and `ckpt_dir` must be folders that can be written but {os.fspath(folder)!r} cannot "
                 f"({error.strerror}); name others, as in --output_dir /somewhere/else."
             ) from error
+
+
+@torch.no_grad()
+def check_student(
+    network: nn.Module, in_channels: int, class_names: Sequence[str], num_classes: int, image_size: int
+) -> None:
+    """
+    Give the student one empty slice before any data is read: do its sizes, channels and classes fit the config's?
+
+    Args:
+        network: the student; left in the mode it was in.
+        in_channels: channels of an image.
+        class_names: names of the classes without the background.
+        num_classes: C, background included.
+        image_size: height and width of a slice.
+
+    Raises:
+        ValueError: naming the key that does not fit.
+    """
+    if num_classes != len(class_names) + 1:
+        raise ValueError(
+            f"`class_names` must name {num_classes - 1} classes, `num_classes` without the background, but is "
+            f"{list(class_names)}; give the names alone, `num_classes` follows from them."
+        )
+    shape = (1, in_channels, image_size, image_size)
+    was_training = network.training
+    device = next((parameter.device for parameter in network.parameters()), None)
+    try:
+        pred = network.eval()(torch.zeros(shape, device=device))
+    except Exception as error:  # every network refuses in its own way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"`network_def` must take images of `in_channels` and `image_size`, {shape}, but {type(network).__name__} "
+            f"does not: {reason}"
+        ) from None
+    finally:
+        network.train(was_training)
+    expected = (1, num_classes, image_size, image_size)
+    if not isinstance(pred, torch.Tensor) or tuple(pred.shape) != expected:
+        given = tuple(pred.shape) if isinstance(pred, torch.Tensor) else f"a {type(pred).__name__}"
+        raise ValueError(
+            f"`network_def` must give logits {expected} in eval mode, background and each of `class_names`, but "
+            f"{type(network).__name__} gives {given}; set its output channels to `num_classes` (a network of one "
+            "sigmoid channel to 2)."
+        )

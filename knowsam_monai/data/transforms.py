@@ -23,12 +23,13 @@ class CheckDatad(Transform):
         image_key: key of the image, channel first.
         label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
         num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
+        num_channels: channels that the network takes; None for any number.
 
     Shape:
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has NaN or infinite values, the label has another spatial shape or more than one
+        ValueError: if the image has another number of channels, or NaN or infinite values, the label has another spatial shape or more than one
             channel, or a label value is not an integer from 0 to C - 1.
 
     Example:
@@ -36,15 +37,23 @@ class CheckDatad(Transform):
         >>> case = check({"image": torch.rand(1, 8, 8), "label": torch.zeros(1, 8, 8)})
     """
 
-    def __init__(self, image_key: str = "image", label_key: str = "label", num_classes: int = 4) -> None:
+    def __init__(
+        self, image_key: str = "image", label_key: str = "label", num_classes: int = 4, num_channels: int | None = None
+    ) -> None:
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
         self.image_key = image_key
         self.label_key = label_key
         self.num_classes = num_classes
+        self.num_channels = num_channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
+        if self.num_channels not in (None, image.shape[0]):
+            raise ValueError(
+                f"`{self.image_key}` must have {self.num_channels} channels but {_name(image)} has {image.shape[0]}. "
+                "Set `in_channels` to the channels of the data."
+            )
         num_bad = int(image.numel() - torch.isfinite(image).sum())
         if num_bad:
             raise ValueError(

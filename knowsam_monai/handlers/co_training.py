@@ -6,6 +6,7 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
 from knowsam_monai.networks.views import unstack_views
 
@@ -51,6 +52,7 @@ class MultiViewCoTraining:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

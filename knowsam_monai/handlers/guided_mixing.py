@@ -10,6 +10,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
+from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.views import unstack_views
@@ -64,6 +65,7 @@ class UncertaintyGuidedMixing:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -11,6 +11,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.views import unstack_views
 
@@ -63,6 +64,7 @@ class SAMDistillation:
     def attach(self, engine: Engine) -> None:
         """Register with a trainer that has ``optimizer``, ``network`` and MONAI's iteration events."""
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 

@@ -138,17 +138,18 @@ def check_loss_takes(
     """Raise one clear error before a loss that wants a label for every row sees fewer.
 
     Args:
-        loss: the trainer's loss; a :class:`PartiallyLabeledLoss`, alone or inside another module, takes fewer labels.
+        loss: the trainer's loss. A :class:`PartiallyLabeledLoss`, alone or inside another module, takes fewer labels,
+            and whoever wrote a loss of their own knows what it takes; those of torch and MONAI want them all.
         num_rows: B, rows of the batch.
         num_labels: B_l, rows that have a label.
 
     Raises:
-        ValueError: when ``loss`` is another loss and ``num_labels`` is below ``num_rows``.
+        ValueError: when ``num_labels`` is below ``num_rows`` and ``loss`` is torch's or MONAI's and nothing else.
     """
     if num_labels >= num_rows:
         return
-    modules = loss.modules() if isinstance(loss, nn.Module) else (loss,)
-    if not any(isinstance(module, PartiallyLabeledLoss) for module in modules):
+    parts = [type(module) for module in loss.modules()] if isinstance(loss, nn.Module) else [loss]
+    if all(getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts):
         name = getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             f"`loss_function` must be a PartiallyLabeledLoss where {num_labels} of {num_rows} rows have a label but is "

@@ -122,8 +122,13 @@ def test_one_channel_is_taken_as_two_classes():
     assert torch.equal(seen["dissimilarity"], agreement.expand(-1, 2, -1, -1))
 
 
-def test_bfloat16_logits_keep_float32_maps_and_bfloat16_features():
-    network = HybridAggregation(num_classes=2).eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = network(torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(1, 2, 8, 8).bfloat16())
-    assert fused.dtype == torch.bfloat16 and fused.isfinite().all()
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_is_close_to_float32_under_autocast_and_as_a_whole(autocast):
+    torch.manual_seed(0)
+    network = trained(HybridAggregation(num_classes=2)).float().eval()
+    logits = torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(1, 2, 8, 8).bfloat16()
+    expected = network(*(x.float() for x in logits))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        fused = (network if autocast else network.bfloat16())(*logits)
+    assert fused.dtype == torch.bfloat16
+    torch.testing.assert_close(fused.float(), expected, rtol=0.1, atol=0.1)

@@ -55,6 +55,14 @@ def test_training_without_autograd_takes_the_batch_statistics_and_dropout():
         assert torch.equal(block(x), expected)
 
 
+def test_normalisation_runs_in_training_alone():
+    block, calls = ConvNormAct(2, 2, 3), []
+    block.adn.N.register_forward_hook(lambda *args: calls.append(block.training))
+    block.eval()(torch.rand(2, 2, 6, 6))
+    block.train()(torch.rand(2, 2, 6, 6))
+    assert calls == [True]
+
+
 def test_inference_leaves_input_weights_and_statistics_alone():
     block = trained(ConvNormAct(2, 2, 3)).eval()
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64)

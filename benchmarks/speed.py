@@ -1,0 +1,220 @@
+"""
+Seconds, floating-point operations and memory of training steps and of inference, on this machine.
+
+    python benchmarks/speed.py                       # every row, about ten minutes on two CPU cores
+    python benchmarks/speed.py knowsam mean_teacher  # some rows
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
+
+Each row is a process of its own, so that its peak memory is its own. Steps are those that the bundle's trainer takes:
+SAM ViT-B (random weights: they cost the same), 256 x 256, 2 labelled + 2 unlabelled rows, 4 classes. Between steps a
+2048 x 2048 float32 matrix product is timed; "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest
+rate, which makes machines comparable. The table is written to benchmarks/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundles" / "knowsam_acdc"
+GEMM_SIZE = 2048
+
+
+def trainer_of(**overrides: Any) -> Any:
+    """The bundle's own trainer at benchmark size, and one batch of it."""
+    from monai.bundle import ConfigWorkflow
+
+    keys = {
+        "bundle_root": str(BUNDLE),
+        "dataset_dir": os.environ.get("KNOWSAM_ACDC_DIR") or "$None",
+        "labeled_patients": 3,
+        "output_dir": str(ROOT / "benchmarks" / "output"),
+        "image_size": 256,
+        "labeled_batch_size": 2,
+        "unlabeled_batch_size": 2,
+        "max_iterations": 1000,
+        "num_workers": 0,
+        "sam_variant": "vit_b",
+        "sam_checkpoint": "$None",
+        "sam_trainable": "adapters",
+        "distillation_gate": "none",
+        "log_interval": 1000,
+        "train#dataset#items": "$@datalist['labeled'][:8]",
+        "train#unlabeled_dataset#items": "$@datalist['unlabeled'][:8]",
+        "validate#dataset#items": "$@datalist['validation'][:1]",
+        **overrides,
+    }
+    workflow = ConfigWorkflow(str(BUNDLE / "configs" / "train.json"), workflow_type="train", logging_file=False, **keys)
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    batch = next(iter(trainer.data_loader))
+    trainer.state.epoch_length, trainer.state.max_epochs = 1000, 1
+    return trainer, batch
+
+
+def knowsam_step(mixing: bool, **overrides: Any) -> Callable[[], None]:
+    trainer, batch = trainer_of(**overrides)
+    for handler_event, handlers in trainer._event_handlers.items():  # the teacher follows from STARTED on
+        if handler_event.name == "STARTED":
+            for handler, args, kwargs in handlers:
+                if getattr(handler, "__qualname__", "").startswith("SAMDistillation"):
+                    handler(trainer)
+
+    def step() -> None:
+        trainer.state.iteration = 999 if mixing else 1
+        trainer.state.batch = batch
+        trainer._process_function(trainer, batch)
+
+    return step
+
+
+def mean_teacher_step() -> Callable[[], None]:
+    """Mean Teacher of the same U-Net, as its paper: noisy teacher, MSE of probabilities, EMA; a plain PyTorch loop."""
+    from knowsam_monai.losses import PartiallyLabeledLoss
+    from knowsam_monai.networks import UNet
+
+    _, batch = trainer_of(use_sam=False)
+    image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
+    student = UNet().to(memory_format=torch.channels_last).train()
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    ema_student = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    loss_function = PartiallyLabeledLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        pred = student(image)
+        unlabeled = image[len(label) :]
+        with torch.no_grad():
+            target = ema_student(unlabeled + (0.1 * torch.randn_like(unlabeled)).clamp(-0.2, 0.2)).softmax(1)
+        consistency = (pred[len(label) :].softmax(1) - target).square().mean()
+        (loss_function(pred, label) + 0.1 * consistency).backward()
+        optimizer.step()
+        ema_student.update_parameters(student)
+
+    return step
+
+
+def inference_of_volume(network_name: str) -> Callable[[], None]:
+    """A volume of nine slices through the deployed student."""
+    from knowsam_monai import networks
+
+    network = getattr(networks, network_name)().to(memory_format=torch.channels_last).eval()
+    volume = torch.rand(9, 1, 256, 256)
+
+    def step() -> None:
+        with torch.no_grad():
+            network(volume)
+
+    return step
+
+
+ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
+    "knowsam": ("KnowSAM, before mixing", lambda: knowsam_step(False)),
+    "knowsam_mixing": ("KnowSAM, with mixing", lambda: knowsam_step(True)),
+    "knowsam_bf16": ("KnowSAM, before mixing, bf16 autocast", lambda: knowsam_step(False, cpu_autocast=True)),
+    "knowsam_mixing_bf16": ("KnowSAM, with mixing, bf16 autocast", lambda: knowsam_step(True, cpu_autocast=True)),
+    "without_sam": ("KnowSAM without SAM, before mixing", lambda: knowsam_step(False, use_sam=False)),
+    "mean_teacher": ("Mean Teacher of the same U-Net", mean_teacher_step),
+    "inference": ("inference, 9 slices, whole student", lambda: inference_of_volume("MultiViewNet")),
+    "inference_unet": ("inference, 9 slices, U-Net alone", lambda: inference_of_volume("UNet")),
+}
+
+
+def count_gflop(step: Callable[[], None]) -> float:
+    """Operations of one step; torch's counter knows attention on GPUs only, so the CPU's kernel is told to it."""
+    ops = torch.ops.aten
+
+    def forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        step()
+    return counter.get_total_flops() / 1e9
+
+
+def measure(name: str, num_steps: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    step = ROWS[name][1]()
+    step()  # warms up
+    seconds, gemm_seconds = [], []
+    for _ in range(num_steps):
+        for _ in range(3):
+            start = time.perf_counter()
+            matrix @ matrix
+            gemm_seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rate = 2 * GEMM_SIZE**3 / min(gemm_seconds) / 1e9
+    return {"seconds": min(seconds), "rate": rate, "memory": memory, "gflop": count_gflop(step)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a row")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "speed.md"))
+    args = parser.parse_args()
+    unknown = [row for row in args.rows if row not in ROWS]
+    if unknown:
+        parser.error(f"row must be one of {', '.join(ROWS)} but is {unknown[0]}")
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        print(json.dumps(measure(args.measure, args.steps)))
+        return
+
+    lines = [
+        "| row | seconds | GEMM-GFLOP | GFLOP | peak memory, GiB | GEMM, GFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(lines), flush=True)
+    for row in args.rows or ROWS:
+        command = [sys.executable, __file__, "--measure", row, "--threads", str(args.threads), "--steps", str(args.steps)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+        if result.returncode:
+            sys.exit(f"{row} failed:\n{result.stderr}")
+        r = json.loads(result.stdout.strip().splitlines()[-1])
+        line = (
+            f"| {ROWS[row][0]} | {r['seconds']:.2f} | {r['seconds'] * r['rate']:.0f} | {r['gflop']:.0f} "
+            f"| {r['memory']:.2f} | {r['rate']:.0f} |"
+        )
+        lines.append(line)
+        print(line, flush=True)
+    if not args.rows:
+        source = "real ACDC slices" if os.environ.get("KNOWSAM_ACDC_DIR") else "the phantom's slices"
+        head = (
+            f"# Speed\n\nPrinted by `python benchmarks/speed.py --threads {args.threads} --steps {args.steps}` on {source}; "
+            f"torch {torch.__version__}, {args.threads} threads. See the script for what a row is.\n\n"
+        )
+        Path(args.output).write_text(head + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from ignite.engine import Engine
+from monai.utils import CommonKeys as Keys
+
+from knowsam_monai.losses.supervised import check_loss_takes
+
+
+def check_supervision(engine: Engine) -> None:
+    """
+    Say in one sentence that a bare loss is about to see fewer labels than rows, before it fails on shapes.
+
+    Every method that brings unlabelled rows along registers it with ``IterationEvents.FORWARD_COMPLETED``, which a
+    MONAI trainer fires right before its loss.
+
+    Raises:
+        ValueError: when the batch has unlabelled rows and the trainer's loss is torch's or MONAI's own.
+    """
+    pred, label = engine.state.output[Keys.PRED], engine.state.output.get(Keys.LABEL)
+    if label is not None:
+        check_loss_takes(engine.loss_function, num_rows=len(pred), num_labels=len(label))
