@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.networks.views import unstack_views
 
@@ -162,7 +162,7 @@ class SAMDistiller(nn.Module):
         check_label(logits, label)
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
         with torch.autocast(logits.device.type, enabled=False):
-            return loss(logits, label)
+            return loss(at_least_float32(logits), label)
 
     def _check_classes(self, prompt_logits: Tensor) -> None:
         num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])

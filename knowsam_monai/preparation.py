@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import tempfile
@@ -25,14 +26,50 @@ def explain_errors() -> None:
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
-        root = error
-        while root.__cause__ is not None:
-            root = root.__cause__
+        root = root_cause(error)
         if root is not error:
             print(f"\n{type(root).__name__}: {root}", file=sys.stderr)
 
     explain.explains = True  # type: ignore[attr-defined]
     sys.excepthook = explain
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """
+    What was wrong: of an error and its causes the first that this package raised, else the last cause of all.
+
+    An error of ours may have a cause of its own, such as the operating system's, but says more than that.
+    """
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    package = __name__.partition(".")[0]
+    return next((one for one in chain if _raised_in(one).partition(".")[0] == package), chain[-1])
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module that raised an error."""
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def keep_freed_memory() -> None:
+    """
+    Let glibc keep the memory that a step frees instead of asking the kernel for zeroed pages in the next one.
+
+    On a CPU that spares about 100,000 page faults a step. It does nothing where the C library is another one.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def check_writable(*folders: str | os.PathLike) -> None:

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from knowsam_monai.preparation import check_writable
+from knowsam_monai.preparation import check_student, check_writable, root_cause
 
 
 def test_folders_are_made_and_left_empty(tmp_path):
@@ -32,3 +34,60 @@ except ValueError as error:
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and lines[-1] == "ValueError: `dataset_dir` must be a folder."
     assert result.stderr.count("ValueError: `dataset_dir`") == 2  # once in the traceback, once as the last line
+
+
+def test_sentence_of_this_package_is_the_root_cause_and_not_what_the_system_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError) as error:
+        try:
+            check_writable(tmp_path / "file" / "output")
+        except PermissionError as sentence:
+            raise RuntimeError("Failed to evaluate") from sentence
+    assert isinstance(root_cause(error.value), PermissionError)
+    assert str(root_cause(error.value)).startswith("`output_dir` and `ckpt_dir` must be folders")
+
+
+def test_last_cause_is_the_root_of_an_error_from_elsewhere():
+    error = RuntimeError("Failed to evaluate")
+    error.__cause__ = KeyError("bottom")
+    assert root_cause(error) is error.__cause__ and root_cause(error.__cause__) is error.__cause__
+
+
+def test_student_that_fits_is_left_in_its_mode_and_without_gradients():
+    student = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    mean = student[1].running_mean.clone()
+    check_student(student, in_channels=2, class_names=["a", "b"], num_classes=3, image_size=8)
+    assert student.training and torch.equal(student[1].running_mean, mean)
+    check_student(student.eval(), in_channels=2, class_names=["a", "b"], num_classes=3, image_size=8)
+    assert not student.training and all(parameter.grad is None for parameter in student.parameters())
+
+
+class Pair(nn.Module):
+    def forward(self, image):
+        return image, image
+
+
+@pytest.mark.parametrize(
+    "student,change,message",
+    [
+        (nn.Conv2d(1, 3, 1), {"class_names": ["a"]}, r"`class_names` must name 2 classes, .* but is \['a'\]"),
+        (
+            nn.Conv2d(4, 3, 1),
+            {},
+            r"take images of `in_channels` and `image_size`, \(1, 1, 8, 8\), but Conv2d does not: ",
+        ),
+        (
+            nn.Conv2d(1, 2, 1),
+            {},
+            r"give logits \(1, 3, 8, 8\) .* but Conv2d gives \(1, 2, 8, 8\); set its output channels",
+        ),
+        (nn.Conv2d(1, 1, 1), {}, "a network of one sigmoid channel to 2"),
+        (nn.Conv2d(1, 3, 3), {}, r"but Conv2d gives \(1, 3, 6, 6\)"),
+        (Pair(), {}, "but Pair gives a tuple"),
+    ],
+)
+def test_student_that_does_not_fit_the_config_is_one_clear_error(student, change, message):
+    options = {"in_channels": 1, "class_names": ["a", "b"], "num_classes": 3, "image_size": 8, **change}
+    with pytest.raises(ValueError, match=message):
+        check_student(student, **options)
+    assert student.training

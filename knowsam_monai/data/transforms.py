@@ -29,8 +29,8 @@ class CheckDatad(Transform):
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has another number of channels, or NaN or infinite values, the label has another spatial shape or more than one
-            channel, or a label value is not an integer from 0 to C - 1.
+        ValueError: if the image has another number of channels, or NaN or infinite values, the label has another
+            spatial shape or more than one channel, or a label value is not an integer from 0 to C - 1.
 
     Example:
         >>> check = CheckDatad(num_classes=4)

@@ -7,6 +7,7 @@ from .loss_terms import LossTerms, scalar_terms
 from .preflight import Preflight
 from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
+from .tracking import track_terms
 from .training_progress import TrainingProgress
 from .validation_report import ValidationReport
 
@@ -21,4 +22,5 @@ __all__ = [
     "UncertaintyGuidedMixing",
     "ValidationReport",
     "scalar_terms",
+    "track_terms",
 ]

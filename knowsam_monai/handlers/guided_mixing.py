@@ -112,7 +112,7 @@ class UncertaintyGuidedMixing:
         if pseudo_logits.shape[1] == 1:
             pseudo_label = pseudo_logits[unlabeled] > 0
         else:
-            pseudo_label = pseudo_logits[unlabeled].argmax(1, keepdim=True)
+            pseudo_label = pseudo_logits[unlabeled].max(1, keepdim=True).indices  # argmax is slow on CPUs
         others = (image[unlabeled], pseudo_label.to(label.dtype))
 
         labeled_mask, unlabeled_mask = (self.uncertain_mask(logits[rows]) for rows in (labeled, unlabeled))

@@ -122,7 +122,7 @@ class SAMDistillation:
 
 def _foreground_dice(logits: Tensor, label: Tensor) -> Tensor:
     num_classes = logits.shape[1]
-    labels = (logits > 0) if num_classes == 1 else logits.argmax(1, keepdim=True)
+    labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
     helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)

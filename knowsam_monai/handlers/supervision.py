@@ -18,4 +18,4 @@ def check_supervision(engine: Engine) -> None:
     """
     pred, label = engine.state.output[Keys.PRED], engine.state.output.get(Keys.LABEL)
     if label is not None:
-        check_loss_takes(engine.loss_function, num_rows=len(pred), num_labels=len(label))
+        check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(pred), num_labels=len(label))

@@ -25,7 +25,7 @@ def build_sam(
     grid (bilinear and linear; upstream resizes the latter the same way in every forward). Windows keep theirs.
 
     Args:
-        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes (3 M parameters,
+        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes (2 M parameters,
             patch size 8 so that 128 x 128 pixels keep 16 x 16 tokens) for which no published weights exist.
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
         checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). None leaves them random.

@@ -48,5 +48,5 @@ SAM_VARIANTS = {
         md5="4b8939a88964f0f4ff5f5b2642c598a6",
     ),
     # a small SAM of the same classes for CPU work: 128 x 128 pixels keep the 16 x 16 tokens that 256 x 256 have above
-    "vit_t": SAMVariant(160, 6, 5, (2, 5), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
+    "vit_t": SAMVariant(160, 4, 5, (1, 3), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
 }

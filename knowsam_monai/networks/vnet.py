@@ -81,6 +81,7 @@ class VNet(nn.Module):
             for num_features, count in zip(upward[1:], reversed(num_convs[:-1]))
         )
         self.head = Conv["conv", spatial_dims](channels[0], out_channels, kernel_size=1)
+        self.apply(he_start)
         self.to(memory_format=memory_format)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -93,6 +94,15 @@ class VNet(nn.Module):
         for upsample, stage in zip(self.upsample, self.decoder):
             x = stage(upsample(x) + skips.pop())
         return self.head(x)
+
+
+def he_start(module: nn.Module) -> None:
+    """Weights that keep the variance of the signal through a ReLU, and biases of zero."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        # an output of a strided transposed convolution without overlap sees each input channel once
+        fan_in = module.in_channels if module.transposed else module.weight[0].numel()
+        nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
+        nn.init.zeros_(module.bias)
 
 
 def conv_stage(spatial_dims: int, in_channels: int, out_channels: int, count: int) -> nn.Sequential:

@@ -35,6 +35,13 @@ def test_value_that_is_not_finite_is_an_error_naming_the_file(value):
         CheckDatad()({"image": image})
 
 
+def test_image_of_other_channels_than_the_network_takes_is_an_error_naming_the_file():
+    case = {"image": volume(2, 4, 5)}
+    assert CheckDatad(num_channels=2)(case) is case
+    with pytest.raises(ValueError, match="`image` must have 1 channels but case.nii.gz has 2. Set `in_channels`"):
+        CheckDatad(num_channels=1)(case)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 4, 3), (1, 4, 5), (2, 4, 5, 3)])
 def test_label_of_another_shape_is_an_error_naming_both_files(shape):
     message = r"`label` must be one channel of the image's shape \(4, 5, 3\) but case_gt.nii.gz has .* case.nii.gz"

@@ -202,3 +202,13 @@ def test_partially_labeled_loss_takes_fewer_labels_and_any_loss_takes_as_many():
     check_loss_takes(PartiallyLabeledLoss(), num_rows=4, num_labels=2)
     check_loss_takes(DeepSupervisionLoss(PartiallyLabeledLoss()), num_rows=4, num_labels=2)
     check_loss_takes(dice_ce_loss(), num_rows=4, num_labels=4)
+
+
+def test_whoever_wrote_a_loss_of_their_own_knows_what_it_takes():
+    class OwnLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = dice_ce_loss()
+
+    check_loss_takes(OwnLoss(), num_rows=4, num_labels=2)
+    check_loss_takes(lambda pred, label: 0, num_rows=4, num_labels=2)

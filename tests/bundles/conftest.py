@@ -1,0 +1,105 @@
+"""A tiny phantom, and train.json run in this process with tiny settings."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+from monai.utils import set_determinism
+
+from knowsam_monai.data import write_phantom
+from knowsam_monai.handlers import scalar_terms
+
+CONFIGS = Path(__file__).parents[2] / "bundles" / "knowsam_acdc" / "configs"
+SMALL_STUDENT = {
+    "_target_": "knowsam_monai.networks.MultiViewNet",
+    "in_channels": "@in_channels",
+    "out_channels": "@num_classes",
+    "channels": [4, 8, 8, 8, 8],
+}
+TINY = {
+    "image_size": 32,
+    "labeled_batch_size": 2,
+    "unlabeled_batch_size": 2,
+    "max_iterations": 2,
+    "epoch_length": 2,
+    "log_interval": 1,
+    "num_workers": 0,
+    "cache_workers": 0,
+    "mixing_start": 0,
+    "sam_variant": "vit_t",
+    "device": "$torch.device('cpu')",
+    "network_def": SMALL_STUDENT,
+}
+# what a run can do without when its steps are the question
+BESIDE_THE_STEP = ("Preflight", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
+
+
+class Training:
+    """train.json with tiny settings as `workflow`; `history` and `rates` are terms and learning rates by iteration."""
+
+    def __init__(self, folder: Path, /, whole: bool = False, **override: Any) -> None:
+        options = {**TINY, "output_dir": str(folder), "ckpt_dir": str(folder / "models"), **override}
+        options["epoch_length"] = min(options["epoch_length"], options["max_iterations"])
+        self.output_dir = folder
+        self.history: list[dict[str, float]] = []
+        self.rates: list[list[float]] = []
+        self.workflow = ConfigWorkflow(
+            config_file=str(CONFIGS / "train.json"),
+            meta_file=str(CONFIGS / "metadata.json"),
+            logging_file=False,
+            workflow_type="train",
+            **options,
+        )
+        if not whole:
+            for handler in self.workflow.parser["train#handlers"]:
+                if handler["_target_"].split(".")[-1] in BESIDE_THE_STEP:
+                    handler["_disabled_"] = True
+
+    def __getitem__(self, name: str) -> Any:
+        """What a key of the config came to be."""
+        return self.workflow.parser.get_parsed_content(name)
+
+    def run(self) -> Training:
+        hook, level = sys.excepthook, logging.root.level
+        try:
+            self.workflow.initialize()
+            trainer = self["train#trainer"]
+            trainer.add_event_handler(Events.ITERATION_STARTED, lambda _: self.rates.append(self.learning_rates()))
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._record)
+            self.workflow.run()
+            self.workflow.finalize()
+        finally:
+            sys.excepthook = hook
+            logging.root.setLevel(level)
+            set_determinism(seed=None)
+        return self
+
+    def learning_rates(self) -> list[float]:
+        optimizers = (self[name] for name in ("optimizer", "sam_optimizer"))
+        return [optimizer.param_groups[0]["lr"] for optimizer in optimizers if optimizer]
+
+    def _record(self, engine) -> None:
+        self.history.append({name: term.item() for name, term in scalar_terms(engine.state.output).items()})
+
+
+@pytest.fixture(scope="session")
+def small_phantom(tmp_path_factory) -> Path:
+    """The data list of one patient of each kind."""
+    folder = tmp_path_factory.mktemp("data") / "phantom"
+    return write_phantom(folder, num_labeled=1, num_unlabeled=1, num_validation=1, num_test=0, max_size=32)
+
+
+@pytest.fixture
+def training(small_phantom, tmp_path):
+    """`training(key=value, ...)`: a tiny training that has not been run yet."""
+
+    def build(**override: Any) -> Training:
+        return Training(tmp_path / "output", **{"dataset_dir": str(small_phantom), **override})
+
+    return build

@@ -1,0 +1,166 @@
+"""Bad input to train.json: one clear sentence as the root cause, and before the first step."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from knowsam_monai.preparation import root_cause
+
+
+def write_volume(path, value=0.0, shape=(16, 16, 2), dtype=np.float32):
+    array = np.zeros(shape, dtype)
+    array[4:8, 4:8] = value
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A good data list of tiny volumes, to be spoilt: the folder, its files named after their section."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    sections = {}
+    for name in ("labeled", "unlabeled", "validation"):
+        write_volume(folder / f"{name}.nii.gz", value=1.0)
+        sections[name] = [{"image": f"{name}.nii.gz"}]
+        if name != "unlabeled":
+            write_volume(folder / f"{name}_gt.nii.gz", value=3, dtype=np.uint8)
+            sections[name][0]["label"] = f"{name}_gt.nii.gz"
+    (folder / "list.json").write_text(json.dumps(sections))
+    return folder
+
+
+@pytest.fixture
+def refused(training, data):
+    """`refused(message, key=value)`: the run ends with that message before a step is made."""
+
+    def run_into(message, **options):
+        run = training(**{"dataset_dir": str(data / "list.json"), "use_sam": False, "mixing_weight": 0, **options})
+        with pytest.raises((RuntimeError, PermissionError)) as error:
+            run.run()
+        assert re.search(message, str(root_cause(error.value))), str(root_cause(error.value))
+        assert run.history == [] and not list(run.output_dir.rglob("*.pt"))
+
+    return run_into
+
+
+def test_the_good_data_of_these_tests_train(training, data):
+    assert len(training(dataset_dir=str(data / "list.json"), use_sam=False).run().history) == 2
+
+
+@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds neither"])
+def test_data_set_of_no_known_form_says_what_was_looked_for(refused, tmp_path, found):
+    folder = tmp_path / "ACDC"
+    if found != "does not exist":
+        folder.mkdir()
+    if found == "holds neither":
+        (folder / "readme.txt").write_text("ACDC")
+    forms = r"training/patient001/Info\.cfg was looked for.*data/slices/\*\.h5 was looked for"
+    refused(rf"`dataset_dir` must be .*{forms}.* but {folder} {found}", dataset_dir=str(folder))
+
+
+@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
+@pytest.mark.parametrize("damage", ["truncated", "corrupt"])
+def test_damaged_image_is_named(refused, data, section, damage):
+    path = data / f"{section}.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no image")
+    refused(f"`image` must be a readable image but {path} is not")
+
+
+@pytest.mark.parametrize("section", ["labeled", "validation"])
+def test_label_of_another_shape_is_named_with_its_image(refused, data, section):
+    write_volume(data / f"{section}_gt.nii.gz", value=1, shape=(16, 12, 2), dtype=np.uint8)
+    refused(
+        rf"image's shape \(16, 16, 2\) but {data}/{section}_gt.nii.gz has shape \(1, 16, 12, 2\) for the image {data}"
+    )
+
+
+@pytest.mark.parametrize("section", ["labeled", "validation"])
+def test_label_value_outside_the_classes_is_named(refused, data, section):
+    write_volume(data / f"{section}_gt.nii.gz", value=7, dtype=np.uint8)
+    refused(f"`label` must have the integers 0 to 3 as values but {data}/{section}_gt.nii.gz has 7")
+
+
+def test_fewer_classes_than_the_labels_have_is_said(refused, data):
+    refused(f"integers 0 to 1 as values but {data}/labeled_gt.nii.gz has 3", class_names=["left ventricle"])
+
+
+@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_image_that_is_not_finite_is_named(refused, data, section, value):
+    write_volume(data / f"{section}.nii.gz", value=value)
+    refused(f"`image` must be finite but {data}/{section}.nii.gz has 32 NaN or infinite values")
+
+
+@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
+def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data, section):
+    write_volume(data / f"{section}.nii.gz", value=1.0, shape=(16, 16, 2, 3))
+    refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3. Set `in_channels`")
+
+
+def test_empty_labeled_list_is_said(refused, data):
+    sections = json.loads((data / "list.json").read_text())
+    (data / "list.json").write_text(json.dumps({**sections, "labeled": []}))
+    refused("`labeled` must list at least one item but is empty")
+
+
+@pytest.mark.parametrize("name", ["labeled", "unlabeled"])
+def test_batch_larger_than_its_set_is_said(refused, name):
+    message = f"`{name}_batch_size` must be at most the number of {name} items, 2, but is 5"
+    refused(message, **{f"{name}_batch_size": 5})
+
+
+@pytest.mark.parametrize("image_size", [40, 24])
+@pytest.mark.parametrize("use_sam", [True, False])
+def test_image_size_that_is_no_multiple_of_16_is_said_before_data_are_read(refused, monkeypatch, image_size, use_sam):
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
+    refused(
+        f"`image_size`.* multiples of 16 but has .{image_size}, {image_size}", image_size=image_size, use_sam=use_sam
+    )
+
+
+def test_teacher_takes_no_image_size_that_is_no_multiple_of_16_either(refused):
+    """BasicUNet takes 40 x 40; SAM does not."""
+    student = {"_target_": "BasicUNet", "spatial_dims": 2, "out_channels": 4, "features": [4, 4, 4, 4, 4, 4]}
+    refused("`image_size` must be a positive multiple of 16", network_def=student, image_size=40, use_sam=True)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"out_channels": 5}, r"must give logits \(1, 4, 32, 32\) .* but MultiViewNet gives \(1, 5, 32, 32\)"),
+        ({"in_channels": 2}, r"must take images of `in_channels` and `image_size`, \(1, 1, 32, 32\)"),
+    ],
+)
+def test_student_of_other_classes_or_channels_is_said(refused, options, message):
+    refused(message, network_def={"_target_": "knowsam_monai.networks.MultiViewNet", "channels": [4] * 5, **options})
+
+
+def test_names_that_do_not_fit_the_class_count_are_said(refused):
+    refused("`class_names` must name 2 classes", num_classes=3)
+
+
+def test_checkpoint_of_another_model_is_said(refused, tmp_path):
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    options = {"use_sam": True, "sam_variant": "vit_b", "sam_checkpoint": str(tmp_path / "other.pth")}
+    refused("must be a file with the weights of SAM's vit_b but .*other.pth holds another model", **options)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "ckpt_dir"])
+def test_folder_that_cannot_be_written_is_said_before_data_are_read(refused, monkeypatch, tmp_path, key):
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
+    (tmp_path / "file").write_text("root may write everywhere, but no folder below a file")
+    folder = tmp_path / "file" / "output"
+    refused(f"must be folders that can be written but '{folder}' cannot", **{key: str(folder)})
+
+
+@pytest.mark.parametrize("loss", ["DiceCELoss", "DiceLoss", "torch.nn.CrossEntropyLoss"])
+def test_bare_loss_with_unlabeled_rows_is_said(refused, loss):
+    name = loss.split(".")[-1]
+    refused(f"must be a PartiallyLabeledLoss where 2 of 4 rows have a label but is {name}", loss={"_target_": loss})

@@ -1,0 +1,270 @@
+"""configs/train.json: a whole run and its files, every part switched off, and the published recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from knowsam_monai.networks import MultiViewNet
+from knowsam_monai.preparation import root_cause
+
+from .conftest import CONFIGS, SMALL_STUDENT, Training
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "bundles" / "knowsam_acdc"
+ACDC = os.environ.get("KNOWSAM_ACDC_DIR")
+LOSSES = {"loss", "sam_loss", "distillation_loss", "mutual_loss", "entropy_loss", "mixing_loss"}
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def resolved(**override):
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.json"))
+    parser.update(override)
+    return parser.get_parsed_content
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_phantom, tmp_path_factory):
+    """Two epochs with everything, from the repository's root."""
+    output_dir = tmp_path_factory.mktemp("whole") / "output"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return Training(output_dir, whole=True, dataset_dir=str(small_phantom), max_iterations=4).run()
+
+
+def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
+    found = files(whole_run.output_dir)
+    logs = {name for name in found if name.startswith("tensorboard/")}
+    assert found - logs == {"model.pt", "last_model_epoch=2.pt", "models/model.pt", "validation.png"}
+    assert {name.split("/")[1] for name in logs} == {"train", "validation"}
+    assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "models/model.pt"])
+def test_model_is_a_plain_state_dict_of_the_student_alone(whole_run, name):
+    state = torch.load(whole_run.output_dir / name, weights_only=True)
+    student = MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8))
+    student.load_state_dict(state, strict=True)
+    assert type(state).__name__ in ("dict", "OrderedDict") and all(torch.is_tensor(v) for v in state.values())
+
+
+def test_tensorboard_has_every_term_by_name_and_the_validation(whole_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars, images = {}, []
+    for path in (whole_run.output_dir / "tensorboard").rglob("events*"):
+        events = EventAccumulator(str(path)).Reload()
+        scalars.update({tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]})
+        images += events.Tags()["images"]
+    every_step = {name: 4 for name in LOSSES | {"gate_weight", "teacher_labeled_dice", "student_labeled_dice"}}
+    assert scalars == {**every_step, "val_mean_dice": 2, "val_teacher_dice": 2}
+    assert len(images) == 3  # image, truth, prediction
+
+
+def test_gate_is_shut_until_the_first_validation(whole_run):
+    assert [step["gate_weight"] for step in whole_run.history[:2]] == [0, 0]
+    dice = whole_run["validate#evaluator"].state.metrics
+    advantage = dice["val_teacher_dice"] - dice["val_mean_dice"]
+    assert whole_run["distiller"].gate.weight == pytest.approx(min(1, max(0, 1 + advantage / 0.1)))
+
+
+def test_every_term_is_finite_and_both_networks_learn(whole_run):
+    assert all(math.isfinite(step[name]) for step in whole_run.history for name in LOSSES)
+    assert len(whole_run.history) == 4
+    assert whole_run["optimizer"].state and whole_run["sam_optimizer"].state
+
+
+def test_mlflow_tracks_every_term_and_the_validation_under_the_run_s_name(training):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (pip install 'knowsam-monai[mlflow]')")
+    run = training(whole=True, tracking="mlflow", max_iterations=4, run_name="a run").run()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.output_dir}/mlruns.db")
+    (tracked,) = client.search_runs(client.get_experiment_by_name("monai_experiment").experiment_id)
+    assert tracked.info.run_name == "a run" and tracked.info.status == "FINISHED"
+    assert LOSSES | {"gate_weight", "val_mean_dice", "val_teacher_dice"} <= set(tracked.data.metrics)
+
+
+@pytest.mark.parametrize("folder", [ROOT, BUNDLE], ids=["repository", "bundle"])
+def test_outputs_land_in_the_bundle_by_default(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    get = resolved()
+    assert Path(get("output_dir")).resolve() == BUNDLE / "output" / "knowsam_phantom_seed0"
+    assert Path(get("ckpt_dir")).resolve() == BUNDLE / "models"
+
+
+def test_output_folder_tells_method_patients_and_seed_apart():
+    get = resolved(dataset_dir="/data/ACDC", labeled_patients=3, seed=5, use_sam=False)
+    assert os.path.basename(get("output_dir")) == "knowsam_without_sam_3_patients_seed5"
+
+
+# --- parts that can be switched off -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key,absent",
+    [("mutual_weight", "mutual_loss"), ("entropy_weight", "entropy_loss"), ("mixing_weight", "mixing_loss")],
+)
+def test_weight_of_zero_leaves_exactly_that_term_out(training, key, absent):
+    (step,) = training(max_iterations=1, **{key: 0}).run().history
+    assert {name for name in step if name.endswith("loss")} == LOSSES - {absent}
+
+
+def test_distillation_weight_of_zero_teaches_nothing_while_the_teacher_learns(training):
+    run = training(distillation_weight=0, distillation_gate="none").run()
+    assert all(step["distillation_loss"] == 0 and step["sam_loss"] > 0 for step in run.history)
+    assert run["sam_optimizer"].state
+
+
+@pytest.mark.parametrize("gate,weight", [("none", 1), ("validation", 0)])
+def test_gate_decides_whether_the_student_is_taught(training, gate, weight):
+    (step,) = training(max_iterations=1, distillation_gate=gate).run().history
+    assert step["gate_weight"] == weight and (step["distillation_loss"] > 0) == (weight > 0)
+
+
+def test_agreement_gate_is_measured_in_the_first_step(training):
+    run = training(max_iterations=1, distillation_gate="agreement").run()
+    assert run["distiller"].gate.mode == "agreement" and 0 <= run.history[0]["gate_weight"] <= 1
+
+
+def test_soft_target_is_another_loss_than_hard(training):
+    first = {target: training(max_iterations=1, mutual_target=target).run().history[0] for target in ("hard", "soft")}
+    assert first["hard"]["mutual_loss"] != first["soft"]["mutual_loss"]
+    assert first["hard"]["entropy_loss"] == first["soft"]["entropy_loss"]
+
+
+def test_without_sam_nothing_of_it_is_built_and_no_checkpoint_is_looked_for(training):
+    run = training(max_iterations=1, use_sam=False, sam_variant="vit_b", sam_checkpoint="/nowhere/sam.pth").run()
+    assert [run[name] for name in ("teacher", "sam_optimizer", "sam_lr_scheduler", "distiller")] == [None] * 4
+    assert [set(step) for step in run.history] == [{"loss", "mutual_loss", "entropy_loss", "mixing_loss"}]
+
+
+def test_command_line_from_the_bundle_runs_without_importing_segment_anything(small_phantom, tmp_path):
+    options = (
+        "--use_sam False --mutual_weight 0 --entropy_weight 0 --mixing_weight 0 --image_size 32 --max_iterations 1 "
+        f"--labeled_batch_size 2 --unlabeled_batch_size 2 --num_workers 0 --dataset_dir {small_phantom} "
+        f"--output_dir {tmp_path} --ckpt_dir {tmp_path} "
+        f"--network_def {json.dumps(SMALL_STUDENT, separators=(',', ':'))}"
+    )
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = 'x run --config_file configs/train.json {options}'.split()\n"
+        "runpy.run_module('monai.bundle', run_name='__main__')\n"
+        "print('segment_anything' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=BUNDLE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "teacher          none (use_sam is False)" in done.stdout
+    assert {"model.pt", "validation.png"} <= files(tmp_path)
+
+
+# --- how it trains ----------------------------------------------------------------------------------------------------
+
+
+def test_both_optimisers_step_once_in_two_accumulated_iterations(training):
+    run = training(accumulation_steps=2, max_iterations=4).run()
+    assert len(run.history) == 4
+    steps = {int(state["step"]) for state in run["sam_optimizer"].state.values()}
+    assert steps == {2}
+
+
+def test_both_learning_rates_fall_linearly_to_zero(training):
+    run = training(max_iterations=4).run()
+    shares = (1, 0.75, 0.5, 0.25)
+    assert run.rates == [pytest.approx([0.01 * share, 0.001 * share]) for share in shares]
+    assert run.learning_rates() == [0, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_amp_on_a_cpu_only_warns(training):
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        run = training(amp=True, max_iterations=1).run()
+    assert len(run.history) == 1
+
+
+def test_bfloat16_on_the_cpu_trains_both_networks_with_finite_terms(training):
+    run = training(cpu_autocast=True, distillation_gate="none").run()
+    assert all(math.isfinite(step[name]) for step in run.history for name in LOSSES)
+    assert {p.dtype for p in run["network"].parameters()} == {torch.float32}
+    assert run["distiller"].autocast_dtype == run["train#inferer"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("key,term", [("entropy_weight", "entropy_loss"), ("distillation_weight", "distillation_loss")])
+def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_written(training, key, term):
+    run = training(whole=True, distillation_gate="none", **{key: float("nan")})
+    with pytest.raises(RuntimeError) as error:
+        run.run()
+    assert f"must be finite but loss, {term} is not" in str(root_cause(error.value))
+    assert not [name for name in files(run.output_dir) if name.endswith(".pt")]
+
+
+def test_preflight_stops_before_the_first_step_and_writes_no_file(training, caplog):
+    caplog.set_level("INFO", logger="knowsam_monai")
+    run = training(whole=True, preflight=True).run()
+    assert run.history == [] and files(run.output_dir) == set()
+    assert "Preflight" in caplog.messages and any("expected finish" in message for message in caplog.messages)
+    assert not [record for record in caplog.records if record.levelname == "WARNING" and "validation" in record.message]
+
+
+# --- the published recipe ---------------------------------------------------------------------------------------------
+
+
+def test_data_set_brings_the_published_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    get = resolved(dataset_dir="/data/ACDC")
+    published = {
+        "image_size": 256,
+        "labeled_batch_size": 12,
+        "unlabeled_batch_size": 12,
+        "max_iterations": 50000,
+        "mixing_start": 12000,
+        "sam_variant": "vit_b",
+        "sam_checkpoint": "bundles/knowsam_acdc/models/sam_vit_b_01ec64.pth",
+        "sam_trainable": "adapters",
+        "sam_lr": 1e-4,
+        "lr": 0.01,
+        "num_classes": 4,
+        "labeled_patients": 7,
+    }
+    assert {key: get(key) for key in published} == published
+
+
+def test_missing_checkpoint_names_the_command_before_any_data_is_read(training, monkeypatch, tmp_path):
+    def read(*args, **kwargs):
+        pytest.fail("data was read first")
+
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", read)
+    path = tmp_path / "sam_vit_b_01ec64.pth"
+    with pytest.raises(RuntimeError) as error:
+        training(sam_variant="vit_b", sam_checkpoint=str(path)).run()
+    cause = root_cause(error.value)
+    assert isinstance(cause, FileNotFoundError)
+    assert f"{path} does not exist; get it with `curl" in str(cause) and "sam_vit_b_01ec64.pth` (md5 01ec64d2" in str(
+        cause
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ACDC, reason="KNOWSAM_ACDC_DIR does not name a folder with ACDC")
+def test_real_acdc_trains(training):
+    options = {"sam_checkpoint": "$None", "labeled_patients": 7, "cache_workers": 2}
+    run = training(whole=True, dataset_dir=ACDC, image_size=64, **options).run()
+    assert run["train#trainer"].state.iteration == 2
+    assert len(run["train#dataset"]) == 136 and len(run["train#unlabeled_dataset"]) == 1176
+    assert len(run["validate#dataset"]) == 20
+    assert {"model.pt", "validation.png"} <= files(run.output_dir)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+from torch.nn import functional as F
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.handlers import MultiViewCoTraining, SAMDistillation, UncertaintyGuidedMixing
+from knowsam_monai.losses import PartiallyLabeledLoss
+
+from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+
+
+def handlers():
+    return [MultiViewCoTraining(), UncertaintyGuidedMixing(F.mse_loss), SAMDistillation(SAMDistiller(ToyTeacher()))]
+
+
+def run(handler, loss, **batch):
+    batches = [{name: tensor.float() for name, tensor in b.items()} for b in toy_batches(1, **batch)]
+    trainer = toy_trainer(ToyStudent().eval(), batches, loss, [handler])
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("handler", handlers(), ids=lambda handler: type(handler).__name__)
+def test_bare_loss_that_sees_fewer_labels_than_rows_is_one_clear_error(handler):
+    loss = DiceCELoss(softmax=True, to_onehot_y=True)
+    with pytest.raises(
+        ValueError, match=r"must be a PartiallyLabeledLoss where 2 of 4 rows .* but is DiceCELoss\. Wrap it"
+    ):
+        run(handler, loss)
+
+
+def test_loss_that_takes_fewer_labels_passes_whoever_wrote_it():
+    def own_loss(pred, label):
+        return F.cross_entropy(pred[: len(label), 0], label[:, 0].long())
+
+    for loss in (PartiallyLabeledLoss(), own_loss):
+        trainer = run(SAMDistillation(SAMDistiller(ToyTeacher())), loss)
+        assert torch.isfinite(trainer.state.output["loss"])
+
+
+def test_bare_loss_passes_where_every_row_has_a_label():
+    class FusedLoss(DiceCELoss):
+        def forward(self, pred, label):
+            return super().forward(pred[:, 0], label)
+
+    trainer = run(
+        SAMDistillation(SAMDistiller(ToyTeacher())), FusedLoss(softmax=True, to_onehot_y=True), num_unlabeled=0
+    )
+    assert torch.isfinite(trainer.state.output["loss"])
