@@ -16,6 +16,8 @@ class TeacherGate(nn.Module):
 
     .. math:: g = \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
+    and 0 for a teacher that finds nothing at all.
+
     Dice on the labelled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
 
     - "none": g = 1 throughout, the paper.
@@ -59,7 +61,7 @@ class TeacherGate(nn.Module):
         self.num_measured.add_(valid)
         if self.mode != "none":
             difference = self.scores[1] - self.scores[0]
-            weight = torch.clamp(1 + difference / self.tolerance, 0, 1)
+            weight = torch.clamp(1 + difference / self.tolerance, 0, 1) * (self.scores[1] > 0)
             self.weight.copy_(torch.where(self.num_measured > 0, weight, self.weight))
 
     @torch.no_grad()

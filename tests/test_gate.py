@@ -8,7 +8,7 @@ from knowsam_monai.gate import TeacherGate
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "weight"), [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0)]
+    ("student", "teacher", "weight"), [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0), (0.0, 0.0, 0.0)]
 )
 def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weight):
     gate = TeacherGate("validation", tolerance=0.1)

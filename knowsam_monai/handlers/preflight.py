@@ -6,6 +6,7 @@ import time
 from datetime import datetime, timedelta
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
@@ -50,8 +51,9 @@ class Preflight:
 
     def __call__(self, engine: Engine) -> None:
         seconds = self._seconds_per_iteration(engine)
-        for line in self.report(engine, seconds):
-            logger.info(line)
+        if idist.get_rank() == 0:  # the trial iterations are made on every rank: they wait for each other
+            for line in self.report(engine, seconds):
+                logger.info(line)
         if self.stop:
             engine.terminate()
 
@@ -65,7 +67,7 @@ class Preflight:
             memory = _peak_process_memory()
         rows = [
             ("rows", f"{self.num_rows[0]} labelled, {self.num_rows[1]} unlabelled"),
-            ("student", f"{type(self.network).__name__}, {_trainable(self.network)}"),
+            ("student", f"{type(getattr(self.network, 'module', self.network)).__name__}, {_trainable(self.network)}"),
             *self._teacher_rows(),
             ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
             ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
