@@ -81,6 +81,14 @@ def knowsam_step(mixing: bool, **overrides: Any) -> Callable[[], None]:
     return step
 
 
+def fast_matmul_step(mixing: bool) -> Callable[[], None]:
+    from knowsam_monai.preparation import fast_cpu_matmul
+
+    if not fast_cpu_matmul():
+        raise RuntimeError("`fast_cpu_matmul` must be exact to 1e-5 on this processor but is not; leave this row out.")
+    return knowsam_step(mixing)
+
+
 def mean_teacher_step() -> Callable[[], None]:
     """Mean Teacher of the same U-Net, as its paper: noisy teacher, MSE of probabilities, EMA; a plain PyTorch loop."""
     from knowsam_monai.losses import PartiallyLabeledLoss
@@ -125,6 +133,8 @@ def inference_of_volume(network_name: str) -> Callable[[], None]:
 ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
     "knowsam": ("KnowSAM, before mixing", lambda: knowsam_step(False)),
     "knowsam_mixing": ("KnowSAM, with mixing", lambda: knowsam_step(True)),
+    "knowsam_fast": ("KnowSAM, before mixing, fast_cpu_matmul", lambda: fast_matmul_step(False)),
+    "knowsam_mixing_fast": ("KnowSAM, with mixing, fast_cpu_matmul", lambda: fast_matmul_step(True)),
     "knowsam_bf16": ("KnowSAM, before mixing, bf16 autocast", lambda: knowsam_step(False, cpu_autocast=True)),
     "knowsam_mixing_bf16": ("KnowSAM, with mixing, bf16 autocast", lambda: knowsam_step(True, cpu_autocast=True)),
     "without_sam": ("KnowSAM without SAM, before mixing", lambda: knowsam_step(False, use_sam=False)),
@@ -159,17 +169,28 @@ def measure(name: str, num_steps: int) -> dict[str, float]:
     step = ROWS[name][1]()
     step()  # warms up
     seconds, gemm_seconds = [], []
+    precision = torch.get_float32_matmul_precision()
     for _ in range(num_steps):
+        torch.set_float32_matmul_precision("highest")  # the unit is the same whatever the row's route is
         for _ in range(3):
             start = time.perf_counter()
             matrix @ matrix
             gemm_seconds.append(time.perf_counter() - start)
+        torch.set_float32_matmul_precision(precision)
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     rate = 2 * GEMM_SIZE**3 / min(gemm_seconds) / 1e9
     return {"seconds": min(seconds), "rate": rate, "memory": memory, "gflop": count_gflop(step)}
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
 
 
 def main() -> None:
@@ -196,8 +217,19 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for row in args.rows or ROWS:
-        command = [sys.executable, __file__, "--measure", row, "--threads", str(args.threads), "--steps", str(args.steps)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+        command = [
+            sys.executable,
+            __file__,
+            "--measure",
+            row,
+            "--threads",
+            str(args.threads),
+            "--steps",
+            str(args.steps),
+        ]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        )
         if result.returncode:
             sys.exit(f"{row} failed:\n{result.stderr}")
         r = json.loads(result.stdout.strip().splitlines()[-1])
@@ -210,8 +242,8 @@ def main() -> None:
     if not args.rows:
         source = "real ACDC slices" if os.environ.get("KNOWSAM_ACDC_DIR") else "the phantom's slices"
         head = (
-            f"# Speed\n\nPrinted by `python benchmarks/speed.py --threads {args.threads} --steps {args.steps}` on {source}; "
-            f"torch {torch.__version__}, {args.threads} threads. See the script for what a row is.\n\n"
+            f"# Speed\n\nPrinted by `python benchmarks/speed.py --threads {args.threads} --steps {args.steps}` on "
+            f"{source}; torch {torch.__version__}, {processor()}. See the script for what a row is.\n\n"
         )
         Path(args.output).write_text(head + "\n".join(lines) + "\n")
 

@@ -173,7 +173,9 @@ class SAMDistiller(nn.Module):
             )
 
     def follow(
-        self, optimizer: Optimizer, scaler: torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None = None
+        self,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None = None,
     ) -> FollowHandle:
         """
         Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
@@ -237,7 +239,9 @@ def _view(views: Sequence[Tensor], index: int) -> Tensor:
     if len(views) == 1:
         return views[0]
     if not -len(views) <= index < len(views):
-        raise ValueError(f"`taught_views` and `prompt_view` must be below {len(views)}, the student's views, but one is {index}.")
+        raise ValueError(
+            f"`taught_views` and `prompt_view` must be below {len(views)}, the student's views, but one is {index}."
+        )
     return views[index]
 
 

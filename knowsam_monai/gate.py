@@ -54,7 +54,9 @@ class TeacherGate(nn.Module):
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
         """Take a new measurement; one that is not finite (nothing to compare) changes nothing."""
-        new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(self.scores) for d in (student_dice, teacher_dice)])
+        new = torch.stack(
+            [torch.as_tensor(d, dtype=torch.float32).to(self.scores) for d in (student_dice, teacher_dice)]
+        )
         mixed = torch.where(self.num_measured > 0, momentum * self.scores + (1 - momentum) * new, new)
         valid = torch.isfinite(new).all()
         self.scores.copy_(torch.where(valid, mixed, self.scores))

@@ -8,7 +8,8 @@ from knowsam_monai.gate import TeacherGate
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "weight"), [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0), (0.0, 0.0, 0.0)]
+    ("student", "teacher", "weight"),
+    [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0), (0.0, 0.0, 0.0)],
 )
 def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weight):
     gate = TeacherGate("validation", tolerance=0.1)
@@ -77,9 +78,7 @@ def test_teacher_that_memorised_its_labelled_rows_shuts_the_agreement_gate():
     assert (teacher(labeled).reshape(1, 2, 16, 16).argmax(1) == labeled[:, 0]).all()  # perfect on what it learned from
     gate = TeacherGate("agreement", tolerance=0.1)
     for turn in range(5):
-        gate.measure_agreement(
-            threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn
-        )
+        gate.measure_agreement(threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn)
     assert gate.weight == 0 and gate.scores[0] == 1
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -7,7 +8,44 @@ import pytest
 import torch
 from torch import nn
 
-from knowsam_monai.preparation import check_student, check_writable, root_cause
+from knowsam_monai import preparation
+from knowsam_monai.preparation import check_student, check_writable, fast_cpu_matmul, root_cause
+
+
+@pytest.fixture
+def usual_precision():
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def test_fast_route_is_taken_only_where_the_probe_is_exact(usual_precision):
+    taken = fast_cpu_matmul()
+    assert torch.get_float32_matmul_precision() == ("medium" if taken else "highest")
+    assert not taken or preparation._linear_error() <= 1e-5
+
+
+@pytest.mark.parametrize("rounded", range(3))
+def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_precision, monkeypatch, caplog, rounded):
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return rounds(x @ weight.T, 0)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return rounds(grad @ weight, 1), rounds(grad.T @ x, 2)
+
+    def rounds(result, which):
+        return result.bfloat16().float() if which == rounded and result.dtype == torch.float32 else result
+
+    monkeypatch.setattr(preparation.F, "linear", Rounded.apply)
+    with caplog.at_level(logging.WARNING):
+        assert not fast_cpu_matmul()
+    assert torch.get_float32_matmul_precision() == "highest" and "off by" in caplog.text
 
 
 def test_folders_are_made_and_left_empty(tmp_path):

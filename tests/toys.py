@@ -49,7 +49,9 @@ def toy_batches(
     ]
 
 
-def toy_trainer(network: nn.Module, batches: list, loss, handlers: list, lr: float = 0.1, **kwargs) -> SupervisedTrainer:
+def toy_trainer(
+    network: nn.Module, batches: list, loss, handlers: list, lr: float = 0.1, **kwargs
+) -> SupervisedTrainer:
     """A real MONAI trainer over the given batches, one epoch, on the CPU."""
     return SupervisedTrainer(
         device=torch.device("cpu"),

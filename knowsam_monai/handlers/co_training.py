@@ -64,7 +64,9 @@ class MultiViewCoTraining:
                 "student such as MultiViewNet."
             )
         first, second = (views[v] for v in self.views)
-        mutual_weight = self.mutual_weight(engine.state.iteration) if callable(self.mutual_weight) else self.mutual_weight
+        mutual_weight = (
+            self.mutual_weight(engine.state.iteration) if callable(self.mutual_weight) else self.mutual_weight
+        )
         terms = {}
         if mutual_weight:
             terms["mutual_loss"] = mutual_weight * self.mutual_loss(first, second)

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
-
-import torch
 
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
@@ -56,7 +55,9 @@ class LossTerms:
         first, last = self._first, engine.state.iteration
         means = {name: value / self._counts[name] for name, value in zip(names, values)}
         self._sums, self._counts, self._first = {}, {}, last + 1
-        bad = [name for name, value in means.items() if name.endswith("loss") and not torch.isfinite(torch.tensor(value))]
+        bad = [
+            name for name, value in means.items() if name.endswith("loss") and not torch.isfinite(torch.tensor(value))
+        ]
         if bad:
             raise RuntimeError(
                 f"Every loss term must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.data import MetaTensor
 
+from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter, add_adapters
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam, check_image_size
@@ -144,7 +144,7 @@ class SAMTeacher(nn.Module):
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """SAM's embedding of images: (B, channels, H, W) to (B, D, h, w), h x w being the token grid."""
-        rgb = self._three_channels(_plain(image))
+        rgb = self._three_channels(without_meta(image))
         if rgb.shape[2:] != self.image_size:
             rgb = F.interpolate(rgb, size=self.image_size, mode="bilinear")
         normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std
@@ -155,7 +155,7 @@ class SAMTeacher(nn.Module):
     ) -> torch.Tensor:
         """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; by default of the prompts' size."""
         prompt_encoder = self.sam.prompt_encoder
-        prompts = _plain(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
+        prompts = without_meta(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
         masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
         masks = decode_masks(
             decoder=self.sam.mask_decoder,
@@ -188,8 +188,3 @@ class SAMTeacher(nn.Module):
                 f"{tuple(rgb.shape)}; choose a channel index or 'mean' for images that are not RGB."
             )
         return rgb
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A MetaTensor's tensor: metadata costs time in every operation and nothing here reads it."""
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor

@@ -30,7 +30,9 @@ def test_steps_equal_hand_written_ones(target):
             mutual = F.cross_entropy(a, b.argmax(1)) + F.cross_entropy(b, a.argmax(1))
         else:
             mutual = F.cross_entropy(a, b.detach().softmax(1)) + F.cross_entropy(b, a.detach().softmax(1))
-        entropy = sum(-(p.softmax(1) * p.log_softmax(1)).sum(1).mean() for p in (a, b)) / torch.tensor(3.0).double().log()
+        entropy = (
+            sum(-(p.softmax(1) * p.log_softmax(1)).sum(1).mean() for p in (a, b)) / torch.tensor(3.0).double().log()
+        )
         total = loss(pred, batch["label"]) + SigmoidRampUp(3)(t) * mutual + 0.9 * entropy
         optimizer.zero_grad()
         total.backward()
@@ -42,7 +44,9 @@ def test_steps_equal_hand_written_ones(target):
 
 def test_weights_of_zero_switch_the_terms_off():
     student = ToyStudent().double()
-    trainer = toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [MultiViewCoTraining(0.0, 0.0)])
+    trainer = toy_trainer(
+        student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [MultiViewCoTraining(0.0, 0.0)]
+    )
     trainer.run()
     assert not {"mutual_loss", "entropy_loss"} & set(trainer.state.output)
 

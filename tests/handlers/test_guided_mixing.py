@@ -43,7 +43,9 @@ def test_content_and_labels_are_exchanged_in_uncertain_cells():
     unlabeled, labeled = mixed_image[0, 0], mixed_image[1, 0]
     assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labelled content
     assert (labeled[:2, :2] == 20).all() and (labeled == 20).sum() == 4
-    assert torch.equal(mixed_label[0, 0], (unlabeled == 20).float()) and torch.equal(mixed_label[1, 0], (labeled == 20).float())
+    assert torch.equal(mixed_label[0, 0], (unlabeled == 20).float()) and torch.equal(
+        mixed_label[1, 0], (labeled == 20).float()
+    )
 
 
 def test_own_backward_adds_the_gradient_of_one_joint_backward():
@@ -95,7 +97,12 @@ def test_pseudo_labels_come_from_the_teacher_when_one_runs():
 
 
 def test_nothing_is_mixed_before_the_start():
-    trainer = toy_trainer(ToyStudent().double(), toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [UncertaintyGuidedMixing(None, start=2)])
+    trainer = toy_trainer(
+        ToyStudent().double(),
+        toy_batches(2),
+        PartiallyLabeledLoss(dice_ce_loss(3)),
+        [UncertaintyGuidedMixing(None, start=2)],
+    )
     trainer.run()
     assert "mixing_loss" not in trainer.state.output
 

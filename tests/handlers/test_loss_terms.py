@@ -14,7 +14,11 @@ from ..toys import ToyStudent, toy_batches, toy_trainer
 def trainer_with(term, log_interval, num=6, extra=(), max_epochs=1):
     """A trainer whose step t also writes `toy_loss` = term(t)."""
     trainer = toy_trainer(
-        ToyStudent().double(), toy_batches(num), PartiallyLabeledLoss(dice_ce_loss(3)), [LossTerms(log_interval), *extra], max_epochs=max_epochs
+        ToyStudent().double(),
+        toy_batches(num),
+        PartiallyLabeledLoss(dice_ce_loss(3)),
+        [LossTerms(log_interval), *extra],
+        max_epochs=max_epochs,
     )
     trainer.add_event_handler(
         IterationEvents.LOSS_COMPLETED, lambda e: e.state.output.update(toy_loss=torch.tensor(term(e.state.iteration)))
@@ -41,7 +45,9 @@ def test_term_that_is_not_finite_stops_the_run_and_is_named():
 def test_no_checkpoint_is_written_with_a_term_unread(tmp_path):
     network = ToyStudent()
     saver = CheckpointSaver(str(tmp_path), {"model": network}, save_interval=1)
-    trainer = trainer_with(lambda t: float("inf") if t == 8 else 1.0, log_interval=50, num=3, extra=[saver], max_epochs=4)
+    trainer = trainer_with(
+        lambda t: float("inf") if t == 8 else 1.0, log_interval=50, num=3, extra=[saver], max_epochs=4
+    )
     with pytest.raises(RuntimeError, match="between iterations 7 and 9"):
         trainer.run()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model_epoch=1.pt", "model_epoch=2.pt"]

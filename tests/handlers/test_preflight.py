@@ -48,5 +48,12 @@ def test_report_says_what_the_run_is(caplog):
     with caplog.at_level(logging.INFO, logger="knowsam_monai"):
         run(True)
     text = caplog.text
-    for fact in ("6 labelled, 60 unlabelled", "60 of 60 parameters train", "NOT pretrained", "3 of ", "peak memory", "expected finish"):
+    for fact in (
+        "6 labelled, 60 unlabelled",
+        "60 of 60 parameters train",
+        "NOT pretrained",
+        "3 of ",
+        "peak memory",
+        "expected finish",
+    ):
         assert fact in text, fact

@@ -42,13 +42,17 @@ def test_three_trainer_steps_equal_hand_written_ones(accumulation):
         if t % accumulation == 0 or t == len(batches):
             optimizer.step()
             other.optimizer.step()
-    for ours, expected in zip([*student.parameters(), *teacher.parameters()], [*other_student.parameters(), *other_teacher.parameters()]):
+    for ours, expected in zip(
+        [*student.parameters(), *teacher.parameters()], [*other_student.parameters(), *other_teacher.parameters()]
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_terms_are_logged_under_their_names_and_detached():
     student, _, distiller = build()
-    trainer = toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, log_interval=1)])
+    trainer = toy_trainer(
+        student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, log_interval=1)]
+    )
     trainer.run()
     output = trainer.state.output
     names = {"distillation_loss", "sam_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
@@ -79,7 +83,9 @@ def test_poor_teacher_costs_nothing_under_the_validation_gate():
 
 def test_agreement_gate_measures_in_the_run_and_leaves_the_student_in_train_mode():
     student, _, distiller = build(gate="agreement")
-    trainer = toy_trainer(student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, gate_interval=2)])
+    trainer = toy_trainer(
+        student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, gate_interval=2)]
+    )
     trainer.run()
     assert distiller.gate.num_measured == 2 and student.training
 

@@ -34,9 +34,7 @@ def test_equals_upstream_image_by_image(grid, window_size, dtype):
     torch.manual_seed(0)
     encoder = toy_encoder(grid, window_size).to(dtype)
     image = torch.randn(2, 3, 4 * grid[0], 4 * grid[1], dtype=dtype)
-    torch.testing.assert_close(
-        encode_image(encoder, image), upstream(encoder, image), rtol=0, atol=TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(encode_image(encoder, image), upstream(encoder, image), rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
