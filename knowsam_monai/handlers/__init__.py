@@ -9,6 +9,7 @@ from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
 from .tracking import track_terms
 from .training_progress import TrainingProgress
+from .validation_history import ValidationHistory
 from .validation_report import ValidationReport
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TeacherValidation",
     "TrainingProgress",
     "UncertaintyGuidedMixing",
+    "ValidationHistory",
     "ValidationReport",
     "scalar_terms",
     "track_terms",

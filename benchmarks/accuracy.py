@@ -1,0 +1,164 @@
+"""
+Validation Dice of the bundle's training with some of its parts on and off: trains each row and prints a table.
+
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py knowsam          # one table, hours on two CPU cores
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py tuning --seeds 0 1
+    python benchmarks/accuracy.py phantom --seeds 0 1 2
+    python benchmarks/accuracy.py knowsam --only "without SAM" --print        # the command line of a row, nothing runs
+
+A row is one run of the bundle's command line, in a process of its own. What has finished is kept in benchmarks/output
+and not run again, so a table can be broken off and gone on with. "last" is the Dice of the last weights, the number to
+compare; "best" is of the best validation, which is picked on the very volumes it is reported on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "benchmarks" / "output"
+UNET = {"_target_": "knowsam_monai.networks.UNet", "in_channels": "@in_channels", "out_channels": "@num_classes"}
+PLAIN_UNET: dict[str, object] = {
+    "network_def": json.dumps(UNET),
+    "view_weights": "$None",
+    "train#handlers#0#_disabled_": True,  # no co-training of two views
+    "mixing_weight": 0,
+}
+WITHOUT_SAM = {"use_sam": False}
+SUPERVISED = {**PLAIN_UNET, **WITHOUT_SAM, "unlabeled_batch_size": 0}
+
+
+def distillation(temperature: float, gate: str, tolerance: float = 0.1) -> dict[str, object]:
+    """A plain U-Net taught by SAM and by its labelled rows, nothing else."""
+    return {
+        **PLAIN_UNET,
+        "distillation_temperature": temperature,
+        "distillation_gate": gate,
+        "distillation_gate_tolerance": tolerance,
+    }
+
+
+# table -> (what all rows share, row -> its own keys)
+TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
+    "knowsam": (
+        {
+            "labeled_patients": 7,
+            "sam_variant": "vit_t",
+            "image_size": 128,
+            "labeled_batch_size": 4,
+            "unlabeled_batch_size": 4,
+            "max_iterations": 2000,
+            "epoch_length": 500,
+            "num_workers": 0,
+        },
+        {
+            "KnowSAM": {},
+            "KnowSAM, without SAM": WITHOUT_SAM,
+            "supervised U-Net": SUPERVISED,
+            "KnowSAM, bf16": {"cpu_autocast": True},
+            "KnowSAM, without SAM, bf16": {**WITHOUT_SAM, "cpu_autocast": True},
+            "supervised U-Net, bf16": {**SUPERVISED, "cpu_autocast": True},
+        },
+    ),
+    # on training patients that are held out: the validation patients choose nothing
+    "tuning": (
+        {
+            "labeled_patients": 3,
+            "holdout_patients": 10,
+            "sam_variant": "vit_t",
+            "image_size": 64,
+            "labeled_batch_size": 4,
+            "unlabeled_batch_size": 4,
+            "max_iterations": 600,
+            "epoch_length": 150,
+            "num_workers": 0,
+            "cpu_autocast": True,
+        },
+        {
+            "without SKD": {**PLAIN_UNET, **WITHOUT_SAM},
+            "T = 1, no gate": distillation(1, "none"),
+            "T = 2, no gate": distillation(2, "none"),
+            "T = 10, no gate": distillation(10, "none"),
+            "T = 2, gate of tolerance 0.05": distillation(2, "validation", 0.05),
+            "T = 2, gate of tolerance 0.1": distillation(2, "validation", 0.1),
+            "T = 2, gate of tolerance 0.2": distillation(2, "validation", 0.2),
+            "T = 10, gate of tolerance 0.1": distillation(10, "validation", 0.1),
+        },
+    ),
+    "phantom": ({}, {"KnowSAM": {}, "KnowSAM, bf16": {"cpu_autocast": True}, "KnowSAM, without SAM": WITHOUT_SAM}),
+}
+
+
+def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
+    """The bundle's command line of a row, and the folder it writes to."""
+    shared, rows = TABLES[table]
+    folder = OUTPUT / table / f"{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_seed{seed}"
+    keys: dict[str, object] = {**shared, **rows[row], "seed": seed, "output_dir": folder, "ckpt_dir": folder}
+    if table != "phantom":
+        keys["dataset_dir"] = os.environ.get("KNOWSAM_ACDC_DIR", "/data/ACDC")
+    command = ["-m", "monai.bundle", "run", "--config_file", "bundles/knowsam_acdc/configs/train.json"]
+    return [*command, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))], folder
+
+
+def train(table: str, row: str, seed: int) -> dict[str, float]:
+    """Dice and minutes of a row; trains it unless it has finished before."""
+    command, folder = command_of(table, row, seed)
+    finished = folder / "finished.json"
+    if not finished.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        with open(folder / "log.txt", "w") as log:
+            status = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
+        if status != 0:
+            raise SystemExit(f"`{row}` of seed {seed} must end well but ended with {status}; see {folder / 'log.txt'}.")
+        finished.write_text(json.dumps({"minutes": (time.perf_counter() - start) / 60}))
+    with open(folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    dice = [float(one["val_mean_dice"]) for one in rows]
+    teacher = rows[-1].get("val_teacher_dice")
+    result = {"last": dice[-1], "best": max(dice), "minutes": json.loads(finished.read_text())["minutes"]}
+    return {**result, "teacher": float(teacher)} if teacher else result
+
+
+def line_of(row: str, results: list[dict[str, float]]) -> str:
+    """A row of the table: the mean over the seeds, and every seed's last Dice."""
+    means = {key: statistics.mean(r[key] for r in results) for key in results[0]}
+    teacher = f"{means['teacher']:.3f}" if "teacher" in means else "-"
+    seeds = ", ".join(f"{r['last']:.3f}" for r in results)
+    return f"| {row} | {means['last']:.3f} | {seeds} | {means['best']:.3f} | {teacher} | {means['minutes']:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run; default all of the table")
+    parser.add_argument("--print", action="store_true", help="print the rows' command lines and run nothing")
+    args = parser.parse_args()
+    rows = args.only or list(TABLES[args.table][1])
+    unknown = [row for row in rows if row not in TABLES[args.table][1]]
+    if unknown:
+        parser.error(f"row must be one of {', '.join(TABLES[args.table][1])} but is {unknown[0]}")
+    if args.print:
+        for row in rows:
+            print("python", shlex.join(command_of(args.table, row, args.seeds[0])[0]))
+        return
+    print("| row | last | last, each seed | best | teacher, last | minutes |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for row in rows:
+        print(line_of(row, [train(args.table, row, seed) for seed in args.seeds]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+
+
+class ValidationHistory:
+    """
+    ``results.csv``: one row a validation, with every metric of the evaluator and the Dice of each structure.
+
+    A row has `epoch`, the evaluator's metrics under their own names, and for each metric that kept its details
+    (MONAI's ``save_details``) the mean over the cases of each structure as ``<metric>/<structure>``. Rows of earlier
+    epochs stay, those of the same or a later epoch (of a run before) are replaced. The file is renamed into place.
+
+    Args:
+        output_dir: folder of the file, made when missing.
+        class_names: names of classes 1, 2, ... (no background).
+
+    Example::
+
+        SupervisedEvaluator(..., val_handlers=[ValidationHistory("output", ["RV", "myocardium", "LV"])])
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, class_names: Sequence[str]) -> None:
+        self.path = os.path.join(output_dir, "results.csv")
+        self.class_names = list(class_names)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI evaluator."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if idist.get_rank() != 0:
+            return
+        row: dict[str, object] = {"epoch": engine.state.epoch}
+        for name, value in engine.state.metrics.items():
+            row[name] = float(value)
+            details = engine.state.metric_details.get(name)
+            if isinstance(details, torch.Tensor) and details.ndim == 2 and details.shape[1] == len(self.class_names):
+                for class_name, mean in zip(self.class_names, details.nanmean(0).tolist()):
+                    row[f"{name}/{class_name}"] = mean
+        rows = [*self._earlier_rows(engine.state.epoch), row]
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        temporary = f"{self.path}.{os.getpid()}.tmp"
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+    def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
+        if not os.path.isfile(self.path):
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]

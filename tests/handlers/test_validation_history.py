@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.handlers import MeanDice, from_engine
+from torch import nn
+
+from knowsam_monai.handlers import ValidationHistory
+
+
+def validate(history, epochs, labels=((1, 2), (1, 1))):
+    """Predicts class 1 in every pixel of 1 x 2 images; Dice by hand: see the test."""
+
+    class Ones(nn.Module):
+        def forward(self, x):
+            return torch.ones_like(x)
+
+    data = [{"image": torch.zeros(1, 1, 2), "label": torch.tensor([[row]]).float()} for row in labels]
+    metric = MeanDice(include_background=False, num_classes=3, output_transform=from_engine(["pred", "label"]))
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[{key: value[None] for key, value in item.items()} for item in data],
+        network=Ones(),
+        key_val_metric={"val_mean_dice": metric},
+        val_handlers=[history],
+    )
+    for epoch in epochs:
+        evaluator.run(global_epoch=epoch)
+
+
+def rows_of(folder):
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_row_has_the_metric_and_the_dice_of_each_structure(tmp_path):
+    validate(ValidationHistory(tmp_path / "run", ["first", "second"]), epochs=[1])
+    (row,) = rows_of(tmp_path / "run")
+    # case 1: Dice 2 * 1 / (2 + 1) and 0; case 2: 1, and no truth of class 2, which is left out
+    assert float(row["val_mean_dice/first"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert float(row["val_mean_dice/second"]) == 0
+    assert row["epoch"] == "1" and set(row) == {"epoch", "val_mean_dice", *(k for k in row if "/" in k)}
+
+
+def test_rows_of_earlier_epochs_stay_and_later_ones_are_replaced(tmp_path):
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[1, 2, 3])
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[3], labels=((1, 1), (1, 1)))
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2", "3"]
+    assert float(rows_of(tmp_path)[2]["val_mean_dice"]) == 1 > float(rows_of(tmp_path)[1]["val_mean_dice"])
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[1])
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
