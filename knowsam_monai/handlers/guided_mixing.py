@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import entropy_map
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.losses.class_logits import class_logits, without_meta
 from knowsam_monai.networks.views import unstack_views
 
 
@@ -32,7 +32,8 @@ class UncertaintyGuidedMixing:
         weight: factor of the loss.
         grid_size: cells along each spatial axis; 4.
         num_cells: cells overwritten in each image; 5 of the 16.
-        pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student".
+        pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
+            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student.
         view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
 
     Raises:
@@ -75,8 +76,10 @@ class UncertaintyGuidedMixing:
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
-        pseudo_logits = output.get("teacher_logits") if self.pseudo_label == "teacher" else None
-        mixed_image, mixed_label = self.mix(image, label, logits, logits if pseudo_logits is None else pseudo_logits)
+        pseudo_logits = logits
+        if self.pseudo_label == "teacher" and "teacher_logits" in output:
+            pseudo_logits = gated(output["teacher_logits"], logits, output.get("gate_weight", logits.new_ones(())))
+        mixed_image, mixed_label = self.mix(image, label, logits, pseudo_logits)
         # the first graph is spent: let go of it before the second is built
         output[Keys.PRED] = output[Keys.PRED].detach()
         output[Keys.LOSS] = output[Keys.LOSS].detach()
@@ -130,3 +133,11 @@ class UncertaintyGuidedMixing:
         cells = pool(entropy_map(logits.float()), grid).flatten(1)
         mask = torch.zeros_like(cells).scatter_(1, cells.topk(self.num_cells, dim=1).indices, 1.0)
         return F.interpolate(mask.reshape(-1, 1, *grid), size=spatial, mode="nearest") > 0
+
+
+def gated(teacher_logits: Tensor, student_logits: Tensor, gate_weight: Tensor) -> Tensor:
+    """Logits of g p_sam + (1 - g) p_student, (B, C, *spatial), or of its odds for one channel; g is 0-dimensional."""
+    teacher, student = class_logits(teacher_logits).log_softmax(1), class_logits(student_logits).log_softmax(1)
+    gate_weight = gate_weight.to(teacher.dtype)
+    mixed = torch.logaddexp(teacher + gate_weight.log(), student + (1 - gate_weight).log())
+    return mixed if teacher_logits.shape[1] > 1 else mixed[:, 1:] - mixed[:, :1]

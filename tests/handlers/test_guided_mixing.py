@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing
+from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing, gated
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 
 from ..toys import ToyStudent, toy_batches, toy_trainer
@@ -94,6 +94,17 @@ def test_pseudo_labels_come_from_the_teacher_when_one_runs():
     trainer.run()
     unlabeled = seen[0][:2]  # the mostly unlabelled rows: 11 of 16 cells keep the pseudo-label 2
     assert (unlabeled == 2).float().mean() >= 11 / 16
+
+
+@pytest.mark.parametrize(("gate_weight", "expected"), [(1.0, 2), (0.6, 2), (0.4, 1), (0.0, 1)])
+def test_teacher_labels_as_far_as_its_gate_lets_it(gate_weight, expected):
+    # teacher sure of class 2, student of class 1: p = g and 1 - g
+    teacher_logits, student_logits = torch.tensor([[0.0, 0.0, 30.0]]), torch.tensor([[0.0, 30.0, 0.0]])
+    mixed = gated(teacher_logits, student_logits, torch.tensor(gate_weight))
+    assert mixed.argmax(1).item() == expected
+    torch.testing.assert_close(mixed.exp()[0], torch.tensor([0.0, 1 - gate_weight, gate_weight]), rtol=0, atol=1e-6)
+    one_channel = gated(torch.tensor([[30.0]]), torch.tensor([[-30.0]]), torch.tensor(gate_weight))
+    assert (one_channel > 0).item() == (expected == 2)
 
 
 def test_nothing_is_mixed_before_the_start():
