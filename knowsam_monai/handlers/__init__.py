@@ -5,6 +5,7 @@ from .co_training import MultiViewCoTraining
 from .guided_mixing import UncertaintyGuidedMixing
 from .loss_terms import LossTerms, scalar_terms
 from .preflight import Preflight
+from .resume import Resume
 from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
 from .tracking import track_terms
@@ -17,6 +18,7 @@ __all__ = [
     "LossTerms",
     "MultiViewCoTraining",
     "Preflight",
+    "Resume",
     "SAMDistillation",
     "TeacherValidation",
     "TrainingProgress",

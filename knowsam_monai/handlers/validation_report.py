@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
@@ -109,6 +110,21 @@ class ValidationReport:
                 "views": choose_views(self._views, self._dice["pred"], self.num_slices),
             }
         self._views = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, as tensors and plain values alone."""
+        views = [
+            [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
+            for view in self._kept.get("views", [])
+        ]
+        return {"kept": {**self._kept, "views": views}, "mean_dice": self.mean_dice, "num": self._num_validations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what another report has kept."""
+        self.mean_dice, self._num_validations, self._kept = state["mean_dice"], state["num"], dict(state["kept"])
+        views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
+        if self._kept:
+            self._kept["views"] = views
 
     def table(self) -> list[str]:
         """The lines of the table, for a fixed-width font."""

@@ -37,7 +37,7 @@ TINY = {
     "network_def": SMALL_STUDENT,
 }
 # what a run can do without when its steps are the question
-BESIDE_THE_STEP = ("Preflight", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
+BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
 
 
 class Training:

@@ -50,7 +50,15 @@ def whole_run(small_phantom, tmp_path_factory):
 def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     found = files(whole_run.output_dir)
     logs = {name for name in found if name.startswith("tensorboard/")}
-    assert found - logs == {"model.pt", "last_model_epoch=2.pt", "models/model.pt", "validation.png"}
+    assert found - logs == {
+        "model.pt",
+        "last_model_epoch=2.pt",
+        "models/model.pt",
+        "results.csv",
+        "resume_2.pt",
+        "resume_4.pt",
+        "validation.png",
+    }
     assert {name.split("/")[1] for name in logs} == {"train", "validation"}
     assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+from ignite.engine import Events
+from torch import nn
+
+from knowsam_monai.handlers.resume import Resume
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+
+from ..toys import ToyStudent, toy_batches, toy_trainer
+
+
+class DropoutStudent(ToyStudent):
+    """Draws from torch's generator in each step, so that a run which does not restore it goes another way."""
+
+    def forward(self, image):
+        return super().forward(nn.functional.dropout(image, 0.5, training=self.training))
+
+
+class Batches(list):
+    """A loader that knows its place, as SemiSupervisedLoader does: batch k of the run is batch k of the list."""
+
+    next_iteration = 0
+
+    def set_iteration(self, iteration):
+        self.next_iteration = iteration
+
+    def __iter__(self):
+        while True:
+            batch = self[self.next_iteration % len(self)]
+            self.next_iteration += 1
+            yield batch
+
+
+def training(folder, stop_after=None, epochs=3, **resume):
+    """A trainer of 2 steps an epoch, a function that runs it, and its student; `stop_after` breaks it off there."""
+    torch.manual_seed(0)
+    student = DropoutStudent().double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    handler = Resume({"network": student, "optimizer": optimizer, "nothing": None}, folder, **resume)
+    trainer = toy_trainer(
+        student,
+        Batches(toy_batches(5)),
+        PartiallyLabeledLoss(dice_ce_loss(3)),
+        [handler],
+        optimizer=optimizer,
+        max_epochs=epochs,
+        epoch_length=2,
+    )
+    if stop_after is not None:
+
+        def stop(engine):
+            if engine.state.iteration == stop_after:
+                handler.completed()
+                raise KeyboardInterrupt
+
+        trainer.add_event_handler(Events.ITERATION_STARTED, stop)
+    return trainer, student, handler
+
+
+def run(trainer):
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 5])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, stop_after):
+    whole, expected, _ = training(tmp_path / "whole")
+    assert run(whole)
+    broken, _, _ = training(tmp_path / "broken", stop_after=stop_after)
+    assert not run(broken)
+    torch.manual_seed(7)  # another process
+    resumed, student, _ = training(tmp_path / "broken")
+    assert run(resumed) and resumed.state.iteration == 6
+    for ours, theirs in zip(student.parameters(), expected.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_signal_saves_after_the_step_and_the_run_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    whole, expected, _ = training(tmp_path / "whole")
+    assert run(whole)
+
+    before = signal.getsignal(signal.SIGTERM)
+    stopped, _, handler = training(tmp_path / "stopped")
+    stopped.add_event_handler(Events.ITERATION_STARTED(once=3), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        stopped.run()
+    assert stop.value.code == 143 and handler.files()[0].name == "resume_3.pt"
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed, student, _ = training(tmp_path / "stopped")
+    assert run(resumed) and resumed.state.iteration == 6
+    for ours, theirs in zip(student.parameters(), expected.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_two_files_are_kept_and_a_torn_one_falls_back_to_the_one_before(tmp_path, caplog):
+    trainer, expected, handler = training(tmp_path)
+    assert run(trainer)
+    assert [file.name for file in handler.files()] == ["resume_6.pt", "resume_4.pt"]
+    newest = handler.files()[0]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    resumed, student, _ = training(tmp_path)
+    seen = []
+
+    resumed.add_event_handler(Events.ITERATION_STARTED, lambda e: seen.append(e.state.iteration))
+    assert run(resumed) and seen == [5, 6]
+    assert "resume_6.pt must be a whole checkpoint but is not" in caplog.text
+    for ours, theirs in zip(student.parameters(), expected.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_finished_run_says_so_and_trains_no_more(tmp_path, caplog):
+    trainer, expected, _ = training(tmp_path)
+    assert run(trainer)
+    again, student, _ = training(tmp_path)
+    again.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
+    assert run(again)
+    assert "has finished its 6 iterations" in caplog.text
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(student.parameters(), expected.parameters()))
+
+
+def test_flag_starts_afresh_and_removes_the_run_before(tmp_path):
+    assert run(training(tmp_path)[0])
+    trainer, _, handler = training(tmp_path, enabled=False, epochs=1)
+    assert run(trainer) and [file.name for file in handler.files()] == ["resume_2.pt"]
+
+
+def test_other_settings_are_refused_by_key_and_flag(tmp_path):
+    assert run(training(tmp_path, fingerprint={"seed": 0, "lr": 0.1, "items": ["a"] * 100})[0])
+    trainer, student, _ = training(tmp_path, fingerprint={"seed": 1, "lr": 0.1, "items": ["b"] * 100})
+    with pytest.raises(ValueError, match="`items`, `seed` must be as in the run.*--resume False"):
+        trainer.run()
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    trainer, student, handler = training(tmp_path)
+
+    def spoil(_):
+        with torch.no_grad():
+            next(iter(student.parameters())).fill_(float("nan"))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), spoil)
+    # the handler saves at the end of epoch 2; attached later, this one still comes before it
+    with pytest.raises(RuntimeError, match="those of network.* are not at iteration 4"):
+        trainer.run()
+    handler.completed()
+    assert [file.name for file in handler.files()] == ["resume_2.pt"]
+
+
+def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path, monkeypatch):
+    trainer, _, handler = training(tmp_path)
+    real = torch.save
+
+    def save(state, file, **kwargs):
+        if state["trainer"]["iteration"] == 4:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(state, file, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="must have room for resume_4.pt.*No space left"):
+        trainer.run()
+    handler.completed()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resume_2.pt"]
+
+
+def test_file_that_would_run_code_is_not_run(tmp_path, caplog):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "resume_4.pt").write_bytes(pickle.dumps(Evil()))
+    assert run(training(tmp_path)[0])
+    assert not (tmp_path / "ran").exists() and "resume_4.pt must be a whole checkpoint" in caplog.text
+
+
+def test_nothing_is_written_when_it_only_reads(tmp_path):
+    trainer, _, handler = training(tmp_path, save=False)
+    assert run(trainer) and not handler.files() and not handler._previous
+    assert copy.copy(handler.objects).keys() == {"network", "optimizer"}
