@@ -2,26 +2,32 @@
 
 from .case_metrics import CaseMetrics
 from .co_training import MultiViewCoTraining
+from .fixmatch import FixMatch
 from .guided_mixing import UncertaintyGuidedMixing
 from .loss_terms import LossTerms, scalar_terms
+from .mean_teacher import MeanTeacher
 from .preflight import Preflight
 from .resume import Resume
 from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
 from .tracking import track_terms
 from .training_progress import TrainingProgress
+from .uncertainty_aware_mean_teacher import UncertaintyAwareMeanTeacher
 from .validation_history import ValidationHistory
 from .validation_report import ValidationReport
 
 __all__ = [
     "CaseMetrics",
+    "FixMatch",
     "LossTerms",
+    "MeanTeacher",
     "MultiViewCoTraining",
     "Preflight",
     "Resume",
     "SAMDistillation",
     "TeacherValidation",
     "TrainingProgress",
+    "UncertaintyAwareMeanTeacher",
     "UncertaintyGuidedMixing",
     "ValidationHistory",
     "ValidationReport",

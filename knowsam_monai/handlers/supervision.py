@@ -19,3 +19,20 @@ def check_supervision(engine: Engine) -> None:
     pred, label = engine.state.output[Keys.PRED], engine.state.output.get(Keys.LABEL)
     if label is not None:
         check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(pred), num_labels=len(label))
+
+
+def unlabeled_rows(output: dict) -> slice:
+    """
+    The rows of a trainer's output that have no label: those after the labelled ones.
+
+    Raises:
+        ValueError: when every row has a label, so that a method for unlabelled rows would silently do nothing.
+    """
+    num_rows, label = len(output[Keys.IMAGE]), output.get(Keys.LABEL)
+    num_labeled = 0 if label is None else len(label)
+    if num_labeled >= num_rows:
+        raise ValueError(
+            f"`image` must have unlabelled rows after the {num_labeled} labelled ones but has {num_rows} rows; give "
+            "unlabelled items no label key, as SemiSupervisedLoader does, or leave this method out."
+        )
+    return slice(num_labeled, None)

@@ -6,7 +6,9 @@ from knowsam_monai.losses.class_logits import class_logits
 from knowsam_monai.losses.consistency import MutualConsistencyLoss
 from knowsam_monai.losses.distillation import DistillationLoss
 from knowsam_monai.losses.entropy import EntropyLoss, entropy_map
+from knowsam_monai.losses.pseudo_label import PseudoLabelLoss
 from knowsam_monai.losses.ramp_up import SigmoidRampUp
+from knowsam_monai.losses.softmax_mse import SoftmaxMSELoss
 from knowsam_monai.losses.supervised import PartiallyLabeledLoss, dice_ce_loss
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "EntropyLoss",
     "MutualConsistencyLoss",
     "PartiallyLabeledLoss",
+    "PseudoLabelLoss",
     "SigmoidRampUp",
+    "SoftmaxMSELoss",
     "class_logits",
     "dice_ce_loss",
     "entropy_map",

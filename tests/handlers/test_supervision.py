@@ -6,14 +6,32 @@ from monai.losses import DiceCELoss
 from torch.nn import functional as F
 
 from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.handlers import MultiViewCoTraining, SAMDistillation, UncertaintyGuidedMixing
+from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.handlers import (
+    FixMatch,
+    MeanTeacher,
+    MultiViewCoTraining,
+    SAMDistillation,
+    UncertaintyAwareMeanTeacher,
+    UncertaintyGuidedMixing,
+)
+from knowsam_monai.handlers.supervision import unlabeled_rows
 from knowsam_monai.losses import PartiallyLabeledLoss
 
 from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def handlers():
-    return [MultiViewCoTraining(), UncertaintyGuidedMixing(F.mse_loss), SAMDistillation(SAMDistiller(ToyTeacher()))]
+    student = ToyStudent()
+    ema_student = EMAStudent(student, torch.optim.SGD(student.parameters(), lr=0.1))
+    return [
+        MultiViewCoTraining(),
+        UncertaintyGuidedMixing(F.mse_loss),
+        SAMDistillation(SAMDistiller(ToyTeacher())),
+        MeanTeacher(ema_student),
+        UncertaintyAwareMeanTeacher(ema_student, max_iterations=3),
+        FixMatch(),
+    ]
 
 
 def run(handler, loss, **batch):
@@ -50,3 +68,15 @@ def test_bare_loss_passes_where_every_row_has_a_label():
         SAMDistillation(SAMDistiller(ToyTeacher())), FusedLoss(softmax=True, to_onehot_y=True), num_unlabeled=0
     )
     assert torch.isfinite(trainer.state.output["loss"])
+
+
+def test_unlabeled_rows_are_those_after_the_labels():
+    output = {"image": torch.zeros(5, 1, 4, 4), "label": torch.zeros(2, 1, 4, 4)}
+    assert unlabeled_rows(output) == slice(2, None)
+    assert unlabeled_rows({**output, "label": None}) == slice(0, None)
+
+
+def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does_nothing():
+    output = {"image": torch.zeros(2, 1, 4, 4), "label": torch.zeros(2, 1, 4, 4)}
+    with pytest.raises(ValueError, match="unlabelled rows after the 2 labelled ones but has 2 rows; give"):
+        unlabeled_rows(output)

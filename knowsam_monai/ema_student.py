@@ -1,0 +1,171 @@
+"""The averaged student: the part that Mean Teacher and the methods that grew from it share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.networks.layers import DropPath
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.hooks import RemovableHandle
+
+from knowsam_monai.networks.views import unstack_views
+
+BUFFERS = ("copy", "average")
+MODES = ("eval", "dropout", "train")
+
+
+class EMAStudent:
+    """
+    A copy of the student whose weights are the exponential moving average of the student's.
+
+    .. math::
+        \\theta'_t = \\alpha_t \\theta'_{t-1} + (1 - \\alpha_t) \\theta_t, \\qquad
+        \\alpha_t = \\min(1 - 1/t, \\alpha)
+
+    t counts the steps of the student's optimiser from 1, so the first step copies the student. The average moves only
+    when the student has stepped: it hangs on the optimiser's step, not on iterations, and is right under gradient
+    accumulation and where GradScaler skips a step. It shares no memory with the student and has no gradient.
+    ``network`` is the averaged network, in eval mode, for validation and checkpoints; ``state_dict`` also holds t.
+
+    Ignite's EMAHandler warms up otherwise (linearly over given iterations), and copies buffers by making both
+    networks share them; the averaging here is torch's ``AveragedModel``.
+
+    Args:
+        network: the student. DistributedDataParallel and torch.compile around it are taken off.
+        optimizer: the student's.
+        decay: alpha, 0..1; SSL4MIS and BCP have 0.99.
+        warm_up: whether alpha starts low (the equation; Mean Teacher). False: alpha throughout (BCP).
+        buffers: what becomes of batch normalisation's statistics: "copy" the student's after each step (SSL4MIS
+            averages parameters alone), or "average" them like the parameters (BCP). Counts are copied anyway.
+
+    Raises:
+        ValueError: when `decay` or `buffers` is none of these, or `optimizer` steps no parameter of `network`.
+
+    Example::
+
+        ema_student = EMAStudent(network, optimizer)
+        SupervisedTrainer(..., train_handlers=[MeanTeacher(ema_student)])         # attaches it
+        SupervisedTrainer(..., train_handlers=[ema_student])                      # averages, for validation alone
+        SupervisedEvaluator(..., network=ema_student.network)
+        CheckpointSaver(..., save_dict={"model": ema_student.network, "ema_student": ema_student})
+
+    Reference: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv:1703.01780.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimizer: Optimizer, decay: float = 0.99, warm_up: bool = True, buffers: str = "copy"
+    ) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"`decay` must be between 0 and 1 but is {decay}; the published one is 0.99.")
+        if buffers not in BUFFERS:
+            raise ValueError(f"`buffers` must be one of {', '.join(BUFFERS)} but is {buffers!r}.")
+        network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper, which shares its parameters
+        student = network.module if isinstance(network, DistributedDataParallel) else network
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in stepped for parameter in student.parameters()):
+            raise ValueError("`optimizer` must step parameters of `network` but has none of them; give the student's.")
+        self.decay = decay
+        self.warm_up = warm_up
+        self.optimizer = optimizer
+        self.average = AveragedModel(student, multi_avg_fn=self._average, use_buffers=buffers == "average")
+        self.average.requires_grad_(False).eval()
+        self._student = student
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The averaged network, in eval mode."""
+        return self.average.module
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the student from the start of each run to its end. Several handlers may attach the same one."""
+        engine.add_event_handler(Events.STARTED, self.follow)
+        engine.add_event_handler(Events.COMPLETED, self.unfollow)
+
+    def follow(self) -> None:
+        """Let the average move with each step of the student's optimiser, once however often this is called."""
+        if self._handle is not None:
+            return
+        self.network.to(next(self._student.parameters()).device)
+        if self.average.n_averaged == 0:  # nothing averaged or loaded yet: begin with the student as it is now
+            self.average.update_parameters(self._student)
+        self._handle = self.optimizer.register_step_post_hook(self._student_stepped)
+
+    def unfollow(self) -> None:
+        """Leave the student's optimiser as it was; the average stays."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @torch.no_grad()
+    def logits(
+        self, image: Tensor, mode: str = "eval", inferer: Callable[[Tensor, nn.Module], Tensor] | None = None
+    ) -> Tensor:
+        """
+        What the averaged student says of an image; nothing in it changes, whatever the mode.
+
+        Args:
+            image: (B, channels, *spatial).
+            mode: "eval"; "dropout", where dropout and drop-path layers alone are in train mode, so that normalisation
+                uses its running statistics and leaves them as they are; or "train", the whole network (batch
+                statistics, as SSL4MIS has it), after which the buffers are put back.
+            inferer: how the network is called, a trainer's own as a rule; None calls it.
+
+        Returns:
+            (B, C, *spatial), of a multi-view student view 0.
+        """
+        with self._in_mode(mode):
+            pred = self.network(image) if inferer is None else inferer(image, self.network)
+        return unstack_views(pred, image)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averaged parameters and buffers, and the number of steps."""
+        return self.average.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.average.load_state_dict(state_dict)
+
+    def _student_stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
+        if found_inf is None or not found_inf:
+            self.average.update_parameters(self._student)
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():
+            for target, source in zip(averaged, current):
+                target.copy_(source)
+            return
+        step = int(self.average.n_averaged)  # 1 at the first: the copy before it counts
+        decay = min(1 - 1 / step, self.decay) if self.warm_up else self.decay
+        get_ema_multi_avg_fn(decay)(averaged, current, step)
+
+    @contextmanager
+    def _in_mode(self, mode: str) -> Iterator[None]:
+        check_mode(mode)
+        buffers = list(self.network.buffers()) if mode == "train" else []
+        before = [buffer.clone() for buffer in buffers]
+        self.network.train(mode == "train")
+        for module in self.network.modules():
+            if mode == "dropout" and isinstance(module, (_DropoutNd, DropPath)):
+                module.train()
+        try:
+            yield
+        finally:
+            self.network.eval()
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+
+
+def check_mode(mode: str) -> None:
+    """Raise a ValueError when `mode` is none of :meth:`EMAStudent.logits`'."""
+    if mode not in MODES:
+        raise ValueError(f"`ema_mode` must be one of {', '.join(MODES)} but is {mode!r}.")

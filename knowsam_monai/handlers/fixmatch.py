@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ignite.engine import Engine
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
+from knowsam_monai.losses import PseudoLabelLoss
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.views import unstack_views
+
+IMAGE_STRONG = "image_strong"
+
+
+class FixMatch:
+    """
+    FixMatch for segmentation: the student's sure labels of an image teach it on the same image, strongly augmented.
+
+    .. math::
+        L + \\frac{w(t)}{N} \\sum_i [\\max_c q_{ic} \\ge \\tau] \\, CE(f_\\theta(x_{strong})_i, \\arg\\max_c q_{ic}),
+        \\qquad q = \\text{stopgrad softmax} f_\\theta(x)
+
+    The sum runs over the pixels of the unlabelled rows; unsure ones are ignored (SSL4MIS makes them background). q is
+    the prediction that the trainer has made already, in train mode; the strong images are one more forward, of the
+    unlabelled rows alone. ``engine.state.batch["image_strong"]`` has the geometry of `image`, only intensities differ,
+    for all rows or for the unlabelled ones. `pseudo_label_loss` (weighted) and `sure_fraction` (of the pixels) are
+    written, detached, into ``engine.state.output``. Of a multi-view student view 0 teaches and learns.
+
+    Args:
+        weight: w, a number or a function of the iteration; the paper has 1.
+        threshold: tau, 0..1; the paper has 0.95.
+        start: iterations before the first with the term.
+        average: what N counts, "all" pixels (the paper) or the "sure" ones.
+
+    Raises:
+        ValueError: when an argument is none of these, or a batch has no unlabelled rows or no such `image_strong`.
+
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[FixMatch()])
+
+    Reference: Sohn et al., NeurIPS 2020, arXiv:2001.07685, eq. 4; Yang et al., UniMatch, CVPR 2023, arXiv:2208.09910.
+    """
+
+    def __init__(
+        self,
+        weight: float | Callable[[int], float] = 1.0,
+        threshold: float = 0.95,
+        start: int = 0,
+        average: str = "all",
+    ) -> None:
+        self.weight = weight
+        self.start = start
+        self.loss = PseudoLabelLoss(threshold, average)
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer."""
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        output, iteration = engine.state.output, engine.state.iteration
+        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        if iteration <= self.start or not weight:
+            return
+        rows = unlabeled_rows(output)
+        weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
+        image = self.strong_image(engine, rows)
+        network = engine.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module  # the wrapper reckons with one forward a backward; its hooks see the sum of both
+        strong_logits = unstack_views(engine.inferer(image, network), image)[0]
+        term = weight * self.loss(strong_logits, weak_logits)
+        output[Keys.LOSS] = output[Keys.LOSS] + term
+        output["pseudo_label_loss"] = term.detach()
+        output["sure_fraction"] = self.loss.pseudo_label(weak_logits)[1].float().mean()
+
+    def strong_image(self, engine: Engine, rows: slice) -> Tensor:
+        """The strongly augmented unlabelled rows, (B_u, channels, *spatial), on the trainer's device."""
+        image, batch = without_meta(engine.state.output[Keys.IMAGE]), engine.state.batch
+        strong = batch.get(IMAGE_STRONG) if isinstance(batch, dict) else None
+        if strong is None:
+            raise ValueError(
+                f"`{IMAGE_STRONG}` must be in the batch but is not; add a copy of `image` with stronger intensity "
+                "augmentation to every item."
+            )
+        strong = without_meta(strong).to(image, non_blocking=engine.non_blocking)
+        strong = strong[rows] if len(strong) == len(image) else strong
+        if strong.shape != image[rows].shape:
+            raise ValueError(
+                f"`{IMAGE_STRONG}` must be of the shape {tuple(image[rows].shape)} of the unlabelled images but is "
+                f"{tuple(strong.shape)}; leave its geometry as it is, strong augmentation changes intensities alone."
+            )
+        return strong

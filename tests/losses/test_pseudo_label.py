@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+from torch.nn import functional as F
+
+from knowsam_monai.losses import PseudoLabelLoss
+
+from ..toys import with_gradient
+
+
+def test_pixels_checked_by_hand():
+    target = torch.tensor([[9.0, 3.0], [1.0, 2.0]]).log()[None]  # (1, C, pixels): 0.9 for class 0, and 0.6, unsure
+    student = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log()[None]  # 1/4 for class 0, and 1/2
+    assert PseudoLabelLoss(0.8)(student, target).item() == pytest.approx(math.log(4) / 2)
+    assert PseudoLabelLoss(0.8, "sure")(student, target).item() == pytest.approx(math.log(4))
+    assert PseudoLabelLoss(0.5)(student, target).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert PseudoLabelLoss()(student, target).item() == PseudoLabelLoss(0.95, "sure")(student, target).item() == 0
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("spatial", [(3, 5), (2, 3, 4)])
+def test_sure_average_is_the_cross_entropy_that_ignores_unsure_pixels(num_classes, spatial):
+    student, target = (2 * torch.randn(2, num_classes, *spatial, dtype=torch.float64) for _ in range(2))
+    confidence, label = target.softmax(1).max(1)
+    threshold = confidence.median().item()
+    label[confidence < threshold] = -1
+    expected = F.cross_entropy(student, label, ignore_index=-1)
+    torch.testing.assert_close(PseudoLabelLoss(threshold, "sure")(student, target), expected, rtol=1e-12, atol=0)
+    fraction = (confidence >= threshold).double().mean()
+    torch.testing.assert_close(PseudoLabelLoss(threshold)(student, target), fraction * expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("average", ["all", "sure"])
+def test_unsure_pixels_give_no_gradient_and_are_not_background(average):
+    target = torch.zeros(1, 3, 2)
+    target[0, 2, 0] = 9.0
+    student = torch.randn(1, 3, 2, requires_grad=True)
+    PseudoLabelLoss(average=average)(student, target).backward()
+    assert student.grad[0, :, 0].abs().min() > 0 and torch.equal(student.grad[0, :, 1], torch.zeros(3))
+
+
+def test_target_gets_no_gradient():
+    student, target = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3)
+    image = torch.rand(2, 1, 8, 8)
+    PseudoLabelLoss(0.3)(student(image), target(image)).backward()
+    assert with_gradient(target) == set() and with_gradient(student) == {"weight", "bias"}
+
+
+def test_sigmoid_networks_are_taken_as_two_classes():
+    student, target = torch.randn(2, 1, 4, 4), 5 * torch.randn(2, 1, 4, 4)
+    two = [torch.cat((torch.zeros_like(x), x), dim=1) for x in (student, target)]
+    assert PseudoLabelLoss()(student, target).item() == PseudoLabelLoss()(*two).item() > 0
+
+
+@pytest.mark.parametrize("form", ["meta", "half", "autocast"])
+def test_any_form_of_logits_gives_plain_float32(form):
+    student, target = (4 * torch.randn(2, 4, 6, 6).half().float() for _ in range(2))
+    expected = PseudoLabelLoss()(student, target)
+    change = {"meta": MetaTensor, "half": lambda x: x.half(), "autocast": lambda x: x}[form]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "autocast"):
+        loss = PseudoLabelLoss()(change(student), change(target))
+    assert type(loss) is torch.Tensor and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+def test_bad_arguments_are_errors():
+    with pytest.raises(ValueError, match="`threshold` must be a probability, 0..1, but is 95"):
+        PseudoLabelLoss(95)
+    with pytest.raises(ValueError, match='`average` must be "all" or "sure" but is \'none\''):
+        PseudoLabelLoss(average="none")
+    with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but is \(2, 3, 4, 8\)"):
+        PseudoLabelLoss()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))
