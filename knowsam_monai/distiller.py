@@ -195,6 +195,9 @@ class SAMDistiller(nn.Module):
         parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
 
         def step_teacher(*_) -> None:
+            found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
+            if found_inf is not None and found_inf:
+                teacher_optimizer.zero_grad(set_to_none=True)
             if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
                 return
             _average_over_ranks([p.grad for p in parameters if p.grad is not None])

@@ -171,10 +171,12 @@ def test_gradients_of_a_skipped_step_do_not_reach_the_teachers_next_one(student,
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("student_alone", [False, True])
+def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher, fused, student_alone):
     student, teacher = student.float(), teacher.float()
     distiller = distiller_of(teacher)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)  # a fused one skips inside its step
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     distiller.follow(optimizer, scaler)
     before = copy.deepcopy(teacher.state_dict())
@@ -182,8 +184,11 @@ def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher):
     for i, batch in enumerate(toy_batches(3)):
         image, label = batch["image"].float(), batch["label"].float()
         optimizer.zero_grad()
-        loss = distiller(image, student(image), label).loss
-        scaler.scale(loss * (float("inf") if i == 1 else 1.0)).backward()
+        logits = student(image)
+        loss = distiller(image, logits, label).loss
+        if i == 1:
+            loss = loss + float("inf") * logits.sum() if student_alone else float("inf") * loss
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         steps.append(not all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()))
