@@ -10,11 +10,20 @@ from knowsam_monai.data.acdc import (
     acdc_datalist,
 )
 from knowsam_monai.data.datalist import load_datalist
+from knowsam_monai.data.left_atrium import (
+    LEFT_ATRIUM_LABELED,
+    LEFT_ATRIUM_TEST_CASES,
+    LEFT_ATRIUM_TRAINING_CASES,
+    LEFT_ATRIUM_VALIDATION,
+    left_atrium_datalist,
+)
 from knowsam_monai.data.loader import SemiSupervisedLoader
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.readers import H5Reader, LoadCased
+from knowsam_monai.data.simpleitk_reader import SimpleITKReader
 from knowsam_monai.data.slices import slice_dataset
 from knowsam_monai.data.transforms import CheckDatad, ScaleVolumed, SplitSlicesd
+from knowsam_monai.data.volume_transforms import CropCentred, MapMaskd, PadVolumed, ResampleVolumed
 
 __all__ = [
     "ACDC_LABELED_SLICES",
@@ -22,12 +31,22 @@ __all__ = [
     "ACDC_TRAINING_PATIENTS",
     "ACDC_VALIDATION_PATIENTS",
     "CheckDatad",
+    "CropCentred",
     "H5Reader",
+    "LEFT_ATRIUM_LABELED",
+    "LEFT_ATRIUM_TEST_CASES",
+    "LEFT_ATRIUM_TRAINING_CASES",
+    "LEFT_ATRIUM_VALIDATION",
     "LoadCased",
+    "MapMaskd",
+    "PadVolumed",
+    "ResampleVolumed",
     "ScaleVolumed",
     "SemiSupervisedLoader",
+    "SimpleITKReader",
     "SplitSlicesd",
     "acdc_datalist",
+    "left_atrium_datalist",
     "load_datalist",
     "phantom_datalist",
     "slice_dataset",

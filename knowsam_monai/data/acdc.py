@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from knowsam_monai.data.split import existing_file, split_training, unknown_folder, without_labels
+
 __all__ = [
+    "ACDC_FORMS",
     "ACDC_LABELED_SLICES",
     "ACDC_TEST_PATIENTS",
     "ACDC_TRAINING_PATIENTS",
@@ -30,6 +33,11 @@ ACDC_VALIDATION_PATIENTS = _patients("028 085 082 087 019 030 078 045 002 039")
 ACDC_TEST_PATIENTS = _patients("011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052")
 # Slices of the SSL4MIS pack that each protocol labels.
 ACDC_LABELED_SLICES = {3: 68, 7: 136, 21: 396, 70: 1312}
+# What is looked for, as an error says it.
+ACDC_FORMS = (
+    "the official ACDC release (training/patient001/Info.cfg was looked for)",
+    "the SSL4MIS pack of ACDC (data/slices/*.h5 was looked for)",
+)
 
 
 def acdc_datalist(
@@ -67,25 +75,16 @@ def acdc_datalist(
     Reference:
         Bernard et al., IEEE TMI 2018 (ACDC); the split is the one of https://github.com/HiLab-git/SSL4MIS.
     """
-    if isinstance(labeled_patients, bool) or labeled_patients not in ACDC_LABELED_SLICES:
-        raise ValueError(
-            f"`labeled_patients` must be one of {list(ACDC_LABELED_SLICES)} but is {labeled_patients!r}. "
-            "Other selections can be written as a data-list JSON."
-        )
-    most = len(ACDC_TRAINING_PATIENTS) - labeled_patients
-    if not 0 <= holdout_patients <= most:
-        raise ValueError(
-            f"`holdout_patients` must be from 0 to {most} with {labeled_patients} labeled patients "
-            f"but is {holdout_patients}."
-        )
-    form, root = find_acdc(dataset_dir)
+    labeled, unlabeled, heldout = split_training(
+        ACDC_TRAINING_PATIENTS, labeled_patients, holdout_patients, ACDC_LABELED_SLICES
+    )
+    found = find_acdc(dataset_dir)
+    if found is None:
+        raise unknown_folder(dataset_dir, ACDC_FORMS)
+    form, root = found
     pack = form == "pack"
     patient_volumes = _pack_volumes if pack else _official_volumes
     patient_slices = _pack_slices(root) if pack else {}
-
-    training = ACDC_TRAINING_PATIENTS[: len(ACDC_TRAINING_PATIENTS) - holdout_patients]
-    heldout = ACDC_TRAINING_PATIENTS[len(training) :]
-    labeled, unlabeled = training[:labeled_patients], training[labeled_patients:]
 
     def train_items(patients: Sequence[str]) -> list[dict]:
         return [item for p in patients for item in (patient_slices[p] if pack else patient_volumes(root, p))]
@@ -98,7 +97,7 @@ def acdc_datalist(
         validation = train_items(heldout)
     datalist = {
         "labeled": train_items(labeled),
-        "unlabeled": [{k: v for k, v in item.items() if k != "label"} for item in train_items(unlabeled)],
+        "unlabeled": without_labels(train_items(unlabeled)),
         "validation": validation,
         "test": _test_items(root, pack, patient_volumes),
     }
@@ -111,33 +110,17 @@ def acdc_datalist(
     return datalist
 
 
-def find_acdc(dataset_dir: str | Path) -> tuple[str, Path]:
-    """Return the form of the ACDC folder, "official" or "pack", and the folder that holds its patients or lists."""
+def find_acdc(dataset_dir: str | Path) -> tuple[str, Path] | None:
+    """The form of an ACDC folder, "official" or "pack", and the folder of its patients or lists; None if it is none."""
     root = Path(dataset_dir).expanduser()
     for folder in (root, root / "training", root / "database" / "training"):
         if any(folder.glob("patient*/Info.cfg")):
             return "official", folder
-    if any((root / "data" / "slices").glob("*.h5")):
-        return "pack", root
-    if not root.exists():
-        found = "does not exist"
-    elif not root.is_dir():
-        found = "is a file"
-    else:
-        found = "holds neither" if any(root.iterdir()) else "is empty"
-    raise ValueError(
-        "`dataset_dir` must be the official ACDC release (training/patient001/Info.cfg was looked for), the SSL4MIS "
-        f"pack (data/slices/*.h5 was looked for) or a data-list *.json but {root} {found}. "
-        "Give the folder that contains `training` or `data`, or no `dataset_dir` for the synthetic phantom."
-    )
+    return ("pack", root) if any((root / "data" / "slices").glob("*.h5")) else None
 
 
 def _existing(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`dataset_dir` must hold the whole ACDC training data but {path} is missing. Unpack the data again."
-        )
-    return str(path)
+    return existing_file(path, "the whole ACDC training data")
 
 
 def _official_volumes(root: Path, patient: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The one place that chooses the data: the phantom, ACDC in either form, or a user's own data list."""
+"""The one place that chooses the data: a phantom, ACDC or left-atrium data in either form, or a user's own list."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import logging
 from pathlib import Path
 
-from knowsam_monai.data.acdc import acdc_datalist
+from knowsam_monai.data.acdc import ACDC_FORMS, acdc_datalist, find_acdc
+from knowsam_monai.data.left_atrium import LEFT_ATRIUM_FORMS, find_left_atrium, left_atrium_datalist
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
+from knowsam_monai.data.split import unknown_folder
 
 __all__ = ["load_datalist"]
 
@@ -26,14 +28,14 @@ def load_datalist(
     """Give the `labeled`, `unlabeled`, `validation` and `test` items of a run.
 
     Args:
-        dataset_dir: None for the synthetic phantom; a folder of ACDC, see `acdc_datalist`; or the path of a MONAI
-            data-list *.json with `labeled`, `unlabeled` (no labels), `validation` and optionally `test`, each a list
-            of `{"image": path, "label": path}`. Its paths are relative to the JSON's folder; a list of paths gives the
-            channels of one image.
+        dataset_dir: None for the synthetic phantom; a folder of ACDC or of left-atrium data, told apart by what is in
+            it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list *.json with `labeled`,
+            `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
+            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image.
         phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`.
-        labeled_patients: ACDC only: 3, 7, 21 or 70.
-        holdout_patients: ACDC only: validate on the last so many training patients, see `acdc_datalist`.
-        phantom: further arguments of `write_phantom`.
+        labeled_patients: patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
+        holdout_patients: validate on the last so many training patients, see the two data lists.
+        phantom: further arguments of `write_phantom`, such as its `anatomy`.
 
     Raises:
         ValueError: if the folder has no known form or the data list is not valid; it says what is wrong.
@@ -55,7 +57,10 @@ def load_datalist(
     path = Path(dataset_dir).expanduser()
     if path.suffix == ".json":
         return _read_json(path)
-    return acdc_datalist(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
+    for find, datalist_of in ((find_acdc, acdc_datalist), (find_left_atrium, left_atrium_datalist)):
+        if find(path):
+            return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
+    raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS)
 
 
 def _read_json(path: Path) -> dict[str, list[dict]]:

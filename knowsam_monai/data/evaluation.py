@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def inference_items(
-    dataset_dir: str | PathLike | None, pattern: str = "*.nii*", phantom_dir: str | PathLike = "phantom"
+    dataset_dir: str | PathLike | None,
+    pattern: str = "*.nii*",
+    phantom_dir: str | PathLike = "phantom",
+    phantom: dict | None = None,
 ) -> list[dict]:
     """List the images to segment.
 
@@ -26,6 +29,7 @@ def inference_items(
             the test images of the synthetic phantom.
         pattern: glob pattern below the folder, such as "*.nii.gz" or "*/*frame[0-9][0-9].nii.gz"; "**" recurses.
         phantom_dir: where the phantom is, or is written to.
+        phantom: further arguments of `write_phantom`, as in training.
 
     Returns:
         [{"image": path}, ...], sorted by path.
@@ -39,10 +43,11 @@ def inference_items(
     if dataset_dir is None:
         logger.warning(
             "No `dataset_dir` was given: the SYNTHETIC PHANTOM's test images in %s are segmented, which show no "
-            "patient. Give --dataset_dir FOLDER for your own NIfTI files.",
+            "patient. Give --dataset_dir FOLDER for your own files.",
             phantom_dir,
         )
-        return [{"image": item["image"]} for item in phantom_datalist(write_phantom(phantom_dir))["test"]]
+        datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
+        return [{"image": item["image"]} for item in datalist["test"]]
     folder = os.path.expanduser(dataset_dir)
     if folder.endswith(".json"):
         return [{"image": item["image"]} for item in _filled(load_datalist(folder, phantom_dir=phantom_dir), "test")]

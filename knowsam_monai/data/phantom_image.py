@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from knowsam_monai.data.phantom_scanner import magnitude, oblique_affine, smooth, unit_deviation
+
 __all__ = ["draw_patient"]
 
 RIGHT_VENTRICLE, MYOCARDIUM, LEFT_VENTRICLE = 1, 2, 3
@@ -74,7 +76,7 @@ def draw_patient(seed: int, number: int, max_size: int = 128) -> dict[str, tuple
         "scale": rng.uniform(250, 1100),
     }
     shape = (height, width, depth)
-    affine = _oblique_affine(rng, shape, in_plane, thickness)
+    affine = oblique_affine(rng, shape, (in_plane, in_plane, thickness), turns=((30, 60), (-40, -15), (-15, 15)))
     frames = {}
     for frame, heart in (("ED", diastole), ("ES", systole)):
         slices = [_draw_slice(rng, shape, z, in_plane, heart, patient) for z in range(depth)]
@@ -90,10 +92,9 @@ def _draw_slice(
     label = _draw_heart(grid, heart, patient)
     image = _draw_background(grid, heart, patient, rng)
     image = _fill_heart(image, label, grid, heart, patient, rng)
-    image = _smooth(image, patient["blur"])
+    image = smooth(image, patient["blur"])
     image = image * _bias_field(grid, patient["bias"])
-    real, imaginary = (rng.normal(0, patient["noise"], image.shape) for _ in range(2))
-    return np.hypot(image + real, imaginary), label  # Rician: the magnitude of a complex signal
+    return magnitude(rng, image, patient["noise"]), label
 
 
 def _place(shape: tuple[int, int, int], z: int, in_plane: float, patient: dict) -> _Grid:
@@ -148,7 +149,7 @@ def _draw_background(grid: _Grid, heart: _Heart, patient: dict, rng: np.random.G
     (left_y, left_x), (right_y, right_x) = patient["lungs"]
     lungs = ((x - left_x) / 64) ** 2 + ((y - left_y) / 78) ** 2 < 1
     lungs |= ((x - right_x) / 54) ** 2 + ((y - right_y) / 60) ** 2 < 1
-    vessels = _smooth(rng.normal(0, 1, x.shape), 1.3)
+    vessels = smooth(rng.normal(0, 1, x.shape), 1.3)
     image[lungs] = tissue["lung"]
     image[lungs & (vessels > 2.0 * vessels.std())] = 0.75 * tissue["blood"]
     # Liver below the right heart, larger towards the apex.
@@ -180,8 +181,8 @@ def _fill_heart(
     image: np.ndarray, label: np.ndarray, grid: _Grid, heart: _Heart, patient: dict, rng: np.random.Generator
 ) -> np.ndarray:
     tissue = patient["tissue"]
-    texture = 1 + patient["texture"] * _unit(_smooth(rng.normal(0, 1, image.shape), 2.0))
-    trabeculae = _unit(_smooth(rng.normal(0, 1, image.shape), 1.1))
+    texture = 1 + patient["texture"] * unit_deviation(smooth(rng.normal(0, 1, image.shape), 2.0))
+    trabeculae = unit_deviation(smooth(rng.normal(0, 1, image.shape), 1.1))
     image = image * texture
     image[label == MYOCARDIUM] = (tissue["wall"] * texture)[label == MYOCARDIUM]
     image[label == LEFT_VENTRICLE] = (tissue["blood"] * texture)[label == LEFT_VENTRICLE]
@@ -202,33 +203,3 @@ def _bias_field(grid: _Grid, coefficients: np.ndarray) -> np.ndarray:
     x, y = grid.x / 75, grid.y / 75
     terms = np.stack([x, y, x * y, x**2 - 0.5, y**2 - 0.5])
     return np.exp(np.tensordot(coefficients, terms, axes=1) - 0.18 * y)
-
-
-def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur by FFT; `sigma` in voxels."""
-    rows, columns = np.fft.fftfreq(image.shape[0])[:, None], np.fft.rfftfreq(image.shape[1])[None, :]
-    transfer = np.exp(-2 * (np.pi * sigma) ** 2 * (rows**2 + columns**2))
-    return np.fft.irfft2(np.fft.rfft2(image) * transfer, s=image.shape)
-
-
-def _unit(field: np.ndarray) -> np.ndarray:
-    return field / field.std()
-
-
-def _oblique_affine(
-    rng: np.random.Generator, shape: tuple[int, int, int], in_plane: float, thickness: float
-) -> np.ndarray:
-    """Voxel to world (RAS, mm) of a short-axis stack: turned against the scanner's axes, centred near its origin."""
-    angles = np.deg2rad([rng.uniform(30, 60), rng.uniform(-40, -15), rng.uniform(-15, 15)])
-    turn = np.eye(3)
-    for axis, angle in enumerate(angles):
-        i, j = [k for k in range(3) if k != axis]
-        step = np.eye(3)
-        step[i, i] = step[j, j] = np.cos(angle)
-        step[i, j], step[j, i] = -np.sin(angle), np.sin(angle)
-        turn = turn @ step
-    flips = np.diag([-1.0, -1.0, 1.0])  # scanner files count towards left and posterior
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ flips @ np.diag([in_plane, in_plane, thickness])
-    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return affine

@@ -13,6 +13,8 @@ from monai.data.utils import is_supported_format
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
 
+from knowsam_monai.data.simpleitk_reader import SimpleITKReader
+
 __all__ = ["H5Reader", "LoadCased"]
 
 
@@ -25,7 +27,7 @@ class H5Reader(NumpyReader):
     Args:
         dataset: name of the dataset in the file, "image" or "label" in the usual packs.
         slice_axis: axis of a 3D dataset that counts the slices; it becomes the last one. 0 in the SSL4MIS ACDC pack
-            (slices, H, W); -1 where the volume is already (H, W, slices).
+            (slices, H, W); -1 where the volume is already (H, W, slices), as in the UA-MT left-atrium pack.
 
     Shape:
         (H, W) or (H, W, slices), without a channel axis.
@@ -78,10 +80,10 @@ class H5Reader(NumpyReader):
 
 
 class LoadCased(MapTransform):
-    """Load the image files of a case, whatever `LoadImage` reads plus .h5, and name the file that cannot be read.
+    """Load the image files of a case, whatever `LoadImage` reads plus .h5 and .nrrd, and name one that cannot be read.
 
-    In an h5 file the dataset called like the key is read. Everything else is MONAI's `LoadImage`, which picks its
-    reader by the file's suffix.
+    In an h5 file the dataset called like the key is read, NRRD files by `SimpleITKReader`. Everything else is MONAI's
+    `LoadImage`, which picks its reader by the file's suffix.
 
     Args:
         keys: keys whose values are paths (a list of paths: the channels of one image).
@@ -104,6 +106,7 @@ class LoadCased(MapTransform):
         self.loaders: dict[Hashable, LoadImage] = {}
         for key in self.keys:
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
+            self.loaders[key].register(SimpleITKReader())
             self.loaders[key].register(H5Reader(dataset=str(key), slice_axis=slice_axis))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -1,4 +1,4 @@
-"""From data-list items to a cached dataset of slices."""
+"""From data-list items to a cached dataset, of slices or of whole volumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def slice_dataset(
     """Load and preprocess every item once, flatten volumes to slices, and augment a copy on each access.
 
     An item whose preprocessing gives a list (see `SplitSlicesd`) becomes as many entries; an item that stays whole,
-    as a validation volume, is one entry.
+    as a validation volume or one that 3D patches are cut from, is one entry. A random crop belongs in `augmentation`:
+    with `SemiSupervisedLoader` each patch is then a function of the seed, the stream, the epoch and the index.
 
     Args:
         items: data-list items.

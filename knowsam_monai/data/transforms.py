@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, ScaleIntensity, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
-__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd"]
+__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class CheckDatad(Transform):
         image = data[self.image_key]
         if self.num_channels not in (None, image.shape[0]):
             raise ValueError(
-                f"`{self.image_key}` must have {self.num_channels} channels but {_name(image)} has {image.shape[0]}. "
-                "Set `in_channels` to the channels of the data."
+                f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
+                f"{image.shape[0]}. Set `in_channels` to the channels of the data."
             )
         num_bad = int(image.numel() - torch.isfinite(image).sum())
         if num_bad:
             raise ValueError(
-                f"`{self.image_key}` must be finite but {_name(image)} has {num_bad} NaN or infinite values. "
+                f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
                 "Repair or remove the file."
             )
         if self.label_key in data:
@@ -68,7 +68,7 @@ class CheckDatad(Transform):
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
             raise ValueError(
                 f"`{self.label_key}` must be one channel of the image's shape {tuple(image.shape[1:])} but "
-                f"{_name(label)} has shape {tuple(label.shape)} for the image {_name(image)}."
+                f"{image_name(label)} has shape {tuple(label.shape)} for the image {image_name(image)}."
             )
         values = torch.unique(torch.as_tensor(label))
         wrong = [v for v in values.tolist() if v not in range(self.num_classes)]  # 1.0 is in, 1.5 and NaN are not
@@ -76,11 +76,13 @@ class CheckDatad(Transform):
             shown = ", ".join(list(dict.fromkeys(f"{v:g}" for v in wrong))[:5])
             raise ValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
-                f"{_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
+                f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
             )
         affines = (getattr(image, "affine", None), getattr(label, "affine", None))
         if None not in affines and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2):
-            logger.warning("%s and its label have different affines: the voxels are taken as aligned.", _name(image))
+            logger.warning(
+                "%s and its label have different affines: the voxels are taken as aligned.", image_name(image)
+            )
 
 
 class ScaleVolumed(MapTransform):
@@ -114,8 +116,8 @@ class ScaleVolumed(MapTransform):
             elif case[key].min() < 0 or case[key].max() > 1:
                 raise ValueError(
                     f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but "
-                    f"{_name(case[key])} goes from {case[key].min():g} to {case[key].max():g}. Scale the volume first, "
-                    "or leave the number out to scale each file by itself."
+                    f"{image_name(case[key])} goes from {case[key].min():g} to {case[key].max():g}. Scale the volume "
+                    "first, or leave the number out to scale each file by itself."
                 )
         return case
 
@@ -153,6 +155,7 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
         ]
 
 
-def _name(image: torch.Tensor) -> str:
+def image_name(image: torch.Tensor) -> str:
+    """The file an image came from, for messages."""
     meta = image.meta if isinstance(image, MetaTensor) else {}
     return str(meta.get("filename_or_obj", "an image in memory"))

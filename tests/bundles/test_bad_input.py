@@ -53,12 +53,12 @@ def test_the_good_data_of_these_tests_train(training, data):
     assert len(training(dataset_dir=str(data / "list.json"), use_sam=False).run().history) == 2
 
 
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds neither"])
+@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds none of them"])
 def test_data_set_of_no_known_form_says_what_was_looked_for(refused, tmp_path, found):
     folder = tmp_path / "ACDC"
     if found != "does not exist":
         folder.mkdir()
-    if found == "holds neither":
+    if found == "holds none of them":
         (folder / "readme.txt").write_text("ACDC")
     forms = r"training/patient001/Info\.cfg was looked for.*data/slices/\*\.h5 was looked for"
     refused(rf"`dataset_dir` must be .*{forms}.* but {folder} {found}", dataset_dir=str(folder))

@@ -193,14 +193,14 @@ def test_incomplete_pack_names_what_is_missing(tmp_path):
         acdc_datalist(folder)
 
 
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds neither", "is a file"])
+@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds none of them", "is a file"])
 def test_folder_of_neither_form_says_what_was_looked_for(tmp_path, found):
     folder = tmp_path / "data"
     if found == "is a file":
         folder.touch()
     elif found != "does not exist":
         folder.mkdir()
-    if found == "holds neither":
+    if found == "holds none of them":
         (folder / "notes.txt").touch()
     with pytest.raises(ValueError, match=rf"training/patient001/Info.cfg .*data/slices/\*.h5 .*{folder} {found}"):
         acdc_datalist(folder)

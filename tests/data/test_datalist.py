@@ -8,6 +8,7 @@ import pytest
 
 from knowsam_monai.data import load_datalist
 from tests.data.test_acdc import write_pack
+from tests.data.test_left_atrium import write as write_left_atrium
 
 SMALL = {"num_labeled": 1, "num_unlabeled": 1, "num_validation": 1, "num_test": 0, "max_size": 32}
 
@@ -49,6 +50,26 @@ def test_with_a_data_set_no_phantom_is_written(tmp_path):
     datalist = load_datalist(folder, tmp_path / "phantom", labeled_patients=3)
     assert len(datalist["labeled"]) == 68
     assert not (tmp_path / "phantom").exists()
+
+
+@pytest.mark.parametrize("form", ["official", "pack"])
+def test_left_atrium_data_is_told_by_what_is_in_the_folder(tmp_path, form):
+    write_left_atrium(tmp_path / "LA" / "Training Set", form)
+    datalist = load_datalist(tmp_path / "LA", tmp_path / "phantom", labeled_patients=4, holdout_patients=10)
+    assert [len(datalist[name]) for name in ("labeled", "unlabeled", "validation", "test")] == [4, 66, 10, 20]
+
+
+def test_folder_of_no_known_form_says_all_that_was_looked_for(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    looked_for = (r"training/patient001/Info\.cfg", r"data/slices/\*\.h5", "<case>/lgemri.nrrd", "<case>/mri_norm2.h5")
+    message = ".*".join(f"{name} was looked for" for name in looked_for)
+    with pytest.raises(ValueError, match=rf"`dataset_dir` must be .*{message}.* but {tmp_path} holds none of them"):
+        load_datalist(tmp_path, tmp_path / "phantom")
+
+
+def test_phantom_of_the_left_atrium_is_an_argument(tmp_path):
+    datalist = load_datalist(None, tmp_path / "phantom", phantom={**SMALL, "anatomy": "left_atrium"})
+    assert [item["frame"] for item in datalist["labeled"]] == ["LGE"]
 
 
 def test_a_data_set_that_is_not_there_is_an_error_and_no_phantom(tmp_path):

@@ -52,6 +52,12 @@ def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):
         inference_items(tmp_path)
 
 
+def test_without_a_folder_the_phantom_s_test_images_are_those_of_its_anatomy(tmp_path):
+    counts = {"num_labeled": 1, "num_unlabeled": 0, "num_validation": 0, "num_test": 2, "max_size": 32}
+    items = inference_items(None, phantom_dir=tmp_path / "phantom", phantom={**counts, "anatomy": "left_atrium"})
+    assert [item["image"].rpartition("_")[2] for item in items] == ["LGE.nii.gz"] * 2
+
+
 def test_a_split_must_be_there_filled_and_labelled():
     datalist = {"validation": [{"image": "a", "label": "b"}], "test": [], "unlabeled": [{"image": "c"}]}
     assert split_items(datalist) == datalist["validation"]

@@ -123,3 +123,42 @@ def test_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
 def test_bad_counts_and_sizes_are_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match="must be at least"):
         write_phantom(tmp_path / "phantom", **{**SMALL, **arguments})
+
+
+def test_left_atrium_phantom_has_one_volume_a_patient_in_the_same_layout(tmp_path):
+    counts = {**SMALL, "max_size": 32, "anatomy": "left_atrium"}
+    path = write_phantom(tmp_path / "phantom", **counts)
+    datalist = phantom_datalist(path)
+    assert {name: len(items) for name, items in datalist.items()} == {
+        "labeled": 2,
+        "unlabeled": 1,
+        "validation": 1,
+        "test": 1,
+    }
+    for name, items in datalist.items():
+        for item in items:
+            assert item["frame"] == "LGE" and ("label" in item) == (name != "unlabeled")
+    image, label = (nibabel.load(datalist["labeled"][0][key]) for key in ("image", "label"))
+    assert image.shape == label.shape and set(np.unique(label.dataobj)) == {0, 1}
+    np.testing.assert_array_equal(image.affine, label.affine)
+    before = voxels(path)
+    assert all(
+        np.array_equal(before[name], array) for name, array in voxels(write_phantom(path.parent, **counts)).items()
+    )
+
+
+def test_phantom_of_another_anatomy_is_written_anew(tmp_path):
+    arguments = {**SMALL, "num_labeled": 1, "num_test": 0, "max_size": 32}
+    write_phantom(tmp_path / "phantom", **arguments)
+    datalist = phantom_datalist(write_phantom(tmp_path / "phantom", **arguments, anatomy="left_atrium"))
+    assert len(voxels(tmp_path / "phantom" / "dataset.json")) == 1 * 2 + 1 + 2
+    assert [item["frame"] for item in datalist["labeled"]] == ["LGE"]
+
+
+def test_each_anatomy_has_its_own_default_size_and_another_anatomy_is_refused(tmp_path):
+    counts = {"num_labeled": 1, "num_unlabeled": 0, "num_validation": 0, "num_test": 0}
+    for anatomy, size in (("short_axis", 128), ("left_atrium", 64)):
+        item = phantom_datalist(write_phantom(tmp_path / anatomy, **counts, anatomy=anatomy))["labeled"][0]
+        assert all(3 * size // 4 <= length <= size for length in nibabel.load(item["image"]).shape[:2])
+    with pytest.raises(ValueError, match=r"`anatomy` must be one of \['short_axis', 'left_atrium'\] but is 'knee'"):
+        write_phantom(tmp_path / "knee", anatomy="knee")

@@ -79,6 +79,25 @@ def test_one_loader_reads_h5_and_nifti_each_with_its_own_reader(tmp_path):
     assert case["image"].meta["filename_or_obj"] == nifti
 
 
+def test_left_atrium_h5_is_height_width_depth_and_acdc_h5_has_its_slices_first(tmp_path):
+    path = write_h5(tmp_path / "a.h5")
+    with h5py.File(path) as file:
+        stored = file["image"][()]
+    case = {"image": str(path), "label": str(path)}
+    for slice_axis, expected in [(-1, stored), (0, stored.transpose(1, 2, 0))]:
+        loaded = LoadCased(["image", "label"], slice_axis=slice_axis, ensure_channel_first=True)(case)
+        np.testing.assert_array_equal(loaded["image"][0], expected)
+        assert loaded["label"].shape == loaded["image"].shape
+
+
+def test_labeled_h5_without_a_label_is_one_clear_error(tmp_path):
+    path = write_h5(tmp_path / "a.h5")
+    with h5py.File(path, "a") as file:
+        del file["label"]
+    with pytest.raises(ValueError, match=r"`label` must be a readable image but .*a.h5 is not: `dataset` must be in"):
+        LoadCased(["image", "label"])({"image": str(path), "label": str(path)})
+
+
 def test_several_nifti_files_are_the_channels_of_one_image(tmp_path):
     paths = [str(write_nifti(tmp_path / f"{name}.nii.gz")) for name in "ab"]
     case = Compose([LoadCased("image"), EnsureChannelFirstd("image")])({"image": paths})

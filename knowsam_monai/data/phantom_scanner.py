@@ -1,0 +1,60 @@
+"""What the scanner adds to a phantom: blur, the noise of a magnitude image, and the place of the voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["magnitude", "oblique_affine", "smooth", "turn_matrix", "unit_deviation"]
+
+
+def smooth(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur by FFT, in 2D or 3D; `sigma` in voxels."""
+    *others, last = image.shape
+    axes = [np.fft.fftfreq(size) for size in others] + [np.fft.rfftfreq(last)]
+    frequencies = np.meshgrid(*axes, indexing="ij", sparse=True)
+    transfer = np.exp(-2 * (np.pi * sigma) ** 2 * sum(frequency**2 for frequency in frequencies))
+    return np.fft.irfftn(np.fft.rfftn(image) * transfer, s=image.shape, axes=range(image.ndim))
+
+
+def unit_deviation(field: np.ndarray) -> np.ndarray:
+    """The field with a standard deviation of 1."""
+    return field / field.std()
+
+
+def magnitude(rng: np.random.Generator, image: np.ndarray, noise: float) -> np.ndarray:
+    """The image with Rician noise: the magnitude of a complex signal."""
+    real, imaginary = (rng.normal(0, noise, image.shape) for _ in range(2))
+    return np.hypot(image + real, imaginary)
+
+
+def oblique_affine(
+    rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float], turns: Sequence[tuple[float, float]]
+) -> np.ndarray:
+    """Voxel to world (RAS, mm) of a volume turned against the scanner's axes and centred near its origin.
+
+    Args:
+        rng: draws the turns and the origin.
+        shape: voxels along each axis.
+        spacing: mm along each axis.
+        turns: smallest and largest turn around each axis, degrees.
+    """
+    angles = np.deg2rad([rng.uniform(*turn) for turn in turns])
+    flips = np.diag([-1.0, -1.0, 1.0])  # scanner files count towards left and posterior
+    affine = np.eye(4)
+    affine[:3, :3] = turn_matrix(angles) @ flips @ np.diag(spacing)
+    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
+
+
+def turn_matrix(angles: Sequence[float]) -> np.ndarray:
+    """Rotation (3, 3) around the three axes in turn; radians."""
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        i, j = [k for k in range(3) if k != axis]
+        step = np.eye(3)
+        step[i, i] = step[j, j] = np.cos(angle)
+        step[i, j], step[j, i] = -np.sin(angle), np.sin(angle)
+        turn = turn @ step
+    return turn

@@ -1,0 +1,91 @@
+"""Reading NRRD and MetaImage files with SimpleITK, their geometry included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from monai.data import ImageReader
+from monai.data.utils import is_supported_format, orientation_ras_lps
+from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
+
+__all__ = ["SimpleITKReader"]
+
+
+class SimpleITKReader(ImageReader):
+    """Read NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd) files for MONAI's `LoadImage`.
+
+    MONAI's own readers of these formats need `itk` or `pynrrd`. The affine is that of MONAI's NIfTI reader: voxel index
+    to millimetres towards right, anterior and superior,
+
+        affine = diag(-1, -1, 1) [direction diag(spacing), origin],
+
+    because ITK's coordinates count towards left and posterior. A flipped axis stays flipped, in voxels and in affine.
+
+    Shape:
+        (x, y, z), the file's own order of axes, or (ch, x, y, z) for voxels of several values or several files.
+
+    Raises:
+        ImportError: if SimpleITK is not installed.
+        ValueError: if a file cannot be read, is neither 2D nor 3D, or several files do not share one grid.
+
+    Example:
+        >>> from monai.transforms import LoadImage
+        >>> load = LoadImage()
+        >>> load.register(SimpleITKReader())
+        >>> image = load("lgemri.nrrd")     # doctest: +SKIP
+    """
+
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        return is_supported_format(filename, ["nrrd", "nhdr", "mha", "mhd"])
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list:
+        try:
+            import SimpleITK
+        except ImportError as error:
+            raise ImportError(
+                "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
+            ) from error
+        images = []
+        for name in ensure_tuple(data):
+            try:
+                images.append(SimpleITK.ReadImage(str(name), **kwargs))
+            except RuntimeError as error:
+                reason = " ".join(str(error).rpartition("ERROR:")[2].split())
+                raise ValueError(f"`data` must be a whole image file but {name} is not ({reason})") from error
+            if images[-1].GetDimension() > 3:
+                raise ValueError(f"`data` must be 2D or 3D but {name} has {images[-1].GetDimension()} axes.")
+        return images
+
+    def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
+        import SimpleITK
+
+        images = ensure_tuple(img)
+        affines = [_affine(image) for image in images]
+        sizes = [image.GetSize() for image in images]
+        if any(size != sizes[0] or not np.allclose(affine, affines[0]) for size, affine in zip(sizes, affines)):
+            raise ValueError(f"`data` must be files of one grid, the channels of an image, but has sizes {sizes}.")
+        # SimpleITK gives (z, y, x) and the values of a voxel last.
+        arrays = [SimpleITK.GetArrayFromImage(image).T for image in images]
+        has_channels = images[0].GetNumberOfComponentsPerPixel() > 1
+        if len(arrays) == 1:
+            array = arrays[0]
+        else:
+            array = np.concatenate(arrays) if has_channels else np.stack(arrays)
+        return array, {
+            MetaKeys.AFFINE: affines[0],
+            MetaKeys.ORIGINAL_AFFINE: affines[0].copy(),
+            MetaKeys.SPACE: SpaceKeys.RAS,
+            MetaKeys.SPATIAL_SHAPE: np.asarray(sizes[0]),
+            MetaKeys.ORIGINAL_CHANNEL_DIM: 0 if has_channels or len(arrays) > 1 else float("nan"),
+        }
+
+
+def _affine(image: Any) -> np.ndarray:
+    dimension = image.GetDimension()
+    affine = np.eye(dimension + 1)
+    affine[:dimension, :dimension] = np.reshape(image.GetDirection(), (dimension, dimension)) * image.GetSpacing()
+    affine[:dimension, dimension] = image.GetOrigin()
+    return orientation_ras_lps(affine)

@@ -1,0 +1,73 @@
+"""Cutting a published list of training patients, and saying what a folder lacks: shared by all data lists."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+__all__ = ["existing_file", "split_training", "unknown_folder", "without_labels"]
+
+
+def split_training(
+    training: Sequence[str], labeled_patients: int, holdout_patients: int, protocols: Collection[int]
+) -> tuple[list[str], list[str], list[str]]:
+    """Cut a training list, in its order, into labelled, unlabelled and held-out patients.
+
+    Args:
+        training: names of the training patients; the first `labeled_patients` are labelled.
+        labeled_patients: one of `protocols`.
+        holdout_patients: this many, the last of the list, are held out.
+        protocols: the published numbers of labelled patients.
+
+    Raises:
+        ValueError: if `labeled_patients` is no published number, or fewer patients than that are left.
+
+    Example:
+        >>> split_training("abcdef", labeled_patients=2, holdout_patients=1, protocols=(2, 3))
+        (['a', 'b'], ['c', 'd', 'e'], ['f'])
+    """
+    if isinstance(labeled_patients, bool) or labeled_patients not in protocols:
+        raise ValueError(
+            f"`labeled_patients` must be one of {list(protocols)} but is {labeled_patients!r}. "
+            "Other selections can be written as a data-list JSON."
+        )
+    if labeled_patients > len(training):
+        raise ValueError(
+            f"`labeled_patients` must be at most the {len(training)} patients of the training list "
+            f"but is {labeled_patients}."
+        )
+    most = len(training) - labeled_patients
+    if not 0 <= holdout_patients <= most:
+        raise ValueError(
+            f"`holdout_patients` must be from 0 to {most} with {labeled_patients} labeled patients "
+            f"but is {holdout_patients}."
+        )
+    kept = len(training) - holdout_patients
+    return list(training[:labeled_patients]), list(training[labeled_patients:kept]), list(training[kept:])
+
+
+def without_labels(items: Sequence[dict]) -> list[dict]:
+    """The same items as unlabelled ones: no label key at all."""
+    return [{key: value for key, value in item.items() if key != "label"} for item in items]
+
+
+def existing_file(path: Path, whole: str) -> str:
+    """The path of a file that must be there, as text; `whole` says in the error what it is a part of."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
+    return str(path)
+
+
+def unknown_folder(dataset_dir: str | Path, forms: Sequence[str]) -> ValueError:
+    """The error for a `dataset_dir` in which no known form was found; `forms` say what was looked for."""
+    root = Path(dataset_dir).expanduser()
+    if not root.exists():
+        found = "does not exist"
+    elif not root.is_dir():
+        found = "is a file"
+    else:
+        found = "holds none of them" if any(root.iterdir()) else "is empty"
+    return ValueError(
+        f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}. "
+        "Give the folder that contains one of these, or no `dataset_dir` for the synthetic phantom."
+    )

@@ -1,0 +1,163 @@
+"""What a 3D volume goes through before patches are drawn: mask values, spacing, a crop without labels, padding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import CropForegroundd, MapTransform, Spacingd, SpatialPadd
+
+from knowsam_monai.data.transforms import image_name
+
+__all__ = ["CropCentred", "MapMaskd", "PadVolumed", "ResampleVolumed"]
+
+logger = logging.getLogger(__name__)
+
+
+class MapMaskd(MapTransform):
+    """Map a label with the values 0 and 255, as the left-atrium challenge wrote it, to 0 and 1, and say so once.
+
+    Any other label passes as it is, for `CheckDatad` to judge.
+
+    Args:
+        keys: keys of the labels; a missing one is skipped (unlabelled items).
+
+    Example:
+        >>> MapMaskd()({"label": torch.tensor([[[0.0, 255.0]]])})["label"].tolist()
+        [[[0.0, 1.0]]]
+    """
+
+    def __init__(self, keys: Any = "label") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.said = False
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            label = case[key]
+            if label.max() == 255 and ((label == 0) | (label == 255)).all():
+                case[key] = label // 255
+                if not self.said:
+                    logger.warning(
+                        "%s has the values 0 and 255: read as 0 and 1, here and in further files.", image_name(label)
+                    )
+                    self.said = True
+        return case
+
+
+class ResampleVolumed(Spacingd):
+    """Resample volumes to one spacing, those whose spacing is known; h5 packs have lost theirs and pass unchanged.
+
+    Args:
+        keys: keys of image and label; a missing one is skipped.
+        pixdim: spacing in mm along each axis. 0 keeps an axis as it is.
+        mode: interpolation of each key.
+
+    Example:
+        >>> image = MetaTensor(torch.rand(1, 8, 8, 4), affine=torch.diag(torch.tensor([1.0, 1.0, 2.0, 1.0])))
+        >>> tuple(ResampleVolumed("image", pixdim=(1, 1, 1), mode="bilinear")({"image": image})["image"].shape)
+        (1, 8, 8, 7)
+    """
+
+    def __init__(
+        self,
+        keys: Any = ("image", "label"),
+        pixdim: Sequence[float] = (0.625, 0.625, 0.625),
+        mode: Sequence[str] | str = ("bilinear", "nearest"),
+    ) -> None:
+        super().__init__(keys, pixdim=pixdim, mode=mode, allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        return super().__call__(data, lazy=lazy) if self._knows_spacing(data) else dict(data)
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        return super().inverse(data) if self._knows_spacing(data) else dict(data)
+
+    def _knows_spacing(self, data: Mapping[Hashable, torch.Tensor]) -> bool:
+        return all(_meta(data[key]).get("spacing_known", True) for key in self.key_iterator(data))
+
+
+class CropCentred(CropForegroundd):
+    """Crop a cube of so many millimetres around the image's centre of brightness, without looking at any label.
+
+    Air and lungs are dark, so that the centre of brightness of an axial chest scan lies in the mediastinum. The left
+    atrium, about 100 mm wide with its veins, stays inside 200 mm when that centre is 50 mm off. An axis shorter than
+    the cube stays whole; a volume of unknown spacing, from an h5 pack, too. The inverse pads with 0.
+
+    Args:
+        keys: keys to crop alike; a missing one is skipped.
+        size: edge of the cube, mm.
+        source_key: key of the image.
+
+    Example:
+        >>> image = MetaTensor(torch.zeros(1, 12, 6), affine=torch.eye(4))
+        >>> image[0, 9, 2] = 1
+        >>> cropped = CropCentred("image", size=3)({"image": image})["image"]
+        >>> tuple(cropped.shape), cropped.nonzero().tolist()
+        ((1, 3, 3), [[0, 1, 1]])
+    """
+
+    def __init__(self, keys: Any = ("image", "label"), size: float = 200.0, source_key: str = "image") -> None:
+        if not size > 0:
+            raise ValueError(f"`size` must be a length above 0 mm but is {size}.")
+        super().__init__(
+            keys,
+            source_key=source_key,
+            select_fn=partial(_bright_cube, size=size),
+            allow_missing_keys=True,
+            start_coord_key=None,
+            end_coord_key=None,
+        )
+
+
+class PadVolumed(SpatialPadd):
+    """Pad a volume that is smaller than the patch with 0 on all sides, and say so with its name.
+
+    Args:
+        keys: keys to pad alike; a missing one is skipped.
+        spatial_size: the patch, in voxels.
+
+    Example:
+        >>> tuple(PadVolumed("image", spatial_size=(8, 8, 8))({"image": torch.rand(1, 10, 8, 5)})["image"].shape)
+        (1, 10, 8, 8)
+    """
+
+    def __init__(self, keys: Any = ("image", "label"), spatial_size: Sequence[int] = (112, 112, 80)) -> None:
+        super().__init__(keys, spatial_size=spatial_size, allow_missing_keys=True)
+        self.patch = tuple(spatial_size)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        image = data[self.first_key(data)]
+        shape = tuple(image.shape[1:])
+        if any(size < least for size, least in zip(shape, self.patch)):
+            logger.warning(
+                "%s is smaller, %s voxels, than a patch, %s: padded with 0.", image_name(image), shape, self.patch
+            )
+        return super().__call__(data, lazy=lazy)
+
+
+def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
+    """A mask (1, *spatial) of the cube; all of the image where its spacing is unknown."""
+    mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
+    known = isinstance(image, MetaTensor) and image.meta.get("spacing_known", True)
+    spacing = image.pixdim.tolist() if known else [0.0] * mask[0].ndim
+    brightness = (image.as_tensor() if isinstance(image, MetaTensor) else image).sum(0, dtype=torch.float64)
+    brightness = brightness - brightness.min()
+    box: list[slice] = []
+    for axis, (length, step) in enumerate(zip(brightness.shape, spacing)):
+        kept = min(length, max(1, round(size / step))) if step else length
+        profile = brightness.sum([other for other in range(brightness.ndim) if other != axis])
+        positions = torch.arange(length, dtype=profile.dtype)
+        centre = float((profile * positions).sum() / profile.sum()) if profile.sum() > 0 else (length - 1) / 2
+        first = min(max(round(centre - (kept - 1) / 2), 0), length - kept)
+        box.append(slice(first, first + kept))
+    mask[(slice(None), *box)] = True
+    return mask
+
+
+def _meta(image: torch.Tensor) -> dict:
+    return image.meta if isinstance(image, MetaTensor) else {}

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from knowsam_monai.data.split import existing_file, split_training, unknown_folder, without_labels
+
+SIX = list("abcdef")
+
+
+def test_first_are_labeled_and_last_are_held_out():
+    assert split_training(SIX, 2, 0, (2, 6)) == (["a", "b"], ["c", "d", "e", "f"], [])
+    assert split_training(SIX, 2, 3, (2, 6)) == (["a", "b"], ["c"], ["d", "e", "f"])
+    assert split_training(SIX, 6, 0, (2, 6)) == (SIX, [], [])
+
+
+@pytest.mark.parametrize("labeled", [0, 3, True, "2", None])
+def test_unpublished_number_of_labeled_patients_is_refused(labeled):
+    with pytest.raises(ValueError, match=r"`labeled_patients` must be one of \[1, 2\] but is"):
+        split_training(SIX, labeled, 0, (1, 2))
+
+
+@pytest.mark.parametrize("holdout", [-1, 5])
+def test_more_held_out_than_unlabeled_is_refused(holdout):
+    with pytest.raises(ValueError, match=f"from 0 to 4 with 2 labeled patients but is {holdout}"):
+        split_training(SIX, 2, holdout, (2,))
+
+
+def test_list_shorter_than_the_protocol_is_refused():
+    with pytest.raises(ValueError, match="at most the 6 patients of the training list but is 8"):
+        split_training(SIX, 8, 0, (8,))
+
+
+def test_unlabeled_items_lose_the_key_and_the_others_keep_it():
+    items = [{"image": "a", "label": "b", "patient": "p"}]
+    assert without_labels(items) == [{"image": "a", "patient": "p"}]
+    assert items[0]["label"] == "b"
+
+
+def test_missing_file_is_named_with_what_it_is_part_of(tmp_path):
+    (tmp_path / "there").touch()
+    assert existing_file(tmp_path / "there", "all") == str(tmp_path / "there")
+    with pytest.raises(FileNotFoundError, match=f"must hold the images but {tmp_path / 'gone'} is missing"):
+        existing_file(tmp_path / "gone", "the images")
+
+
+def test_unknown_folder_lists_every_form_and_what_is_there(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name, found in [("file", "is a file"), ("empty", "is empty"), ("gone", "does not exist"), ("", "holds none")]:
+        message = str(unknown_folder(tmp_path / name, ("one form", "another")))
+        assert f"must be one form, another or a data-list *.json but {tmp_path / name} {found}" in message

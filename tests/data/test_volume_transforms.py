@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from knowsam_monai.data import CropCentred, MapMaskd, PadVolumed, ResampleVolumed
+
+
+def volume(array: torch.Tensor, spacing=(1.0, 1.0, 1.0), **meta) -> MetaTensor:
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    return MetaTensor(array, affine=affine, meta={"filename_or_obj": "case.nrrd", **meta})
+
+
+def test_mask_of_0_and_255_becomes_0_and_1_and_is_said_once(caplog):
+    map_mask, label = MapMaskd(), volume(torch.tensor([0.0, 255.0, 0.0]).reshape(1, 3, 1, 1))
+    with caplog.at_level(logging.WARNING):
+        mapped = [map_mask({"label": label, "image": "kept"}) for _ in range(2)]
+    for case in mapped:
+        assert case["label"].flatten().tolist() == [0.0, 1.0, 0.0]
+        assert case["label"].meta["filename_or_obj"] == "case.nrrd" and case["image"] == "kept"
+    assert caplog.text.count("case.nrrd has the values 0 and 255") == 1
+    assert label.max() == 255
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 0], [0, 1, 255], [0, 254], [0, 127.5, 255]])
+def test_other_labels_pass_as_they_are(values, caplog):
+    label = torch.tensor(values).reshape(1, -1, 1, 1)
+    assert torch.equal(MapMaskd()({"label": label})["label"], label)
+    assert "label" not in MapMaskd()({"image": label})
+    assert caplog.text == ""
+
+
+def test_volume_is_resampled_to_cubic_voxels_and_goes_back_to_its_own_grid():
+    image = volume(torch.arange(5.0).expand(1, 4, 6, 5).clone(), spacing=(1.0, 0.5, 2.0))
+    label = volume((image.as_tensor() >= 2).float(), spacing=(1.0, 0.5, 2.0))
+    resample = ResampleVolumed(pixdim=(1.0, 1.0, 1.0))
+    case = resample({"image": image, "label": label})
+    # From the first voxel's centre to the last one's it is 3, 2.5 and 8 mm.
+    assert case["image"].shape == case["label"].shape == (1, 4, 4, 9)
+    assert case["image"].pixdim.tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(case["image"][0, 1, 1].as_tensor(), torch.arange(9.0) / 2)
+    assert set(case["label"].unique().tolist()) == {0.0, 1.0}
+    back = resample.inverse(case)
+    assert back["image"].shape == image.shape
+    torch.testing.assert_close(back["image"].affine, image.affine)
+
+
+def test_zero_keeps_an_axis_as_it_is():
+    image = volume(torch.rand(1, 4, 6, 5), spacing=(1.0, 0.5, 2.0))
+    case = ResampleVolumed("image", pixdim=(0, 0, 1.0), mode="bilinear")({"image": image})
+    assert case["image"].shape == (1, 4, 6, 9)
+    assert case["image"].pixdim.tolist() == [1.0, 0.5, 1.0]
+
+
+def test_volume_of_unknown_spacing_is_neither_resampled_nor_cropped_and_comes_back():
+    image = volume(torch.rand(1, 4, 6, 5), spacing_known=False)
+    for transform in (ResampleVolumed("image", pixdim=(0.5, 0.5, 0.5), mode="bilinear"), CropCentred("image", size=2)):
+        case = transform({"image": image})
+        assert torch.equal(case["image"], image)
+        assert torch.equal(transform.inverse(case)["image"], image)
+
+
+def bright_at(*places: tuple[int, int, int], shape=(20, 20, 6)) -> torch.Tensor:
+    array = torch.zeros(1, *shape)
+    for place in places:
+        array[(0, *place)] = 1
+    return array
+
+
+@pytest.mark.parametrize(
+    "places, spacing, corner, shape",
+    [
+        # 8 mm are 8 voxels around 10: 6 to 13 (to 14 would be as good); the depth is shorter and stays whole
+        ([(10, 10, 3)], (1.0, 1.0, 1.0), (6, 6, 0), (8, 8, 6)),
+        # 8 mm are 4 voxels of 2 mm, and 16 of 0.5 mm
+        ([(10, 10, 3)], (2.0, 0.5, 1.0), (8, 2, 0), (4, 16, 6)),
+        # in a corner the cube stays inside
+        ([(0, 19, 0)], (1.0, 1.0, 1.0), (0, 12, 0), (8, 8, 6)),
+        # in the middle of two
+        ([(4, 9, 0), (16, 11, 0)], (1.0, 1.0, 1.0), (6, 6, 0), (8, 8, 6)),
+        # an image without contrast: its middle
+        ([], (1.0, 1.0, 1.0), (6, 6, 0), (8, 8, 6)),
+    ],
+)
+def test_cube_lies_around_the_centre_of_brightness(places, spacing, corner, shape):
+    image = volume(bright_at(*places) + 3, spacing)
+    case = CropCentred(size=8)({"image": image, "label": volume(torch.arange(2400.0).reshape(1, 20, 20, 6), spacing)})
+    assert tuple(case["image"].shape[1:]) == tuple(case["label"].shape[1:]) == shape
+    assert case["label"][0, 0, 0, 0] == torch.arange(2400.0).reshape(20, 20, 6)[corner]
+    torch.testing.assert_close(case["image"].affine[:3, 3].tolist(), [i * s for i, s in zip(corner, spacing)])
+    assert case.keys() == {"image", "label"}
+
+
+def test_crop_looks_at_no_label():
+    image = volume(bright_at((10, 10, 3)))
+    cropped = [
+        CropCentred(size=8)({"image": image, "label": volume(bright_at(place))})["image"]
+        for place in [(0, 0, 0), (19, 19, 5)]
+    ]
+    assert torch.equal(cropped[0], cropped[1])
+    assert torch.equal(CropCentred(size=8)({"image": image})["image"], cropped[0])
+
+
+def test_crop_goes_back_to_the_whole_grid_with_zeros_around():
+    image = volume(bright_at((2, 15, 3)) + 1)
+    crop = CropCentred("image", size=8)
+    back = crop.inverse(crop({"image": image}))["image"]
+    assert back.shape == image.shape and back[0, 2, 15, 3] == 2
+    assert (back != 0).sum() == 8 * 8 * 6
+    torch.testing.assert_close(back.affine, image.affine)
+
+
+def test_cube_must_have_a_size():
+    with pytest.raises(ValueError, match="`size` must be a length above 0 mm but is 0"):
+        CropCentred(size=0)
+
+
+def test_volume_smaller_than_the_patch_is_padded_and_said_and_comes_back(caplog):
+    pad = PadVolumed(spatial_size=(8, 4, 4))
+    image = volume(torch.ones(1, 5, 6, 3))
+    case = pad({"image": image, "label": volume(torch.ones(1, 5, 6, 3))})
+    assert case["image"].shape == case["label"].shape == (1, 8, 6, 4)
+    assert case["image"].sum() == case["label"].sum() == 5 * 6 * 3
+    assert "case.nrrd is smaller, (5, 6, 3) voxels, than a patch, (8, 4, 4): padded" in caplog.text
+    assert torch.equal(pad.inverse(case)["image"], image)
+
+
+def test_volume_as_large_as_the_patch_passes_unsaid(caplog):
+    image = volume(torch.rand(1, 8, 8, 4))
+    assert torch.equal(PadVolumed(spatial_size=(8, 4, 4))({"image": image})["image"], image)
+    assert caplog.text == ""
