@@ -89,18 +89,30 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
     return knowsam_step(mixing)
 
 
-def mean_teacher_step() -> Callable[[], None]:
-    """Mean Teacher of the same U-Net, as its paper: noisy teacher, MSE of probabilities, EMA; a plain PyTorch loop."""
-    from knowsam_monai.losses import PartiallyLabeledLoss
-    from knowsam_monai.networks import UNet
+def mean_teacher_step(encoder: str | None = None, variant: str = "vit_b", **overrides: Any) -> Callable[[], None]:
+    """
+    Mean Teacher of the same U-Net, as its paper: noisy teacher, MSE of probabilities, EMA; a plain PyTorch loop.
 
-    _, batch = trainer_of(use_sam=False)
+    With `encoder` "adapted" or "cached" SAM is attached to it. The cache is full after the step that warms up.
+    """
+    from knowsam_monai.distiller import SAMDistiller
+    from knowsam_monai.losses import PartiallyLabeledLoss
+    from knowsam_monai.networks import SAMTeacher, UNet
+
+    _, batch = trainer_of(use_sam=False, sam_encoder=encoder or "adapted", **overrides)
     image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
     student = UNet().to(memory_format=torch.channels_last).train()
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
     ema_student = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     loss_function = PartiallyLabeledLoss()
+    distiller = None
+    if encoder is not None:
+        teacher = SAMTeacher(num_classes=4, image_size=image.shape[-1], variant=variant, encoder=encoder)
+        adam = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=1e-4)
+        distiller = SAMDistiller(teacher, adam)
+        distiller.follow(optimizer)
+    sam_image = batch["sam_image"].as_tensor() if encoder == "cached" else image
 
     def step() -> None:
         optimizer.zero_grad()
@@ -109,7 +121,10 @@ def mean_teacher_step() -> Callable[[], None]:
         with torch.no_grad():
             target = ema_student(unlabeled + (0.1 * torch.randn_like(unlabeled)).clamp(-0.2, 0.2)).softmax(1)
         consistency = (pred[len(label) :].softmax(1) - target).square().mean()
-        (loss_function(pred, label) + 0.1 * consistency).backward()
+        loss = loss_function(pred, label) + 0.1 * consistency
+        if distiller is not None:
+            loss = loss + distiller(sam_image, pred, label).loss
+        loss.backward()
         optimizer.step()
         ema_student.update_parameters(student)
 
@@ -139,6 +154,8 @@ ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
     "knowsam_mixing_bf16": ("KnowSAM, with mixing, bf16 autocast", lambda: knowsam_step(True, cpu_autocast=True)),
     "without_sam": ("KnowSAM without SAM, before mixing", lambda: knowsam_step(False, use_sam=False)),
     "mean_teacher": ("Mean Teacher of the same U-Net", mean_teacher_step),
+    "mean_teacher_sam": ("Mean Teacher with SKD", lambda: mean_teacher_step("adapted")),
+    "mean_teacher_cached": ("Mean Teacher with SKD, cached embeddings", lambda: mean_teacher_step("cached")),
     "inference": ("inference, 9 slices, whole student", lambda: inference_of_volume("MultiViewNet")),
     "inference_unet": ("inference, 9 slices, U-Net alone", lambda: inference_of_volume("UNet")),
 }

@@ -110,7 +110,8 @@ class SAMDistiller(nn.Module):
     ) -> Distillation:
         """
         Args:
-            image: (B, channels, *spatial), what the student saw.
+            image: (B, channels, *spatial), what the teacher sees: what the student saw, or the same before its
+                intensities were augmented.
             logits: the student's raw output for it, (B, C, *spatial) or its stacked views.
             label: (B_l, 1, *spatial) class indices of the labelled rows, or of all rows with `labeled_rows` given.
             labeled_rows: which rows SAM learns from: an int n (the first n), a slice, or None: the first len(label).

@@ -18,6 +18,7 @@ from knowsam_monai.data.left_atrium import (
     left_atrium_datalist,
 )
 from knowsam_monai.data.loader import SemiSupervisedLoader
+from knowsam_monai.data.orientation import RandOrientationd
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.readers import H5Reader, LoadCased
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
@@ -41,6 +42,7 @@ __all__ = [
     "MapMaskd",
     "PadVolumed",
     "ResampleVolumed",
+    "RandOrientationd",
     "ScaleVolumed",
     "SemiSupervisedLoader",
     "SimpleITKReader",

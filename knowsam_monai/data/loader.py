@@ -87,6 +87,7 @@ class SemiSupervisedLoader:
                     f"`{name}_batch_size` must be at most the number of {name} items, {size}, but is {batch_size}. "
                     f"Lower it, or give more {name} items."
                 )
+        self.datasets = (labeled, unlabeled)
         # The sampler knows nothing of this object: in a reference cycle torch's workers take seconds to stop.
         self._sampler = TwoStreamSampler(sizes, batch_sizes, seed, rank, world_size)
         self._loader = DataLoader(

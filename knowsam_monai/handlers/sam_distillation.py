@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.class_logits import without_meta
@@ -26,13 +27,20 @@ class SAMDistillation:
     `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labelled rows, which the teacher learns
     from and which therefore does not judge it.
 
+    A batch with a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`) has that shown to the teacher: the image
+    before its intensities were augmented. A teacher whose encoder is "cached" needs it, and the pipeline is checked
+    when the run starts. A handler that replaces the image must replace or remove `"sam_image"` too.
+
     Args:
         distiller: the core, with teacher, optimiser and gate.
         weight: factor of the distillation loss, a number or a function of ``engine.state.iteration``.
         start: first iteration at which the student is taught; the teacher learns from the beginning.
         labeled_rows: rows that SAM learns from, an int n (the first n), a slice, or a callable of the batch that
             returns one of these; None: the first ``len(label)``.
-        gate_interval: iterations between two measurements of the "agreement" gate.
+        every: the teacher runs at every k-th iteration only, the first, the (1 + k)-th and so on. At all others it does
+            no work and neither learns nor teaches. `weight` is not scaled: on average a k-th of it is left, and k times
+            the weight makes up for that.
+        gate_interval: runs of the teacher between two measurements of the "agreement" gate.
         log_interval: iterations between two logs of the labelled Dice.
 
     Example::
@@ -50,7 +58,10 @@ class SAMDistillation:
         labeled_rows: int | slice | Callable[[Any], int | slice] | None = None,
         gate_interval: int = 50,
         log_interval: int = 50,
+        every: int = 1,
     ) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
         if gate_interval < 1 or log_interval < 1:
             raise ValueError("`gate_interval` and `log_interval` must be at least 1 iteration.")
         self.distiller = distiller
@@ -59,6 +70,7 @@ class SAMDistillation:
         self.labeled_rows = labeled_rows
         self.gate_interval = gate_interval
         self.log_interval = log_interval
+        self.every = every
         self._handle: Any = None
 
     def attach(self, engine: Engine) -> None:
@@ -71,6 +83,8 @@ class SAMDistillation:
     def started(self, engine: Engine) -> None:
         """Move the teacher to the trainer's device and let it follow the trainer's optimiser."""
         self.completed(engine)
+        if self._is_cached:
+            check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()
         if self.distiller.optimizer is not None:
             self._handle = self.distiller.follow(engine.optimizer, lambda: engine.scaler if engine.amp else None)
@@ -83,9 +97,13 @@ class SAMDistillation:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        image, label, pred = output[Keys.IMAGE], output[Keys.LABEL], output[Keys.PRED]
+        if (iteration - 1) % self.every:
+            return
+        label, pred = output[Keys.LABEL], output[Keys.PRED]
+        image = self._sam_image(engine)
         rows = self.labeled_rows(engine.state.batch) if callable(self.labeled_rows) else self.labeled_rows
-        if self.distiller.gate.mode == "agreement" and iteration % self.gate_interval == 1 % self.gate_interval:
+        run = 1 + (iteration - 1) // self.every  # of the teacher
+        if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             self._measure_agreement(engine, image, rows if rows is not None else len(label))
 
         weight = self.weight(iteration) if callable(self.weight) else self.weight
@@ -99,6 +117,28 @@ class SAMDistillation:
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label)
             output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label)
+
+    @property
+    def _is_cached(self) -> bool:
+        return getattr(self.distiller.teacher, "encoder", "adapted") == "cached"
+
+    def _sam_image(self, engine: Engine) -> Tensor:
+        """The image for the teacher: the batch's own, or what the student saw."""
+        image, batch = engine.state.output[Keys.IMAGE], engine.state.batch
+        if not isinstance(batch, Mapping) or SAM_IMAGE not in batch:
+            if self._is_cached:
+                raise ValueError(
+                    f"`batch` must have a {SAM_IMAGE!r} for a teacher whose encoder is 'cached' but has none; put "
+                    "RandOrientationd first into the augmentation, or take the encoder 'adapted'."
+                )
+            return image
+        sam_image = batch[SAM_IMAGE]
+        if len(sam_image) != len(image) or sam_image.shape[2:] != image.shape[2:]:
+            raise ValueError(
+                f"`{SAM_IMAGE}` must have the rows and the size of the image, {tuple(image.shape)}, but is of shape "
+                f"{tuple(sam_image.shape)}; what changes the image in the batch must change or remove it too."
+            )
+        return sam_image.to(image.device)
 
     def _measure_agreement(self, engine: Engine, image: Tensor, rows: int | slice) -> None:
         """One turn a measurement, on the rows that the teacher does not learn from."""
@@ -115,7 +155,7 @@ class SAMDistillation:
         engine.network.eval()
         image = image[unlabeled]
         image = without_meta(image)
-        turn = engine.state.iteration // self.gate_interval
+        turn = (1 + (engine.state.iteration - 1) // self.every) // self.gate_interval
         self.distiller.gate.measure_agreement(student, self.distiller.teacher, image, turn)
         engine.network.train()
 

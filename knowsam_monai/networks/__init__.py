@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.aggregation import HybridAggregation
+from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.multi_view import MultiViewNet
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam
@@ -14,6 +15,7 @@ from knowsam_monai.networks.vnet import VNet
 
 __all__ = [
     "Adapter",
+    "EmbeddingCache",
     "HybridAggregation",
     "LearnablePrompt",
     "MultiViewNet",

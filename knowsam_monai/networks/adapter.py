@@ -107,7 +107,7 @@ class AdaptedMLP(nn.Module):
         return torch.add(self.mlp(x), self.adapter(x), alpha=MLP_ADAPTER_SCALE)
 
 
-def add_adapters(sam: nn.Module) -> None:
+def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
     """Wrap attentions and MLPs of a SAM in place.
 
     Encoder block: an adapter on the attention's output and one beside the MLP. Decoder layer: one on the output of each
@@ -116,6 +116,7 @@ def add_adapters(sam: nn.Module) -> None:
 
     Args:
         sam: a `segment_anything` Sam, with its weights loaded: wrapping changes the names of its parameters.
+        encoder: whether the image encoder gets adapters too.
 
     Example::
 
@@ -125,7 +126,7 @@ def add_adapters(sam: nn.Module) -> None:
         >>> type(sam.image_encoder.blocks[0].mlp).__name__
         'AdaptedMLP'
     """
-    for block in sam.image_encoder.blocks:
+    for block in sam.image_encoder.blocks if encoder else ():
         dim = block.attn.proj.out_features
         block.attn = AdaptedAttention(block.attn, dim)
         block.mlp = AdaptedMLP(block.mlp, dim)

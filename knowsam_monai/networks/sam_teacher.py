@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter, add_adapters
+from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam, check_image_size
 from knowsam_monai.networks.sam_decoder import decode_masks, dense_positions, embed_masks
@@ -40,6 +41,10 @@ class SAMTeacher(nn.Module):
     always in eval mode, and no row sees another, so labelled rows with a graph and unlabelled rows without one can run
     apart and give what one call gives.
 
+    With ``encoder="cached"`` SAM's image encoder is frozen and has no adapters, and each image is encoded once: a step
+    costs no more than the decoder. It pays where images come again, value for value: SAM sees them before intensities
+    are augmented, in the eight orientations of :class:`knowsam_monai.data.RandOrientationd`, 2D and square.
+
     Args:
         num_classes: C, background included (1 for a sigmoid student).
         image_size: height and width of SAM's input, multiples of 16; images of other sizes are resized to it.
@@ -50,9 +55,13 @@ class SAMTeacher(nn.Module):
         to_rgb: how an image becomes SAM's three channels: the index of the channel to repeat, "mean" of the channels,
             "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
         num_prompt_tokens: prompt tokens of each class (2 in the paper).
+        encoder: "adapted" (the paper), or "cached": frozen, its embeddings kept, adapters in the decoder alone.
+        cache_dir: folder that keeps the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
+        cache_dtype: torch.float16 or torch.float32, how they are kept. The deviation of float16 is in the tests.
 
     Attributes:
-        num_classes, image_size, variant, checkpoint, pretrained: as built.
+        num_classes, image_size, variant, checkpoint, pretrained, encoder: as built.
+        cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
         - image: (B, channels, H, W), 0..1; SAM's scale, mean and deviation are applied here
@@ -82,28 +91,47 @@ class SAMTeacher(nn.Module):
         trainable: str = "adapters",
         to_rgb: int | str | Callable[[torch.Tensor], torch.Tensor] = 0,
         num_prompt_tokens: int = 2,
+        encoder: str = "adapted",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
         if trainable not in ("adapters", "all"):
             raise ValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
         if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
             raise ValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
+        if encoder not in ("adapted", "cached"):
+            raise ValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
         self.num_classes = num_classes
         self.image_size = check_image_size(image_size)
+        if encoder == "cached" and self.image_size[0] != self.image_size[1]:
+            raise ValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
+        self.encoder = encoder
         self.variant = variant
         self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
         self.trainable = trainable
         self.to_rgb = to_rgb
         self.sam = build_sam(variant, self.image_size, checkpoint)
-        add_adapters(self.sam)
+        add_adapters(self.sam, encoder=encoder == "adapted")
         self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
         self._freeze(trainable)
         self.eval()
-        if not self.pretrained and trainable == "adapters":
+        if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
             logger.warning(
-                "SAM %s has no pretrained weights and all but its adapters is frozen: a teacher that knows nothing. "
-                "Give `checkpoint`, or train it whole with `trainable='all'`.",
+                "SAM %s has no pretrained weights and its %s frozen: a teacher that knows nothing. "
+                "Give `checkpoint`, or train it whole with `trainable='all'` and `encoder='adapted'`.",
                 variant,
+                "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
+            )
+        self.cache: EmbeddingCache | None = None
+        if encoder == "cached":
+            prompts = self.sam.prompt_encoder
+            self.cache = EmbeddingCache(
+                self.sam.image_encoder,
+                facts={"variant": variant, "image_size": self.image_size},
+                shape=(prompts.embed_dim, *prompts.image_embedding_size),
+                folder=cache_dir,
+                dtype=cache_dtype,
             )
 
     def _freeze(self, trainable: str) -> None:
@@ -115,6 +143,8 @@ class SAMTeacher(nn.Module):
         for module in self.sam.modules():
             if isinstance(module, Adapter):
                 module.requires_grad_(True)
+        if self.encoder == "cached":
+            self.sam.image_encoder.requires_grad_(False)
 
     @property
     def pretrained(self) -> bool:
@@ -145,6 +175,13 @@ class SAMTeacher(nn.Module):
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """SAM's embedding of images: (B, channels, H, W) to (B, D, h, w), h x w being the token grid."""
         rgb = self._three_channels(without_meta(image))
+        if self.cache is None:
+            return self._encode(rgb)
+        if rgb.shape[2] != rgb.shape[3]:
+            raise ValueError(f"`image` must be square for the encoder 'cached' but is of shape {tuple(image.shape)}.")
+        return self.cache(rgb, self._encode)
+
+    def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
         if rgb.shape[2:] != self.image_size:
             rgb = F.interpolate(rgb, size=self.image_size, mode="bilinear")
         normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from monai.data import Dataset
+from monai.transforms import Compose, RandFlipd
 
+from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
@@ -112,3 +115,87 @@ def test_trainers_optimizer_is_left_as_it_was_after_the_run():
 def test_intervals_below_one_are_errors():
     with pytest.raises(ValueError, match="must be at least 1"):
         SAMDistillation(build()[2], gate_interval=0)
+
+
+# --- every k-th step, and the image that SAM sees ---------------------------------------------------------------------
+
+
+def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
+    batches = toy_batches(3)
+    student, teacher, distiller = build()
+    other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(None))
+    toy_trainer(student, batches, loss, [SAMDistillation(distiller, every=2)]).run()
+    assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 1 and 3
+
+    other = SAMDistiller(other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)).train()
+    optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
+    for step, batch in enumerate(batches, start=1):
+        optimizer.zero_grad()
+        other.optimizer.zero_grad()
+        pred = other_student(batch["image"])
+        total = loss(pred, batch["label"])
+        if step != 2:
+            total = total + other(batch["image"], pred, batch["label"]).loss
+        total.backward()
+        optimizer.step()
+        if step != 2:
+            other.optimizer.step()
+    pairs = zip((student, teacher), (other_student, other_teacher))
+    for ours, expected in ((a, b) for one, two in pairs for a, b in zip(one.parameters(), two.parameters())):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert {int(state["step"]) for state in distiller.optimizer.state.values()} == {2}
+
+
+def test_step_without_the_teacher_has_no_terms_of_it():
+    student, _, distiller = build()
+    trainer = toy_trainer(
+        student, toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, every=2)]
+    )
+    trainer.run()
+    assert not {"distillation_loss", "sam_loss", "teacher_logits", "gate_weight"} & set(trainer.state.output)
+
+
+def test_every_below_one_is_an_error():
+    with pytest.raises(ValueError, match="`every` must be at least 1 iteration but is 0"):
+        SAMDistillation(build()[2], every=0)
+
+
+def test_teacher_sees_the_batch_s_own_image_for_it_and_the_student_does_not():
+    batches = toy_batches(1)
+    batches[0]["sam_image"] = batches[0]["image"] + 1
+    student, teacher, distiller = build()
+    seen = []
+    teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+    assert torch.equal(seen[0], batches[0]["image"]) and torch.equal(torch.cat(seen[1:]), batches[0]["sam_image"])
+
+
+def test_image_for_the_teacher_of_another_size_is_an_error():
+    batches = toy_batches(1)
+    batches[0]["sam_image"] = batches[0]["image"][:3]
+    student, _, distiller = build()
+    with pytest.raises(ValueError, match="`sam_image` must have the rows and the size of the image"):
+        toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+
+
+def test_cached_teacher_without_an_image_of_its_own_is_an_error():
+    student, teacher, distiller = build()
+    teacher.encoder = "cached"
+    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher whose encoder is 'cached'"):
+        toy_trainer(
+            student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]
+        ).run()
+
+
+def test_cached_teacher_with_another_spatial_transform_is_an_error_before_the_first_step():
+    rows = [{"image": torch.rand(1, 8, 8), "label": torch.zeros(1, 8, 8)} for _ in range(2)]
+    loader = SemiSupervisedLoader(Dataset(rows, Compose([RandOrientationd(), RandFlipd("image")])), None, 2, 0)
+    student, teacher, distiller = build()
+    teacher.encoder = "cached"
+    student.register_forward_pre_hook(lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(ValueError, match="only random flip.* but the augmentation has RandFlipd"):
+        toy_trainer(student, loader, PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.data import MetaTensor
 
+from knowsam_monai.data.orientation import orient
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.sam import build_sam
 from knowsam_monai.networks.sam_decoder import dense_positions
@@ -282,3 +283,118 @@ def test_a_frozen_sam_without_weights_is_warned_of(trainable, warns, caplog):
     with caplog.at_level(logging.WARNING):
         toy_teacher(trainable=trainable)
     assert ["no pretrained weights" in message for message in caplog.messages] == [True] * warns
+
+
+# --- cached embeddings ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("sam") / "vit_t.pt"
+    torch.save(build_sam("vit_t", 32).state_dict(), path)
+    return path
+
+
+def cached_teacher(weights, **kwargs) -> SAMTeacher:
+    kwargs = {"trainable": "adapters", "encoder": "cached", "cache_dtype": torch.float32} | kwargs
+    return toy_teacher(checkpoint=weights, **kwargs)
+
+
+def uncached_logits(teacher, image, prompt_logits):
+    """Encoded in one batch by the frozen encoder, nothing looked up."""
+    return teacher.decode(teacher._encode(image.expand(-1, 3, -1, -1)), prompt_logits)
+
+
+def test_cached_encoder_trains_decoder_adapters_and_prompt_head_alone(weights):
+    teacher = trained_adapters(cached_teacher(weights))
+    expected = adapter_and_prompt_names(teacher)
+    assert not [name for name in expected if name.startswith("sam.image_encoder")]
+    assert not [m for m in teacher.sam.image_encoder.modules() if isinstance(m, Adapter)]
+    assert trainable_names(teacher) == expected
+    teacher(*toy_batch()).square().mean().backward()
+    assert names_with_gradient(teacher) == expected
+
+
+def test_all_mode_leaves_a_cached_encoder_frozen(weights):
+    teacher = cached_teacher(weights, trainable="all")
+    names = trainable_names(teacher)
+    assert names > adapter_and_prompt_names(teacher)
+    assert not [name for name in names if name.startswith("sam.image_encoder")]
+
+
+def trained_adapters(teacher):
+    torch.manual_seed(3)
+    for module in teacher.modules():
+        if isinstance(module, Adapter):
+            nn.init.normal_(module.up.weight, std=0.02)
+    return teacher
+
+
+def test_logits_from_the_cache_equal_those_of_the_frozen_encoder(weights):
+    teacher = trained_adapters(cached_teacher(weights))
+    image, prompt_logits = toy_batch(batch_size=4)
+    expected = uncached_logits(teacher, image, prompt_logits)
+    for _ in range(2):  # filling, then looking up
+        torch.testing.assert_close(teacher(image, prompt_logits), expected, rtol=0, atol=1e-6)
+    assert len(teacher.cache) == 4
+
+
+def test_cached_teacher_begins_as_the_one_with_adapters_in_the_encoder(weights):
+    """Adapters begin as nothing: both are SAM, with the same prompt head."""
+    teacher, adapted = cached_teacher(weights), toy_teacher(checkpoint=weights, trainable="adapters")
+    adapted.prompt.load_state_dict(teacher.prompt.state_dict())
+    torch.testing.assert_close(teacher(*toy_batch()), adapted(*toy_batch()), rtol=0, atol=1e-6)
+
+
+def test_half_precision_cache_moves_the_logits_by_a_thousandth(weights):
+    """float16 keeps 11 bits of an embedding; logits deviate by less than a thousandth of their deviation."""
+    teacher = trained_adapters(cached_teacher(weights, cache_dtype=torch.float16))
+    image, prompt_logits = toy_batch(batch_size=4)
+    expected = uncached_logits(teacher, image, prompt_logits)
+    found = teacher(image, prompt_logits)
+    assert not torch.equal(found, expected)
+    error = ((found - expected).abs().max() / expected.std()).item()
+    assert error < 1e-3, error
+
+
+def test_each_orientation_from_the_cache_is_that_of_the_encoder(weights):
+    teacher = cached_teacher(weights)
+    image, prompt_logits = toy_batch(batch_size=1)
+    for orientation in range(8):
+        turned = orient(image[0], orientation)[None]
+        expected = uncached_logits(teacher, turned, prompt_logits)
+        for _ in range(2):
+            torch.testing.assert_close(teacher(turned, prompt_logits), expected, rtol=0, atol=1e-6)
+    assert len(teacher.cache) == 8
+
+
+def test_folder_of_embeddings_serves_the_next_teacher_and_no_other(weights, tmp_path):
+    image, prompt_logits = toy_batch()
+    teacher = cached_teacher(weights, cache_dir=tmp_path)
+    teacher(image, prompt_logits)
+    other = cached_teacher(weights, cache_dir=tmp_path)
+    other._encode = lambda rgb: pytest.fail("it was encoded again")
+    other.prompt.load_state_dict(teacher.prompt.state_dict())
+    assert torch.equal(other(image, prompt_logits), teacher(image, prompt_logits))
+    with pytest.raises(ValueError, match="`cache_dir` must hold the embeddings of this encoder"):
+        toy_teacher(encoder="cached", cache_dir=tmp_path)
+
+
+def test_a_state_that_is_loaded_is_the_encoder_that_is_looked_up(weights):
+    image, prompt_logits = toy_batch()
+    teacher = cached_teacher(weights)
+    before = teacher(image, prompt_logits)
+    trained(teacher.sam.image_encoder)
+    expected = uncached_logits(teacher, image, prompt_logits)
+    torch.testing.assert_close(teacher(image, prompt_logits), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-4)
+
+
+def test_cached_encoder_of_unequal_sides_is_an_error(weights):
+    with pytest.raises(ValueError, match="`image_size` must be square for the encoder 'cached'"):
+        toy_teacher(encoder="cached", image_size=(32, 48))
+    with pytest.raises(ValueError, match="`image` must be square for the encoder 'cached'"):
+        cached_teacher(weights)(*toy_batch(size=(32, 24)))
+    with pytest.raises(ValueError, match="`encoder` must be 'adapted' or 'cached' but is 'frozen'"):
+        toy_teacher(encoder="frozen")

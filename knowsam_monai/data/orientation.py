@@ -1,0 +1,165 @@
+"""Flips and turns of a square image, and the check that nothing else moves what a cached encoder sees."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import (
+    Compose,
+    Flip,
+    MapTransform,
+    Randomizable,
+    RandomizableTransform,
+    RandSimulateLowResolution,
+    RandSimulateLowResolutiond,
+    Rotate90,
+)
+from monai.transforms.traits import LazyTrait
+
+__all__ = ["SAM_IMAGE", "RandOrientationd", "check_orientations", "orient"]
+
+SAM_IMAGE = "sam_image"
+NUM_ORIENTATIONS = 8
+KEEPS_GEOMETRY = (RandSimulateLowResolution, RandSimulateLowResolutiond)  # MONAI has them among the spatial ones
+
+
+def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """One of the eight flips and turns of a square: `orientation % 4` quarter turns, then from 4 on a flip of axis 0.
+
+    Args:
+        image: (ch, n, n); a MetaTensor's affine is turned too.
+        orientation: 0 (nothing) to 7.
+
+    Raises:
+        ValueError: if the image is not 2D and square.
+
+    Example:
+        >>> orient(torch.tensor([[[1, 2], [3, 4]]]), 4).tolist()
+        [[[3, 4], [1, 2]]]
+    """
+    if image.ndim != 3 or image.shape[1] != image.shape[2]:
+        raise ValueError(
+            f"`image` must be 2D and square, (channels, n, n), to be flipped and turned but is of shape "
+            f"{tuple(image.shape)}; resize or pad it before."
+        )
+    if orientation % 4:
+        image = Rotate90(k=orientation % 4)(image)
+    return Flip(spatial_axis=0)(image) if orientation >= 4 else image
+
+
+class RandOrientationd(RandomizableTransform, MapTransform):
+    """Flip and turn a square image by one of the eight orientations, drawn with equal chances.
+
+    Beside the keys it writes `"orientation"`, 0 to 7 (see `orient`), and `"sam_image"`: the image flipped and turned
+    but not augmented otherwise. `SAMDistillation` gives that one to the teacher: SAM sees the image before intensities
+    are augmented, and so each image in eight forms only, which `SAMTeacher(encoder="cached")` encodes once.
+    Put it before every other random transform.
+
+    Args:
+        keys: keys to flip and turn alike.
+        image_key: the one of them that SAM sees.
+        orientations: those to draw from; all eight.
+        allow_missing_keys: for unlabelled items.
+
+    Shape:
+        (ch, n, n) each.
+
+    Raises:
+        ValueError: if `image_key` is not one of `keys`, an orientation is not 0 to 7, or an image is not 2D and square.
+
+    Example:
+        >>> item = RandOrientationd(keys="image")({"image": torch.rand(1, 8, 8)})
+        >>> sorted(item)
+        ['image', 'orientation', 'sam_image']
+    """
+
+    def __init__(
+        self,
+        keys: Any = ("image", "label"),
+        image_key: str = "image",
+        orientations: Sequence[int] = tuple(range(NUM_ORIENTATIONS)),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        if image_key not in self.keys:
+            raise ValueError(f"`image_key` must be one of `keys`, {list(self.keys)}, but is {image_key!r}.")
+        if len(orientations) == 0 or any(o not in range(NUM_ORIENTATIONS) for o in orientations):
+            raise ValueError(f"`orientations` must be numbers from 0 to 7 but is {list(orientations)}.")
+        self.image_key = image_key
+        self.orientations = tuple(orientations)
+        self.orientation = self.orientations[0]
+
+    def randomize(self, data: Any = None) -> None:
+        super().randomize(data)
+        self.orientation = self.orientations[self.R.randint(len(self.orientations))]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.randomize()
+        item = dict(data)
+        for key in self.key_iterator(item):
+            item[key] = orient(item[key], self.orientation)
+        return {**item, "orientation": self.orientation, SAM_IMAGE: item[self.image_key].clone()}
+
+
+def check_orientations(loader: Any, label_key: str = "label") -> None:
+    """Refuse a pipeline in which a cached teacher would see other images than it can keep, or other than the label's.
+
+    Of random transforms, `RandOrientationd` must come first, once, and no other may move pixels or touch the label.
+
+    Args:
+        loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`.
+        label_key: key of the label.
+
+    Raises:
+        ValueError: naming the transform that does not fit.
+
+    Example:
+        >>> check_orientations(SemiSupervisedLoader(labeled, unlabeled, 2, 2))     # doctest: +SKIP
+    """
+    datasets = getattr(loader, "datasets", None) or (getattr(loader, "dataset", None),)
+    for dataset in datasets:
+        transform = getattr(dataset, "transform", None)
+        if transform is not None:
+            _check_pipeline([t for t in _leaves(transform) if isinstance(t, Randomizable)], label_key)
+
+
+def _check_pipeline(transforms: list[Any], label_key: str) -> None:
+    names = [type(transform).__name__ for transform in transforms]
+    for name, transform in zip(names, transforms):
+        if not isinstance(transform, RandOrientationd) and _moves_pixels(transform):
+            raise ValueError(
+                f"`encoder` 'cached' must have RandOrientationd as the only random flip, turn, deformation or crop but "
+                f"the augmentation has {name}; remove it, or take the encoder 'adapted'."
+            )
+    if names.count("RandOrientationd") != 1 or names[0] != "RandOrientationd":
+        raise ValueError(
+            "`encoder` 'cached' must have one RandOrientationd before all other random transforms but the augmentation "
+            f"has {', '.join(names) or 'no random transform'}; SAM sees the image as RandOrientationd leaves it."
+        )
+    for name, transform in zip(names[1:], transforms[1:]):
+        if label_key in getattr(transform, "keys", ()):
+            raise ValueError(
+                f"`encoder` 'cached' must have no random transform of {label_key!r} but RandOrientationd but {name} is "
+                f"one: SAM would learn from labels that its image does not show. Take {label_key!r} out of its keys."
+            )
+
+
+def _leaves(transform: Any) -> Iterator[Any]:
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            yield from _leaves(part)
+    else:
+        yield transform
+
+
+def _moves_pixels(transform: Any) -> bool:
+    """Whether a random transform is one of MONAI's spatial ones or crops, or says itself that it resamples."""
+    module = type(transform).__module__
+    spatial = module.startswith(("monai.transforms.spatial.", "monai.transforms.croppad.")) or isinstance(
+        transform, LazyTrait
+    )
+    deforms = type(transform).__name__.startswith("RandSmoothDeform")
+    return (spatial or deforms) and not isinstance(transform, KEEPS_GEOMETRY)
