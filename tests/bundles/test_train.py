@@ -182,6 +182,30 @@ def test_command_line_from_the_bundle_runs_without_importing_segment_anything(sm
     assert {"model.pt", "validation.png"} <= files(tmp_path)
 
 
+def test_cached_encoder_keeps_an_embedding_of_each_orientation_and_trains(training, tmp_path):
+    run = training(sam_encoder="cached", sam_cache_dir=str(tmp_path / "cache"), max_iterations=2).run()
+    names = {name for name, p in run["teacher"].named_parameters() if p.requires_grad}
+    assert names and not [name for name in names if name.startswith("sam.image_encoder")]
+    assert 4 <= len(run["teacher"].cache) <= 8 and run["sam_optimizer"].state
+    pipelines = [run[f"train#{kind}_augmentation"].transforms for kind in ("weak", "strong")]
+    common = ["RandOrientationd", "RandScaleIntensityd", "RandShiftIntensityd", "RandCoarseDropoutd"]
+    assert [[type(t).__name__ for t in pipeline] for pipeline in pipelines] == [common, common]
+
+
+def test_adapted_encoder_is_augmented_as_published(training):
+    run = training()
+    names = [[type(t).__name__ for t in run[f"train#{kind}_augmentation"].transforms] for kind in ("weak", "strong")]
+    intensities, holes = ["RandScaleIntensityd", "RandShiftIntensityd"], "RandCoarseDropoutd"
+    assert names[0] == ["RandFlipd", "RandFlipd", *intensities, "RandAffined", holes]
+    assert names[1] == [*intensities, "RandAffined", "OneOf", holes]
+    assert run["train#weak_augmentation"].transforms[-1].keys == ("image", "label")
+
+
+def test_teacher_runs_every_second_iteration(training):
+    run = training(distillation_every=2, mixing_weight=0).run()
+    assert ["sam_loss" in step for step in run.history] == [True, False]
+
+
 # --- how it trains ----------------------------------------------------------------------------------------------------
 
 

@@ -130,7 +130,9 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, every=2)]).run()
     assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 1 and 3
 
-    other = SAMDistiller(other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)).train()
+    other = SAMDistiller(
+        other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)
+    ).train()
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
     for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
@@ -186,9 +188,7 @@ def test_cached_teacher_without_an_image_of_its_own_is_an_error():
     student, teacher, distiller = build()
     teacher.encoder = "cached"
     with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher whose encoder is 'cached'"):
-        toy_trainer(
-            student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]
-        ).run()
+        toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
 
 
 def test_cached_teacher_with_another_spatial_transform_is_an_error_before_the_first_step():

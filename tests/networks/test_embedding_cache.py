@@ -94,7 +94,9 @@ def test_it_is_filled_outside_autocast():
     assert torch.equal(out, torch.cat([encoder.proj(row[None]) for row in x]))
 
 
-@pytest.mark.parametrize("change", [lambda e: e.proj.weight.mul_(2), lambda e: e.load_state_dict(Encoder(5).state_dict())])
+@pytest.mark.parametrize(
+    "change", [lambda e: e.proj.weight.mul_(2), lambda e: e.load_state_dict(Encoder(5).state_dict())]
+)
 def test_weights_that_change_in_place_make_it_start_anew(change):
     encoder, cache = build()
     x = images(1)
