@@ -90,7 +90,8 @@ def _distance_field(rng: np.random.Generator, size: int, centre: np.ndarray, rad
     angle, reach = np.arctan2(v, u), np.float32(radius)
     roughness = rng.choice([0.02, 0.08, 0.2])
     for k in range(2, 6):
-        reach = reach + np.float32(radius * roughness * rng.normal() / (k - 1)) * np.cos(k * angle + rng.uniform(0, 6.3))
+        amplitude = np.float32(radius * roughness * rng.normal() / (k - 1))
+        reach = reach + amplitude * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
     return np.hypot(u, v) / np.maximum(reach, 0.3 * radius)
 
 

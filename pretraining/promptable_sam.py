@@ -1,4 +1,4 @@
-"""SAM asked as its authors ask it, many objects of many images in one call: points, boxes, masks; four masks, four IoUs.
+"""SAM asked as its authors ask it, many objects of many images in one call: points, boxes and masks to four masks.
 
 `segment_anything` takes one image a call. Here its modules are driven on a batch; one image gives what upstream gives.
 """

@@ -15,7 +15,7 @@ NO_POINT, OFF, ON, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
 
 
 class Prompts(NamedTuple):
-    """First prompts of P objects: points (P, 2, 2), codes (P, 2), mask logits (P, h, w), which rows have a mask (P,)."""
+    """Of P objects: points (P, 2, 2), codes (P, 2), mask logits (P, h, w), which rows have a mask (P,)."""
 
     points: torch.Tensor
     codes: torch.Tensor
@@ -24,7 +24,11 @@ class Prompts(NamedTuple):
 
 
 def first_prompts(
-    masks: torch.Tensor, others: torch.Tensor, mask_size: tuple[int, int], generator: torch.Generator, wrong: float = 0.1
+    masks: torch.Tensor,
+    others: torch.Tensor,
+    mask_size: tuple[int, int],
+    generator: torch.Generator,
+    wrong: float = 0.1,
 ) -> Prompts:
     """A point (25 %), a box (25 %), a mask (30 %), or a mask with a box or a point (10 % each).
 
