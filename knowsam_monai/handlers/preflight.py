@@ -82,6 +82,8 @@ class Preflight:
             return [("teacher", "none (use_sam is False)")]
         teacher = self.distiller.teacher
         weights = "pretrained" if getattr(teacher, "pretrained", False) else "NOT pretrained: random weights, not SAM's"
+        if getattr(teacher, "stand_in", False):
+            weights = "pretrained stand-in, NOT SAM"
         groups: dict[str, int] = {}
         for name, parameter in teacher.named_parameters():
             if parameter.requires_grad:

@@ -12,6 +12,7 @@ import torch.nn as nn
 from knowsam_monai.networks.sam_checkpoint import load_checkpoint, read_checkpoint
 from knowsam_monai.networks.sam_variants import SAM_VARIANTS
 from knowsam_monai.networks.segment_anything_import import import_segment_anything
+from knowsam_monai.networks.stand_in import STAND_IN, stand_in_checkpoint
 
 SIZE_DIVISOR = 16
 
@@ -28,7 +29,8 @@ def build_sam(
         variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes (2 M parameters,
             patch size 8 so that 128 x 128 pixels keep 16 x 16 tokens) for which no published weights exist.
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
-        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). None leaves them random.
+        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). "procedural" is the package's
+            own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None leaves them random.
 
     Returns:
         `segment_anything`'s Sam in eval mode.
@@ -52,6 +54,8 @@ def build_sam(
     numbers = SAM_VARIANTS[variant]
     size = check_image_size(image_size)
     grid = (size[0] // numbers.patch_size, size[1] // numbers.patch_size)
+    if checkpoint == STAND_IN:
+        checkpoint = stand_in_checkpoint(variant)
     state = None if checkpoint is None else read_checkpoint(checkpoint, variant)
 
     modeling = import_segment_anything().modeling

@@ -48,8 +48,9 @@ class SAMTeacher(nn.Module):
     Args:
         num_classes: C, background included (1 for a sigmoid student).
         image_size: height and width of SAM's input, multiples of 16; images of other sizes are resized to it.
-        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, random weights), see :func:`build_sam`.
-        checkpoint: SAM's weights. None leaves them random: for "adapters" that is a test, not a teacher.
+        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, none published), see :func:`build_sam`.
+        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``vit_t``). None leaves them
+            random: for "adapters" that is a test, not a teacher.
         trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM without
             pretrained weights.
         to_rgb: how an image becomes SAM's three channels: the index of the channel to repeat, "mean" of the channels,
@@ -60,7 +61,7 @@ class SAMTeacher(nn.Module):
         cache_dtype: torch.float16 or torch.float32, how they are kept. The deviation of float16 is in the tests.
 
     Attributes:
-        num_classes, image_size, variant, checkpoint, pretrained, encoder: as built.
+        num_classes, image_size, variant, checkpoint, pretrained, stand_in, encoder: as built.
         cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
@@ -150,6 +151,11 @@ class SAMTeacher(nn.Module):
     def pretrained(self) -> bool:
         """Whether SAM's weights came from a checkpoint."""
         return self.checkpoint is not None
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether the weights came from a checkpoint that can't be SAM's: none of ``vit_t`` was ever published."""
+        return self.pretrained and self.variant == "vit_t"
 
     @property
     def num_parameters(self) -> int:

@@ -1,0 +1,112 @@
+"""
+Zero-shot Dice of `vit_t` with a box prompt: the stand-in pretrained on procedural images, beside random weights.
+
+    python -m benchmarks.zero_shot                                        # the phantom
+    KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC's validation slices
+    python -m benchmarks.zero_shot --checkpoint some/vit_t.pt --image_size 64
+
+Neither network has seen a medical image, and neither is SAM. Each class of each slice is asked for by its true box,
+`--padding` pixels wider on each side; the single mask at logit 0 is compared with the class, and Dice is averaged over
+slices and then classes. Prompted by the box, a mask that fills it has a high Dice: "box filled" is that floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import defaultdict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.transforms import Resized
+
+from knowsam_monai.data import LoadCased, ScaleVolumed, SplitSlicesd, load_datalist, slice_dataset
+from knowsam_monai.networks import build_sam
+from pretraining.promptable_sam import decode, encode
+from pretraining.prompts import BOTTOM_RIGHT, TOP_LEFT, boxes_of
+
+CLASSES = ("right ventricle", "myocardium", "left ventricle")
+
+
+def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(image (1, size, size), label (1, size, size)) of each validation slice, preprocessed as the bundle does."""
+    items = load_datalist(dataset_dir, phantom_dir=folder)["validation"]
+    keys = ["image", "label"]
+    preprocessing = [
+        LoadCased(keys, ensure_channel_first=True),
+        ScaleVolumed("image"),
+        SplitSlicesd(keys),
+        Resized(keys, spatial_size=(size, size), mode=("bilinear", "nearest-exact")),
+    ]
+    return [
+        (torch.as_tensor(x["image"]).float(), torch.as_tensor(x["label"]))
+        for x in slice_dataset(items, preprocessing, progress=False)
+    ]
+
+
+@torch.no_grad()
+def box_prompted_dice(
+    sam: nn.Module | None, slices: list[tuple[torch.Tensor, torch.Tensor]], padding: int
+) -> dict[str, float]:
+    """Mean Dice of each class with its padded true box as prompt; without a network, of the filled box."""
+    dice = defaultdict(list)
+    for image, label in slices:
+        present = [c for c in range(1, len(CLASSES) + 1) if (label == c).any()]
+        if not present:
+            continue
+        masks = torch.cat([label == c for c in present])
+        size = image.shape[-1]
+        boxes = boxes_of(masks) + padding * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+        boxes = boxes.clamp(0, size - 1)
+        if sam is None:
+            y, x = torch.arange(size)[:, None], torch.arange(size)
+            left, top, right, bottom = boxes[:, :, None, None].unbind(1)
+            predicted = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+        else:
+            logits, _ = decode(
+                sam,
+                embedding=encode(sam, image[None]),
+                points=boxes.unflatten(1, (2, 2)),
+                codes=torch.tensor([TOP_LEFT, BOTTOM_RIGHT]).expand(len(boxes), -1),
+                mask_logits=torch.zeros(len(boxes), *sam.prompt_encoder.mask_input_size),
+                has_mask=torch.zeros(len(boxes), dtype=torch.bool),
+            )
+            predicted = F.interpolate(logits[:, :1], size=(size, size), mode="bilinear")[:, 0] > 0
+        overlap = 2 * (predicted & masks).sum(dim=(1, 2)) / (predicted.sum(dim=(1, 2)) + masks.sum(dim=(1, 2)))
+        for number, value in zip(present, overlap.tolist()):
+            dice[CLASSES[number - 1]].append(value)
+    means = {name: sum(values) / len(values) for name, values in dice.items()}
+    return {**means, "mean": sum(means.values()) / len(means)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="procedural", help="'procedural' or a file of vit_t")
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--padding", type=int, default=2, help="pixels added to each side of the true box")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    networks = {
+        "vit_t pretrained on procedural images": build_sam("vit_t", options.image_size, options.checkpoint),
+        "vit_t from scratch (random weights)": build_sam("vit_t", options.image_size),
+        "box filled": None,
+    }
+    print(f"`{' '.join(['python -m benchmarks.zero_shot', *sys.argv[1:]])}`\n")
+    print(f"| data | teacher, not SAM | {' | '.join(CLASSES)} | mean |\n|---|---|{'---|' * (len(CLASSES) + 1)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for data in ("phantom", "ACDC"):
+            dataset_dir = os.environ.get("KNOWSAM_ACDC_DIR") if data == "ACDC" else None
+            if data == "ACDC" and not dataset_dir:
+                continue
+            slices = validation_slices(dataset_dir, options.image_size, os.path.join(folder, "phantom"))
+            for name, sam in networks.items():
+                dice = box_prompted_dice(sam, slices, options.padding)
+                row = " | ".join(f"{100 * dice[key]:.1f}" for key in (*CLASSES, "mean"))
+                print(f"| {data}, {len(slices)} slices | {name} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

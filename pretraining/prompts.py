@@ -1,0 +1,131 @@
+"""Simulated prompts: points, boxes and masks as a user or another network would give them, some of them wrong.
+
+A prompt's points are (P, T, 2) as x, y in pixels with codes (P, T): 1 on the object, 0 off it, 2 and 3 a box's corners,
+-1 no point. All randomness comes from the generator that is passed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NO_POINT, OFF, ON, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
+
+
+class Prompts(NamedTuple):
+    """Of P objects: points (P, 2, 2), codes (P, 2), mask logits (P, h, w), which rows have a mask (P,)."""
+
+    points: torch.Tensor
+    codes: torch.Tensor
+    mask_logits: torch.Tensor
+    has_mask: torch.Tensor
+
+
+def first_prompts(
+    masks: torch.Tensor,
+    others: torch.Tensor,
+    mask_size: tuple[int, int],
+    generator: torch.Generator,
+    wrong: float = 0.1,
+) -> Prompts:
+    """A point (25 %), a box (25 %), a mask (30 %), or a mask with a box or a point (10 % each).
+
+    Args:
+        masks: true masks (P, H, W) bool, none empty.
+        others: masks of something else in the same images, which a wrong mask prompt holds too.
+        mask_size: (h, w) of a mask prompt.
+        generator: of all choices.
+        wrong: share of boxes that are far off and of mask prompts that hold another object.
+    """
+    kind = torch.rand(len(masks), generator=generator)
+    is_point = (kind < 0.25) | (kind >= 0.9)
+    is_box = ((kind >= 0.25) & (kind < 0.5)) | ((kind >= 0.8) & (kind < 0.9))
+    far_off = torch.rand(len(masks), generator=generator) < wrong
+    point = sample_points(masks, generator)
+    points = torch.stack((point, torch.zeros_like(point)), dim=1)
+    corners = noised_boxes(boxes_of(masks), masks.shape[-2:], generator, far_off).unflatten(-1, (2, 2))
+    points = torch.where(is_box[:, None, None], corners, points)
+    codes = torch.full((len(masks), 2), NO_POINT)
+    codes[is_point, 0] = ON
+    codes[is_box] = torch.tensor([TOP_LEFT, BOTTOM_RIGHT])
+    return Prompts(points, codes, corrupted_masks(masks, others, mask_size, generator, wrong), kind >= 0.5)
+
+
+def boxes_of(masks: torch.Tensor) -> torch.Tensor:
+    """The tight boxes (P, 4) of masks (P, H, W), none empty: x and y of the first and the last pixel.
+
+    Example::
+
+        >>> mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+        >>> mask[0, 2:5, 1:7] = True
+        >>> boxes_of(mask)
+        tensor([[1., 2., 6., 4.]])
+    """
+    spans = []
+    for axis in (1, 2):  # columns used, then rows used
+        used = masks.any(dim=axis).float()
+        spans.append((used.argmax(dim=1), used.shape[1] - 1 - used.flip(1).argmax(dim=1)))
+    (left, right), (top, bottom) = spans
+    return torch.stack((left, top, right, bottom), dim=1).float()
+
+
+def noised_boxes(
+    boxes: torch.Tensor, size: tuple[int, int], generator: torch.Generator, far_off: torch.Tensor
+) -> torch.Tensor:
+    """Move each side by a normal of 10 % of the box's length there, at most 5 % of the image (SAM: 2 %, 20 of 1024).
+
+    A box that is ``far_off`` gets three times as much.
+    """
+    lengths = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
+    limit = 0.05 * torch.tensor([size[1], size[0]], dtype=boxes.dtype).repeat(2)
+    factor = 1.0 + 2.0 * far_off[:, None]
+    noise = torch.randn(boxes.shape, generator=generator) * 0.1 * lengths * factor
+    boxes = boxes + torch.minimum(torch.maximum(noise, -limit * factor), limit * factor)
+    edge = torch.tensor([size[1] - 1, size[0] - 1], dtype=boxes.dtype)
+    corners = boxes.unflatten(1, (2, 2)).sort(dim=1).values
+    return torch.minimum(corners.clamp(min=0), edge).flatten(1)
+
+
+def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One pixel (P, 2), x and y, drawn evenly from each region (P, H, W) bool; the first pixel where it is empty."""
+    lots = torch.rand(regions.shape, generator=generator).clamp(min=1e-6) * regions
+    place = lots.flatten(1).argmax(dim=1)
+    return torch.stack((place % regions.shape[2], place // regions.shape[2]), dim=1).float()
+
+
+def corrections(
+    predicted: torch.Tensor, masks: torch.Tensor, generator: torch.Generator, wrong: float = 0.05
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next click (P, 1, 2) and its code (P, 1): a pixel of the error, on the object where it was missed.
+
+    A share ``wrong`` of the clicks says the opposite. Where nothing is wrong the click is on the object.
+    """
+    error = predicted != masks
+    region = torch.where(error.flatten(1).any(dim=1)[:, None, None], error, masks)
+    points = sample_points(region, generator)
+    rows, x, y = torch.arange(len(masks)), *points.long().unbind(1)
+    missed = masks[rows, y, x]
+    mistaken = torch.rand(len(masks), generator=generator) < wrong
+    return points[:, None], (missed ^ mistaken).long()[:, None]
+
+
+def corrupted_masks(
+    masks: torch.Tensor, others: torch.Tensor, size: tuple[int, int], generator: torch.Generator, wrong: float
+) -> torch.Tensor:
+    """Logits (P, h, w) as another network might give them: moved, eaten into, too sure or unsure, of any offset."""
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand((len(masks), 1, 1), generator=generator)
+
+    mixed = torch.maximum(masks.float(), others.float() * (uniform(0, 1) < wrong))
+    coarse = F.interpolate(mixed[:, None], size=size, mode="area")
+    reach = 0.08 * uniform(0, 1) ** 2
+    shift = torch.randn((len(masks), 2), generator=generator) * reach[:, 0]
+    turn = torch.eye(2).expand(len(masks), 2, 2)
+    grid = F.affine_grid(torch.cat((turn, 2 * shift[..., None]), dim=2), list(coarse.shape), align_corners=False)
+    moved = F.grid_sample(coarse, grid, align_corners=False)[:, 0]
+    blotches = torch.randn((len(masks), 1, 8, 8), generator=generator)
+    blotches = F.interpolate(blotches, size=size, mode="bicubic")[:, 0]
+    return uniform(4, 24) * (moved - 0.5 + uniform(0, 0.5) * blotches) + uniform(-2, 2)
