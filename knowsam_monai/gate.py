@@ -105,10 +105,8 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
     axes = range(-1, 1 - image.ndim, -1)
     flips = [partial(torch.flip, dims=dims) for count in range(1, len(axes) + 1) for dims in combinations(axes, count)]
     planes = [(b, a) for a, b in combinations(axes, 2) if image.shape[a] == image.shape[b]]
-    quarters = [[partial(torch.rot90, k=k, dims=plane) for k in (1, 3)] for plane in planes]
-    return [(flip, flip) for flip in flips] + [
-        pair for left, right in quarters for pair in ((left, right), (right, left))
-    ]
+    quarters = [(partial(torch.rot90, k=k, dims=p), partial(torch.rot90, k=-k, dims=p)) for p in planes for k in (1, 3)]
+    return [(flip, flip) for flip in flips] + quarters
 
 
 def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ class UncertaintyGuidedMixing:
         grid_size: cells along each spatial axis, one number for all axes or one for each; 4.
         num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
         pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
-            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student. A
-            teacher that sees some slices of a volume only (``SliceTeacher(slices=k)``) labels none: it is the student's.
+            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student. A teacher
+            that sees some slices of a volume only (``SliceTeacher(slices=k)``) labels none: there it is "student".
         view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
 
     Raises:
@@ -143,7 +143,8 @@ class UncertaintyGuidedMixing:
         grid = (self.grid_size,) * len(spatial) if isinstance(self.grid_size, int) else self.grid_size
         if len(grid) != len(spatial) or any(cells > size for cells, size in zip(grid, spatial)):
             raise ValueError(
-                f"`grid_size` must be at most the image's size {tuple(spatial)}, one number for each axis, but is {grid}."
+                f"`grid_size` must be at most the image's size {tuple(spatial)}, one number for each axis, but is "
+                f"{grid}; volumes have three axes, images two."
             )
         _check_cells(self.num_cells, grid)
         return grid
@@ -152,8 +153,8 @@ class UncertaintyGuidedMixing:
 def _check_cells(num_cells: int, grid: Sequence[int]) -> None:
     if not 0 < num_cells < math.prod(grid):
         raise ValueError(
-            f"`num_cells` must be between 1 and {math.prod(grid) - 1}, of a grid of {' x '.join(map(str, grid))} cells, "
-            f"but is {num_cells}."
+            f"`num_cells` must be between 1 and {math.prod(grid) - 1}, of a grid of {' x '.join(map(str, grid))} "
+            f"cells, but is {num_cells}."
         )
 
 

@@ -145,8 +145,8 @@ class SliceTeacher(nn.Module):
 def _check_volume(tensor: Tensor) -> None:
     if tensor.ndim != 5:
         raise ValueError(
-            f"`image` must be volumes (B, channels, H, W, D) but is of shape {tuple(tensor.shape)}; for images take the "
-            "2D teacher as it is."
+            f"`image` must be volumes (B, channels, H, W, D) but is of shape {tuple(tensor.shape)}; for images take "
+            "the 2D teacher as it is."
         )
 
 

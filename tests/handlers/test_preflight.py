@@ -9,6 +9,7 @@ from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.preflight import Preflight
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+from knowsam_monai.networks import SliceTeacher
 
 from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
@@ -57,3 +58,10 @@ def test_report_says_what_the_run_is(caplog):
         "expected finish",
     ):
         assert fact in text, fact
+
+
+def test_report_of_a_teacher_of_slices_names_the_parts_of_sam_that_train():
+    student, teacher = ToyStudent(spatial_dims=3), SliceTeacher(ToyTeacher())
+    preflight = Preflight(student, torch.optim.SGD(student.parameters()), SAMDistiller(teacher), num_rows=(6, 60))
+    rows = dict(preflight._teacher_rows())
+    assert rows["teacher"].startswith("SliceTeacher") and "image_conv 30, prompt_conv 12" in rows["teacher trains"]

@@ -4,11 +4,12 @@ import pytest
 import torch
 from monai.engines import SupervisedEvaluator
 from monai.handlers import MeanDice, from_engine
-from monai.inferers import SliceInferer
+from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.transforms import AsDiscreted
 
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.teacher_validation import TeacherValidation
+from knowsam_monai.networks import SliceTeacher
 
 from ..toys import ToyStudent, ToyTeacher
 
@@ -37,6 +38,19 @@ def test_teacher_sees_each_slice_with_the_students_logits_as_prompt():
     TeacherValidation(SAMDistiller(teacher))(evaluator)
     for k in range(3):
         expected = teacher(image[..., k], student(image[..., k]))
+        torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., k], expected)
+
+
+def test_teacher_of_slices_sees_the_windows_of_a_3d_student_whole():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent(spatial_dims=3).eval(), SliceTeacher(ToyTeacher(), slices=2)
+    image = torch.rand(1, 1, 8, 8, 4)
+    evaluator = evaluator_of(SAMDistiller(teacher), student)
+    evaluator.inferer = SlidingWindowInferer(roi_size=(8, 8, 4))
+    evaluator.state.output = {"image": image, "pred": student(image)}
+    TeacherValidation(SAMDistiller(teacher))(evaluator)
+    for k in range(4):
+        expected = teacher.sam_teacher(image[..., k], student(image)[..., k])
         torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., k], expected)
 
 
