@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.losses.supervised import check_label
+from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.views import unstack_views
+
+Teacher = Callable[[Tensor, Tensor], Tensor]
 
 
 class Distillation(NamedTuple):
@@ -23,7 +27,8 @@ class Distillation(NamedTuple):
 
     distillation_loss: Tensor  # weighted and gated; its gradient reaches the student alone
     sam_loss: Tensor  # its gradient reaches the teacher alone; 0 without labelled rows
-    teacher_logits: Tensor  # (B, C, *spatial), detached
+    teacher_logits: Tensor  # (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume
+    slices: SliceSelection | None = None  # the slices of each volume that both losses are about; None: all there is
 
     @property
     def loss(self) -> Tensor:
@@ -42,7 +47,8 @@ class SAMDistiller(nn.Module):
 
     Args:
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), one row independent of the
-            others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`.
+            others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
+            :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
         optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
         distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`DistillationLoss`.
         sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
@@ -107,6 +113,7 @@ class SAMDistiller(nn.Module):
         label: Tensor | None = None,
         labeled_rows: int | slice | None = None,
         weight: float = 1.0,
+        iteration: int | None = None,
     ) -> Distillation:
         """
         Args:
@@ -116,26 +123,40 @@ class SAMDistiller(nn.Module):
             label: (B_l, 1, *spatial) class indices of the labelled rows, or of all rows with `labeled_rows` given.
             labeled_rows: which rows SAM learns from: an int n (the first n), a slice, or None: the first len(label).
             weight: factor of the distillation loss at this step.
+            iteration: what a teacher that draws slices draws by; None: it counts its draws.
         """
         image, logits = without_meta(image), without_meta(logits)
         views = unstack_views(logits, image)
         prompt_logits = _view(views, self.prompt_view).detach()
+        taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_classes(prompt_logits)
         rows = _row_slice(labeled_rows, label, len(image))
-        teacher_logits, labeled_logits = self._teach(image, prompt_logits, rows)
-
-        sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
-        if labeled_logits is not None and label is not None:
+        if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
-            sam_loss = self._sam_loss(labeled_logits, label)
+            check_label(prompt_logits[rows], label)
 
-        taught = dict.fromkeys(_view(views, v) for v in self.taught_views)  # each view once
+        teacher, slices = self._draw_slices(prompt_logits, iteration)
+        if slices is not None:
+            image, prompt_logits = slices.take(image), slices.take(prompt_logits)
+            taught = [slices.take(view) for view in taught]
+            label = label if label is None else slices.take(label, rows)
+        teacher_logits, labeled_logits = self._teach(teacher, image, prompt_logits, rows)
+
+        sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
+        if label is not None:
+            sam_loss = self._sam_loss(labeled_logits, label)
         kd_terms = [self.distillation_loss(view, teacher_logits) for view in taught]
         factor = self.gate.weight.to(teacher_logits.dtype) * weight
-        return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits)
+        return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
-    def _teach(self, image: Tensor, prompt_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+    def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
+        """The slices of each volume that this step is about, and the teacher of these; None: all there is."""
+        draw = getattr(self.teacher, "draw_slices", None)
+        slices = None if draw is None else draw(prompt_logits, iteration)
+        return (self.teacher, None) if slices is None else (partial(self.teacher, axes=slices.axis), slices)
+
+    def _teach(self, teacher: Teacher, image: Tensor, prompt_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Teacher logits of all rows (detached) and of the labelled rows (with the graph SAM's loss needs)."""
         labeled = range(len(image))[rows]
         learns = self.training and torch.is_grad_enabled() and self.optimizer is not None and len(labeled) > 0
@@ -147,20 +168,19 @@ class SAMDistiller(nn.Module):
         with autocast:
             if not learns:
                 with torch.no_grad():
-                    logits = self.teacher(image, prompt_logits)
+                    logits = teacher(image, prompt_logits)
                 return logits, logits[rows]
-            labeled_logits = self.teacher(image[rows], prompt_logits[rows])
+            labeled_logits = teacher(image[rows], prompt_logits[rows])
             logits = torch.empty_like(prompt_logits, dtype=labeled_logits.dtype)
             logits[rows] = labeled_logits.detach()
             first_rows = labeled == range(len(labeled))
             rest = slice(len(labeled), None) if first_rows else [r for r in range(len(image)) if r not in labeled]
             if len(labeled) < len(image):
                 with torch.no_grad():
-                    logits[rest] = self.teacher(image[rest], prompt_logits[rest])
+                    logits[rest] = teacher(image[rest], prompt_logits[rest])
         return logits, labeled_logits
 
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        check_label(logits, label)
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
         with torch.autocast(logits.device.type, enabled=False):
             return loss(at_least_float32(logits), label)

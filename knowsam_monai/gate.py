@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +79,10 @@ class TeacherGate(nn.Module):
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
             teacher: ``f(image, student_logits) -> logits``.
             image: (B, channels, *spatial), rows that the teacher does not learn from.
-            turn: which orientation to compare with, any integer: flips, and turns where the plane is square.
+            turn: which orientation to compare with, any integer: flips, and turns in planes that are square.
         """
-        turns = [lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.flip((-2, -1))]
-        backs = list(turns)
-        if image.shape[-1] == image.shape[-2]:
-            turns += [lambda x: x.rot90(1, (-2, -1)), lambda x: x.rot90(3, (-2, -1))]
-            backs += [lambda x: x.rot90(3, (-2, -1)), lambda x: x.rot90(1, (-2, -1))]
-        there, back = turns[turn % len(turns)], backs[turn % len(turns)]
+        turns = _turns(image)
+        there, back = turns[turn % len(turns)]
         turned_image = there(image)
         student_logits, turned_logits = student(image), student(turned_image)
         pairs = {
@@ -100,6 +98,17 @@ class TeacherGate(nn.Module):
             for common, total in (student_counts, teacher_counts)
         )
         self.update(student_dice, teacher_dice, momentum=self.momentum)
+
+
+def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """There and back: flips of every set of spatial axes, quarter turns in every plane of two axes of one size."""
+    axes = range(-1, 1 - image.ndim, -1)
+    flips = [partial(torch.flip, dims=dims) for count in range(1, len(axes) + 1) for dims in combinations(axes, count)]
+    planes = [(b, a) for a, b in combinations(axes, 2) if image.shape[a] == image.shape[b]]
+    quarters = [[partial(torch.rot90, k=k, dims=plane) for k in (1, 3)] for plane in planes]
+    return [(flip, flip) for flip in flips] + [
+        pair for left, right in quarters for pair in ((left, right), (right, left))
+    ]
 
 
 def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

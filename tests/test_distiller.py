@@ -8,6 +8,7 @@ from monai.networks.nets import BasicUNet
 
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.networks import SliceTeacher
 
 from .toys import ToyStudent, ToyTeacher, toy_batches, with_gradient
 
@@ -222,3 +223,100 @@ def test_monai_network_of_a_user_is_taught():
     result = distiller_of(teacher)(image, network(image), torch.zeros(1, 1, 32, 32))
     result.distillation_loss.backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+# --- volumes, taught by their slices ----------------------------------------------------------------------------------
+
+
+def volume_case(slices, **kwargs):
+    torch.manual_seed(0)
+    student, teacher = ToyStudent(spatial_dims=3).double(), SliceTeacher(ToyTeacher().double(), slices=slices, **kwargs)
+    batch = toy_batches(1, size=(4, 5, 6))[0]
+    return student, teacher, batch
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "entropy"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_both_losses_of_drawn_slices_equal_hand_written_ones(axis, sampling):
+    student, teacher, batch = volume_case(2, axes=axis, sampling=sampling)
+    image, label, logits = batch["image"], batch["label"], student(batch["image"])
+    result = distiller_of(teacher)(image, logits, label, iteration=4)
+    index = teacher.draw_slices(logits[:, 0], 4).index.tolist()
+
+    pairs = [(row, i) for row in range(4) for i in index[row]]
+    images, labels, fused, first, second = (
+        torch.stack([volume[row].select(axis + 1, i) for row, i in pairs if row < len(volume)])
+        for volume in (image, label, logits[:, 0], logits[:, 1], logits[:, 2])
+    )
+    target = teacher.sam_teacher(images, fused)
+    expected = DistillationLoss()(first, target) + DistillationLoss()(second, target)
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[:4], labels), rtol=1e-10, atol=0)
+    assert result.slices.axis == axis and result.slices.index.tolist() == index
+    stacked = result.teacher_logits.movedim(axis + 2, 1).flatten(0, 1)
+    torch.testing.assert_close(stacked, target, rtol=0, atol=1e-12)
+
+
+def test_student_learns_on_the_drawn_slices_alone():
+    student, teacher, batch = volume_case(2)
+    logits = student(batch["image"]).detach().requires_grad_()
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"], iteration=4)
+    result.distillation_loss.backward()
+    for row in range(4):
+        touched = logits.grad[row, 1:].abs().sum(dim=(0, 1, 2, 3)).nonzero().flatten()
+        assert torch.equal(touched, result.slices.index[row])
+
+
+def test_drawn_slices_leave_who_learns_from_what_as_it_is():
+    student, teacher, batch = volume_case(2)
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    result.distillation_loss.backward()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert with_gradient(teacher) == set()
+    student.zero_grad()
+    result.sam_loss.backward()
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+    assert with_gradient(student) == set()
+
+
+def test_only_the_slices_of_labeled_rows_build_a_graph():
+    student, teacher, batch = volume_case(3)
+    seen = []
+    teacher.sam_teacher.register_forward_hook(lambda m, a, out: seen.append((len(out), out.requires_grad)))
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    assert seen == [(2 * 3, True), (2 * 3, False)]
+
+
+@pytest.mark.parametrize("rows", [2, slice(1, 4, 2)])
+def test_rows_draw_the_same_slices_whichever_of_them_are_labeled(rows):
+    student, teacher, batch = volume_case(2)
+    label = torch.cat([batch["label"]] * 2)
+    logits = student(batch["image"])
+    chosen = rows if isinstance(rows, slice) else slice(rows)
+    result = distiller_of(teacher)(batch["image"], logits, label, labeled_rows=rows, iteration=4)
+    reference = SAMDistiller(teacher, taught_views=(1, 2))(batch["image"], logits, iteration=4)
+    torch.testing.assert_close(result.teacher_logits, reference.teacher_logits, rtol=0, atol=1e-12)
+    expected = dice_ce_loss(3)(reference.teacher_logits[chosen], reference.slices.take(label)[chosen])
+    torch.testing.assert_close(result.sam_loss, expected, rtol=1e-10, atol=0)
+
+
+def test_all_slices_are_a_whole_volume_and_no_selection():
+    student, teacher, batch = volume_case(None)
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    assert result.slices is None
+    torch.testing.assert_close(result.teacher_logits, teacher(batch["image"], logits[:, 0]), rtol=0, atol=1e-12)
+
+
+def test_loop_without_iterations_draws_other_slices_at_each_call():
+    student, teacher, batch = volume_case(2)
+    distiller = distiller_of(teacher)
+    drawn = [distiller(batch["image"], student(batch["image"]), batch["label"]).slices.index for _ in range(3)]
+    assert len({tuple(index.flatten().tolist()) for index in drawn}) == 3
+
+
+def test_label_of_another_depth_is_an_error_before_slices_are_taken():
+    student, teacher, batch = volume_case(2)
+    with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 4, 5, 6\)"):
+        distiller_of(teacher)(batch["image"], student(batch["image"]), torch.zeros(2, 1, 4, 5, 8).double())

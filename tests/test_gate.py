@@ -87,3 +87,49 @@ def test_agreement_of_not_square_images_uses_flips_only():
     for turn in range(6):
         gate.measure_agreement(threshold_student, lambda x, prompt: prompt, images()[..., :12], turn)
     assert gate.num_measured == 6
+
+
+def volumes(size=(8, 8, 6)):
+    """Bright blocks on a dark ground, in no orientation their own mirror image."""
+    image = torch.zeros(2, 1, *size)
+    image[0, 0, 1:4, 2:4, 1:3] = 1
+    image[1, 0, 3:7, 1:6, 2:5] = 1
+    return image
+
+
+@pytest.mark.parametrize(("size", "num_turns"), [((8, 8), 3 + 2), ((8, 6), 3), ((8, 8, 6), 7 + 2), ((6, 6, 6), 7 + 6)])
+def test_turns_are_flips_of_all_axes_and_quarters_of_square_planes_each_once(size, num_turns):
+    image = torch.rand(1, 1, *size)
+    seen = set()
+
+    def student(x):
+        seen.add(tuple(x.flatten().tolist()))
+        return threshold_student(x)
+
+    for turn in range(num_turns):
+        TeacherGate("agreement").measure_agreement(student, lambda x, prompt: prompt, image, turn)
+    assert len(seen) == 1 + num_turns  # as it is, and in each orientation
+    TeacherGate("agreement").measure_agreement(student, lambda x, prompt: prompt, image, num_turns)
+    assert len(seen) == 1 + num_turns  # and from the start again
+
+
+def test_equivariant_teacher_of_volumes_opens_the_agreement_gate():
+    gate = TeacherGate("agreement")
+    for turn in range(9):
+        gate.measure_agreement(threshold_student, lambda x, prompt: prompt, volumes(), turn)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_teacher_that_looks_at_one_side_of_the_volumes_shuts_the_agreement_gate(axis):
+    gate = TeacherGate("agreement")
+
+    def teacher(x, prompt):
+        side = torch.arange(x.shape[axis]) < x.shape[axis] // 2
+        return prompt * side.view([-1 if i == x.ndim + axis else 1 for i in range(x.ndim)]) + torch.tensor(
+            [0.1, 0.0]
+        ).view(1, 2, 1, 1, 1)
+
+    for turn in range(9):
+        gate.measure_agreement(threshold_student, teacher, volumes(), turn)
+    assert gate.weight == 0 and gate.scores[0] == 1

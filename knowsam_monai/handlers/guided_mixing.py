@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -30,14 +31,16 @@ class UncertaintyGuidedMixing:
         loss: ``f(pred, label)`` on the mixed rows, the trainer's supervised loss as a rule.
         start: iterations before the first mixing; the authors' code: 12,000 of 50,000.
         weight: factor of the loss.
-        grid_size: cells along each spatial axis; 4.
-        num_cells: cells overwritten in each image; 5 of the 16.
+        grid_size: cells along each spatial axis, one number for all axes or one for each; 4.
+        num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
         pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
-            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student.
+            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student. A
+            teacher that sees some slices of a volume only (``SliceTeacher(slices=k)``) labels none: it is the student's.
         view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
 
     Raises:
-        ValueError: when `num_cells` is not below the number of cells, or `pseudo_label` is unknown.
+        ValueError: when `num_cells` is not below the number of cells, `grid_size` has not one number for each axis of
+            the image (both at the first step), or `pseudo_label` is unknown.
 
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 11 (cells of *highest* entropy).
     """
@@ -47,13 +50,13 @@ class UncertaintyGuidedMixing:
         loss: Callable[[Tensor, Tensor], Tensor],
         start: int = 0,
         weight: float = 1.0,
-        grid_size: int = 4,
+        grid_size: int | Sequence[int] = 4,
         num_cells: int = 5,
         pseudo_label: str = "teacher",
         view: int = 0,
     ) -> None:
-        if not 0 < num_cells < grid_size**2:
-            raise ValueError(f"`num_cells` must be between 1 and {grid_size**2 - 1} but is {num_cells}.")
+        grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
+        _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
         if pseudo_label not in ("teacher", "student"):
             raise ValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
         self.loss = loss
@@ -70,10 +73,11 @@ class UncertaintyGuidedMixing:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration <= self.start:
-            return
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
+        self.grid(image)  # a grid that does not fit is an error now and not thousands of steps later
+        if engine.state.iteration <= self.start:
+            return
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
         pseudo_logits = logits
@@ -127,12 +131,30 @@ class UncertaintyGuidedMixing:
 
     def uncertain_mask(self, logits: Tensor) -> Tensor:
         """Cells of highest mean entropy, (P, 1, *spatial), bool, for logits (P, C, *spatial)."""
-        spatial = logits.shape[2:]
-        grid = (self.grid_size,) * len(spatial)
+        spatial, grid = logits.shape[2:], self.grid(logits)
         pool = F.adaptive_avg_pool2d if len(spatial) == 2 else F.adaptive_avg_pool3d
         cells = pool(entropy_map(logits.float()), grid).flatten(1)
         mask = torch.zeros_like(cells).scatter_(1, cells.topk(self.num_cells, dim=1).indices, 1.0)
         return F.interpolate(mask.reshape(-1, 1, *grid), size=spatial, mode="nearest") > 0
+
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        """Cells along each spatial axis of an image (B, channels, *spatial)."""
+        spatial = image.shape[2:]
+        grid = (self.grid_size,) * len(spatial) if isinstance(self.grid_size, int) else self.grid_size
+        if len(grid) != len(spatial) or any(cells > size for cells, size in zip(grid, spatial)):
+            raise ValueError(
+                f"`grid_size` must be at most the image's size {tuple(spatial)}, one number for each axis, but is {grid}."
+            )
+        _check_cells(self.num_cells, grid)
+        return grid
+
+
+def _check_cells(num_cells: int, grid: Sequence[int]) -> None:
+    if not 0 < num_cells < math.prod(grid):
+        raise ValueError(
+            f"`num_cells` must be between 1 and {math.prod(grid) - 1}, of a grid of {' x '.join(map(str, grid))} cells, "
+            f"but is {num_cells}."
+        )
 
 
 def gated(teacher_logits: Tensor, student_logits: Tensor, gate_weight: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Preflight:
         if getattr(teacher, "stand_in", False):
             weights = "pretrained stand-in, NOT SAM"
         groups: dict[str, int] = {}
-        for name, parameter in teacher.named_parameters():
+        for name, parameter in getattr(teacher, "sam_teacher", teacher).named_parameters():
             if parameter.requires_grad:
                 group = "adapters" if "adapter" in name else name.split(".")[0]
                 groups[group] = groups.get(group, 0) + parameter.numel()

@@ -27,6 +27,9 @@ class SAMDistillation:
     `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labelled rows, which the teacher learns
     from and which therefore does not judge it.
 
+    A teacher that draws slices of volumes (:class:`knowsam_monai.networks.SliceTeacher`) draws by the iteration. Terms
+    and Dice are then those of the slices, and there are no `teacher_logits`, which are of whole images or none.
+
     A batch with a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`) has that shown to the teacher: the image
     before its intensities were augmented. A teacher whose encoder is "cached" needs it, and the pipeline is checked
     when the run starts. A handler that replaces the image must replace or remove `"sam_image"` too.
@@ -107,16 +110,21 @@ class SAMDistillation:
             self._measure_agreement(engine, image, rows if rows is not None else len(label))
 
         weight = self.weight(iteration) if callable(self.weight) else self.weight
-        result = self.distiller(image, pred, label, rows, weight if iteration >= self.start else 0.0)
+        result = self.distiller(image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()
         output["sam_loss"] = result.sam_loss.detach()
         output["gate_weight"] = self.distiller.gate.weight.clone()
-        output["teacher_logits"] = result.teacher_logits
+        if result.slices is None:
+            output["teacher_logits"] = result.teacher_logits
         if iteration % self.log_interval == 0 and label is not None and rows is None:
+            labeled = slice(len(label))
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
-            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label)
-            output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label)
+            student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)
+            if result.slices is not None:
+                student_logits, label = (result.slices.take(x, labeled) for x in (student_logits, label))
+            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label)
+            output["student_labeled_dice"] = _foreground_dice(student_logits, label)
 
     @property
     def _is_cached(self) -> bool:

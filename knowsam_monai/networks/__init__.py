@@ -9,6 +9,8 @@ from knowsam_monai.networks.multi_view import MultiViewNet
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam
 from knowsam_monai.networks.sam_teacher import SAMTeacher
+from knowsam_monai.networks.slice_selection import SliceSelection
+from knowsam_monai.networks.slice_teacher import SliceTeacher
 from knowsam_monai.networks.unet import UNet
 from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.networks.vnet import VNet
@@ -20,6 +22,8 @@ __all__ = [
     "LearnablePrompt",
     "MultiViewNet",
     "SAMTeacher",
+    "SliceSelection",
+    "SliceTeacher",
     "UNet",
     "VNet",
     "build_sam",

@@ -170,6 +170,11 @@ class SAMTeacher(nn.Module):
         return super().train(False)
 
     def forward(self, image: torch.Tensor, prompt_logits: torch.Tensor) -> torch.Tensor:
+        if image.ndim != 4:
+            raise ValueError(
+                f"`image` must be (B, channels, H, W) but is of shape {tuple(image.shape)}; volumes go through "
+                "SliceTeacher(sam_teacher)."
+            )
         if prompt_logits.shape != (len(image), self.num_classes, *image.shape[2:]):
             raise ValueError(
                 f"`prompt_logits` must be of shape {(len(image), self.num_classes, *image.shape[2:])}, for an image of "

@@ -13,11 +13,12 @@ from ..toys import ToyStudent, toy_batches, toy_trainer
 
 
 @pytest.mark.parametrize("target", ["hard", "soft"])
-def test_steps_equal_hand_written_ones(target):
+@pytest.mark.parametrize("size", [(8, 8), (4, 5, 6)])
+def test_steps_equal_hand_written_ones(target, size):
     torch.manual_seed(0)
-    student = ToyStudent().double()
+    student = ToyStudent(spatial_dims=len(size)).double()
     other = copy.deepcopy(student)
-    batches, loss = toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3))
+    batches, loss = toy_batches(3, size=size), PartiallyLabeledLoss(dice_ce_loss(3))
     handler = MultiViewCoTraining(mutual_weight=SigmoidRampUp(3), entropy_weight=0.9, target=target)
     trainer = toy_trainer(student, batches, loss, [handler])
     trainer.run()

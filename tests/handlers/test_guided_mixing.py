@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 
+from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing, gated
+from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+from knowsam_monai.networks import SliceTeacher
 
-from ..toys import ToyStudent, toy_batches, toy_trainer
+from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def unsure_logits(cells, num_rows=2, size=8, cell=2):
@@ -48,12 +51,29 @@ def test_content_and_labels_are_exchanged_in_uncertain_cells():
     )
 
 
-def test_own_backward_adds_the_gradient_of_one_joint_backward():
+def test_blocks_of_a_small_volume_are_exchanged_with_their_labels():
+    mixing = UncertaintyGuidedMixing(dice_ce_loss(2), grid_size=(1, 2, 3), num_cells=1)  # cells of 2 x 2 x 1 voxels
+    image = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 4, 3)  # labelled, unlabelled
+    label = torch.zeros(1, 1, 2, 4, 3)
+    logits = torch.tensor([0.0, 9.0]).reshape(1, 2, 1, 1, 1).repeat(2, 1, 2, 4, 3)
+    logits[0, :, :, :2, 2] = 0  # the labelled image is unsure in the first half of the last plane
+    logits[1, :, :, 2:, 0] = 0  # the unlabelled one in the second half of the first plane
+    mixed_image, mixed_label = mixing.mix(image, label, logits, logits)  # the pseudo-label is 1, and 0 where unsure
+    unlabeled, labeled = torch.full((2, 4, 3), 20.0), torch.full((2, 4, 3), 10.0)
+    unlabeled[:, 2:, 0], labeled[:, :2, 2] = 10, 20
+    assert torch.equal(mixed_image, torch.stack([unlabeled, labeled])[:, None])
+    assert torch.equal(mixed_label, (mixed_image == 20).float())
+
+
+@pytest.mark.parametrize(
+    ("size", "cells"), [((8, 8), {}), ((4, 4, 4), dict(num_cells=20)), ((4, 4, 6), dict(grid_size=(2, 2, 3)))]
+)
+def test_own_backward_adds_the_gradient_of_one_joint_backward(size, cells):
     torch.manual_seed(0)
-    student = ToyStudent().double()
+    student = ToyStudent(spatial_dims=len(size)).double()
     other = copy.deepcopy(student)
-    batches, loss = toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3))
-    mixing = UncertaintyGuidedMixing(loss, start=1, weight=0.5)
+    batches, loss = toy_batches(3, size=size), PartiallyLabeledLoss(dice_ce_loss(3))
+    mixing = UncertaintyGuidedMixing(loss, start=1, weight=0.5, **cells)
     trainer = toy_trainer(student, batches, loss, [mixing], accumulation_steps=2)
     trainer.run()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -71,6 +91,30 @@ def test_own_backward_adds_the_gradient_of_one_joint_backward():
     for ours, expected in zip(student.parameters(), other.parameters()):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert not trainer.state.output["mixing_loss"].requires_grad
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 4, 4)])
+def test_first_graph_is_spent_before_the_second_is_built(size):
+    student = ToyStudent(spatial_dims=len(size)).double()
+    gradients = []
+    student.register_forward_pre_hook(lambda *_: gradients.append(student.first.weight.grad is not None))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    toy_trainer(student, toy_batches(1, size=size), loss, [UncertaintyGuidedMixing(loss)]).run()
+    assert gradients == [False, True]
+
+
+def test_student_labels_where_the_teacher_sees_some_slices_only():
+    student = ToyStudent(spatial_dims=3).double()
+    teacher = SliceTeacher(ToyTeacher().double(), slices=2)
+    loss, mixed = PartiallyLabeledLoss(dice_ce_loss(3)), []
+    mixing = UncertaintyGuidedMixing(loss)
+    mix = mixing.mix
+    mixing.mix = lambda image, label, logits, pseudo_logits: mixed.append((logits, pseudo_logits)) or mix(
+        image, label, logits, pseudo_logits
+    )
+    handlers = [SAMDistillation(SAMDistiller(teacher)), mixing]
+    toy_trainer(student, toy_batches(1, size=(4, 4, 4)), loss, handlers).run()
+    assert torch.equal(*mixed[0])
 
 
 def reversed_mix(mixing, network, batch, logits):
@@ -119,7 +163,24 @@ def test_nothing_is_mixed_before_the_start():
 
 
 def test_bad_arguments_are_errors():
-    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 15"):
-        UncertaintyGuidedMixing(None, num_cells=16)
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, of a grid of 4 x 4 x 4 cells"):
+        UncertaintyGuidedMixing(None, num_cells=64)  # too many in 3D too
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, of a grid of 2 x 3 cells, but is 6"):
+        UncertaintyGuidedMixing(None, grid_size=(2, 3), num_cells=6)
     with pytest.raises(ValueError, match="`pseudo_label` must be"):
         UncertaintyGuidedMixing(None, pseudo_label="truth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_cells=16), "`num_cells` must be between 1 and 15"),
+        (dict(grid_size=(4, 4, 4)), "`grid_size` must be at most the image's size .*, one number for each axis"),
+        (dict(grid_size=9), "`grid_size` must be at most the image's size .* but is .9, 9."),
+    ],
+)
+def test_grid_that_does_not_fit_the_image_is_an_error_long_before_the_start(arguments, message):
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    mixing = UncertaintyGuidedMixing(loss, start=1000, **arguments)
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(ToyStudent().double(), toy_batches(1), loss, [mixing]).run()

@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 from monai.data import Dataset
+from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
-from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from knowsam_monai.networks import SAMTeacher, SliceTeacher
 
-from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gradient
 
 
 def build(seed=0, **kwargs):
@@ -199,3 +201,88 @@ def test_cached_teacher_with_another_spatial_transform_is_an_error_before_the_fi
     student.register_forward_pre_hook(lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match="only random flip.* but the augmentation has RandFlipd"):
         toy_trainer(student, loader, PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+
+
+# --- volumes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "entropy"])
+def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
+    batches = toy_batches(3, size=(4, 5, 6))
+    torch.manual_seed(0)
+    student, sam_teacher = ToyStudent(spatial_dims=3).double(), ToyTeacher().double()
+    other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(sam_teacher)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    teacher = SliceTeacher(sam_teacher, slices=2, sampling=sampling, seed=3)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2))
+    toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=0.5)]).run()
+
+    optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
+    other_optimizer = torch.optim.Adam(other_teacher.parameters(), lr=0.01)
+    for t, batch in enumerate(batches, start=1):
+        image, label, pred = batch["image"], batch["label"], other_student(batch["image"])
+        index = teacher.draw_slices(pred[:, 0].detach(), t).index.tolist()
+        images = torch.stack([image[row, ..., i] for row in range(4) for i in index[row]])
+        views = torch.stack([pred[row, ..., i] for row in range(4) for i in index[row]])
+        labels = torch.stack([label[row, ..., i] for row in range(2) for i in index[row]])
+        target = other_teacher(images, views[:, 0].detach())
+        total = loss(pred, label) + dice_ce_loss(3)(target[:4], labels)
+        total = total + 0.5 * sum(DistillationLoss()(views[:, v], target.detach()) for v in (1, 2))
+        optimizer.zero_grad()
+        other_optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        other_optimizer.step()
+    for ours, expected in zip(
+        [*student.parameters(), *sam_teacher.parameters()], [*other_student.parameters(), *other_teacher.parameters()]
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def volume_trainer(slices, **kwargs):
+    torch.manual_seed(0)
+    teacher = SliceTeacher(ToyTeacher().double(), slices=slices)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **kwargs)
+    student = ToyStudent(spatial_dims=3).double()
+    handler = SAMDistillation(distiller, log_interval=1, gate_interval=1)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    return toy_trainer(student, toy_batches(2, size=(4, 5, 6)), loss, [handler]), distiller
+
+
+def test_teacher_logits_are_of_whole_volumes_or_there_are_none():
+    (whole, _), (drawn, _) = volume_trainer(slices=None), volume_trainer(slices=2)
+    whole.run()
+    drawn.run()
+    assert whole.state.output["teacher_logits"].shape == (4, 3, 4, 5, 6)
+    assert "teacher_logits" not in drawn.state.output
+    names = {"distillation_loss", "sam_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
+    assert all(drawn.state.output[name].ndim == 0 for name in names)
+
+
+def test_agreement_gate_sees_whole_volumes_where_slices_are_drawn():
+    trainer, distiller = volume_trainer(slices=2, gate="agreement")
+    shapes = []
+    distiller.teacher.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    trainer.run()
+    assert distiller.gate.num_measured == 2
+    assert shapes.count((2, 1, 4, 5, 6)) == 2 * 2 and shapes.count((2, 1, 4, 5, 2)) == 2 * 2
+
+
+def test_monais_own_vnet_is_taught_volumes_by_sam():
+    torch.manual_seed(0)
+    student = VNet(spatial_dims=3, in_channels=1, out_channels=2, dropout_dim=3)
+    sam_teacher = SAMTeacher(2, image_size=32, variant="vit_t", trainable="all")
+    optimizer = torch.optim.Adam([p for p in sam_teacher.parameters() if p.requires_grad], lr=1e-4)
+    handler = SAMDistillation(SAMDistiller(SliceTeacher(sam_teacher, slices=2), optimizer), log_interval=1)
+    batches = [
+        {name: tensor.float() for name, tensor in batch.items()}
+        for batch in toy_batches(2, num_classes=2, size=(32, 32, 16))
+    ]
+    before = copy.deepcopy(sam_teacher.state_dict())
+    trainer = toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(2)), [handler], lr=0.01)
+    trainer.run()
+    output = trainer.state.output
+    assert all(output[name].isfinite() and output[name] > 0 for name in ("distillation_loss", "sam_loss"))
+    assert with_gradient(student) == {name for name, _ in student.named_parameters()}
+    changed = {name for name, tensor in sam_teacher.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= {name for name, p in sam_teacher.named_parameters() if p.requires_grad} and changed

@@ -136,9 +136,21 @@ def test_onnx_export_equals_torch_at_other_sizes_too(dynamo, tmp_path):
         np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (48, 80), (16, 112)])
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_export_of_volumes_equals_torch(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = trained(MultiViewNet(3, **SHALLOW)).float().eval()
+    path, image = str(tmp_path / "model.onnx"), torch.rand(1, 1, 8, 8, 4)
+    with torch.no_grad():
+        torch.onnx.export(network, (image,), path, input_names=["image"], dynamo=False)
+        expected = network(image).numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (16, 112), (32, 32, 16)])
 def test_any_multiple_of_sixteen_is_a_size(size):
-    assert MultiViewNet(**TINY).eval()(torch.rand(1, 1, *size)).shape == (1, 4, *size)
+    assert MultiViewNet(len(size), **TINY).eval()(torch.rand(1, 1, *size)).shape == (1, 4, *size)
 
 
 def test_other_size_is_an_error_that_names_size_and_remedy_in_script_too():
@@ -150,23 +162,32 @@ def test_other_size_is_an_error_that_names_size_and_remedy_in_script_too():
         torch.jit.script(network)(torch.rand(1, 1, 100, 32))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_of_weights_and_image_is_free(memory_format):
-    network = trained(MultiViewNet(in_channels=2, **TINY)).eval()
-    image = torch.rand(2, 2, 32, 32, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("memory_format", "size"),
+    [
+        (torch.contiguous_format, (32, 32)),
+        (torch.channels_last, (32, 32)),
+        (torch.contiguous_format, (16, 16, 16)),
+        (torch.channels_last_3d, (16, 16, 16)),
+    ],
+)
+def test_memory_format_of_weights_and_image_is_free(memory_format, size):
+    network = trained(MultiViewNet(len(size), in_channels=2, **TINY)).eval()
+    image = torch.rand(2, 2, *size, dtype=torch.float64)
     expected = network(image)
     logits = network.to(memory_format=memory_format)(image.to(memory_format=memory_format))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
 
 
-def test_copy_keeps_weights_channels_last():
-    def num_channels_last(network):
-        return sum(p.ndim == 4 and p.stride(1) == 1 for p in network.parameters())
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_copy_keeps_weights_channels_last(spatial_dims):
+    def convolutions(network):
+        return [p for p in network.parameters() if p.ndim == spatial_dims + 2]
 
-    network = MultiViewNet(**TINY)
+    network = MultiViewNet(spatial_dims, **TINY)
     clone = copy.deepcopy(network)
     clone.load_state_dict(network.state_dict())
-    assert num_channels_last(clone) == num_channels_last(network) == sum(p.ndim == 4 for p in network.parameters())
+    assert all(p.stride(1) == 1 for p in convolutions(network) + convolutions(clone)) and convolutions(network)
 
 
 def test_inference_keeps_metadata_and_training_drops_it():
