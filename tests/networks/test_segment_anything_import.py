@@ -104,7 +104,7 @@ def test_its_classes_can_be_pickled(fresh_modules, tmp_path):
 
 
 def test_a_missing_segment_anything_is_one_sentence_with_the_remedy(fresh_modules):
-    fresh_modules.setitem(sys.modules, "segment_anything", None)
+    sys.modules["segment_anything"] = None  # the fixture takes it away; monkeypatch would after the fixture has ended
     with pytest.raises(ImportError, match=r"`segment_anything`, which is not installed.*pip install segment-anything"):
         import_segment_anything()
 
