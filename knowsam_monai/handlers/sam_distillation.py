@@ -115,8 +115,9 @@ class SAMDistillation:
         output["teacher_logits"] = result.teacher_logits
         if iteration % self.log_interval == 0 and label is not None and rows is None:
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
-            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label)
-            output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label)
+            ignore_index = getattr(self.distiller.sam_loss, "ignore_index", None)
+            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label, ignore_index)
+            output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label, ignore_index)
 
     @property
     def _is_cached(self) -> bool:
@@ -160,9 +161,12 @@ class SAMDistillation:
         engine.network.train()
 
 
-def _foreground_dice(logits: Tensor, label: Tensor) -> Tensor:
+def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
     num_classes = logits.shape[1]
     labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
+    if ignore_index is not None:  # background in both is in no foreground class
+        ignored_mask = label == ignore_index
+        labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
     helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)

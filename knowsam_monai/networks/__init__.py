@@ -9,6 +9,7 @@ from knowsam_monai.networks.multi_view import MultiViewNet
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam
 from knowsam_monai.networks.sam_teacher import SAMTeacher
+from knowsam_monai.networks.stacked import StackedNetworks
 from knowsam_monai.networks.unet import UNet
 from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.networks.vnet import VNet
@@ -20,6 +21,7 @@ __all__ = [
     "LearnablePrompt",
     "MultiViewNet",
     "SAMTeacher",
+    "StackedNetworks",
     "UNet",
     "VNet",
     "build_sam",
