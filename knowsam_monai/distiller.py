@@ -52,6 +52,7 @@ class SAMDistiller(nn.Module):
         optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
         distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`DistillationLoss`.
         sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
+            Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
             A plain network's logits are both, whatever these say.
@@ -182,6 +183,7 @@ class SAMDistiller(nn.Module):
 
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
+        check_label(logits, label, getattr(loss, "ignore_index", None))
         with torch.autocast(logits.device.type, enabled=False):
             return loss(at_least_float32(logits), label)
 

@@ -42,7 +42,8 @@ class SemiSupervisedLoader:
 
     Shape:
         A batch is a dict: image (B, ch, *spatial) with B = labelled + unlabelled rows, label (B_l, 1, *spatial), each
-        further key that all rows have, (B, ...) or a list of B, and each that only labelled rows have, B_l.
+        further key that all rows have, (B, ...) or a list of B, and each that only labelled or only unlabelled rows
+        have, with as many (FixMatch's `image_strong`).
 
     Raises:
         ValueError: if a batch size is less than 1, larger than its dataset, or not a multiple of `world_size`; if the
@@ -149,9 +150,11 @@ class _Collate:
         labeled = [row for stream, rows in items if stream == LABELED for row in rows]
         all_rows = labeled + [row for stream, rows in items if stream == UNLABELED for row in rows]
         shared = [key for key in all_rows[0] if key != self.label_key and all(key in row for row in all_rows)]
-        apart = [key for key in labeled[0] if key not in shared and all(key in row for row in labeled)]
         batch = list_data_collate([{key: row[key] for key in shared} for row in all_rows])
-        batch.update(list_data_collate([{key: row[key] for key in apart} for row in labeled]))
+        for rows in (labeled, all_rows[len(labeled) :]):
+            apart = [key for key in (rows[0] if rows else ()) if key not in batch and all(key in row for row in rows)]
+            if apart:
+                batch.update(list_data_collate([{key: row[key] for key in apart} for row in rows]))
         return batch
 
 

@@ -1,5 +1,6 @@
 """Ignite handlers for MONAI's unmodified trainers and evaluators, one method or duty a file."""
 
+from .bidirectional_copy_paste import BidirectionalCopyPaste
 from .case_metrics import CaseMetrics
 from .co_training import MultiViewCoTraining
 from .fixmatch import FixMatch
@@ -17,6 +18,7 @@ from .validation_history import ValidationHistory
 from .validation_report import ValidationReport
 
 __all__ = [
+    "BidirectionalCopyPaste",
     "CaseMetrics",
     "FixMatch",
     "LossTerms",

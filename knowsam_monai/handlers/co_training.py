@@ -6,18 +6,22 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.handlers.supervision import check_supervision
+from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
 from knowsam_monai.networks.views import unstack_views
 
 
 class MultiViewCoTraining:
     """
-    Two sub-networks of a multi-view student teach each other on all rows, and are asked to be sure.
+    Two sub-networks of a multi-view student teach each other, and are asked to be sure.
 
     .. math:: L + \\lambda_m(t) L_{mut} + w_{ent} L_{ent}
 
     `mutual_loss` and `entropy_loss` (weighted, detached) are written into ``engine.state.output``.
+
+    On :class:`knowsam_monai.networks.StackedNetworks` of two networks, with hard targets, ``views=(0, 1)`` and
+    ``entropy_weight=0``, this is Cross Pseudo Supervision (CPS). The public ACDC code of CPS (SSL4MIS) has unlabelled
+    rows alone and a weight of ``SigmoidRampUp(max_iterations, max=0.1)``.
 
     Args:
         mutual_weight: lambda_m, a number or a function of the iteration such as :class:`SigmoidRampUp`. The paper
@@ -25,12 +29,14 @@ class MultiViewCoTraining:
         entropy_weight: of the entropy term, in units of log C; the paper: 0.9. 0 switches it off.
         target: "hard" (the paper, which follows CPS) or "soft" (the authors' code).
         views: which two views learn from each other; (1, 2) are U-Net and V-Net.
+        rows: of the mutual loss, "all" (both papers) or "unlabeled".
 
     Shape:
         pred: (B, V, C, *spatial), views stacked at dim 1.
 
     Raises:
-        ValueError: at the first step when the student has no such views.
+        ValueError: when an argument is none of these; at the first step when the student has no such views, or the
+            batch no unlabelled rows where they are asked for.
 
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 5, 13 and 14. Chen et al., CVPR 2021 (CPS).
     """
@@ -41,12 +47,16 @@ class MultiViewCoTraining:
         entropy_weight: float = 0.9,
         target: str = "hard",
         views: Sequence[int] = (1, 2),
+        rows: str = "all",
     ) -> None:
         if len(views) != 2:
             raise ValueError(f"`views` must name two views but is {views}.")
+        if rows not in ("all", "unlabeled"):
+            raise ValueError(f'`rows` must be "all" or "unlabeled" but is {rows!r}.')
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight
         self.views = tuple(views)
+        self.rows = rows
         self.mutual_loss = MutualConsistencyLoss(target=target)
         self.entropy_loss = EntropyLoss()
 
@@ -61,7 +71,7 @@ class MultiViewCoTraining:
         if max(self.views) >= len(views):
             raise ValueError(
                 f"`pred` must have the stacked views {self.views} but has {len(views)}; co-training needs a multi-view "
-                "student such as MultiViewNet."
+                "student such as MultiViewNet or StackedNetworks."
             )
         first, second = (views[v] for v in self.views)
         mutual_weight = (
@@ -69,7 +79,8 @@ class MultiViewCoTraining:
         )
         terms = {}
         if mutual_weight:
-            terms["mutual_loss"] = mutual_weight * self.mutual_loss(first, second)
+            rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
+            terms["mutual_loss"] = mutual_weight * self.mutual_loss(first[rows], second[rows])
         if self.entropy_weight:
             terms["entropy_loss"] = self.entropy_weight * (self.entropy_loss(first) + self.entropy_loss(second))
         for name, term in terms.items():

@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.ema_student import EMAStudent
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Preflight:
         distiller: teacher with its optimiser, or None for a run without SAM.
         num_rows: numbers of labelled and unlabelled rows, for the report.
         stop: end the run after the report.
+        ema_student: the averaged student of a method that has one: it is put back with the student.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class Preflight:
         distiller: SAMDistiller | None = None,
         num_rows: tuple[int, int] = (0, 0),
         stop: bool = False,
+        ema_student: EMAStudent | None = None,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
         self.distiller = distiller
         self.num_rows = tuple(num_rows)
         self.stop = stop
+        self.ema_student = ema_student
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer, after all handlers that act in a step."""
@@ -109,7 +113,8 @@ class Preflight:
         for trial in (1, 1, last // 2, last):  # the first warms up
             state.iteration, state.batch = max(trial, 1), batch
             start = time.perf_counter()
-            engine._process_function(engine, batch)
+            engine.fire_event(Events.ITERATION_STARTED)  # a method may change the batch there
+            engine._process_function(engine, state.batch)
             if torch.device(state.device).type == "cuda":
                 torch.cuda.synchronize(state.device)
             times.append(time.perf_counter() - start)
@@ -121,6 +126,8 @@ class Preflight:
         objects = [self.network, self.optimizer]
         if self.distiller is not None:
             objects += [self.distiller] + ([self.distiller.optimizer] if self.distiller.optimizer is not None else [])
+        if self.ema_student is not None:
+            objects.append(self.ema_student)
         if engine.scaler is not None:
             objects.append(engine.scaler)
         return objects

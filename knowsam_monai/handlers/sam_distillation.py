@@ -123,8 +123,9 @@ class SAMDistillation:
             student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)
             if result.slices is not None:
                 student_logits, label = (result.slices.take(x, labeled) for x in (student_logits, label))
-            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label)
-            output["student_labeled_dice"] = _foreground_dice(student_logits, label)
+            ignore_index = getattr(self.distiller.sam_loss, "ignore_index", None)
+            output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
+            output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
 
     @property
     def _is_cached(self) -> bool:
@@ -168,9 +169,12 @@ class SAMDistillation:
         engine.network.train()
 
 
-def _foreground_dice(logits: Tensor, label: Tensor) -> Tensor:
+def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
     num_classes = logits.shape[1]
     labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
+    if ignore_index is not None:  # background in both is in no foreground class
+        ignored_mask = label == ignore_index
+        labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
     helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-from monai.losses import DiceCELoss
+import torch.nn.functional as F
+from monai.losses import DiceCELoss, DiceLoss
 
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.networks.views import unstack_views
 
 
-def dice_ce_loss(num_classes: int = 4) -> DiceCELoss:
+def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
     """The supervised loss of KnowSAM: cross-entropy + Dice, weights 1 + 1.
 
     Background included, Dice over the whole batch with squared denominator.
 
     Args:
         num_classes: C, the channels of the logits; 1 gives the same loss for a sigmoid network.
+        ignore_index: a label value that is no class; its pixels are left out of both terms. None: there is none.
 
     Example::
 
@@ -29,9 +31,39 @@ def dice_ce_loss(num_classes: int = 4) -> DiceCELoss:
     Reference:
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 4 and 12.
     """
+    if ignore_index is not None:
+        return _PartialDiceCELoss(num_classes, ignore_index)
     if num_classes == 1:
         return DiceCELoss(sigmoid=True, batch=True, squared_pred=True)
     return DiceCELoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True)
+
+
+class _PartialDiceCELoss(nn.Module):
+    """:func:`dice_ce_loss` on the pixels whose label is not ``ignore_index``; 0 where there are none."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__()
+        if 0 <= ignore_index < max(num_classes, 2):
+            raise ValueError(f"`ignore_index` must be no class, 0..{max(num_classes, 2) - 1}, but is {ignore_index}.")
+        self.ignore_index = ignore_index
+        self.dice = DiceLoss(
+            sigmoid=num_classes == 1,
+            softmax=num_classes > 1,
+            to_onehot_y=num_classes > 1,
+            batch=True,
+            squared_pred=True,
+            ignore_index=ignore_index,
+        )
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        known_mask = label != self.ignore_index
+        if logits.shape[1] == 1:
+            target = torch.where(known_mask, label, 0).to(logits.dtype)
+            ce = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * known_mask).sum()
+        else:
+            target = label[:, 0].long()
+            ce = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
+        return self.dice(logits, label) + ce / known_mask.sum().clamp(min=1)
 
 
 class PartiallyLabeledLoss(nn.Module):

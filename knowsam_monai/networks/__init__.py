@@ -11,6 +11,7 @@ from knowsam_monai.networks.sam import build_sam
 from knowsam_monai.networks.sam_teacher import SAMTeacher
 from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.slice_teacher import SliceTeacher
+from knowsam_monai.networks.stacked import StackedNetworks
 from knowsam_monai.networks.unet import UNet
 from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.networks.vnet import VNet
@@ -24,6 +25,7 @@ __all__ = [
     "SAMTeacher",
     "SliceSelection",
     "SliceTeacher",
+    "StackedNetworks",
     "UNet",
     "VNet",
     "build_sam",

@@ -296,3 +296,9 @@ def test_other_keys_of_labeled_items_are_collated_with_the_labels():
     labeled = dataset("l", 4, True, Compose([Lambdad("label", lambda label: label.amax(), overwrite="highest")]))
     batch = take(SemiSupervisedLoader(labeled, dataset("u", 4, False), 2, 2), 1)[0]
     assert batch["highest"].shape == (2,)
+
+
+def test_keys_of_unlabeled_items_alone_are_collated_for_as_many_rows():
+    strong = Compose([Lambdad("image", lambda image: image + 1, overwrite="image_strong")])
+    batch = take(SemiSupervisedLoader(dataset("l", 4, True), dataset("u", 4, False, strong), 2, 2), 1)[0]
+    assert torch.equal(batch["image_strong"].as_tensor(), batch["image"].as_tensor()[2:] + 1)

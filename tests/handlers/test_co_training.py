@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from knowsam_monai.handlers.co_training import MultiViewCoTraining
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from knowsam_monai.networks import StackedNetworks
 
-from ..toys import ToyStudent, toy_batches, toy_trainer
+from ..hosts import CASES, no_loss
+from ..toys import ToyStudent, toy_batches, toy_trainer, with_gradient
 
 
 @pytest.mark.parametrize("target", ["hard", "soft"])
@@ -57,3 +59,52 @@ def test_plain_network_is_one_clear_error():
     trainer = toy_trainer(network, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [MultiViewCoTraining()])
     with pytest.raises(ValueError, match="needs a multi-view student"):
         trainer.run()
+
+
+# --- Cross Pseudo Supervision -----------------------------------------------------------------------------------------
+
+
+def two_networks(num_classes, spatial_dims):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d if spatial_dims == 2 else torch.nn.Conv3d
+    return StackedNetworks([conv(1, num_classes, 3, padding=1) for _ in range(2)]).double()
+
+
+def cross_pseudo_supervision(rows, weight=1.5):
+    return MultiViewCoTraining(mutual_weight=weight, entropy_weight=0, target="hard", views=(0, 1), rows=rows)
+
+
+@pytest.mark.parametrize("num_classes, size", CASES)
+@pytest.mark.parametrize("rows", ["all", "unlabeled"])
+def test_two_networks_and_hard_targets_are_cross_pseudo_supervision(num_classes, size, rows):
+    student = two_networks(num_classes, len(size))
+    first, second = copy.deepcopy(student).networks
+    batches, loss = toy_batches(3, num_classes=num_classes, size=size), dice_ce_loss(num_classes)
+    trainer = toy_trainer(student, batches, PartiallyLabeledLoss(loss), [cross_pseudo_supervision(rows)])
+    trainer.run()
+
+    taught = slice(2, None) if rows == "unlabeled" else slice(None)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    for batch in batches:
+        a, b = first(batch["image"]), second(batch["image"])
+        mutual = F.cross_entropy(a[taught], b[taught].argmax(1)) + F.cross_entropy(b[taught], a[taught].argmax(1))
+        optimizer.zero_grad()
+        (loss(a[:2], batch["label"]) + loss(b[:2], batch["label"]) + 1.5 * mutual).backward()
+        optimizer.step()
+    for ours, expected in zip(student.parameters(), [*first.parameters(), *second.parameters()], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(trainer.state.output["mutual_loss"], 1.5 * mutual.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_each_of_the_two_networks_learns_from_the_other():
+    student = two_networks(3, 2)
+    toy_trainer(student, toy_batches(1), no_loss, [cross_pseudo_supervision("unlabeled")], lr=0.0).run()
+    assert with_gradient(student) == {f"networks.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
+
+
+def test_only_labelled_rows_are_an_error_where_unlabelled_ones_are_asked_for():
+    batches = toy_batches(1, num_unlabeled=0)
+    with pytest.raises(ValueError, match="must have unlabelled rows"):
+        toy_trainer(two_networks(3, 2), batches, no_loss, [cross_pseudo_supervision("unlabeled")]).run()
+    with pytest.raises(ValueError, match='`rows` must be "all" or "unlabeled" but is \'labeled\''):
+        cross_pseudo_supervision("labeled")

@@ -212,3 +212,37 @@ def test_whoever_wrote_a_loss_of_their_own_knows_what_it_takes():
 
     check_loss_takes(OwnLoss(), num_rows=4, num_labels=2)
     check_loss_takes(lambda pred, label: 0, num_rows=4, num_labels=2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+@pytest.mark.parametrize("spatial", [(3, 5), (2, 3, 4)])
+def test_ignored_pixels_are_as_if_they_were_not_there(num_classes, spatial):
+    logits = torch.randn(2, num_classes, *spatial, dtype=torch.float64, requires_grad=True)
+    label = torch.randint(num_classes, (2, 1, *spatial))
+    known = torch.rand(2, 1, *spatial) < 0.6
+    loss = PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))(logits, label.where(known, 255))
+    pixels = logits.movedim(1, -1)[known[:, 0]].T.unsqueeze(0).detach()  # (1, C, known pixels)
+    assert loss.item() == pytest.approx(reference(pixels, label[known]), rel=1e-6)
+    loss.backward()
+    assert logits.grad.movedim(1, -1)[~known[:, 0]].abs().sum() == 0
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 4])
+def test_without_an_ignored_pixel_it_is_the_same_loss(num_classes):
+    logits = torch.randn(2, num_classes, 4, 4, dtype=torch.float64)
+    label = torch.randint(max(num_classes, 2), (2, 1, 4, 4)).double()
+    losses = [dice_ce_loss(num_classes, ignore_index)(logits, label) for ignore_index in (None, 255)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_with_no_pixel_known_the_loss_is_zero_and_finite(num_classes):
+    logits = torch.randn(2, num_classes, 4, 4, requires_grad=True)
+    loss = dice_ce_loss(num_classes, ignore_index=-1)(logits, torch.full((2, 1, 4, 4), -1.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and logits.grad.abs().sum() == 0
+
+
+def test_a_class_cannot_be_ignored():
+    with pytest.raises(ValueError, match=r"`ignore_index` must be no class, 0..3, but is 3"):
+        dice_ce_loss(4, ignore_index=3)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.transforms import KeepLargestConnectedComponent
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+
+from knowsam_monai.data.sampling import derive_seed
+from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.losses.class_logits import without_meta
+
+PSEUDO_LABEL = "pseudo_label"
+
+
+class BidirectionalCopyPaste:
+    """
+    BCP: the batch is replaced by images mixed from labelled and unlabelled ones, before the step.
+
+    A random box M takes up 2/3 of each axis. Rows are paired, i with B_l + i; half of the pairs give
+
+    .. math::
+        x = M x_u + (1 - M) x_l \\qquad \\text{and the others} \\qquad x = M x_l + (1 - M) x_u
+
+    and the loss is that of the labelled pixels plus `weight` times that of the unlabelled ones against q, the argmax of
+    the averaged student, of which each class keeps its largest component:
+
+    .. math:: L(f(x), y) + w L(f(x), q)
+
+    The handler puts the true labels into the batch, `ignore_index` at all other pixels, so the trainer's own loss is the
+    first term and SAM learns from true labels alone; the second term is added here and written, weighted and detached,
+    as `pseudo_label_loss` into ``engine.state.output``. Both losses must leave `ignore_index` out. Nothing but
+    `image` and `label` stays in the batch.
+
+    Before that, for `pretraining` iterations, *labelled* rows are mixed with each other and all pixels have true labels;
+    the averaged student begins as the student at the end of it. The public code goes on with the best of the
+    pre-training on validation, here the run goes on with the last; it normalises and adds up the two directions, and in
+    pre-training the inside and the outside of the box, where here they are one batch: its (Dice + CE) / 2 is therefore
+    Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
+
+    Args:
+        ema_student: the averaged student; BCP: ``EMAStudent(network, optimizer, warm_up=False, buffers="average")``.
+        loss: the trainer's own, ``f(pred, label)`` on all rows, which leaves `ignore_index` out:
+            ``PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))``.
+        pretraining: iterations of pre-training; published: 10,000 of 40,000 (ACDC), 2,000 of 17,000 (LA).
+        weight: w, of the unlabelled pixels; published: 0.5.
+        box_fraction: part of each axis that the box takes up; published: 2/3.
+        ignore_index: label of the pixels without a true one.
+        ema_mode: "eval", "dropout" or "train", see :meth:`EMAStudent.logits`.
+        seed: of the box, a function of it and the iteration.
+
+    Raises:
+        ValueError: when an argument is out of its range, or a batch has not the rows to mix.
+
+    Reference: Bai et al., "Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation", CVPR 2023,
+    arXiv:2305.00673.
+    """
+
+    def __init__(
+        self,
+        ema_student: EMAStudent,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        pretraining: int = 10000,
+        weight: float = 0.5,
+        box_fraction: float = 2 / 3,
+        ignore_index: int = 255,
+        ema_mode: str = "eval",
+        seed: int = 0,
+    ) -> None:
+        if not 0 < box_fraction < 1:
+            raise ValueError(f"`box_fraction` must be between 0 and 1 but is {box_fraction}; published: 2/3.")
+        if pretraining < 0:
+            raise ValueError(f"`pretraining` must be 0 iterations or more but is {pretraining}.")
+        self.ema_student = ema_student
+        self.loss = loss
+        self.pretraining = pretraining
+        self.weight = weight
+        self.box_fraction = box_fraction
+        self.ignore_index = ignore_index
+        self.ema_mode = ema_mode
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.replace_batch)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.ema_student.unfollow)
+
+    def __call__(self, engine: Engine) -> None:
+        output, batch = engine.state.output, engine.state.batch
+        if PSEUDO_LABEL not in batch:
+            return
+        term = self.weight * self.loss(output[Keys.PRED], batch[PSEUDO_LABEL]).mean()
+        output[Keys.LOSS] = output[Keys.LOSS] + term
+        output["pseudo_label_loss"] = term.detach()
+
+    @torch.no_grad()
+    def replace_batch(self, engine: Engine) -> None:
+        """Put mixed rows into ``engine.state.batch``."""
+        batch, iteration = engine.state.batch, engine.state.iteration
+        if not isinstance(batch, Mapping) or Keys.LABEL not in batch:
+            raise ValueError("`batch` must be a dictionary with `image` and `label` for copy-paste but is not.")
+        image, label = (
+            without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
+            for key in (Keys.IMAGE, Keys.LABEL)
+        )
+        box_mask = self.box_mask(image, iteration)
+        if iteration <= self.pretraining + 1:
+            self.ema_student.unfollow()  # the average begins when pre-training ends, with the student as it is then
+        if iteration <= self.pretraining:
+            engine.state.batch = self.mix_labeled(image, label, box_mask)
+            return
+        self.ema_student.follow()
+        num_pairs = min(len(label), len(image) - len(label))
+        if num_pairs == 0:
+            raise ValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+        unlabeled_image = image[len(label) :][:num_pairs]
+        pseudo_label = self.pseudo_label(self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer))
+        engine.state.batch = self.mix(
+            (image[:num_pairs], label[:num_pairs]), (unlabeled_image, pseudo_label.to(label.dtype)), box_mask
+        )
+
+    def mix_labeled(self, image: Tensor, label: Tensor, box_mask: Tensor) -> dict[str, Tensor]:
+        """Each of the first half of the labelled rows in the box, one of the second half outside of it."""
+        half = len(label) // 2
+        if half == 0:
+            raise ValueError(f"`label` must have 2 rows or more in pre-training, to mix them, but has {len(label)}.")
+        first, second = slice(half), slice(half, 2 * half)
+        return {key: torch.where(box_mask, x[first], x[second]) for key, x in ((Keys.IMAGE, image), (Keys.LABEL, label))}
+
+    def mix(
+        self, labeled: tuple[Tensor, Tensor], unlabeled: tuple[Tensor, Tensor], box_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """
+        Mix P labelled rows with as many unlabelled ones.
+
+        Args:
+            labeled: image (P, channels, *spatial) and label (P, 1, *spatial).
+            unlabeled: image and pseudo-label of the same shapes. box_mask: (1, 1, *spatial), bool.
+
+        Returns:
+            Image, label and pseudo-label of P rows; in the first (P + 1) // 2 the box is unlabelled.
+        """
+        (image, label), (unlabeled_image, pseudo_label) = labeled, unlabeled
+        box_is_unlabeled = torch.arange(len(image), device=image.device) < (len(image) + 1) // 2
+        true_mask = box_mask != box_is_unlabeled.reshape(-1, *[1] * (image.ndim - 1))
+        ignored = torch.full_like(label, self.ignore_index)
+        return {
+            Keys.IMAGE: torch.where(true_mask, image, unlabeled_image),
+            Keys.LABEL: torch.where(true_mask, label, ignored),
+            PSEUDO_LABEL: torch.where(true_mask, ignored, pseudo_label),
+        }
+
+    def pseudo_label(self, logits: Tensor) -> Tensor:
+        """Argmax with the largest component of each foreground class, (B, 1, *spatial), for logits (B, C, *spatial)."""
+        num_classes = max(logits.shape[1], 2)
+        labels = logits > 0 if logits.shape[1] == 1 else logits.max(1, keepdim=True).indices
+        keep = KeepLargestConnectedComponent(applied_labels=range(1, num_classes), is_onehot=False)
+        return torch.stack([torch.as_tensor(keep(row)) for row in labels.to(torch.uint8)])
+
+    def box_mask(self, image: Tensor, iteration: int) -> Tensor:
+        """The box of an iteration, (1, 1, *spatial), bool."""
+        draw = random.Random(derive_seed(self.seed, iteration))
+        mask = torch.zeros((1, 1, *image.shape[2:]), dtype=torch.bool, device=image.device)
+        box = mask
+        for axis, size in enumerate(image.shape[2:], start=2):
+            length = max(1, int(size * self.box_fraction))
+            box = box.narrow(axis, draw.randrange(size - length + 1), length)
+        box.fill_(True)
+        return mask

@@ -1,0 +1,58 @@
+"""Several networks as one student, for methods that train them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+
+
+class StackedNetworks(nn.Module):
+    """Networks on the same image, each a view; for Cross Pseudo Supervision two of one kind, initialised differently.
+
+    In train mode the logits of all come out, stacked; in eval mode one tensor, as a plain network gives it.
+    :func:`knowsam_monai.networks.unstack_views` takes the stack apart. With
+    ``MultiViewCoTraining(views=(0, 1), entropy_weight=0)`` two networks are Cross Pseudo Supervision.
+
+    Args:
+        networks: each returns logits (B, C, *spatial); built one after another they draw different weights.
+        deployed: what eval mode gives: "first" network's logits (CPS), or the "mean" of all.
+
+    Shape:
+        - image: (B, in_channels, *spatial)
+        - output in train mode: (B, V, C, *spatial), the views in the order of ``networks``
+        - output in eval mode: logits (B, C, *spatial)
+
+    Raises:
+        ValueError: when there is no network, two of them share a parameter, or ``deployed`` is neither.
+
+    Example::
+
+        >>> networks = StackedNetworks([nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1)])
+        >>> networks.train()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 2, 4, 8, 8])
+        >>> networks.eval()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+
+    Reference:
+        Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], deployed: str = "first") -> None:
+        super().__init__()
+        if len(networks) == 0:
+            raise ValueError("`networks` must have one network or more but is empty.")
+        if deployed not in ("first", "mean"):
+            raise ValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
+        parameters = [id(parameter) for network in networks for parameter in network.parameters()]
+        if len(set(parameters)) < len(parameters):
+            raise ValueError("`networks` must not share parameters but do; build each anew, they would teach themselves.")
+        self.networks = nn.ModuleList(networks)
+        self.averages = deployed == "mean"
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if not (self.training or self.averages):
+            return self.networks[0](image)
+        logits = torch.stack([network(image) for network in self.networks], dim=1)
+        return logits if self.training else logits.mean(dim=1)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.handlers.bidirectional_copy_paste import BidirectionalCopyPaste
+from knowsam_monai.handlers.preflight import Preflight
+from knowsam_monai.handlers.sam_distillation import SAMDistillation
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+
+from ..hosts import CASES, assert_same_weights, toy_host
+from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gradient
+
+
+def build(student, num_classes=3, **kwargs):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    ema_student = EMAStudent(student, optimizer, warm_up=False, buffers="average")
+    loss = PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))
+    return optimizer, loss, BidirectionalCopyPaste(ema_student, loss, **kwargs)
+
+
+@pytest.mark.parametrize("num_classes, size", CASES)
+@pytest.mark.parametrize("with_sam", [False, True])
+def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam):
+    """One step of pre-training and two of self-training."""
+    student, batches, distiller = toy_host(num_classes, size)
+    distiller.sam_loss = dice_ce_loss(num_classes, ignore_index=255)
+    other, teacher = copy.deepcopy((student, distiller.teacher))
+    optimizer, loss, handler = build(student, num_classes, pretraining=1)
+    handlers = [handler, SAMDistillation(distiller)] if with_sam else [handler]
+    trainer = toy_trainer(student, batches, loss, handlers, optimizer=optimizer)
+    trainer.run()
+
+    other_distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), sam_loss=distiller.sam_loss)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for t, batch in enumerate(batches, start=1):
+        (l1, l2, u1, u2), (y1, y2) = batch["image"].split(1), batch["label"].split(1)
+        box = handler.box_mask(l1, t)
+        unlabeled_loss = 0.0
+        if t == 1:
+            image, label = torch.where(box, l1, l2), torch.where(box, y1, y2)
+            ema = copy.deepcopy(other).eval()
+        else:
+            ema = copy.deepcopy(other).eval() if t == 2 else ema
+            with torch.no_grad():
+                q1, q2 = handler.pseudo_label(ema(torch.cat([u1, u2]))).double().split(1)
+            none = torch.full_like(y1, 255)
+            image = torch.cat([torch.where(box, u1, l1), torch.where(box, l2, u2)])
+            label = torch.cat([torch.where(box, none, y1), torch.where(box, y2, none)])
+            pseudo_label = torch.cat([torch.where(box, q1, none), torch.where(box, none, q2)])
+        pred = other(image)
+        if t > 1:
+            unlabeled_loss = 0.5 * loss(pred, pseudo_label)
+        total = loss(pred, label) + unlabeled_loss
+        optimizer.zero_grad()
+        if with_sam:
+            other_distiller.optimizer.zero_grad()
+            total = total + other_distiller.train()(image, pred, label).loss
+        total.backward()
+        optimizer.step()
+        if with_sam:
+            other_distiller.optimizer.step()
+        if t > 1:
+            for averaged, parameter in zip(ema.parameters(), other.parameters()):
+                averaged.data = 0.99 * averaged.data + 0.01 * parameter.data
+    assert_same_weights(student, other)
+    assert_same_weights(handler.ema_student.network, ema)
+    assert_same_weights(distiller.teacher, teacher)
+    term = trainer.state.output["pseudo_label_loss"]
+    assert not term.requires_grad
+    torch.testing.assert_close(term, unlabeled_loss.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_box_takes_two_thirds_of_each_axis_and_is_a_function_of_seed_and_iteration():
+    handler, image = build(ToyStudent())[2], torch.zeros(2, 1, 9, 12, 6)
+    boxes = [handler.box_mask(image, t) for t in range(40)]
+    for box in boxes:
+        assert box.shape == (1, 1, 9, 12, 6) and box.sum() == 6 * 8 * 4
+        assert [int(box[0, 0].any(dim=tuple({0, 1, 2} - {axis})).sum()) for axis in range(3)] == [6, 8, 4]
+    assert all(torch.equal(a, handler.box_mask(image, t)) for t, a in enumerate(boxes))
+    assert len({tuple(box.nonzero()[0].tolist()) for box in boxes}) > 10
+    other = build(ToyStudent(), seed=1)[2]
+    assert any(not torch.equal(a, other.box_mask(image, t)) for t, a in enumerate(boxes))
+    covered = torch.stack(boxes).any(0)[0, 0]
+    for axis in range(3):  # the box reaches both ends of each
+        assert covered.any(dim=tuple({0, 1, 2} - {axis})).all()
+
+
+def test_half_of_the_mixed_rows_have_the_unlabelled_image_in_the_box():
+    handler = build(ToyStudent())[2]
+    box = torch.tensor([[[[True, False]]]])
+
+    def rows(*values):
+        return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 2)
+
+    labeled, unlabeled = (rows([1, 2], [3, 4]), rows([1, 1], [2, 2])), (rows([5, 6], [7, 8]), rows([0, 1], [2, 0]))
+    batch = handler.mix(labeled, unlabeled, box)
+    assert torch.equal(batch["image"], rows([5, 2], [3, 8]))
+    assert torch.equal(batch["label"], rows([255, 1], [2, 255]))
+    assert torch.equal(batch["pseudo_label"], rows([0, 255], [255, 0]))
+
+
+@pytest.mark.parametrize("depth", [None, 2])
+def test_pseudo_label_keeps_the_largest_component_of_each_class(depth):
+    label = torch.tensor([[1, 1, 0, 1, 2], [0, 0, 0, 0, 0], [2, 2, 2, 0, 1]])
+    kept = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [2, 2, 2, 0, 0]])
+    if depth is not None:
+        label, kept = (torch.stack([x] * depth, -1) for x in (label, kept))
+    logits = torch.nn.functional.one_hot(label, 3).movedim(-1, 0)[None].double()
+    assert torch.equal(build(ToyStudent())[2].pseudo_label(logits)[0, 0], kept.to(torch.uint8))
+    sigmoid = build(ToyStudent())[2].pseudo_label((label == 1).double()[None, None] - 0.5)
+    assert torch.equal(sigmoid[0, 0], (kept == 1).to(torch.uint8))
+
+
+def test_sam_learns_from_pixels_of_true_label_alone():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().double(), ToyTeacher().double()
+    loss_of_sam, seen = dice_ce_loss(3, ignore_index=255), []
+
+    class SAMLoss(torch.nn.Module):
+        ignore_index = 255
+
+        def forward(self, logits, label):
+            logits.retain_grad()
+            seen.append((logits, label))
+            return loss_of_sam(logits, label)
+
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), sam_loss=SAMLoss())
+    optimizer, loss, handler = build(student, pretraining=0)
+    handlers = [handler, SAMDistillation(distiller, log_interval=1)]
+    trainer = toy_trainer(student, toy_batches(1), loss, handlers, optimizer=optimizer)
+    trainer.run()
+    (logits, label), box = seen[0], handler.box_mask(toy_batches(1)[0]["image"], 1)
+    assert torch.equal((label == 255), torch.cat([box, ~box]))
+    assert logits.grad.movedim(1, -1)[(label == 255)[:, 0]].abs().sum() == 0
+    assert torch.isfinite(trainer.state.output["teacher_labeled_dice"])
+    assert 0 <= trainer.state.output["teacher_labeled_dice"] <= 1
+
+
+def test_gradient_reaches_the_student_alone_and_no_hook_is_left():
+    student = ToyStudent().double()
+    optimizer, loss, handler = build(student, pretraining=0)
+    toy_trainer(student, toy_batches(1), loss, [handler], optimizer=optimizer).run()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert all(p.grad is None and not p.requires_grad for p in handler.ema_student.network.parameters())
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("pretraining", [0, 2])
+def test_preflight_leaves_no_trace_in_student_and_average(pretraining):
+    results = []
+    for with_preflight in (True, False):
+        torch.manual_seed(0)
+        student = ToyStudent().double()
+        optimizer, loss, handler = build(student, pretraining=pretraining)
+        handlers = [handler]
+        if with_preflight:
+            handlers.append(Preflight(student, optimizer, ema_student=handler.ema_student))
+        toy_trainer(student, toy_batches(4), loss, handlers, optimizer=optimizer).run()
+        results.append([*student.parameters(), *handler.ema_student.network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options, rows, message",
+    [
+        ({"pretraining": 0}, (2, 0), "must have labelled and unlabelled rows to mix"),
+        ({"pretraining": 1}, (1, 2), "`label` must have 2 rows or more in pre-training"),
+    ],
+)
+def test_batch_that_cannot_be_mixed_is_one_clear_error(options, rows, message):
+    student = ToyStudent().double()
+    optimizer, loss, handler = build(student, **options)
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(student, toy_batches(1, *rows), loss, [handler], optimizer=optimizer).run()
+
+
+@pytest.mark.parametrize("options", [{"box_fraction": 1.0}, {"pretraining": -1}])
+def test_argument_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match=f"`{list(options)[0]}` must be"):
+        build(ToyStudent(), **options)
