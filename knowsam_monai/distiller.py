@@ -135,7 +135,7 @@ class SAMDistiller(nn.Module):
         if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label)
+            check_label(prompt_logits[rows], label, getattr(self.sam_loss, "ignore_index", None))
 
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:

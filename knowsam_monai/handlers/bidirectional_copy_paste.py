@@ -130,7 +130,9 @@ class BidirectionalCopyPaste:
         if half == 0:
             raise ValueError(f"`label` must have 2 rows or more in pre-training, to mix them, but has {len(label)}.")
         first, second = slice(half), slice(half, 2 * half)
-        return {key: torch.where(box_mask, x[first], x[second]) for key, x in ((Keys.IMAGE, image), (Keys.LABEL, label))}
+        return {
+            key: torch.where(box_mask, x[first], x[second]) for key, x in ((Keys.IMAGE, image), (Keys.LABEL, label))
+        }
 
     def mix(
         self, labeled: tuple[Tensor, Tensor], unlabeled: tuple[Tensor, Tensor], box_mask: Tensor
