@@ -117,7 +117,9 @@ class SAMDistillation:
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
             ignore_index = getattr(self.distiller.sam_loss, "ignore_index", None)
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[: len(label)], label, ignore_index)
-            output["student_labeled_dice"] = _foreground_dice(student_logits[: len(label)].detach(), label, ignore_index)
+            output["student_labeled_dice"] = _foreground_dice(
+                student_logits[: len(label)].detach(), label, ignore_index
+            )
 
     @property
     def _is_cached(self) -> bool:
