@@ -31,16 +31,17 @@ class BidirectionalCopyPaste:
 
     .. math:: L(f(x), y) + w L(f(x), q)
 
-    The handler puts the true labels into the batch, `ignore_index` at all other pixels, so the trainer's own loss is the
-    first term and SAM learns from true labels alone; the second term is added here and written, weighted and detached,
-    as `pseudo_label_loss` into ``engine.state.output``. Both losses must leave `ignore_index` out. Nothing but
-    `image` and `label` stays in the batch.
+    The handler puts the true labels into the batch, `ignore_index` at all other pixels, so the trainer's own loss is
+    the first term and SAM learns from true labels alone; the second term is added here and written, weighted and
+    detached, as `pseudo_label_loss` into ``engine.state.output``. Both losses must leave `ignore_index` out, SAM's by
+    ``SAMDistiller(sam_loss=dice_ce_loss(num_classes, ignore_index=255))``. Nothing but `image` and `label` stays in
+    the batch; SAM's cached embeddings know no mixed image, so its encoder must be "adapted".
 
-    Before that, for `pretraining` iterations, *labelled* rows are mixed with each other and all pixels have true labels;
-    the averaged student begins as the student at the end of it. The public code goes on with the best of the
-    pre-training on validation, here the run goes on with the last; it normalises and adds up the two directions, and in
-    pre-training the inside and the outside of the box, where here they are one batch: its (Dice + CE) / 2 is therefore
-    Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
+    Before that, for `pretraining` iterations, *labelled* rows are mixed with each other and all pixels have true
+    labels; the averaged student begins as the student at the end of it. The public code goes on with the best of the
+    pre-training on validation, here the run goes on with the last; it normalises each direction by itself and adds up
+    the two, and in pre-training the inside and the outside of the box, where here they are one batch: its
+    (Dice + CE) / 2 corresponds to Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
 
     Args:
         ema_student: the averaged student; BCP: ``EMAStudent(network, optimizer, warm_up=False, buffers="average")``.

@@ -47,7 +47,9 @@ class StackedNetworks(nn.Module):
             raise ValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
         parameters = [id(parameter) for network in networks for parameter in network.parameters()]
         if len(set(parameters)) < len(parameters):
-            raise ValueError("`networks` must not share parameters but do; build each anew, they would teach themselves.")
+            raise ValueError(
+                "`networks` must not share parameters but do; build each anew, they would teach themselves."
+            )
         self.networks = nn.ModuleList(networks)
         self.averages = deployed == "mean"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,21 @@ BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "CheckpointSaver"
 
 
 class Training:
-    """train.json with tiny settings as `workflow`; `history` and `rates` are terms and learning rates by iteration."""
+    """
+    train.json with tiny settings as `workflow`; `history` and `rates` are terms and learning rates by iteration.
 
-    def __init__(self, folder: Path, /, whole: bool = False, **override: Any) -> None:
+    `overlays` are configs over train.json; an override of None leaves the configs' own value.
+    """
+
+    def __init__(self, folder: Path, /, whole: bool = False, overlays: Sequence[str] = (), **override: Any) -> None:
         options = {**TINY, "output_dir": str(folder), "ckpt_dir": str(folder / "models"), **override}
+        options = {key: value for key, value in options.items() if value is not None}
         options["epoch_length"] = min(options["epoch_length"], options["max_iterations"])
         self.output_dir = folder
         self.history: list[dict[str, float]] = []
         self.rates: list[list[float]] = []
         self.workflow = ConfigWorkflow(
-            config_file=str(CONFIGS / "train.json"),
+            config_file=[str(CONFIGS / name) for name in ("train.json", *overlays)],
             meta_file=str(CONFIGS / "metadata.json"),
             logging_file=False,
             workflow_type="train",

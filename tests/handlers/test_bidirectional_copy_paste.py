@@ -35,7 +35,8 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     trainer = toy_trainer(student, batches, loss, handlers, optimizer=optimizer)
     trainer.run()
 
-    other_distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), sam_loss=distiller.sam_loss)
+    adam = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    other_distiller = SAMDistiller(teacher, adam, sam_loss=distiller.sam_loss)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     for t, batch in enumerate(batches, start=1):
         (l1, l2, u1, u2), (y1, y2) = batch["image"].split(1), batch["label"].split(1)
