@@ -140,17 +140,21 @@ def check_writable(*folders: str | os.PathLike) -> None:
 
 @torch.no_grad()
 def check_student(
-    network: nn.Module, in_channels: int, class_names: Sequence[str], num_classes: int, image_size: int
+    network: nn.Module,
+    in_channels: int,
+    class_names: Sequence[str],
+    num_classes: int,
+    image_size: int | Sequence[int],
 ) -> None:
     """
-    Give the student one empty slice before any data is read: do its sizes, channels and classes fit the config's?
+    Give the student one empty slice or patch before any data is read: do its sizes, channels and classes fit the config's?
 
     Args:
         network: the student; left in the mode it was in.
         in_channels: channels of an image.
         class_names: names of the classes without the background.
         num_classes: C, background included.
-        image_size: height and width of a slice.
+        image_size: height and width of a slice, one number for both; or the size of a patch along each axis.
 
     Raises:
         ValueError: naming the key that does not fit.
@@ -160,7 +164,8 @@ def check_student(
             f"`class_names` must name {num_classes - 1} classes, `num_classes` without the background, but is "
             f"{list(class_names)}; give the names alone, `num_classes` follows from them."
         )
-    shape = (1, in_channels, image_size, image_size)
+    spatial = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    shape = (1, in_channels, *spatial)
     was_training = network.training
     device = next((parameter.device for parameter in network.parameters()), None)
     try:
@@ -173,7 +178,7 @@ def check_student(
         ) from None
     finally:
         network.train(was_training)
-    expected = (1, num_classes, image_size, image_size)
+    expected = (1, num_classes, *spatial)
     if not isinstance(pred, torch.Tensor) or tuple(pred.shape) != expected:
         given = tuple(pred.shape) if isinstance(pred, torch.Tensor) else f"a {type(pred).__name__}"
         raise ValueError(

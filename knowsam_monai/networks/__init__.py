@@ -5,6 +5,7 @@ from __future__ import annotations
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.aggregation import HybridAggregation
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
+from knowsam_monai.networks.intensity_window import IntensityWindow
 from knowsam_monai.networks.multi_view import MultiViewNet
 from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam
@@ -21,6 +22,7 @@ __all__ = [
     "EmbeddingCache",
     "HybridAggregation",
     "LearnablePrompt",
+    "IntensityWindow",
     "MultiViewNet",
     "SAMTeacher",
     "SliceSelection",
