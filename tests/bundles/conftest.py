@@ -16,7 +16,9 @@ from monai.utils import set_determinism
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
 
-CONFIGS = Path(__file__).parents[2] / "bundles" / "knowsam_acdc" / "configs"
+BUNDLES = Path(__file__).parents[2] / "bundles"
+CONFIGS = BUNDLES / "knowsam_acdc" / "configs"
+CONFIGS_3D = BUNDLES / "knowsam_la" / "configs"
 SMALL_STUDENT = {
     "_target_": "knowsam_monai.networks.MultiViewNet",
     "in_channels": "@in_channels",
@@ -37,6 +39,16 @@ TINY = {
     "device": "$torch.device('cpu')",
     "network_def": SMALL_STUDENT,
 }
+# over TINY, for the bundle of volumes
+TINY_3D = {
+    "image_size": [16, 16, 16],
+    "spacing": [4.0, 4.0, 4.0],
+    "sam_image_size": 32,
+    "sam_slices": 2,
+    "channels": [4, 4, 4, 4, 4],
+    "aggregation_channels": [2, 2, 4],
+    "network_def": None,
+}
 # what a run can do without when its steps are the question
 BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
 
@@ -48,16 +60,25 @@ class Training:
     `overlays` are configs over train.json; an override of None leaves the configs' own value.
     """
 
-    def __init__(self, folder: Path, /, whole: bool = False, overlays: Sequence[str] = (), **override: Any) -> None:
-        options = {**TINY, "output_dir": str(folder), "ckpt_dir": str(folder / "models"), **override}
+    def __init__(
+        self,
+        folder: Path,
+        /,
+        whole: bool = False,
+        overlays: Sequence[str] = (),
+        configs: Path = CONFIGS,
+        **override: Any,
+    ) -> None:
+        tiny = {**TINY, **TINY_3D} if configs == CONFIGS_3D else TINY
+        options = {**tiny, "output_dir": str(folder), "ckpt_dir": str(folder / "models"), **override}
         options = {key: value for key, value in options.items() if value is not None}
         options["epoch_length"] = min(options["epoch_length"], options["max_iterations"])
         self.output_dir = folder
         self.history: list[dict[str, float]] = []
         self.rates: list[list[float]] = []
         self.workflow = ConfigWorkflow(
-            config_file=[str(CONFIGS / name) for name in ("train.json", *overlays)],
-            meta_file=str(CONFIGS / "metadata.json"),
+            config_file=[str(configs / name) for name in ("train.json", *overlays)],
+            meta_file=str(configs / "metadata.json"),
             logging_file=False,
             workflow_type="train",
             **options,
@@ -107,5 +128,23 @@ def training(small_phantom, tmp_path):
 
     def build(**override: Any) -> Training:
         return Training(tmp_path / "output", **{"dataset_dir": str(small_phantom), **override})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_volumes(tmp_path_factory) -> Path:
+    """The data list of two labelled and unlabelled left atria, and one to validate on."""
+    folder = tmp_path_factory.mktemp("data") / "volumes"
+    counts = {"num_labeled": 2, "num_unlabeled": 2, "num_validation": 1, "num_test": 1}
+    return write_phantom(folder, anatomy="left_atrium", max_size=32, **counts)
+
+
+@pytest.fixture
+def training_3d(small_volumes, tmp_path):
+    """`training_3d(key=value, ...)`: a tiny training of the bundle of volumes that has not been run yet."""
+
+    def build(**override: Any) -> Training:
+        return Training(tmp_path / "output", configs=CONFIGS_3D, **{"dataset_dir": str(small_volumes), **override})
 
     return build

@@ -1,0 +1,299 @@
+"""The bundle of volumes where it differs from the one of slices: a whole run, real data, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from monai.networks.nets import VNet
+from monai.utils import set_determinism
+
+from knowsam_monai.networks import MultiViewNet, SliceTeacher
+from knowsam_monai.preparation import root_cause
+
+from .conftest import CONFIGS_3D, Training
+
+LA = os.environ.get("KNOWSAM_LA_DIR")
+LOSSES = {"loss", "sam_loss", "distillation_loss", "mutual_loss", "entropy_loss", "mixing_loss"}
+
+
+def resolved(*overlays, **override):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS_3D / name) for name in ("train.json", *overlays)])
+    parser.update(override)
+    return parser.get_parsed_content
+
+
+def run_config(names, output_dir, workflow_type="infer", **options):
+    workflow = ConfigWorkflow(
+        config_file=[str(CONFIGS_3D / name) for name in names],
+        meta_file=str(CONFIGS_3D / "metadata.json"),
+        logging_file=False,
+        workflow_type=workflow_type,
+        bundle_root=str(CONFIGS_3D.parent),
+        output_dir=str(output_dir),
+        device="$torch.device('cpu')",
+        **options,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    set_determinism(seed=None)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_volumes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "output"
+    options = {"dataset_dir": str(small_volumes), "max_iterations": 4}
+    return Training(folder, whole=True, configs=CONFIGS_3D, **options).run()
+
+
+def test_whole_run_trains_both_networks_and_leaves_the_student_and_the_report(whole_run):
+    assert len(whole_run.history) == 4
+    assert all(math.isfinite(step[name]) for step in whole_run.history for name in LOSSES)
+    assert whole_run["optimizer"].state and whole_run["sam_optimizer"].state
+    state = torch.load(whole_run.output_dir / "models" / "model.pt", weights_only=True)
+    widths = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
+    MultiViewNet(spatial_dims=3, out_channels=2, channels=[4] * 5, **widths).load_state_dict(state, strict=True)
+    assert (whole_run.output_dir / "validation.png").is_file() and (whole_run.output_dir / "results.csv").is_file()
+
+
+def test_teacher_is_validated_on_whole_volumes_beside_the_student(whole_run):
+    assert {"val_mean_dice", "val_teacher_dice"} <= set(whole_run["validate#evaluator"].state.metrics)
+
+
+def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d):
+    run = training_3d(max_iterations=1)
+    asked = []
+    teacher = run["teacher"]
+    assert isinstance(teacher, SliceTeacher)
+    teacher.sam_teacher.register_forward_hook(lambda module, inputs, output: asked.append(tuple(inputs[0].shape)))
+    run.run()
+    output = run["train#trainer"].state.output
+    assert output["image"].shape == (4, 1, 16, 16, 16) and output["label"].shape == (2, 1, 16, 16, 16)
+    assert sum(shape[0] for shape in asked) == 4 * 2 and {shape[2:] for shape in asked} == {(16, 16)}
+
+
+@pytest.mark.parametrize("change", [{"sam_axes": [0, 1, 2]}, {"sam_slice_sampling": "entropy"}, {"sam_slices": "$None"}])
+def test_ways_to_slice_train(training_3d, change):
+    (step,) = training_3d(max_iterations=1, distillation_gate="none", **change).run().history
+    assert step["sam_loss"] > 0 and step["distillation_loss"] > 0 and math.isfinite(step["loss"])
+
+
+def test_without_sam_nothing_of_it_is_built(training_3d):
+    run = training_3d(max_iterations=1, use_sam=False, sam_variant="vit_b", sam_checkpoint="/nowhere/sam.pth").run()
+    assert [run[name] for name in ("teacher", "sam_optimizer", "distiller")] == [None] * 3
+    assert [set(step) for step in run.history] == [{"loss", "mutual_loss", "entropy_loss", "mixing_loss"}]
+
+
+def test_data_set_brings_the_published_recipe():
+    get = resolved(dataset_dir="/data/LA")
+    published = {"image_size": [112, 112, 80], "labeled_batch_size": 2, "unlabeled_batch_size": 2, "lr": 0.01}
+    published |= {"max_iterations": 6000, "labeled_patients": 8, "sam_variant": "vit_b", "sam_slices": 8}
+    published |= {"momentum": 0.9, "weight_decay": 0.0001, "spacing": [0.625] * 3, "num_classes": 2}
+    assert {key: get(key) for key in published} == published
+
+
+def test_plain_student_is_monai_s_vnet():
+    network = resolved("network_plain.json", dataset_dir="/data/LA")("network_def")
+    assert type(network) is VNet and sum(p.numel() for p in network.parameters()) > 40_000_000
+
+
+@pytest.mark.parametrize(
+    "method, published",
+    [
+        ("ua_mt", {"max_iterations": 6000, "ema_decay": 0.99, "consistency_weight": 0.1, "num_passes": 8}),
+        ("mean_teacher", {"max_iterations": 6000, "ema_decay": 0.99, "consistency_weight": 0.1}),
+        ("bcp", {"max_iterations": 17000, "pretraining_iterations": 2000, "labeled_batch_size": 4}),
+    ],
+)
+def test_data_set_brings_the_published_numbers_of_a_host(method, published):
+    get = resolved("network_plain.json", f"{method}.json", dataset_dir="/data/LA")
+    assert {key: get(key) for key in published} == published
+
+
+@pytest.mark.parametrize("split,overlap", [("evaluate.json", [0.839, 0.839, 0.9499]), ("inference.json", None)])
+def test_windows_slide_by_the_published_strides(split, overlap):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS_3D / n) for n in (("train.json", split) if overlap else (split,))])
+    parser.update({"dataset_dir": "/data/LA"})
+    overlap, size = parser.get_parsed_content("window_overlap"), parser.get_parsed_content("image_size")
+    assert [int(s * (1 - o)) for s, o in zip(size, overlap)] == [18, 18, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LA, reason="KNOWSAM_LA_DIR does not name a folder with left-atrium data")
+def test_real_left_atria_train(training_3d):
+    options = {"sam_checkpoint": "$None", "labeled_patients": 8, "image_size": [48, 48, 32], "window_overlap": 0.1}
+    run = training_3d(whole=True, dataset_dir=LA, **options).run()
+    assert run["train#trainer"].state.iteration == 2 and all(math.isfinite(s["loss"]) for s in run.history)
+    assert len(run["train#dataset"]) == 8 and len(run["validate#dataset"]) == 4
+    assert len(run["train#unlabeled_dataset"]) >= 16
+    assert (run.output_dir / "model.pt").is_file()
+
+
+# --- inference and evaluation -----------------------------------------------------------------------------------------
+
+
+def write_scan(path, dtype=np.int16, flip=False):
+    """A bright box and a bright corner in a volume of 20 x 24 x 18 voxels of 1.5 x 1.5 x 2 mm."""
+    sitk = pytest.importorskip("SimpleITK")
+    array = np.zeros((20, 24, 18), dtype)
+    array[5:14, 6:15, 4:12] = 100
+    array[17:, 20:, 15:] = 100
+    image = sitk.GetImageFromArray(array.T)
+    image.SetSpacing((1.5, 1.5, 2.0))
+    image.SetOrigin((7.0, -3.0, 11.0))
+    image.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1) if flip else (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+    return array
+
+
+def threshold(folder):
+    """A network that is a threshold at zero of the normalised image, and its weights."""
+    state = {"weight": torch.tensor([0.0, 10.0]).reshape(2, 1, 1, 1, 1), "bias": torch.zeros(2)}
+    torch.save(state, folder / "model.pt")
+    return {
+        "ckpt_path": str(folder / "model.pt"),
+        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 2, "kernel_size": 1},
+        "image_size": [16, 16, 16],
+        "spacing": [0.0, 0.0, 0.0],
+        "window_overlap": 0.25,
+    }
+
+
+@pytest.mark.parametrize("name,flip", [("scan.nii.gz", False), ("scan.nii.gz", True), ("lgemri.nrrd", True)])
+@pytest.mark.parametrize("largest", [False, True])
+def test_prediction_is_nifti_in_the_geometry_of_the_input(tmp_path, name, flip, largest):
+    sitk = pytest.importorskip("SimpleITK")
+    (tmp_path / "in" / "case").mkdir(parents=True)
+    source = tmp_path / "in" / "case" / name
+    array = write_scan(source, flip=flip)
+    options = {"image_pattern": f"*/{name}", "largest_component": largest, **threshold(tmp_path)}
+    run_config(["inference.json"], tmp_path / "out", dataset_dir=str(tmp_path / "in"), **options)
+    output = str(tmp_path / "out" / "case" / f"{name.split('.')[0]}_seg.nii.gz")
+    pred = np.asarray(nibabel.load(output).dataobj)
+    expected = array > 0
+    if largest:
+        expected[17:, 20:, 15:] = False
+    assert nibabel.load(output).get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(pred, expected)
+    ours, theirs = sitk.ReadImage(output), sitk.ReadImage(str(source))
+    for get in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+        np.testing.assert_allclose(getattr(ours, get)(), getattr(theirs, get)(), atol=1e-5, err_msg=get)
+    lps = np.array(theirs.GetDirection()).reshape(3, 3) * theirs.GetSpacing()
+    affine = np.diag([-1, -1, 1, 1]) @ np.block([[lps, np.array(theirs.GetOrigin())[:, None]], [0, 0, 0, 1]])
+    np.testing.assert_allclose(nibabel.load(output).affine, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2])
+def test_verify_net_in_out_passes(n):
+    meta, config = (str(CONFIGS_3D / name) for name in ("metadata.json", "inference.json"))
+    verify_net_in_out("network_def", meta_file=meta, config_file=config, device="cpu", n=n)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_evaluation_is_on_the_native_grid_and_an_empty_prediction_is_counted(tmp_path, empty):
+    array = write_scan(tmp_path / "a.nii.gz")
+    label = nibabel.Nifti1Image((array > 0).astype(np.uint8) * 255, nibabel.load(tmp_path / "a.nii.gz").affine)
+    nibabel.save(label, tmp_path / "a_gt.nii.gz")
+    write_scan(tmp_path / "b.nii.gz")
+    nibabel.save(label, tmp_path / "b_gt.nii.gz")
+    case = {name: {"image": f"{name}.nii.gz", "label": f"{name}_gt.nii.gz"} for name in "ab"}
+    sections = {"labeled": [case["a"]], "unlabeled": [], "validation": [case["b"]]}
+    (tmp_path / "list.json").write_text(json.dumps(sections))
+    options = threshold(tmp_path)
+    if empty:
+        torch.save({"weight": torch.zeros(2, 1, 1, 1, 1), "bias": torch.tensor([1.0, 0.0])}, options["ckpt_path"])
+    options["dataset_dir"] = str(tmp_path / "list.json")
+    run_config(["train.json", "evaluate.json"], tmp_path / "out", workflow_type="train", **options)
+    raw = (tmp_path / "out" / "metrics_raw.csv").read_text().splitlines()
+    row = dict(zip(raw[0].split(","), raw[1].split(",")))
+    assert row["class"] == "left atrium" and float(row["dice"]) == (0 if empty else 1)
+    assert row["spacing_mm"] == "1.5x1.5x2"
+    assert (row["hd95_mm"], int(row["num_undefined"])) == (("nan", 4) if empty else ("0.000000", 0))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A good data list of volumes that are no cubes of voxels, to be spoilt."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    sections = {}
+    for name in ("labeled", "unlabeled", "validation"):
+        array = write_scan(folder / f"{name}.nii.gz")
+        sections[name] = [{"image": f"{name}.nii.gz"}]
+        if name != "unlabeled":
+            image = nibabel.load(folder / f"{name}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image((array > 0).astype(np.uint8), image.affine), folder / f"{name}_gt.nii.gz")
+            sections[name][0]["label"] = f"{name}_gt.nii.gz"
+    (folder / "list.json").write_text(json.dumps(sections))
+    return folder
+
+
+ONE = {"max_iterations": 1, "use_sam": False, "labeled_batch_size": 1, "unlabeled_batch_size": 1}
+
+
+def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(training_3d, data, caplog):
+    run = training_3d(dataset_dir=str(data / "list.json"), spacing=[2.0, 2.0, 2.0], **ONE).run()
+    assert run["train#trainer"].state.output["image"].shape == (2, 1, 16, 16, 16)
+    assert "smaller" not in caplog.text
+    run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()
+    assert run["train#trainer"].state.output["image"].shape == (2, 1, 16, 16, 16)
+    assert re.search(r"labeled.nii.gz is smaller, .* than a patch, \(16, 16, 16\): padded with 0", caplog.text)
+
+
+def test_label_of_0_and_255_is_mapped_and_said(training_3d, data, caplog):
+    path = data / "labeled_gt.nii.gz"
+    label = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(label.dataobj) * np.uint8(255), label.affine), path)
+    run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()
+    assert set(run["train#trainer"].state.output["label"].unique().tolist()) <= {0, 1}
+    assert "has the values 0 and 255: read as 0 and 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "spoil,change,message",
+    [
+        ("label", {}, "`label` must be a path but item 0 of `labeled` in .* has none"),
+        (None, {"image_size": [24, 16, 16]}, r"`image_size`.* multiples of 16"),
+        (None, {"spacing": [4.0] * 3, "class_names": []}, "give logits|`class_names`|`num_classes`|output channels"),
+    ],
+    ids=["labelled case without a label", "patch", "no class"],
+)
+def test_bad_input_is_one_clear_error_before_a_step(training_3d, data, spoil, change, message):
+    if spoil:
+        sections = json.loads((data / "list.json").read_text())
+        del sections["labeled"][0][spoil]
+        (data / "list.json").write_text(json.dumps(sections))
+    run = training_3d(dataset_dir=str(data / "list.json"), **ONE, **change)
+    with pytest.raises(RuntimeError) as error:
+        run.run()
+    assert re.search(message, str(root_cause(error.value))), str(root_cause(error.value))
+    assert run.history == []
+
+
+def test_more_slices_than_the_patch_has_is_said(training_3d):
+    with pytest.raises(RuntimeError) as error:
+        training_3d(sam_slices=17).run()
+    assert "`slices` must be at most 16" in str(root_cause(error.value))
+
+
+def test_folder_of_no_known_form_says_what_was_looked_for(training_3d, tmp_path):
+    (tmp_path / "LA").mkdir()
+    with pytest.raises(RuntimeError) as error:
+        training_3d(dataset_dir=str(tmp_path / "LA")).run()
+    assert "<case>/lgemri.nrrd was looked for" in str(root_cause(error.value))
