@@ -4,6 +4,8 @@ Validation Dice of the bundle's training with some of its parts on and off: trai
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py knowsam          # one table, hours on two CPU cores
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py tuning --seeds 0 1
     python benchmarks/accuracy.py phantom --seeds 0 1 2
+    KNOWSAM_LA_DIR=/data/LA python benchmarks/accuracy.py left_atrium          # hours on two CPU cores
+    KNOWSAM_LA_DIR=/data/LA python benchmarks/accuracy.py left_atrium_published   # as published; needs a GPU and SAM
     python benchmarks/accuracy.py knowsam --only "without SAM" --print        # the command line of a row, nothing runs
 
 A row is one run of the bundle's command line, in a process of its own. What has finished is kept in benchmarks/output
@@ -45,6 +47,18 @@ def distillation(temperature: float, gate: str, tolerance: float = 0.1) -> dict[
         "distillation_gate": gate,
         "distillation_gate_tolerance": tolerance,
     }
+
+
+# bundle -> environment variable of its data, and the path that --print shows without it
+DATA = {"knowsam_acdc": ("KNOWSAM_ACDC_DIR", "/data/ACDC"), "knowsam_la": ("KNOWSAM_LA_DIR", "/data/LA")}
+# the student of these rows is MONAI's V-Net
+LEFT_ATRIUM: dict[str, dict[str, object]] = {
+    "supervised V-Net": {"overlays": ("network_plain", "supervised"), **WITHOUT_SAM},
+    "UA-MT": {"overlays": ("network_plain", "ua_mt"), **WITHOUT_SAM},
+    "UA-MT + SKD": {"overlays": ("network_plain", "ua_mt")},
+    "KnowSAM, without SAM": WITHOUT_SAM,
+    "KnowSAM": {},
+}
 
 
 # table -> (what all rows share, row -> its own keys)
@@ -94,6 +108,26 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "T = 10, gate of tolerance 0.1": distillation(10, "validation", 0.1),
         },
     ),
+    # 8 labelled cases; a smaller patch, narrower views and fewer iterations than published
+    "left_atrium": (
+        {
+            "bundle": "knowsam_la",
+            "labeled_patients": 8,
+            "sam_variant": "vit_t",
+            "sam_image_size": 64,
+            "sam_slices": 4,
+            "image_size": [64, 64, 48],
+            "channels": [8, 16, 32, 64, 128],
+            "aggregation_channels": [4, 4, 8],
+            "window_overlap": 0.25,
+            "max_iterations": 1500,
+            "epoch_length": 500,
+            "num_workers": 0,
+            "cpu_autocast": True,
+        },
+        LEFT_ATRIUM,
+    ),
+    "left_atrium_published": ({"bundle": "knowsam_la", "labeled_patients": 8}, LEFT_ATRIUM),
     "phantom": ({}, {"KnowSAM": {}, "KnowSAM, bf16": {"cpu_autocast": True}, "KnowSAM, without SAM": WITHOUT_SAM}),
 }
 
@@ -101,11 +135,14 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
 def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
     """The bundle's command line of a row, and the folder it writes to."""
     shared, rows = TABLES[table]
-    folder = OUTPUT / table / f"{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_seed{seed}"
+    folder = OUTPUT / table / f"{row.replace(' = ', '').replace(' + ', '_').replace(', ', '_').replace(' ', '_')}_seed{seed}"
     keys: dict[str, object] = {**shared, **rows[row], "seed": seed, "output_dir": folder, "ckpt_dir": folder}
+    bundle, overlays = keys.pop("bundle", "knowsam_acdc"), keys.pop("overlays", ())
     if table != "phantom":
-        keys["dataset_dir"] = os.environ.get("KNOWSAM_ACDC_DIR", "/data/ACDC")
-    command = ["-m", "monai.bundle", "run", "--config_file", "bundles/knowsam_acdc/configs/train.json"]
+        variable, example = DATA[bundle]
+        keys["dataset_dir"] = os.environ.get(variable, example)
+    files = [f"bundles/{bundle}/configs/{name}.json" for name in ("train", *overlays)]
+    command = ["-m", "monai.bundle", "run", "--config_file", str(files) if overlays else files[0]]
     return [*command, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))], folder
 
 

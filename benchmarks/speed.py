@@ -9,6 +9,13 @@ Each row is a process of its own, so that its peak memory is its own. Steps are 
 SAM ViT-B (random weights: they cost the same), 256 x 256, 2 labelled + 2 unlabelled rows, 4 classes. Between steps a
 2048 x 2048 float32 matrix product is timed; "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest
 rate, which makes machines comparable. The table is written to benchmarks/speed.md.
+
+Rows whose names begin with `la_` are of the bundle of volumes, run where they are named:
+
+    python benchmarks/speed.py la_views la_knowsam la_ua_mt la_ua_mt_sam --patch 112 112 80 --steps 2
+
+2 labelled + 2 unlabelled patches of the phantom, drawn at the size of the published pack, fp32, SAM ViT-B at 112 with 8
+slices of each volume. The published patch wants tens of GiB; --patch 64 64 48 fits small machines.
 """
 
 from __future__ import annotations
@@ -31,12 +38,25 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
+VOLUME_BUNDLE = ROOT / "bundles" / "knowsam_la"
+PATCH = (112, 112, 80)
 GEMM_SIZE = 2048
+
+
+def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -> tuple[Any, dict]:
+    """The trainer of a bundle's train.json and overlays, and one batch of it."""
+    from monai.bundle import ConfigWorkflow
+
+    files = [str(bundle / "configs" / name) for name in ("train.json", *overlays)]
+    workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **keys)
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    batch = next(iter(trainer.data_loader))
+    trainer.state.epoch_length, trainer.state.max_epochs = 1000, 1
+    return trainer, batch
 
 
 def trainer_of(**overrides: Any) -> Any:
     """The bundle's own trainer at benchmark size, and one batch of it."""
-    from monai.bundle import ConfigWorkflow
 
     keys = {
         "bundle_root": str(BUNDLE),
@@ -58,23 +78,61 @@ def trainer_of(**overrides: Any) -> Any:
         "validate#dataset#items": "$@datalist['validation'][:1]",
         **overrides,
     }
-    workflow = ConfigWorkflow(str(BUNDLE / "configs" / "train.json"), workflow_type="train", logging_file=False, **keys)
-    trainer = workflow.parser.get_parsed_content("train#trainer")
-    batch = next(iter(trainer.data_loader))
-    trainer.state.epoch_length, trainer.state.max_epochs = 1000, 1
-    return trainer, batch
+    return workflow_of(BUNDLE, (), keys)
+
+
+def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
+    """The same of the bundle of volumes."""
+    folder = ROOT / "benchmarks" / "output"
+    phantom = {"anatomy": "left_atrium", "max_size": 2 * max(PATCH), "num_labeled": 2, "num_unlabeled": 2}
+    keys = {
+        "bundle_root": str(VOLUME_BUNDLE),
+        "output_dir": str(folder),
+        "datalist#phantom_dir": str(folder / f"volumes_{2 * max(PATCH)}"),
+        "datalist#phantom": {**phantom, "num_validation": 1, "num_test": 0},
+        "spacing": [0.0, 0.0, 0.0],
+        "image_size": list(PATCH),
+        "channels": [16, 32, 64, 128, 256],
+        "aggregation_channels": [16, 16, 32],
+        "max_iterations": 1000,
+        "sam_variant": "vit_b",
+        "sam_checkpoint": "$None",
+        "sam_trainable": "adapters",
+        "sam_image_size": 112,
+        "sam_slices": 8,
+        "distillation_gate": "none",
+        "log_interval": 1000,
+        **overrides,
+    }
+    return workflow_of(VOLUME_BUNDLE, overlays, keys)
+
+
+def views_step() -> Callable[[], None]:
+    """One forward and backward of both views and HAM with their supervised loss: what memory is compared with."""
+    trainer, batch = volume_trainer_of(use_sam=False)
+    image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
+
+    def step() -> None:
+        trainer.network.train().zero_grad()
+        trainer.loss_function(trainer.network(image), label).mean().backward()
+
+    return step
 
 
 def knowsam_step(mixing: bool, **overrides: Any) -> Callable[[], None]:
-    trainer, batch = trainer_of(**overrides)
-    for handler_event, handlers in trainer._event_handlers.items():  # the teacher follows from STARTED on
+    return step_of(*trainer_of(**overrides), mixing)
+
+
+def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
+    """A step of a trainer, `late` in its run (with mixing) or at its start."""
+    for handler_event, handlers in trainer._event_handlers.items():  # teacher and EMA follow from STARTED on
         if handler_event.name == "STARTED":
             for handler, args, kwargs in handlers:
-                if getattr(handler, "__qualname__", "").startswith("SAMDistillation"):
+                if getattr(handler, "__qualname__", "").startswith(("SAMDistillation", "EMAStudent")):
                     handler(trainer)
 
     def step() -> None:
-        trainer.state.iteration = 999 if mixing else 1
+        trainer.state.iteration = 999 if late else 1
         trainer.state.batch = batch
         trainer._process_function(trainer, batch)
 
@@ -159,6 +217,27 @@ ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
     "inference": ("inference, 9 slices, whole student", lambda: inference_of_volume("MultiViewNet")),
     "inference_unet": ("inference, 9 slices, U-Net alone", lambda: inference_of_volume("UNet")),
 }
+VOLUME_ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
+    "la_views": ("3D, both views and HAM, one forward and backward", views_step),
+    "la_knowsam": ("3D KnowSAM, with mixing", lambda: step_of(*volume_trainer_of(), True)),
+    "la_without_sam": ("3D KnowSAM without SAM, with mixing", lambda: step_of(*volume_trainer_of(use_sam=False), True)),
+    "la_mean_teacher": (
+        "3D Mean Teacher of a V-Net",
+        lambda: step_of(*volume_trainer_of("network_plain.json", "mean_teacher.json", use_sam=False), True),
+    ),
+    "la_mean_teacher_sam": (
+        "3D Mean Teacher of a V-Net with SKD",
+        lambda: step_of(*volume_trainer_of("network_plain.json", "mean_teacher.json"), True),
+    ),
+    "la_ua_mt": (
+        "3D UA-MT of a V-Net",
+        lambda: step_of(*volume_trainer_of("network_plain.json", "ua_mt.json", use_sam=False), True),
+    ),
+    "la_ua_mt_sam": (
+        "3D UA-MT of a V-Net with SKD",
+        lambda: step_of(*volume_trainer_of("network_plain.json", "ua_mt.json"), True),
+    ),
+}
 
 
 def count_gflop(step: Callable[[], None]) -> float:
@@ -183,7 +262,7 @@ def count_gflop(step: Callable[[], None]) -> float:
 def measure(name: str, num_steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
-    step = ROWS[name][1]()
+    step = {**ROWS, **VOLUME_ROWS}[name][1]()
     step()  # warms up
     seconds, gemm_seconds = [], []
     precision = torch.get_float32_matmul_precision()
@@ -211,16 +290,20 @@ def processor() -> str:
 
 
 def main() -> None:
+    global PATCH
+    every_row = {**ROWS, **VOLUME_ROWS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(every_row)}; default all but la_")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a row")
+    parser.add_argument("--patch", type=int, nargs=3, default=PATCH, help="voxels of a patch, for the rows la_")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "speed.md"))
     args = parser.parse_args()
-    unknown = [row for row in args.rows if row not in ROWS]
+    unknown = [row for row in args.rows if row not in every_row]
     if unknown:
-        parser.error(f"row must be one of {', '.join(ROWS)} but is {unknown[0]}")
+        parser.error(f"row must be one of {', '.join(every_row)} but is {unknown[0]}")
+    PATCH = tuple(args.patch)
     torch.set_num_threads(args.threads)
     if args.measure:
         warnings.simplefilter("ignore")
@@ -243,6 +326,8 @@ def main() -> None:
             str(args.threads),
             "--steps",
             str(args.steps),
+            "--patch",
+            *map(str, args.patch),
         ]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}
@@ -251,7 +336,7 @@ def main() -> None:
             sys.exit(f"{row} failed:\n{result.stderr}")
         r = json.loads(result.stdout.strip().splitlines()[-1])
         line = (
-            f"| {ROWS[row][0]} | {r['seconds']:.2f} | {r['seconds'] * r['rate']:.0f} | {r['gflop']:.0f} "
+            f"| {every_row[row][0]} | {r['seconds']:.2f} | {r['seconds'] * r['rate']:.0f} | {r['gflop']:.0f} "
             f"| {r['memory']:.2f} | {r['rate']:.0f} |"
         )
         lines.append(line)

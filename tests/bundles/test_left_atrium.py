@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.networks.nets import VNet
 from monai.utils import set_determinism
 
-from knowsam_monai.networks import MultiViewNet, SliceTeacher
+from knowsam_monai.networks import MultiViewNet, SAMTeacher, SliceTeacher
 from knowsam_monai.preparation import root_cause
 
 from .conftest import CONFIGS_3D, Training
@@ -72,13 +72,16 @@ def test_teacher_is_validated_on_whole_volumes_beside_the_student(whole_run):
     assert {"val_mean_dice", "val_teacher_dice"} <= set(whole_run["validate#evaluator"].state.metrics)
 
 
-def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d):
-    run = training_3d(max_iterations=1)
-    asked = []
-    teacher = run["teacher"]
-    assert isinstance(teacher, SliceTeacher)
-    teacher.sam_teacher.register_forward_hook(lambda module, inputs, output: asked.append(tuple(inputs[0].shape)))
-    run.run()
+def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d, monkeypatch):
+    asked, forward = [], SAMTeacher.forward
+
+    def listen(self, image, prompt_logits):
+        asked.append(tuple(image.shape))
+        return forward(self, image, prompt_logits)
+
+    monkeypatch.setattr(SAMTeacher, "forward", listen)
+    run = training_3d(max_iterations=1).run()
+    assert isinstance(run["teacher"], SliceTeacher)
     output = run["train#trainer"].state.output
     assert output["image"].shape == (4, 1, 16, 16, 16) and output["label"].shape == (2, 1, 16, 16, 16)
     assert sum(shape[0] for shape in asked) == 4 * 2 and {shape[2:] for shape in asked} == {(16, 16)}
@@ -248,7 +251,7 @@ ONE = {"max_iterations": 1, "use_sam": False, "labeled_batch_size": 1, "unlabele
 
 
 def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(training_3d, data, caplog):
-    run = training_3d(dataset_dir=str(data / "list.json"), spacing=[2.0, 2.0, 2.0], **ONE).run()
+    run = training_3d(dataset_dir=str(data / "list.json"), spacing=[0.0, 0.0, 0.0], **ONE).run()
     assert run["train#trainer"].state.output["image"].shape == (2, 1, 16, 16, 16)
     assert "smaller" not in caplog.text
     run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()

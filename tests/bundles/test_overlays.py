@@ -24,6 +24,13 @@ QUICK = {
     "pretraining_iterations": 1,
     "consistency_start": 0,
 }
+SMALL_UNET_3D = {
+    "_target_": "knowsam_monai.networks.UNet",
+    "spatial_dims": 3,
+    "in_channels": "@in_channels",
+    "out_channels": "@num_classes",
+    "channels": "@channels",
+}
 # the terms beside the supervised loss that a method writes in its last iteration
 METHODS = {
     "supervised": set(),
@@ -44,10 +51,16 @@ def parser(*names, **override):
 
 @pytest.mark.parametrize("use_sam", [True, False], ids=["with SAM", "without SAM"])
 @pytest.mark.parametrize("method", METHODS)
-def test_method_trains(training, method, use_sam):
+@pytest.mark.parametrize("build", ["training", "training_3d"], ids=["slices", "volumes"])
+def test_method_trains(request, build, method, use_sam):
+    training = request.getfixturevalue(build)
     options = {**QUICK, "use_sam": use_sam}
     if method == "supervised":
         options["unlabeled_batch_size"] = None if not use_sam else 2
+    if build == "training_3d" and method != "cps":  # as good a test, and faster than MONAI's VNet
+        options["network_def"] = SMALL_UNET_3D
+    if build == "training_3d" and method == "bcp":  # pairs of rows become one: more than one voxel in the lowest level
+        options["image_size"] = [32, 32, 16]
     run = training(overlays=("network_plain.json", f"{method}.json"), **options).run()
     assert len(run.history) == 3 and all(math.isfinite(value) for step in run.history for value in step.values())
     assert set(run.history[-1]) == {"loss"} | METHODS[method] | (SAM if use_sam else set())
