@@ -135,7 +135,9 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
 def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
     """The bundle's command line of a row, and the folder it writes to."""
     shared, rows = TABLES[table]
-    folder = OUTPUT / table / f"{row.replace(' = ', '').replace(' + ', '_').replace(', ', '_').replace(' ', '_')}_seed{seed}"
+    folder = (
+        OUTPUT / table / f"{row.replace(' = ', '').replace(' + ', '_').replace(', ', '_').replace(' ', '_')}_seed{seed}"
+    )
     keys: dict[str, object] = {**shared, **rows[row], "seed": seed, "output_dir": folder, "ckpt_dir": folder}
     bundle, overlays = keys.pop("bundle", "knowsam_acdc"), keys.pop("overlays", ())
     if table != "phantom":

@@ -129,7 +129,7 @@ def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
         if handler_event.name == "STARTED":
             for handler, args, kwargs in handlers:
                 if getattr(handler, "__qualname__", "").startswith(("SAMDistillation", "EMAStudent")):
-                    handler(trainer)
+                    handler(*([trainer] if args else []))  # ignite hands the engine to handlers that take it
 
     def step() -> None:
         trainer.state.iteration = 999 if late else 1

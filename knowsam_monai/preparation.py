@@ -147,7 +147,7 @@ def check_student(
     image_size: int | Sequence[int],
 ) -> None:
     """
-    Give the student one empty slice or patch before any data is read: do its sizes, channels and classes fit the config's?
+    Give the student one empty slice or patch before any data is read: do sizes, channels and classes fit the config's?
 
     Args:
         network: the student; left in the mode it was in.

@@ -131,7 +131,9 @@ def test_inference_inverts_as_validation_does(bundle):
         section = ConfigParser.load_config_file(bundle / "configs" / name)
         transforms = (section.get("validate") or section)["postprocessing"]["transforms"]
         names = [transform["_target_"] for transform in transforms]
-        return [n for n in names if n not in ("SaveImaged", "KeepLargestConnectedComponentd")], [t.get(key) for t in transforms if t["_target_"] == "Invertd"]
+        return [n for n in names if n not in ("SaveImaged", "KeepLargestConnectedComponentd")], [
+            t.get(key) for t in transforms if t["_target_"] == "Invertd"
+        ]
 
     expected = (["Activationsd", "Invertd", "AsDiscreted"], [False])
     assert steps("inference.json", "nearest_interp") == steps("train.json", "nearest_interp") == expected

@@ -87,7 +87,9 @@ def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training
     assert sum(shape[0] for shape in asked) == 4 * 2 and {shape[2:] for shape in asked} == {(16, 16)}
 
 
-@pytest.mark.parametrize("change", [{"sam_axes": [0, 1, 2]}, {"sam_slice_sampling": "entropy"}, {"sam_slices": "$None"}])
+@pytest.mark.parametrize(
+    "change", [{"sam_axes": [0, 1, 2]}, {"sam_slice_sampling": "entropy"}, {"sam_slices": "$None"}]
+)
 def test_ways_to_slice_train(training_3d, change):
     (step,) = training_3d(max_iterations=1, distillation_gate="none", **change).run().history
     assert step["sam_loss"] > 0 and step["distillation_loss"] > 0 and math.isfinite(step["loss"])
