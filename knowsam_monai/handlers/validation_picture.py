@@ -85,11 +85,9 @@ def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
     )
     for row, (view, name) in enumerate(zip(views, names)):
         window = _window(view)
-        image = view.image[window]
-        low, high = np.percentile(image, [1, 99])
         for column, labels in enumerate((None, view.label[window], view.pred[window])):
             axis = figure.add_subplot(grid[row, column])
-            axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=view.aspect)
+            _show(axis, view, window)
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
@@ -106,6 +104,30 @@ def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
     handles = [Patch(facecolor=color, label=name) for color, name in zip(colors, class_names)]
     figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
     return figure
+
+
+def draw_slice(view: SliceView, num_structures: int) -> Any:
+    """A matplotlib figure of one slice without any text: truth at the left, prediction at the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colors = [COLORS[i % len(COLORS)] for i in range(num_structures)]
+    window = _window(view)
+    rows, columns = view.image[window].shape
+    figure = Figure(figsize=(5, 2.5 * min(max(rows * view.aspect / columns, 0.4), 2.5)), facecolor="black")
+    FigureCanvasAgg(figure)
+    for side, labels in enumerate((view.label, view.pred)):
+        axis = figure.add_axes((side * 0.505, 0, 0.495, 1))
+        axis.set_axis_off()
+        _show(axis, view, window)
+        _overlay(axis, labels[window], colors)
+    return figure
+
+
+def _show(axis: Any, view: SliceView, window: tuple[slice, slice]) -> None:
+    image = view.image[window]
+    low, high = np.percentile(image, [1, 99])
+    axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=view.aspect)
 
 
 def _write_dice(axis: Any, dice: np.ndarray, colors: list[str]) -> None:
