@@ -47,8 +47,12 @@ def root_cause(error: BaseException) -> BaseException:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    package = __name__.partition(".")[0]
-    return next((one for one in chain if _raised_in(one).partition(".")[0] == package), chain[-1])
+    return next((one for one in chain if is_of_this_package(one)), chain[-1])
+
+
+def is_of_this_package(error: BaseException) -> bool:
+    """Did this package raise it? Then it says in one sentence what was wrong, and what to do."""
+    return _raised_in(error).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _raised_in(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def record_run(output_dir: str | os.PathLike, seed: int | None = None, resume: b
         {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "timestamp": time.time(),
-            "command": " ".join(sys.orig_argv),
+            "command": shlex.join(sys.orig_argv),
             "seed": seed,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),
             "versions": versions(),

@@ -60,6 +60,7 @@ class TrainingProgress:
     def completed(self, engine: Engine) -> None:
         """Leave the bar as it stands, and the log as it was."""
         if self.bar is not None:
+            self(engine)  # with the last validation's
             self.bar.close()
             self._redirection.__exit__(None, None, None)
             self.bar = None

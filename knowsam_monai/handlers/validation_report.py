@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -119,8 +120,8 @@ class ValidationReport:
     def state_dict(self) -> dict[str, Any]:
         """What is kept, as tensors and plain values alone; no tensor has the nan of an absent structure's Dice."""
         views = [
-            [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view._replace(dice=view.dice.tolist())]
-            for view in self._kept.get("views", [])
+            [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
+            for view in (view._replace(dice=view.dice.tolist()) for view in self._kept.get("views", []))
         ]
         return {"kept": {**self._kept, "views": views}, "mean_dice": self.mean_dice, "num": self._num_validations}
 
@@ -195,8 +196,9 @@ class ValidationReport:
         for i, (view, name) in enumerate(zip(views, case_names([view.path for view in views]))):
             last = "worst slice" if len(views) > 1 else "largest slice"
             kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
-            dice = ", ".join(f"{n} {'-' if d != d else f'{d:.2f}'}" for n, d in zip(self.class_names, view.dice))
-            fields = {"Title": f"{name}, {view.position}", "Comment": kind, "Description": dice, "Software": None}
+            dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
+            title = f"{name}, {view.position}"
+            fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
             draw_slice(view, len(self.class_names)).savefig(folder / f"{i + 1}.png", dpi=150, metadata=fields)
 
 

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from knowsam_monai.handlers.validation_picture import COLORS
 from knowsam_monai.report.figures import NUM_SERIES, Line, case_chart, line_chart
 from knowsam_monai.report.run_folder import RunFolder, read_run
 
@@ -69,33 +70,39 @@ def render(runs: Sequence[RunFolder]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
         names=[run.name for run in runs],
         has_teacher=any(run.validation_curve(TEACHER)[0] for run in runs),
+        results=list(_results(runs)),
         facts=list(_facts(runs)),
         differences=_differences(runs),
         dice_charts=list(_dice_charts(runs)),
         term_charts=list(_term_charts(runs)),
         cases=[_cases(run) for run in runs],
         slices=[[(_data_url(s.png), s) for s in run.slices] for run in runs],
+        structure_colors=COLORS,
         configs=[json.dumps(run.config, indent=2) if run.config else "" for run in runs],
     )
 
 
-def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the table: what it is, and for each run its value."""
+def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the upper table: what it is, and for each run its value in the validation that was kept."""
     best = [_best(run) for run in runs]
-    columns = [("Student Dice", STUDENT), *((f"— {name}", f"{STUDENT}/{name}") for name in runs[0].structures)]
-    for name, column in [*columns, ("SAM teacher Dice", TEACHER)]:
+    structures = list(dict.fromkeys(name for run in runs for name in run.structures))
+    columns = [("Student, mean Dice", STUDENT), *((name, f"{STUDENT}/{name}") for name in structures)]
+    for name, column in [*columns, ("SAM teacher, mean Dice", TEACHER)]:
         if any(math.isfinite(row.get(column, math.nan)) for row in best):
             yield name, [_dice(row.get(column)) for row in best]
-    yield "Best of", [f"{len(r.validations)} validations: number {_integer(b.get('epoch'))}" for r, b in zip(runs, best)]
-    yield "Iterations", [str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs]
+    yield "validation", [f"{b['epoch']:.0f}, the best of {len(r.validations)}" if b else "–" for r, b in zip(runs, best)]
+    yield "iterations", [str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs]
+
+
+def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the lower table: how each run was made."""
     last = [run.starts[-1] if run.starts else {} for run in runs]
-    yield "Started", [run.starts[0]["time"] if run.starts else "–" for run in runs]
-    yield "Gone on with", [f"{max(len(run.starts) - 1, 0)} times" for run in runs]
-    yield "Seed", [str(start.get("seed", "–")) for start in last]
-    yield "Git revision", [start.get("git_revision") or "none" for start in last]
+    yield "started", [", ".join(start["time"].replace("T", " ") for start in run.starts) or "–" for run in runs]
+    yield "seed", [str(start.get("seed", "–")) for start in last]
+    yield "git revision", [start.get("git_revision") or "none" for start in last]
     for name in dict.fromkeys(name for start in last for name in start.get("versions", {})):
         yield name, [start.get("versions", {}).get(name, "–") for start in last]
-    yield "Command", [start.get("command", "–") for start in last]
+    yield "command", [start.get("command", "–") for start in last]
 
 
 def _best(run: RunFolder) -> dict[str, float]:
@@ -179,10 +186,6 @@ def _title(name: str) -> str:
 
 def _dice(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _integer(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0f}"
 
 
 def _data_url(png: bytes) -> str:

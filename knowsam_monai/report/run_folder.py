@@ -17,12 +17,12 @@ Curve = tuple[list[int], list[float]]  # iterations, values
 
 
 class SliceImage(NamedTuple):
-    """A PNG, and what it shows in words."""
+    """A PNG, what it shows in words, and the Dice of each structure in it, None where it is absent."""
 
     png: bytes
     title: str
     kind: str
-    dice: str
+    dice: dict[str, float | None]
 
 
 class RunFolder(NamedTuple):
@@ -120,7 +120,8 @@ def _slices(folder: Path) -> list[SliceImage]:
     for file in sorted(folder.glob("*.png"), key=lambda p: (len(p.name), p.name)):
         with Image.open(file) as image:
             fields = dict(image.info)
-        slices.append(SliceImage(file.read_bytes(), *(fields.get(k, "") for k in ("Title", "Comment", "Description"))))
+        dice = json.loads(fields.get("Description", "{}"))
+        slices.append(SliceImage(file.read_bytes(), fields.get("Title", file.name), fields.get("Comment", ""), dice))
     return slices
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ignite.handlers import ProgressBar
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from knowsam_monai.run_record import CONFIG
+
+__all__ = ["predict_folder"]
+
+logger = logging.getLogger(__name__)
+
+# what a run's config has under the same name as inference.json, but of its own
+NOT_OF_THE_STUDENT = {"imports", "bundle_root", "dataset_dir", "output_dir", "device", "initialize", "run", "finalize"}
+
+
+def predict_folder(
+    scans: str | os.PathLike,
+    bundle: str | os.PathLike,
+    output: str | os.PathLike,
+    run: str | os.PathLike | None = None,
+    pattern: str = "*.nii*",
+    device: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> int:
+    """
+    Segment scans by a bundle's ``inference.json``, with a progress bar.
+
+    Args:
+        scans: a folder of images, or one image.
+        bundle: the bundle's folder. Its configs are code that is run.
+        output: folder of the segmentations, made when missing.
+        run: folder of a training, whose student is taken at the size and with the classes of that training; None for
+            the bundle's ``models/model.pt``.
+        pattern: glob pattern of the images below `scans`.
+        device: such as "cpu"; None for the config's own.
+        overrides: further keys of ``inference.json`` by name, their values as YAML (`256`, `[64, 64, 32]`, `null`).
+
+    Returns:
+        Number of scans.
+
+    Raises:
+        FileNotFoundError: when there is no such bundle or run.
+        ValueError: when a key is none of ``inference.json``; or of the bundle, about the scans.
+
+    Example:
+        >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
+    """
+    bundle = Path(bundle).expanduser()
+    config_file = next((f for f in sorted((bundle / "configs").glob("inference.*"))), None)
+    if config_file is None:
+        raise FileNotFoundError(f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json.")
+    known = ConfigParser.load_config_file(str(config_file))
+    unknown = [key for key in overrides or {} if key.split("#")[0] not in known]
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
+
+    options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
+    options["image_pattern"] = pattern
+    if run is not None:
+        options.update(_options_of_run(Path(run).expanduser(), known))
+    if device is not None:
+        options["device"] = f"$torch.device({device!r})"
+    options.update({key: yaml.safe_load(value) for key, value in (overrides or {}).items()})
+
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # it notes that the bundle's log is not used
+    workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
+    sys.path.insert(1, str(bundle))  # `scripts` of the bundle
+    workflow.initialize()
+    evaluator = workflow.evaluator
+    logging.getLogger("ignite").setLevel(logging.WARNING)
+    ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
+    workflow.run()
+    workflow.finalize()
+    number = len(evaluator.data_loader.dataset)
+    logger.info("%d segmentations in %s", number, output)
+    return number
+
+
+def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What inference must share with the training of a student: its weights, network, classes and sizes."""
+    for name in ("model.pt", CONFIG):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"`run` must be the `output_dir` of a training but {run} has no {name}.")
+    parser = ConfigParser()
+    parser.read_config(str(run / CONFIG))
+    options: dict[str, Any] = {"ckpt_path": str(run / "model.pt")}
+    for key in known:
+        if key not in parser or key in NOT_OF_THE_STUDENT:
+            continue
+        if key == "network_def":
+            options[key] = parser[key]
+        elif not isinstance(parser[key], dict) and not str(parser[key]).startswith("$@network"):
+            options[key] = parser.get_parsed_content(key)
+    return options
