@@ -48,7 +48,7 @@ training. A bundle's configs are code: use one that you trust.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
-  python -m knowsam_monai predict /data --pattern '*/*_ED.nii.gz' --bundle bundles/knowsam_acdc --set image_size=192
+  python -m knowsam_monai predict /data --image_pattern '*/*_ED.nii.gz' --bundle bundles/knowsam_acdc --set image_size=192
 """
 
 
@@ -91,8 +91,16 @@ def report(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     from knowsam_monai.prediction import predict_folder
 
-    overrides = dict(pair.split("=", 1) for pair in options.set)
-    predict_folder(options.scans, options.bundle, options.output, options.run, options.pattern, options.device, overrides)
+    predict_folder(
+        options.scans,
+        options.bundle,
+        options.output,
+        run=options.run,
+        ckpt_path=options.ckpt_path,
+        image_pattern=options.image_pattern,
+        device=options.device,
+        overrides=dict(pair.split("=", 1) for pair in options.set),
+    )
     return 0
 
 
@@ -140,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--bundle", required=True, metavar="FOLDER", help="with configs/inference.json")
     verb.add_argument("--output", required=True, metavar="FOLDER", help="where the segmentations go")
     verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
-    verb.add_argument("--pattern", default="*.nii*", help="of file names in SCANS, '**/' recurses; default: %(default)s")
+    verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
+    verb.add_argument("--image_pattern", default="*.nii*", metavar="GLOB", help="below SCANS; default: %(default)s")
     verb.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU, else the CPU")
     verb.add_argument("--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json")
     verb.set_defaults(call=predict)

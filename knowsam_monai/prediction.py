@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -26,7 +27,8 @@ def predict_folder(
     bundle: str | os.PathLike,
     output: str | os.PathLike,
     run: str | os.PathLike | None = None,
-    pattern: str = "*.nii*",
+    ckpt_path: str | os.PathLike | None = None,
+    image_pattern: str = "*.nii*",
     device: str | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> int:
@@ -39,7 +41,8 @@ def predict_folder(
         output: folder of the segmentations, made when missing.
         run: folder of a training, whose student is taken at the size and with the classes of that training; None for
             the bundle's ``models/model.pt``.
-        pattern: glob pattern of the images below `scans`.
+        ckpt_path: another student's weights.
+        image_pattern: glob pattern of the images below `scans`.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as YAML (`256`, `[64, 64, 32]`, `null`).
 
@@ -48,7 +51,8 @@ def predict_folder(
 
     Raises:
         FileNotFoundError: when there is no such bundle or run.
-        ValueError: when a key is none of ``inference.json``; or of the bundle, about the scans.
+        ValueError: when a key is none of ``inference.json`` or there is no such device; or of the bundle, about the
+            scans.
 
     Example:
         >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
@@ -63,25 +67,41 @@ def predict_folder(
         raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
 
     options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
-    options["image_pattern"] = pattern
+    options["image_pattern"] = image_pattern
     if run is not None:
         options.update(_options_of_run(Path(run).expanduser(), known))
+    if ckpt_path is not None:
+        options["ckpt_path"] = str(ckpt_path)
     if device is not None:
-        options["device"] = f"$torch.device({device!r})"
+        options["device"] = f"$torch.device({_checked(device)!r})"
     options.update({key: yaml.safe_load(value) for key, value in (overrides or {}).items()})
 
-    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # it notes that the bundle's log is not used
+    _quieten()
     workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
     workflow.initialize()
     evaluator = workflow.evaluator
-    logging.getLogger("ignite").setLevel(logging.WARNING)
     ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
     workflow.run()
     workflow.finalize()
     number = len(evaluator.data_loader.dataset)
     logger.info("%d segmentations in %s", number, output)
     return number
+
+
+def _checked(device: str) -> str:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` must be one of this machine but is {device!r} ({reason}); cpu is always there.") from None
+    return device
+
+
+def _quieten() -> None:
+    """The bar says how far it is: no line for each file, nor that the bundle's own logging is not used."""
+    for name in ("monai.bundle.workflows", "monai.data.image_writer", "ignite"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
