@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)
     verb.add_argument("scans", metavar="SCANS", help="a folder of images, or one image")
     verb.add_argument("--bundle", required=True, metavar="FOLDER", help="with configs/inference.json")
-    verb.add_argument("--output", required=True, metavar="FOLDER", help="where the segmentations go")
+    verb.add_argument("--output", default="segmentations", metavar="FOLDER", help="default: %(default)s")
     verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
     verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
     verb.add_argument("--image_pattern", default="*.nii*", metavar="GLOB", help="below SCANS; default: %(default)s")
