@@ -166,13 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
 
-    from knowsam_monai.preparation import is_of_this_package, root_cause
+    from knowsam_monai.preparation import is_said_by_this_package, root_cause
 
     try:
         return options.call(options)
     except Exception as error:
         root = root_cause(error)
-        if not is_of_this_package(root):
+        if not is_said_by_this_package(root):
             raise  # a fault of the program and not of what it was given
         sys.stderr.write(f"error: {root}\n")
         return 1

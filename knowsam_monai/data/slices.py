@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,7 +44,7 @@ def slice_dataset(
         ...     [RandFlipd("image", prob=0.5)],
         ... )     # doctest: +SKIP
     """
-    progress = progress and sys.stderr.isatty()
+    progress = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     try:
         loaded = CacheDataset(items, _compose(preprocessing), num_workers=num_workers, progress=progress)
         cases = [loaded[index] for index in range(len(loaded))]
