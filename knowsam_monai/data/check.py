@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from knowsam_monai.data.case_facts import CaseFacts, CaseReader, read_cases
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.left_atrium import find_left_atrium
@@ -195,25 +197,24 @@ def _odd(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
 
-    labeled = [one.label_values is not None for one in facts]
-    yield from told(
-        "labels are of another spacing than their image, the voxels are taken as aligned",
-        [is_labeled and one.label_spacing != one.spacing for is_labeled, one in zip(labeled, facts)],
-        sum(labeled),
-        "label",
-    )
-    yield from told(
-        "labels are of another orientation than their image, the voxels are taken as aligned",
-        [is_labeled and one.label_orientation != one.orientation for is_labeled, one in zip(labeled, facts)],
-        sum(labeled),
-        "label",
-    )
-    yield from told("labels are empty", [one.label_values == [0] for one in facts], sum(labeled), "label")
+    num_labeled = sum(one.label_values is not None for one in facts)
+    as_aligned = "than their image, the voxels are taken as aligned"
+    oddities = [_differ(one.spacing, one.label_spacing) for one in facts]
+    yield from told(f"labels are of another spacing {as_aligned}", oddities, num_labeled, "label")
+    turned = [{one.orientation, one.label_orientation} - {None} for one in facts]
+    oddities = [len(orientations) > 1 for orientations in turned]
+    yield from told(f"labels are of another orientation {as_aligned}", oddities, num_labeled, "label")
+    yield from told("labels are empty", [one.label_values == [0] for one in facts], num_labeled, "label")
     yield from told("images are constant", [one.channels > 0 and not one.content for one in facts], len(facts))
-    for num_axes, kind in ((2, "images are slices, the others volumes"), (3, "")):
-        is_kind = [len(one.size) == num_axes for one in facts if one.size]
-        if kind and any(is_kind) and not all(is_kind):
-            yield from told(kind, [len(one.size) == num_axes for one in facts], len(facts))
+    are_slices = [len(one.size) == 2 for one in facts]
+    if any(len(one.size) == 3 for one in facts):
+        yield from told("images are slices, the others volumes", are_slices, len(facts))
+
+
+def _differ(spacing: Sequence[float] | None, other: Sequence[float] | None) -> bool:
+    """Whether two known spacings are of other millimetres."""
+    known = None not in (spacing, other) and len(spacing) == len(other)  # a label of other axes is a fault by itself
+    return known and not np.allclose(spacing, other, rtol=1e-3, atol=0)
 
 
 def _odd_together(

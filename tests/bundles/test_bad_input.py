@@ -108,7 +108,9 @@ def test_image_with_channels_that_the_network_does_not_take_is_named(refused, da
 
 def test_one_image_under_two_names_is_said_with_both(refused, data):
     shutil.copyfile(data / "labeled.nii.gz", data / "validation.nii.gz")
-    refused(f"`validation` must share no image with `labeled` but {data}/validation.nii.gz has .* {data}/labeled.nii.gz")
+    refused(
+        f"`validation` must share no image with `labeled` but {data}/validation.nii.gz has .* {data}/labeled.nii.gz"
+    )
 
 
 def test_empty_labeled_list_is_said(refused, data):
