@@ -9,6 +9,7 @@ from knowsam_monai.data.acdc import (
     ACDC_VALIDATION_PATIENTS,
     acdc_datalist,
 )
+from knowsam_monai.data.check import DatalistReport, check_datalist, check_dataset
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.left_atrium import (
     LEFT_ATRIUM_LABELED,
@@ -33,6 +34,7 @@ __all__ = [
     "ACDC_VALIDATION_PATIENTS",
     "CheckDatad",
     "CropCentred",
+    "DatalistReport",
     "H5Reader",
     "LEFT_ATRIUM_LABELED",
     "LEFT_ATRIUM_TEST_CASES",
@@ -48,6 +50,8 @@ __all__ = [
     "SimpleITKReader",
     "SplitSlicesd",
     "acdc_datalist",
+    "check_datalist",
+    "check_dataset",
     "left_atrium_datalist",
     "load_datalist",
     "phantom_datalist",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from knowsam_monai.data.split import existing_file, split_training, unknown_folder, without_labels
+from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder, without_labels
 
 __all__ = [
     "ACDC_FORMS",
@@ -150,8 +150,7 @@ def _pack_slices(root: Path) -> dict[str, list[dict]]:
     """Slice items of each training patient, by frame and position in the stack."""
     folder, listed = root / "data" / "slices", root / "train_slices.list"
     if listed.is_file():
-        names = listed.read_text(encoding="utf-8").split()
-        paths = [Path(_existing(folder / f"{name.removesuffix('.h5')}.h5")) for name in names]
+        paths = [Path(_existing(folder / f"{name.removesuffix('.h5')}.h5")) for name in listed_names(listed)]
     else:
         paths = sorted(folder.glob("*.h5"))
     slices: dict[str, list[dict]] = {patient: [] for patient in ACDC_TRAINING_PATIENTS}

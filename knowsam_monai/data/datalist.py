@@ -8,6 +8,7 @@ from pathlib import Path
 
 from knowsam_monai.data.acdc import ACDC_FORMS, acdc_datalist, find_acdc
 from knowsam_monai.data.left_atrium import LEFT_ATRIUM_FORMS, find_left_atrium, left_atrium_datalist
+from knowsam_monai.data.overlap import shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.split import unknown_folder
 
@@ -78,7 +79,8 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
             raise ValueError(
                 f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}."
             )
-    _check_disjoint(path, datalist)
+    for shared in shared_names(datalist):
+        raise ValueError(f"{shared} (in {path}). Leave it in one of them.")
     return datalist
 
 
@@ -111,22 +113,3 @@ def _resolve(path: Path, key: str, value, where: str):
     if not file.exists():
         raise FileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
     return str(file)
-
-
-def _check_disjoint(path: Path, datalist: dict[str, list[dict]]) -> None:
-    """No image in two sets, and no named patient in training and in validation or test."""
-    seen: dict[tuple[str, str], str] = {}
-    for name, items in datalist.items():
-        for item in items:
-            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-            for image in images:
-                other = seen.setdefault(("image", str(Path(image).resolve())), name)
-                if other != name:
-                    raise ValueError(f"`{name}` must share no image with `{other}` but both list {image} in {path}.")
-            if "patient" in item:
-                role = "training" if name in ("labeled", "unlabeled") else name
-                other = seen.setdefault(("patient", str(item["patient"])), role)
-                if other != role:
-                    raise ValueError(
-                        f"`{name}` must share no patient with `{other}` but both have {item['patient']!r} in {path}."
-                    )

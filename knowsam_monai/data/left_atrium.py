@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from knowsam_monai.data.split import existing_file, split_training, unknown_folder
+from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder
 
 __all__ = [
     "LEFT_ATRIUM_FORMS",
@@ -141,7 +141,7 @@ def _listed(folder: Path, name: str) -> list[str]:
     for path in (folder / name, folder.parent / name):
         if path.is_file():
             # Some lists name the file in the case's folder.
-            return [line.split("/")[0] for line in path.read_text(encoding="utf-8").split()]
+            return [line.split("/")[0] for line in listed_names(path)]
     return []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection
-from monai.data import NumpyReader
+from monai.data import NumpyReader, PILReader
 from monai.data.utils import is_supported_format
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
@@ -106,6 +106,8 @@ class LoadCased(MapTransform):
         self.loaders: dict[Hashable, LoadImage] = {}
         for key in self.keys:
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
+            # by its content: PIL would give a .png that is PostScript to an interpreter
+            self.loaders[key].register(PILReader(formats=("PNG", "JPEG", "BMP")))
             self.loaders[key].register(SimpleITKReader())
             self.loaders[key].register(H5Reader(dataset=str(key), slice_axis=slice_axis))
 
@@ -116,6 +118,16 @@ class LoadCased(MapTransform):
             try:
                 case[key] = self.loaders[key](path)
             except Exception as error:  # every reader has its own exceptions
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ValueError(f"`{key}` must be a readable image but {path} is not: {reason}") from error
+                raise ValueError(f"`{key}` must be a readable image but {path} is not: {_reason(error)}") from error
         return case
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; NumPy's and MONAI's advise to load what could run code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "allow_pickle" not in lines[0]:
+        return lines[0]
+    cause = str(error.__cause__ or error)
+    if "pickle" in cause or "Object arrays" in cause:
+        return "it holds no plain array; pickled Python objects are not loaded, since they could run code."
+    return cause

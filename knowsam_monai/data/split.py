@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-__all__ = ["existing_file", "split_training", "unknown_folder", "without_labels"]
+__all__ = ["existing_file", "listed_names", "split_training", "unknown_folder", "without_labels"]
 
 
 def split_training(
@@ -56,6 +56,14 @@ def existing_file(path: Path, whole: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
     return str(path)
+
+
+def listed_names(path: Path) -> list[str]:
+    """The names in a text file of names, one a line."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path.name}` must be a text file of names but {path} is not. Unpack it again.") from error
 
 
 def unknown_folder(dataset_dir: str | Path, forms: Sequence[str]) -> ValueError:

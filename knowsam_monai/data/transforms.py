@@ -24,6 +24,7 @@ class CheckDatad(Transform):
         label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
         num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
         num_channels: channels that the network takes; None for any number.
+        compare_affines: whether a label whose affine differs from its image's is warned of.
 
     Shape:
         image (ch, *spatial), label (1, *spatial).
@@ -38,7 +39,12 @@ class CheckDatad(Transform):
     """
 
     def __init__(
-        self, image_key: str = "image", label_key: str = "label", num_classes: int = 4, num_channels: int | None = None
+        self,
+        image_key: str = "image",
+        label_key: str = "label",
+        num_classes: int = 4,
+        num_channels: int | None = None,
+        compare_affines: bool = True,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
@@ -46,6 +52,7 @@ class CheckDatad(Transform):
         self.label_key = label_key
         self.num_classes = num_classes
         self.num_channels = num_channels
+        self.compare_affines = compare_affines
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
@@ -54,8 +61,9 @@ class CheckDatad(Transform):
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
                 f"{image.shape[0]}. Set `in_channels` to the channels of the data."
             )
-        num_bad = int(image.numel() - torch.isfinite(image).sum())
-        if num_bad:
+        extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
+        if not extremes.isfinite().all():
+            num_bad = int(image.numel() - torch.isfinite(image).sum())
             raise ValueError(
                 f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
                 "Repair or remove the file."
@@ -70,16 +78,21 @@ class CheckDatad(Transform):
                 f"`{self.label_key}` must be one channel of the image's shape {tuple(image.shape[1:])} but "
                 f"{image_name(label)} has shape {tuple(label.shape)} for the image {image_name(image)}."
             )
-        values = torch.unique(torch.as_tensor(label))
-        wrong = [v for v in values.tolist() if v not in range(self.num_classes)]  # 1.0 is in, 1.5 and NaN are not
-        if wrong:
+        plain = torch.as_tensor(label)
+        low, high = torch.aminmax(plain)
+        if not (low >= 0 and high < self.num_classes and (plain == plain.floor()).all()):  # so for NaN
+            wrong = [v for v in torch.unique(plain).tolist() if v not in range(self.num_classes)]
             shown = ", ".join(list(dict.fromkeys(f"{v:g}" for v in wrong))[:5])
             raise ValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
                 f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
             )
         affines = (getattr(image, "affine", None), getattr(label, "affine", None))
-        if None not in affines and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2):
+        if (
+            self.compare_affines
+            and None not in affines
+            and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2)
+        ):
             logger.warning(
                 "%s and its label have different affines: the voxels are taken as aligned.", image_name(image)
             )

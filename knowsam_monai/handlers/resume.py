@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import random
 import re
 import signal
@@ -18,6 +17,8 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import DiskSaver
 from monai.handlers import CheckpointSaver
+
+from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,9 @@ class Resume:
     def _restore(self, engine: Engine, files: list[Path]) -> None:
         for file in files:
             try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("%s must be a whole checkpoint but is not (%s); trying the one before.", file, reason)
+                state = read_tensor_file(file)
+            except (OSError, NotATensorFile) as error:
+                logger.warning("%s must be a whole checkpoint but is not: it %s; trying the one before.", file, error)
                 continue
             self._check_fingerprint(file, state["fingerprint"])
             self._load(engine, state)

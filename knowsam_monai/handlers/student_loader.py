@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 
-import torch
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
+
+from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,13 @@ def _state_dict(path: str) -> dict[str, Tensor]:
             "or say where it is (--ckpt_path)."
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"`load_path` must be a PyTorch state dict but {path} cannot be read: {reason}") from error
+        content = read_tensor_file(path)
+    except NotATensorFile as error:
+        raise ValueError(
+            f"`load_path` must be a PyTorch state dict but {path} {error}; save `state_dict()`."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"`load_path` must be a PyTorch state dict but {path} cannot be read: {error}.") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"`load_path` must be a PyTorch state dict but {path} holds something else.")

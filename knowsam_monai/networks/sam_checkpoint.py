@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickletools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from knowsam_monai.networks.sam_variants import SAM_VARIANTS
+from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -114,30 +114,11 @@ def _read(path: Path, variant: str) -> Any:
     if head.startswith(b"<"):
         raise ValueError(f"{expectation} is a web page (HTML or XML), saved in place of the download; {remedy}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # torch, pickle and zipfile each have their own for a damaged file
-        if _would_run_code(path, error):
-            raise ValueError(
-                f"{expectation} is a pickle of Python objects, which would run code when it is loaded, so it was not; "
-                f"save the model's plain `state_dict()` where you trust the file, or {remedy}."
-            ) from error
-        raise ValueError(
-            f"{expectation} ({path.stat().st_size} bytes) is truncated or no checkpoint at all; {remedy}."
-        ) from error
-
-
-def _would_run_code(path: Path, error: Exception) -> bool:
-    """Whether a file that torch refused is a whole pickle that calls something; nothing is loaded to find out."""
-    if "GLOBAL" in str(error):
-        return True
-    try:
-        with path.open("rb") as file:  # a protocol that torch does not read: it stops before it sees what is called
-            opcodes = {opcode.name for opcode, _, _ in pickletools.genops(file)}
-    except Exception:
-        return False
-    return not opcodes.isdisjoint({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE"})
+        return read_tensor_file(path)
+    except NotATensorFile as error:
+        if error.runs_code:
+            remedy = f"save the model's plain `state_dict()` where you trust the file, or {remedy}"
+        raise ValueError(f"{expectation} {error}; {remedy}.") from error
 
 
 def _position_names(sam: nn.Module) -> list[str]:

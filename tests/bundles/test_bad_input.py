@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import nibabel
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from knowsam_monai.preparation import root_cause
 
 
-def write_volume(path, value=0.0, shape=(16, 16, 2), dtype=np.float32):
+def write_volume(path, value=0.0, shape=(16, 16, 2), dtype=np.float32, corner=0.0):
     array = np.zeros(shape, dtype)
+    array[0, 0] = corner
     array[4:8, 4:8] = value
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
 
@@ -25,8 +27,8 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     sections = {}
-    for name in ("labeled", "unlabeled", "validation"):
-        write_volume(folder / f"{name}.nii.gz", value=1.0)
+    for number, name in enumerate(("labeled", "unlabeled", "validation")):
+        write_volume(folder / f"{name}.nii.gz", value=1.0, corner=number / 4)
         sections[name] = [{"image": f"{name}.nii.gz"}]
         if name != "unlabeled":
             write_volume(folder / f"{name}_gt.nii.gz", value=3, dtype=np.uint8)
@@ -102,6 +104,13 @@ def test_image_that_is_not_finite_is_named(refused, data, section, value):
 def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data, section):
     write_volume(data / f"{section}.nii.gz", value=1.0, shape=(16, 16, 2, 3))
     refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3. Set `in_channels`")
+
+
+def test_one_image_under_two_names_is_said_with_both(refused, data):
+    shutil.copyfile(data / "labeled.nii.gz", data / "validation.nii.gz")
+    refused(
+        f"`validation` must share no image with `labeled` but {data}/validation.nii.gz has .* {data}/labeled.nii.gz"
+    )
 
 
 def test_empty_labeled_list_is_said(refused, data):

@@ -41,8 +41,12 @@ def wrong_files(folder):
             small(),
             "must be a PyTorch state dict but .*text.pt",
         ),
-        "cut": (lambda p: _save_half(p), small(), "must be a PyTorch state dict but .*cut.pt cannot be read"),
-        "code": (lambda p: torch.save(Engine, p), small(), "must be a PyTorch state dict but .*code.pt cannot be read"),
+        "cut": (lambda p: _save_half(p), small(), "must be a PyTorch state dict but .*cut.pt .* is truncated"),
+        "code": (
+            lambda p: torch.save(Engine, p),
+            small(),
+            "must be a PyTorch state dict but .*code.pt is a pickle of Python objects, which would run code",
+        ),
         "list": (
             lambda p: torch.save([1], p),
             small(),

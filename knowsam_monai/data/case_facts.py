@@ -1,0 +1,202 @@
+"""What one case of a data list is like, read once and kept in a cache for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from tqdm import tqdm
+
+from knowsam_monai.data.overlap import image_paths
+from knowsam_monai.data.readers import LoadCased
+from knowsam_monai.data.transforms import CheckDatad
+from knowsam_monai.data.volume_transforms import MapMaskd
+
+__all__ = ["CaseFacts", "CaseReader", "read_cases"]
+
+logger = logging.getLogger(__name__)
+
+# Raise when facts or checks change: entries of another version are read anew.
+VERSION = 1
+
+
+@dataclass
+class CaseFacts:
+    """One case. Lengths in mm, axes as they are read; what is not known is None or empty."""
+
+    fault: str = ""  # why a training would refuse it, in one sentence
+    size: Sequence[int] = ()  # voxels
+    channels: int = 0
+    low: float = 0.0
+    high: float = 0.0
+    spacing: Sequence[float] | None = None
+    orientation: str | None = None  # such as "LPS": where each axis runs to
+    content: Sequence[str] = ()  # hash of each slice's voxels, or of a 2D image's; none of a constant one
+    label_spacing: Sequence[float] | None = None
+    label_orientation: str | None = None
+    label_values: Sequence[int] | None = None
+
+
+class CaseReader:
+    """Read a case as training does, and tell what it is like.
+
+    Args:
+        num_classes: as in `CheckDatad`.
+        num_channels: as in `CheckDatad`.
+        slice_axis: of volumes in h5 files, see `H5Reader`.
+        map_masks: whether masks of 0 and 255 are read as 0 and 1, see `MapMaskd`.
+
+    Example:
+        >>> read = CaseReader(num_classes=4)
+        >>> read({"image": "patient001_frame01.nii.gz"}).size     # doctest: +SKIP
+        (216, 256, 10)
+    """
+
+    def __init__(
+        self, num_classes: int = 4, num_channels: int | None = None, slice_axis: int = 0, map_masks: bool = False
+    ) -> None:
+        keys = ("image", "label")
+        self.settings = f"{VERSION} {num_classes} {num_channels} {slice_axis} {map_masks}"
+        self.load = LoadCased(keys, slice_axis=slice_axis, allow_missing_keys=True, ensure_channel_first=True)
+        self.map_masks = MapMaskd() if map_masks else None
+        self.check = CheckDatad(num_classes=num_classes, num_channels=num_channels, compare_affines=False)
+
+    def __call__(self, item: dict) -> CaseFacts:
+        try:
+            case = self.load({key: item[key] for key in ("image", "label") if key in item})
+        except ValueError as error:
+            return CaseFacts(fault=str(error))
+        image, label = case["image"], case.get("label")
+        facts = CaseFacts(size=tuple(image.shape[1:]), channels=len(image))
+        facts.spacing, facts.orientation = _geometry(image)
+        facts.low, facts.high, facts.content = _intensities(image)
+        if label is not None:
+            case = case if self.map_masks is None else self.map_masks(case)
+            facts.label_spacing, facts.label_orientation = _geometry(label)
+        try:
+            self.check(case)
+        except ValueError as error:
+            facts.fault = str(error)
+        else:
+            if label is not None:
+                counts = np.bincount(np.asarray(case["label"]).astype(np.int64).ravel())
+                facts.label_values = np.flatnonzero(counts).tolist()
+        return facts
+
+
+def read_cases(
+    items: Sequence[dict],
+    read: CaseReader,
+    cache_dir: str | os.PathLike | None = None,
+    num_workers: int = 4,
+    progress: bool = True,
+) -> tuple[list[CaseFacts], int]:
+    """Facts of each item, and how many of them had to be read.
+
+    Args:
+        items: data-list items.
+        read: what reads one.
+        cache_dir: folder in which a JSON file keeps the facts; those of a file are used while its size and its time of
+            change are the same. None: read all.
+        num_workers: threads that read.
+        progress: whether to show a progress bar.
+
+    Example:
+        >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="/tmp/facts")     # doctest: +SKIP
+    """
+    keys, states = zip(*(_key_and_state(item, read.settings) for item in items)) if items else ((), ())
+    path = None if cache_dir is None or not items else _cache_file(items, Path(cache_dir).expanduser())
+    kept = {} if path is None else _read_cache(path)
+    facts = [_kept_facts(kept, key, state) for key, state in zip(keys, states)]
+    unread = [index for index, known in enumerate(facts) if known is None]
+    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+        results = pool.map(read, [items[index] for index in unread])
+        bar = tqdm(results, total=len(unread), desc="Checking data", unit="case", disable=not (progress and unread))
+        for index, fresh in zip(unread, bar):
+            facts[index] = fresh
+            if states[index] is not None and not fresh.fault:  # what is faulty may be read better another time
+                kept[keys[index]] = {"state": states[index], "facts": asdict(fresh)}
+    if path is not None and unread:
+        _write_cache(path, kept)
+    return facts, len(unread)
+
+
+def _intensities(image: torch.Tensor) -> tuple[float, float, list[str]]:
+    """Smallest, largest, and hashes that images of the same voxels share, whatever their names and headers."""
+    array = np.asarray(image, dtype=np.float32)
+    slices = array[None] if array.ndim == 3 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    extremes = [(float(one.min()), float(one.max())) for one in slices]
+    hashes = []
+    for one, (low, high) in zip(slices, extremes):
+        if low < high:
+            content = hashlib.blake2b(str(one.shape).encode(), digest_size=12)
+            content.update(np.ascontiguousarray(one))
+            hashes.append(content.hexdigest())
+    return min(low for low, _ in extremes), max(high for _, high in extremes), hashes
+
+
+def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None]:
+    """Spacing and orientation where a file tells them: an h5 pack has none."""
+    if not isinstance(image, MetaTensor) or not image.meta.get("spacing_known", True):
+        return None, None
+    num_axes = image.ndim - 1
+    spacing = tuple(round(float(step), 4) for step in image.pixdim[:num_axes])
+    codes = nibabel.aff2axcodes(np.asarray(image.affine, dtype=float))[:num_axes]
+    return spacing, "".join(code or "?" for code in codes)
+
+
+def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
+    """Names of an item's files, and their sizes and times of change; None where one is not there."""
+    files = {key: [os.path.abspath(path) for path in image_paths(item, key)] for key in ("image", "label")}
+    try:
+        stats = [os.stat(file) for names in files.values() for file in names]
+    except OSError:
+        stats = None
+    state = None if stats is None else [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    return json.dumps([settings, files]), state
+
+
+def _cache_file(items: Sequence[dict], folder: Path) -> Path:
+    """One file for each folder of data, so that all its data lists share it."""
+    files = [os.path.abspath(path) for item in items for path in image_paths(item)]
+    try:
+        common = os.path.commonpath([os.path.dirname(file) for file in files])
+    except ValueError:  # several drives
+        common = files[0]
+    return folder / f"checked_{hashlib.blake2b(common.encode(), digest_size=8).hexdigest()}.json"
+
+
+def _read_cache(path: Path) -> dict[str, dict]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or torn
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _kept_facts(kept: dict[str, dict], key: str, state: list | None) -> CaseFacts | None:
+    try:
+        return CaseFacts(**kept[key]["facts"]) if state is not None and kept[key]["state"] == state else None
+    except (KeyError, TypeError):  # new, or of another program
+        return None
+
+
+def _write_cache(path: Path, kept: dict[str, dict]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
+            json.dump(kept, file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("What was checked could not be kept in %s (%s): the next start reads it again.", path, error)

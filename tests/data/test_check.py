@@ -1,0 +1,317 @@
+"""The checker of a data list: what it finds, and that it reads nothing twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+
+from knowsam_monai.data import case_facts, check_datalist, check_dataset, load_datalist, write_phantom
+
+SETS = ("labeled", "unlabeled", "validation", "test")
+OBLIQUE = np.array([[0.0, -2, 0, 5], [2, 0, 0, 7], [0, 0, 8, 1], [0, 0, 0, 1]])
+
+
+class Folder:
+    """Two cases of each set, as NIfTI, that tests spoil one by one."""
+
+    def __init__(self, path):
+        self.path = path
+        self.datalist = {}
+        for name in SETS:
+            self.datalist[name] = []
+            for number in range(2):
+                item = {"image": self.write(f"{name}{number}.nii.gz"), "patient": f"{name}{number}"}
+                if name != "unlabeled":
+                    item["label"] = self.write(f"{name}{number}_gt.nii.gz", label(), dtype=np.uint8)
+                self.datalist[name].append(item)
+
+    def write(self, name, array=None, affine=OBLIQUE, dtype=np.float32):
+        if array is None:
+            array = np.random.default_rng(sum(map(ord, name))).random((6, 5, 3))
+        nibabel.save(nibabel.Nifti1Image(np.asarray(array, dtype=dtype), affine), self.path / name)
+        return str(self.path / name)
+
+    def check(self, **options):
+        options = {"num_classes": 4, "cache_dir": self.path / "cache", "progress": False, **options}
+        return check_datalist(self.datalist, **options)
+
+
+def label(*values):
+    array = np.zeros((6, 5, 3))
+    array.flat[: len(values or (1, 2, 3))] = values or (1, 2, 3)
+    return array
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_table_of_good_data(folder, caplog):
+    with caplog.at_level(logging.INFO):
+        report = folder.check()
+    assert report.wrong == report.odd == []
+    report.raise_if_wrong()
+    rows = {row[0]: row for row in report.rows}
+    assert rows["labeled"][1:6] == ("2", "2", "6 x 5 x 3", "2 x 2 x 8", "ALS")
+    assert rows["labeled"][7:] == ("0 1 2 3", "0 of 2") and rows["unlabeled"][7:] == ("none", "")
+    assert "Data: 8 items checked in" in caplog.text and "labeled     2      2         6 x 5 x 3" in str(report)
+    assert "wrong: nothing\nodd: nothing" in str(report)
+
+
+def spoil_file(name, content):
+    def spoil(folder):
+        (folder.path / name).write_bytes(content)
+
+    return spoil
+
+
+def spoil_array(name, array, **kwargs):
+    return lambda folder: folder.write(name, array, **kwargs)
+
+
+def spoil_item(name, **keys):
+    return lambda folder: folder.datalist[name][0].update(keys)
+
+
+def copy_of(folder, source, target):
+    """The same voxels under another name, in another file format."""
+    nibabel.save(nibabel.load(folder.path / source), folder.path / target)
+    return str(folder.path / target)
+
+
+def drop_label(folder):
+    del folder.datalist["labeled"][0]["label"]
+
+
+def label_of_unlabeled(folder):
+    folder.datalist["unlabeled"][0]["label"] = folder.datalist["labeled"][0]["label"]
+
+
+def slice_in_training(folder):
+    """A 2D slice of a validation volume among the unlabelled images, as an h5 file."""
+    array = nibabel.load(folder.path / "validation1.nii.gz").get_fdata(dtype=np.float32)
+    with h5py.File(folder.path / "slice.h5", "w") as file:
+        file["image"] = array[:, :, 1]
+    folder.datalist["unlabeled"].append({"image": str(folder.path / "slice.h5"), "patient": "unlabeled2"})
+
+
+def all_labels_empty(folder):
+    for item in folder.datalist["labeled"]:
+        nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 3), np.uint8), OBLIQUE), item["label"])
+
+
+WRONG = {
+    "patient": (spoil_item("test", patient="unlabeled1"), "`test` must share no patient with `training` .*unlabeled1"),
+    "file": (
+        lambda f: f.datalist["validation"].append(dict(f.datalist["labeled"][0])),
+        "`validation` must share no image with `labeled` but both list .*labeled0.nii.gz; leave it in one of them",
+    ),
+    "content": (
+        lambda f: f.datalist["test"].append({"image": copy_of(f, "unlabeled1.nii.gz", "x.nii"), "patient": "x"}),
+        "`test` must share no image with `unlabeled` but .*x.nii has the voxels of .*unlabeled1.nii.gz in 3 of its 3",
+    ),
+    "slice": (
+        slice_in_training,
+        "`validation` must share no image with `unlabeled` but .*validation1.nii.gz has the voxels of .*slice.h5 in 1",
+    ),
+    "unlabeled label": (label_of_unlabeled, "`unlabeled` items must have no label but .*unlabeled0.nii.gz has"),
+    "no label": (drop_label, "`label` must be a path but .*labeled0.nii.gz of `labeled` has none"),
+    "unreadable": (spoil_file("test1.nii.gz", b"no"), "`image` must be a readable image but .*test1.nii.gz is not"),
+    "NaN": (
+        spoil_array("unlabeled0.nii.gz", np.full((6, 5, 3), np.nan)),
+        "`image` must be finite but .*unlabeled0.nii.gz has 90 NaN or infinite values. Repair or remove",
+    ),
+    "infinite": (spoil_array("labeled1.nii.gz", [[[0.0, np.inf]]]), ".*labeled1.nii.gz has 1 NaN or infinite"),
+    "shape": (
+        spoil_array("validation0_gt.nii.gz", np.zeros((6, 4, 3))),
+        r"`label` must be one channel of the image's shape \(6, 5, 3\) but .*validation0_gt.nii.gz has",
+    ),
+    "value": (spoil_array("labeled0_gt.nii.gz", label(1, 4)), "the integers 0 to 3 .*labeled0_gt.nii.gz has 4."),
+    "half": (spoil_array("test0_gt.nii.gz", label(1, 1.5)), "the integers 0 to 3 .*test0_gt.nii.gz has 1.5"),
+    "all empty": (all_labels_empty, "`labeled` must have a structure in its labels but all 2 are empty; label some"),
+    "channels": (
+        spoil_array("test0.nii.gz", np.random.default_rng(0).random((6, 5, 3, 2))),
+        "`image` must have the same number of channels in every item but .*test0.nii.gz has 2 and .*labeled0.nii.gz 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused_in_one_sentence(folder, name):
+    spoil, message = WRONG[name]
+    spoil(folder)
+    report = folder.check()
+    with pytest.raises(ValueError, match=message) as error:
+        report.raise_if_wrong()
+    assert "\n" not in str(error.value) and f"  - {report.wrong[0]}" in str(report)
+
+
+ODD = {
+    "spacing": (
+        spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE @ np.diag([1.1, 1, 1, 1])),
+        "`labeled`: 1 of 2 labels are of another spacing than their image.*labeled0_gt.nii.gz",
+    ),
+    "orientation": (
+        spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE @ np.diag([-1, 1, 1, 1])),
+        "`labeled`: 1 of 2 labels are of another orientation than their image.*labeled0_gt.nii.gz",
+    ),
+    "empty": (spoil_array("test1_gt.nii.gz", np.zeros((6, 5, 3))), "`test`: 1 of 2 labels are empty: .*test1_gt"),
+    "absent class": (
+        lambda f: [f.write(f"labeled{n}_gt.nii.gz", label(1, 3)) for n in range(2)],
+        "`labeled`: no label has class 2",
+    ),
+    "constant": (
+        spoil_array("unlabeled1.nii.gz", np.full((6, 5, 3), 7.0)),
+        "`unlabeled`: 1 of 2 images are constant: .*unlabeled1.nii.gz",
+    ),
+    "twice": (
+        lambda f: f.datalist["unlabeled"].append(
+            {"image": copy_of(f, "unlabeled0.nii.gz", "again.nii.gz"), "patient": "z"}
+        ),
+        "`unlabeled` has images twice: .*again.nii.gz has the voxels of .*unlabeled0.nii.gz in 3 of its 3 slices",
+    ),
+    "slices and volumes": (
+        spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5))),
+        "`unlabeled`: 1 of 2 images are slices, the others volumes: .*unlabeled1.nii.gz",
+    ),
+    "patient": (lambda f: f.datalist["test"][0].pop("patient"), "`test`: items without a `patient`"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_is_said_and_not_refused(folder, name, caplog):
+    spoil, message = ODD[name]
+    spoil(folder)
+    report = folder.check()
+    report.raise_if_wrong()
+    assert len(report.odd) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(report.odd[0])
+    assert report.odd[0] in caplog.text
+
+
+def test_label_without_known_spacing_and_rounded_spacing_are_not_odd(folder):
+    with h5py.File(folder.path / "gt.h5", "w") as file:
+        file["label"] = np.moveaxis(label(), -1, 0)
+    folder.datalist["test"][0]["label"] = str(folder.path / "gt.h5")
+    folder.write("test1_gt.nii.gz", label(), affine=OBLIQUE * (1 + 1e-5))
+    assert not folder.check().odd
+
+
+def test_one_patient_may_be_labeled_and_unlabeled(folder):
+    folder.datalist["unlabeled"][0]["patient"] = folder.datalist["labeled"][0]["patient"]
+    assert not folder.check().wrong
+
+
+def test_further_faults_are_counted(folder):
+    WRONG["NaN"][0](folder)
+    WRONG["value"][0](folder)
+    with pytest.raises(ValueError, match=r"labeled0_gt.nii.gz has 4\. .* 1 more fault is in the table above\."):
+        folder.check().raise_if_wrong()
+
+
+def test_masks_of_0_and_255_are_wrong_or_read_as_1(folder):
+    for name in ("labeled", "validation", "test"):
+        for number in range(2):
+            folder.write(f"{name}{number}_gt.nii.gz", label(255, 255))
+    assert "has 255" in folder.check(num_classes=2).wrong[0]
+    assert not folder.check(num_classes=2, map_masks=True).wrong
+    assert "0 255" in str(folder.check(num_classes=None))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The images that were read, by name."""
+    names = []
+    real = case_facts.CaseReader.__call__
+
+    def call(self, item):
+        names.append(os.path.basename(item["image"]))
+        return real(self, item)
+
+    monkeypatch.setattr(case_facts.CaseReader, "__call__", call)
+    return names
+
+
+def test_second_start_reads_what_has_changed_alone(folder, reads):
+    first = folder.check()
+    assert len(reads) == 8
+    reads.clear()
+    second = folder.check()
+    assert reads == [] and second.rows == first.rows and "0 of them read, 8 known" in second.header
+    folder.write("labeled1_gt.nii.gz", label(1, 4))
+    assert "labeled1_gt.nii.gz has 4" in folder.check().wrong[0] and reads == ["labeled1.nii.gz"]
+    reads.clear()
+    folder.check(num_classes=5)
+    assert len(reads) == 8  # other questions
+
+
+def test_lists_of_one_folder_share_what_was_read(folder, reads):
+    folder.check()
+    reads.clear()
+    folder.datalist["unlabeled"].append(folder.datalist["labeled"].pop())
+    del folder.datalist["unlabeled"][-1]["label"]
+    folder.check()
+    assert reads == ["labeled1.nii.gz"]  # it was known with its label
+    assert len(list((folder.path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\x80\x04N.", b'{"a": 1}'])
+def test_torn_cache_is_read_as_none(folder, reads, content):
+    rows = folder.check().rows
+    (file,) = (folder.path / "cache").iterdir()
+    file.write_bytes(content)
+    assert folder.check().rows == rows and len(reads) == 16
+
+
+def test_facts_of_another_program_are_read_as_none(folder, reads):
+    rows = folder.check().rows
+    (file,) = (folder.path / "cache").iterdir()
+    kept = {key: {**value, "facts": {"colour": "red"}} for key, value in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(kept))
+    assert folder.check().rows == rows and len(reads) == 16
+
+
+def test_cache_that_cannot_be_written_is_no_error(folder):
+    (folder.path / "file").touch()
+    assert not folder.check(cache_dir=folder.path / "file" / "cache").wrong
+
+
+def test_data_set_is_checked_by_its_list(tmp_path):
+    path = write_phantom(tmp_path / "phantom", num_labeled=1, num_unlabeled=1, num_validation=1, max_size=32)
+    report = check_dataset(path, num_classes=4, progress=False)
+    assert not report.wrong and [row[0] for row in report.rows] == list(SETS)
+
+
+def test_left_atrium_is_read_with_its_own_axes(tmp_path):
+    for number, case in enumerate("abcdefgh"):
+        (tmp_path / case).mkdir()
+        with h5py.File(tmp_path / case / "mri_norm2.h5", "w") as file:
+            file["image"] = np.random.default_rng(number).random((6, 5, 3))
+            file["label"] = label(1, 1).astype(np.uint8)
+    (tmp_path / "train.list").write_text("a b c d e f")
+    (tmp_path / "val.list").write_text("g h")
+    report = check_dataset(tmp_path, labeled_patients=4, num_classes=2, progress=False)
+    assert not report.wrong and report.rows[0][3:5] == ("6 x 5 x 3", "?")
+
+
+@pytest.mark.parametrize("variable, num_classes", [("KNOWSAM_ACDC_DIR", 4), ("KNOWSAM_LA_DIR", 2)])
+def test_real_data_are_not_refused(variable, num_classes):
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no data set")
+    assert not check_dataset(os.environ[variable], num_classes=num_classes, progress=False).wrong
+
+
+def test_bundle_of_a_wrong_list_is_refused_by_the_list_itself_too(folder):
+    """What the JSON's reader refuses, the checker finds in a list that was made in Python."""
+    WRONG["patient"][0](folder)
+    (folder.path / "list.json").write_text(json.dumps(folder.datalist))
+    with pytest.raises(ValueError, match=WRONG["patient"][1]):
+        load_datalist(folder.path / "list.json", "")
