@@ -44,7 +44,7 @@ stand side by side. The page opens offline. It shows slices of the validation's 
 PREDICT = """\
 Segment scans with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry. The student is the
 bundle's models/model.pt; with --run it is that of a training's folder, seen at the size and with the classes of that
-training. A bundle's configs are code: use one that you trust.
+training. Configs are code: use a bundle, and a run, that you trust.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
@@ -119,7 +119,9 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("phantom", help="write a synthetic data set", description=PHANTOM, **form)
     verb.add_argument("folder", help="new, empty, or an earlier phantom")
-    verb.add_argument("--anatomy", choices=("short_axis", "left_atrium"), default="short_axis", help="default: %(default)s")
+    verb.add_argument(
+        "--anatomy", choices=("short_axis", "left_atrium"), default="short_axis", help="default: %(default)s"
+    )
     for name, count, what in (
         ("labeled", 4, "to train on"),
         ("unlabeled", 12, "without labels"),
@@ -151,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
     verb.add_argument("--image_pattern", default="*.nii*", metavar="GLOB", help="below SCANS; default: %(default)s")
     verb.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU, else the CPU")
-    verb.add_argument("--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json")
+    verb.add_argument(
+        "--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json"
+    )
     verb.set_defaults(call=predict)
     return program
 

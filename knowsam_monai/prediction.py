@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigParser, ConfigWorkflow
 
@@ -37,14 +37,14 @@ def predict_folder(
 
     Args:
         scans: a folder of images, or one image.
-        bundle: the bundle's folder. Its configs are code that is run.
+        bundle: the bundle's folder. Its configs are code that is run, and so is that of `run`.
         output: folder of the segmentations, made when missing.
         run: folder of a training, whose student is taken at the size and with the classes of that training; None for
             the bundle's ``models/model.pt``.
         ckpt_path: another student's weights.
         image_pattern: glob pattern of the images below `scans`.
         device: such as "cpu"; None for the config's own.
-        overrides: further keys of ``inference.json`` by name, their values as YAML (`256`, `[64, 64, 32]`, `null`).
+        overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or text.
 
     Returns:
         Number of scans.
@@ -74,7 +74,7 @@ def predict_folder(
         options["ckpt_path"] = str(ckpt_path)
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
-    options.update({key: yaml.safe_load(value) for key, value in (overrides or {}).items()})
+    options.update({key: _value(value) for key, value in (overrides or {}).items()})
 
     _quieten()
     workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
@@ -89,12 +89,22 @@ def predict_folder(
     return number
 
 
+def _value(text: str) -> Any:
+    """A number, list, true, false or null as JSON has them; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _checked(device: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` must be one of this machine but is {device!r} ({reason}); cpu is always there.") from None
+        raise ValueError(
+            f"`device` must be one of this machine but is {device!r} ({reason}); cpu is always there."
+        ) from None
     return device
 
 

@@ -31,7 +31,9 @@ class RunLog(logging.FileHandler):
     """The log file of a run, on the root logger."""
 
 
-def record_run(output_dir: str | os.PathLike, seed: int | None = None, resume: bool = True, enabled: bool = True) -> None:
+def record_run(
+    output_dir: str | os.PathLike, seed: int | None = None, resume: bool = True, enabled: bool = True
+) -> None:
     """
     Write ``config.json`` and ``run.json`` and open ``log.txt`` in a run's folder; for a bundle's `initialize`.
 

@@ -61,7 +61,8 @@ def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["report"], ["predict", "x"], ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"]]
+    "arguments",
+    [[], ["train"], ["report"], ["predict", "x"], ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:

@@ -18,7 +18,11 @@ from knowsam_monai.prediction import predict_folder
 from knowsam_monai.preparation import root_cause
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "knowsam_acdc"
-STUDENT = {"_target_": "knowsam_monai.networks.MultiViewNet", "in_channels": "@in_channels", "out_channels": "@num_classes"}
+STUDENT = {
+    "_target_": "knowsam_monai.networks.MultiViewNet",
+    "in_channels": "@in_channels",
+    "out_channels": "@num_classes",
+}
 STUDENT["channels"] = [4, 8, 8, 8, 8]
 
 
@@ -70,7 +74,9 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
     (bundle / "models").mkdir()
     shutil.copy(run / "model.pt", bundle / "models" / "model.pt")
     overrides = {"image_size": "32", "num_classes": "3", "network_def": json.dumps(STUDENT), "output_postfix": "mask"}
-    assert predict_folder(scans / "phantom001_ED.nii.gz", bundle, tmp_path / "out", overrides=overrides, device="cpu") == 1
+    assert (
+        predict_folder(scans / "phantom001_ED.nii.gz", bundle, tmp_path / "out", overrides=overrides, device="cpu") == 1
+    )
     assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["phantom001_ED_mask.nii.gz"]
 
 
@@ -80,7 +86,10 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
         ({"scans": "/nowhere"}, "`dataset_dir` must be a folder of images"),
         ({"bundle": "/nowhere"}, "`bundle` must be a bundle's folder but /nowhere has no configs"),
         ({"run": "/nowhere"}, "`run` must be the `output_dir` of a training but /nowhere has no model.pt"),
-        ({"overrides": {"image_sizes": "3"}}, "`image_sizes` must be a key of .*inference.json but is none; it has imports"),
+        (
+            {"overrides": {"image_sizes": "3"}},
+            "`image_sizes` must be a key of .*inference.json but is none; it has imports",
+        ),
         ({"overrides": {"num_classes": "4"}}, "network of 4 classes but .*model.pt has 3"),
         ({"device": "cuda:99"}, "`device` must be one of this machine but is 'cuda:99'"),
         ({"device": "gpu"}, "`device` must be one of this machine but is 'gpu'"),

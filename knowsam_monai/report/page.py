@@ -55,7 +55,9 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
         temporary.write_text(render(runs), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise PermissionError(f"`output` must be a file that can be written but {path} cannot ({error.strerror}).") from error
+        raise PermissionError(
+            f"`output` must be a file that can be written but {path} cannot ({error.strerror})."
+        ) from error
     logger.info("Report: %s", path)
     return path
 
@@ -64,7 +66,9 @@ def render(runs: Sequence[RunFolder]) -> str:
     """The page."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     template = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
@@ -90,7 +94,9 @@ def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     for name, column in [*columns, ("SAM teacher, mean Dice", TEACHER)]:
         if any(math.isfinite(row.get(column, math.nan)) for row in best):
             yield name, [_dice(row.get(column)) for row in best]
-    yield "validation", [f"{b['epoch']:.0f}, the best of {len(r.validations)}" if b else "–" for r, b in zip(runs, best)]
+    yield "validation", [
+        f"{b['epoch']:.0f}, the best of {len(r.validations)}" if b else "–" for r, b in zip(runs, best)
+    ]
     yield "iterations", [str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs]
 
 
@@ -115,7 +121,9 @@ def _dice_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
     structures = list(dict.fromkeys(name for run in runs for name in run.structures))
     structures = structures if len(structures) > 1 else []
     for title, suffix in [("Mean over the structures", ""), *((name, f"/{name}") for name in structures)]:
-        lines = _pairs(runs, [(run.validation_curve(STUDENT + suffix), run.validation_curve(TEACHER + suffix)) for run in runs])
+        lines = _pairs(
+            runs, [(run.validation_curve(STUDENT + suffix), run.validation_curve(TEACHER + suffix)) for run in runs]
+        )
         if lines:
             yield title, line_chart(lines, "validation", unit_interval=True)
 

@@ -76,7 +76,15 @@ def test_folder_tells_what_ran_and_how_it_went(whole_run):
     (start,) = json.loads((whole_run.output_dir / "run.json").read_text())["starts"]
     assert start["seed"] == 0 and "torch" in start["versions"]
     page = (whole_run.output_dir / "report.html").read_text()
-    for title in ("SAM loss", "Distillation loss", "Mutual loss", "Mixing loss", "Gate weight", "best case", "worst slice"):
+    for title in (
+        "SAM loss",
+        "Distillation loss",
+        "Mutual loss",
+        "Mixing loss",
+        "Gate weight",
+        "best case",
+        "worst slice",
+    ):
         assert title in page
 
 

@@ -13,7 +13,9 @@ from knowsam_monai.report.figures import Line, _running_mean, case_chart, line_c
 @pytest.mark.parametrize(
     "chart",
     [
-        line_chart([Line([1, 2, 3], [0.1, math.nan, 0.3], 0), Line([1, 3], [0, 1], 1, dashed=True)], "validation", True),
+        line_chart(
+            [Line([1, 2, 3], [0.1, math.nan, 0.3], 0), Line([1, 3], [0, 1], 1, dashed=True)], "validation", True
+        ),
         line_chart([Line(range(200), np.linspace(3, 1, 200), 7)], "iteration"),
         case_chart(["a", "b" * 40], [[0.5, 0.25], [math.nan, 0.75]]),
         case_chart(["a < b & c"], [[1.0]]),

@@ -100,7 +100,9 @@ def test_browser_shows_the_page_without_network_and_nothing_sticks_out(run_folde
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
     options += ["--hide-scrollbars", f"--window-size={width},1600", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if dark else []
-    shot = subprocess.run([browser, *options, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180)
+    shot = subprocess.run(
+        [browser, *options, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180
+    )
     dom = subprocess.run([browser, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=180)
     assert picture.is_file(), shot.stderr.decode()[-500:]
     assert re.search(r"<title>(.*?)</title>", dom.stdout)[1] == "[true,true,7]"
