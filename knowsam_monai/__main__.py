@@ -20,23 +20,24 @@ Training is MONAI's: python -m monai.bundle run --config_file bundles/knowsam_ac
 EXIT_CODES = "Exit codes: 0 done, 1 something given is wrong (said in one sentence), 2 wrong usage."
 
 PHANTOM = """\
-Write synthetic patients as NIfTI, with a MONAI data list `dataset.json` beside them. The same arguments give the same
-voxels, and a phantom that is there is not written again.
+Write synthetic patients as NIfTI, with a MONAI data list `dataset.json` beside them. The same arguments give the
+same voxels, and a phantom that is there is not written again.
 
   python -m knowsam_monai phantom scans --labeled 2 --validation 1 --unlabeled 17 --test 0
   python -m knowsam_monai phantom atria --anatomy left_atrium --size 48
 """
 CHECK = """\
-Read every image and label of a data list, and say what no training should start with: an image in two sets, labels that
-do not fit, files that cannot be read. What may be meant so is listed as odd. Exit code 1 when something is wrong.
+Read every image and label of a data list, and say what no training should start with: an image in two sets, labels
+that do not fit, files that cannot be read. What may be meant so is listed as odd. Exit code 1 when something is wrong.
 
   python -m knowsam_monai check scans/dataset.json --num_classes 4
   python -m knowsam_monai check /data/ACDC --labeled_patients 7
 """
 REPORT = """\
 Write one HTML page from a run's folder (the `output_dir` of a training, finished or not): curves of every loss term,
-student against teacher, the gate, the Dice of each case, the best and the worst slices, the config as run. Several folders
-stand side by side. The page opens offline. It shows slices of the validation's images: share it as you would share these.
+student against teacher, the gate, the Dice of each case, the best and the worst slices, the config as run. Several
+folders stand side by side. The page opens offline. It shows slices of the validation's images: share it as you would
+share these.
 
   python -m knowsam_monai report bundles/knowsam_acdc/output/knowsam_phantom_seed0
   python -m knowsam_monai report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
@@ -48,7 +49,7 @@ training. Configs are code: use a bundle, and a run, that you trust.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
-  python -m knowsam_monai predict /data --image_pattern '*/*_ED.nii.gz' --bundle bundles/knowsam_acdc --set image_size=192
+  python -m knowsam_monai predict /data --image_pattern '*/*.nii' --bundle bundles/knowsam_acdc --set image_size=192
 """
 
 

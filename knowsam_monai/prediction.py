@@ -44,7 +44,8 @@ def predict_folder(
         ckpt_path: another student's weights.
         image_pattern: glob pattern of the images below `scans`.
         device: such as "cpu"; None for the config's own.
-        overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or text.
+        overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
+            text.
 
     Returns:
         Number of scans.

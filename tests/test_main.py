@@ -85,6 +85,6 @@ def test_examples_of_the_help_are_commands_that_are_understood(verb, capsys):
 
 
 def test_help_and_import_do_not_wait_for_torch():
-    program = "import sys, knowsam_monai, knowsam_monai.__main__ as m; m.parser(); print({'torch', 'monai'} & set(sys.modules))"
+    program = "import sys, knowsam_monai.__main__ as m; m.parser(); print({'torch', 'monai'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()" and knowsam_monai.__version__
