@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import ValidationCase, case_names, class_dice
@@ -166,14 +168,19 @@ def _window(view: SliceView) -> tuple[slice, slice]:
 
 
 def _image_slice(case: ValidationCase, k: int, shape: Sequence[int]) -> np.ndarray:
-    """First channel of a slice of the image, resized to the label's grid when the network saw another."""
+    """First channel of a slice of the image on the label's grid, from which the network may have seen another."""
     if case.image is None:
         return np.zeros(shape[:2], dtype=np.float32)
-    image = torch.as_tensor(case.image.as_tensor() if hasattr(case.image, "as_tensor") else case.image)[0].float().cpu()
-    image = image if image.ndim == 3 else image[..., None]
-    if image.shape[-1] != shape[-1]:
+    image = case.image[:1].float().cpu()
+    if image.ndim == 4 and isinstance(image, MetaTensor) and case.grid is not None:
+        plane = case.grid.double().clone()
+        plane[:3, 3] += k * plane[:3, 2]
+        resample = SpatialResample(mode="bilinear", padding_mode="zeros")
+        image, k = resample(image, dst_affine=plane, spatial_size=(*shape[:2], 1)), 0
+    elif image.ndim == 4 and image.shape[-1] != shape[-1]:
         return np.zeros(shape[:2], dtype=np.float32)
-    image = image[..., k]
+    image = torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image)[0]
+    image = image[..., k] if image.ndim == 3 else image
     if tuple(image.shape) != tuple(shape[:2]):
         image = torch.nn.functional.interpolate(image[None, None], size=tuple(shape[:2]), mode="bilinear")[0, 0]
     return image.numpy()

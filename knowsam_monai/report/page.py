@@ -89,7 +89,7 @@ def render(runs: Sequence[RunFolder]) -> str:
 def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     """Rows of the upper table: what it is, and for each run its value in the validation that was kept."""
     best = [_best(run) for run in runs]
-    structures = list(dict.fromkeys(name for run in runs for name in run.structures))
+    structures = _structures(runs)
     columns = [("Student, mean Dice", STUDENT), *((name, f"{STUDENT}/{name}") for name in structures)]
     for name, column in [*columns, ("SAM teacher, mean Dice", TEACHER)]:
         if any(math.isfinite(row.get(column, math.nan)) for row in best):
@@ -117,9 +117,14 @@ def _best(run: RunFolder) -> dict[str, float]:
     return max(rows, key=lambda row: row[STUDENT], default={})
 
 
-def _dice_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
+def _structures(runs: Sequence[RunFolder]) -> list[str]:
+    """Those of all runs, or none where a single one is the mean itself."""
     structures = list(dict.fromkeys(name for run in runs for name in run.structures))
-    structures = structures if len(structures) > 1 else []
+    return structures if len(structures) > 1 else []
+
+
+def _dice_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
+    structures = _structures(runs)
     for title, suffix in [("Mean over the structures", ""), *((name, f"/{name}") for name in structures)]:
         lines = _pairs(
             runs, [(run.validation_curve(STUDENT + suffix), run.validation_curve(TEACHER + suffix)) for run in runs]
