@@ -27,7 +27,7 @@ def test_twenty_scans_of_which_three_are_labelled_end_as_a_student_in_a_bundle(t
     environment = {**os.environ, "BUNDLE": str(bundle), "SIZES": SIZES, "PYTHON": sys.executable}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["sh", str(ROOT / "examples" / "clinical_path.sh"), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     scans = {path.relative_to(folder / "scans") for path in (folder / "scans").rglob("*_LGE.nii.gz")}
     labels = list((folder / "scans").rglob("*_gt.nii.gz"))
