@@ -21,8 +21,6 @@ from monai.bundle import ConfigParser
 
 import knowsam_monai
 
-logger = logging.getLogger(__name__)
-
 CONFIG, STARTS, LOG = "config.json", "run.json", "log.txt"
 PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "nibabel", "segment-anything")
 
@@ -31,34 +29,24 @@ class RunLog(logging.FileHandler):
     """The log file of a run, on the root logger."""
 
 
-def record_run(
-    output_dir: str | os.PathLike, seed: int | None = None, resume: bool = True, enabled: bool = True
+def write_record(
+    folder: str | os.PathLike, config: dict[str, Any] | None = None, seed: int | None = None, resume: bool = True
 ) -> None:
     """
-    Write ``config.json`` and ``run.json`` and open ``log.txt`` in a run's folder; for a bundle's `initialize`.
+    Write ``config.json`` and ``run.json``.
 
     - ``config.json``: the merged config as it runs, overlays and command line included. `monai.bundle run` takes it.
     - ``run.json``: one entry for each start of the run with time, command, seed, versions and, where the package lies
       in a git working tree, its revision.
-    - ``log.txt``: whatever is logged from here on.
-
-    Under several processes the first alone writes.
 
     Args:
-        output_dir: the run's folder, made when missing.
+        folder: the run's, made when missing.
+        config: of :func:`running_config`; None leaves that file out.
         seed: noted as it is.
-        resume: True adds to what an earlier start has left, False begins anew.
-        enabled: False does nothing (a preflight).
-
-    Example::
-
-        "initialize": ["$record_run(@output_dir, @seed, @resume, not @preflight)"]
+        resume: True adds to the starts that are there, False begins anew.
     """
-    if not enabled or os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(output_dir)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _running_config()
     if config is not None:
         ConfigParser.export_config_file(config, str(folder / CONFIG), indent=4, default=str)
     starts = read_starts(folder) if resume else []
@@ -73,8 +61,22 @@ def record_run(
         }
     )
     (folder / STARTS).write_text(json.dumps({"starts": starts}, indent=1), encoding="utf-8")
+
+
+def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
+    """
+    Write whatever is logged from here on to ``log.txt`` in a run's folder too; for a bundle's `initialize`.
+
+    Args:
+        folder: the run's, made when missing.
+        resume: True adds to the log that is there, False begins anew.
+        enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
+    """
+    if not enabled or os.environ.get("RANK", "0") != "0":
+        return
     close_log()
-    handler = RunLog(folder / LOG, mode="a" if resume else "w", encoding="utf-8")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handler = RunLog(Path(folder) / LOG, mode="a" if resume else "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
 
@@ -121,11 +123,11 @@ def git_revision(file: Path) -> str | None:
         return None
 
 
-def _running_config() -> dict[str, Any] | None:
+def running_config() -> dict[str, Any] | None:
     """
-    The config whose parser is evaluating the expression that this was called from.
+    The config whose parser is building what this was called from; None outside of one.
 
-    An expression of a config is given what it refers to and never the config itself, so it is looked for in the stack.
+    A component of a config is given what it refers to and never the config itself, so it is looked for in the stack.
     """
     frame = inspect.currentframe()
     while frame is not None:

@@ -34,7 +34,7 @@ class RunFolder(NamedTuple):
         validations: rows of results.csv, by the file's columns; nan where a row has no value.
         cases: rows of validation_cases.csv: `case`, `model`, each structure, `mean`.
         slices: best first, worst last.
-        starts: of the run, see :func:`knowsam_monai.run_record.record_run`.
+        starts: of the run, see :func:`knowsam_monai.handlers.RunRecord`.
         config: as run.
     """
 
