@@ -4,7 +4,7 @@
 #   sh examples/clinical_path.sh [FOLDER]      from the repository's root; FOLDER is new or empty, default: clinical_path
 #
 # The scans are synthetic left atria, small enough for a CPU. With scans of your own leave the first command out and write
-# their data list by hand: examples/README.md. On a GPU leave out the sizes: they stand for the published ones.
+# their data list by hand ("Your own data" in README.md). On a GPU give SIZES=" " for the published sizes and SAM.
 set -e
 FOLDER=${1:-clinical_path}
 BUNDLE=${BUNDLE:-bundles/knowsam_la}

@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run a verb.
 
     Returns:
-        The exit code: 0, or 1 after an error that is said in one sentence. Wrong usage exits with 2.
+        The exit code: 0, 1 after an error that is said in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
     """
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
@@ -175,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return options.call(options)
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         root = root_cause(error)
         if not is_said_by_this_package(root):
