@@ -50,13 +50,13 @@ class SAMDistiller(nn.Module):
             others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
             :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
         optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
-        distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`DistillationLoss`.
+        distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`knowsam_monai.losses.DistillationLoss`.
         sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
             A plain network's logits are both, whatever these say.
-        gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`TeacherGate`.
+        gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`knowsam_monai.gate.TeacherGate`.
         gate_tolerance: how much worse (Dice, 0..1) than its student a teacher may be before g is 0.
         autocast_dtype: run the teacher under autocast of this type, on CPU too. None leaves the caller's autocast.
 

@@ -24,7 +24,7 @@ class NoisyPasses:
 
     Args:
         ema_student: the averaged student.
-        mode: "dropout", "eval" or "train", see :meth:`EMAStudent.logits`.
+        mode: "dropout", "eval" or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: sigma, in the image's unit (images in 0..1); SSL4MIS has 0.1.
         noise_clip: b; SSL4MIS has 0.2.
         seed: 0 or more.

@@ -51,7 +51,7 @@ class BidirectionalCopyPaste:
         weight: w, of the unlabelled pixels; published: 0.5.
         box_fraction: part of each axis that the box takes up; published: 2/3.
         ignore_index: label of the pixels without a true one.
-        ema_mode: "eval", "dropout" or "train", see :meth:`EMAStudent.logits`.
+        ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         seed: of the box, a function of it and the iteration.
 
     Raises:

@@ -24,7 +24,7 @@ class MultiViewCoTraining:
     rows alone and a weight of ``SigmoidRampUp(max_iterations, max=0.1)``.
 
     Args:
-        mutual_weight: lambda_m, a number or a function of the iteration such as :class:`SigmoidRampUp`. The paper
+        mutual_weight: lambda_m, a number or a function of the iteration such as :class:`knowsam_monai.losses.SigmoidRampUp`. The paper
             (eq. 14): exp(-5 (1 - t/t_max)^2). 0 switches the term off.
         entropy_weight: of the entropy term, in units of log C; the paper: 0.9. 0 switches it off.
         target: "hard" (the paper, which follows CPS) or "soft" (the authors' code).

@@ -47,7 +47,7 @@ class UncertaintyAwareMeanTeacher:
         num_classes: C of threshold and divisor; None: the student's.
         rows: "unlabeled" or "all".
         ema_mode: "dropout" (normalisation keeps its running statistics), "eval" or "train", see
-            :meth:`EMAStudent.logits`.
+            :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.

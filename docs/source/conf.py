@@ -1,0 +1,82 @@
+"""Sphinx configuration: `make docs` writes docs/build/html. Nothing is fetched while it builds."""
+
+from __future__ import annotations
+
+import re
+
+from sphinx.addnodes import pending_xref
+
+import knowsam_monai
+
+project = "knowsam_monai"
+author = "The developers of knowsam_monai"
+copyright = author
+version = release = knowsam_monai.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "myst_nb",  # Markdown pages and the notebook
+]
+
+# Markdown
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook's outputs are shown as they are stored; a test executes it
+
+# docstrings
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # torch's own text on `forward` says nothing of ours
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Shape"]
+
+# the classes of other packages: their documents are elsewhere, and nothing is fetched to link them
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|nn|monai|ignite|numpy|np|collections|os|pathlib|typing)\b.*"),
+    (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Inferer|CheckpointSaver|KeysCollection|Spacing"),
+]
+suppress_warnings = ["myst.header"]  # the Model Zoo's README template leaves heading levels out
+# files of the repository that documents link to, and the pages that show them
+PAGES = {
+    "docs/fidelity.md": "fidelity",
+    "docs/source/own_data.md": "own_data",
+    "benchmarks/accuracy.md": "results",
+    "benchmarks/speed.md": "results",
+    "bundles/knowsam_acdc/docs/README.md": "bundle_acdc",
+    "bundles/knowsam_la/docs/README.md": "bundle_la",
+}
+
+html_theme = "furo"
+html_title = f"knowsam_monai {release}"
+html_static_path = ["_static"]
+html_css_files = ["knowsam.css"]
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True}
+
+
+def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
+    """Shapes are written `(B, C, *spatial)`; outside of literals reStructuredText takes the star for emphasis."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(``.+?``|`[^`]+`)", line)
+        parts[::2] = [re.sub(r"(?<!\\)\*(?=[a-z])", r"\\*", part) for part in parts[::2]]
+        lines[i] = "".join(parts)
+
+
+def link_pages(app, doctree) -> None:
+    """Lead links between the repository's files to the pages that show these files."""
+    for link in doctree.findall(pending_xref):
+        link["reftarget"] = PAGES.get(link["reftarget"], link["reftarget"])
+
+
+def setup(app) -> None:
+    app.connect("doctree-read", link_pages)
+    app.connect("autodoc-process-docstring", escape_stars)
