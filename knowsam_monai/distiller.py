@@ -23,15 +23,29 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 
 
 class Distillation(NamedTuple):
-    """What one call of :class:`SAMDistiller` returns; `loss` is what a training loop adds to its own."""
+    """What one call of :class:`SAMDistiller` returns; `loss` is what a training loop adds to its own.
 
-    distillation_loss: Tensor  # weighted and gated; its gradient reaches the student alone
-    sam_loss: Tensor  # its gradient reaches the teacher alone; 0 without labelled rows
-    teacher_logits: Tensor  # (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume
-    slices: SliceSelection | None = None  # the slices of each volume that both losses are about; None: all there is
+    Args:
+        distillation_loss: weighted and gated, a scalar; its gradient reaches the student alone.
+        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labelled rows.
+        teacher_logits: (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume.
+        slices: the slices of each volume that both losses are about; None where they are about all there is.
+
+    Example::
+
+        >>> zero = torch.zeros(())
+        >>> Distillation(distillation_loss=zero + 2, sam_loss=zero + 1, teacher_logits=zero).loss.item()
+        3.0
+    """
+
+    distillation_loss: Tensor
+    sam_loss: Tensor
+    teacher_logits: Tensor
+    slices: SliceSelection | None = None
 
     @property
     def loss(self) -> Tensor:
+        """The sum of both losses."""
         return self.distillation_loss + self.sam_loss
 
 
@@ -243,12 +257,24 @@ class SAMDistiller(nn.Module):
 
 
 class FollowHandle:
-    """Undoes :meth:`SAMDistiller.follow`."""
+    """Undoes :meth:`SAMDistiller.follow`, which returns it.
+
+    Args:
+        step_handle: of the hook after the student optimiser's step.
+        optimizer: the student's.
+
+    Example::
+
+        handle = distiller.follow(student_optimizer)
+        train()
+        handle.remove()
+    """
 
     def __init__(self, step_handle: RemovableHandle, optimizer: Optimizer) -> None:
         self._step_handle, self._optimizer = step_handle, optimizer
 
     def remove(self) -> None:
+        """Leave the student's optimiser as it was."""
         self._step_handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
 

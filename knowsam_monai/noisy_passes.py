@@ -33,6 +33,15 @@ class NoisyPasses:
 
     Raises:
         ValueError: when an argument is out of its range.
+
+    Example::
+
+        >>> network = nn.Conv2d(1, 4, 1)
+        >>> passes = NoisyPasses(EMAStudent(network, torch.optim.SGD(network.parameters(), lr=0.1)), mode="eval")
+        >>> passes(torch.rand(2, 1, 8, 8), iteration=1, num_passes=8).shape
+        torch.Size([8, 2, 4, 8, 8])
+
+    Reference: Yu et al., UA-MT, MICCAI 2019, arXiv:1907.07034; noise as in SSL4MIS.
     """
 
     def __init__(

@@ -57,6 +57,12 @@ class BidirectionalCopyPaste:
     Raises:
         ValueError: when an argument is out of its range, or a batch has not the rows to mix.
 
+    Example::
+
+        loss = PartiallyLabeledLoss(dice_ce_loss(num_classes=4, ignore_index=255))
+        ema_student = EMAStudent(network, optimizer, warm_up=False, buffers="average")
+        SupervisedTrainer(..., loss_function=loss, train_handlers=[BidirectionalCopyPaste(ema_student, loss)])
+
     Reference: Bai et al., "Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation", CVPR 2023,
     arXiv:2305.00673.
     """

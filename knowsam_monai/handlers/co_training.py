@@ -38,6 +38,11 @@ class MultiViewCoTraining:
         ValueError: when an argument is none of these; at the first step when the student has no such views, or the
             batch no unlabelled rows where they are asked for.
 
+    Example::
+
+        SupervisedTrainer(..., network=MultiViewNet(), train_handlers=[MultiViewCoTraining(SigmoidRampUp(50000))])
+        cps = MultiViewCoTraining(SigmoidRampUp(30000, max=0.1), entropy_weight=0, views=(0, 1))     # StackedNetworks
+
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 5, 13 and 14. Chen et al., CVPR 2021 (CPS).
     """
 

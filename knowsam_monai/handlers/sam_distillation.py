@@ -46,6 +46,10 @@ class SAMDistillation:
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
         log_interval: iterations between two logs of the labelled Dice.
 
+    Raises:
+        ValueError: when an interval is below 1; at a step when the teacher needs a `"sam_image"` that is not there or
+            does not fit, or when classes and rows of student, teacher and labels do not agree.
+
     Example::
 
         SupervisedTrainer(..., train_handlers=[MyMethod(), SAMDistillation(SAMDistiller(teacher, optimizer))])

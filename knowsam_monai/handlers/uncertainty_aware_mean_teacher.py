@@ -55,6 +55,12 @@ class UncertaintyAwareMeanTeacher:
     Raises:
         ValueError: when an argument is none of these, or a batch has no unlabelled rows.
 
+    Example::
+
+        weight = SigmoidRampUp(30000, max=0.1)
+        handler = UncertaintyAwareMeanTeacher(EMAStudent(network, optimizer), max_iterations=30000, weight=weight)
+        SupervisedTrainer(..., network=network, optimizer=optimizer, train_handlers=[handler])
+
     Reference: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019, arXiv:1907.07034.
     """
 
