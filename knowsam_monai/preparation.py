@@ -53,11 +53,10 @@ def root_cause(error: BaseException) -> BaseException:
 
     Example::
 
-        >>> try:
-        ...     raise RuntimeError("applying transform failed") from ValueError("no such file")
-        ... except RuntimeError as error:
-        ...     root_cause(error)
-        ValueError('no such file')
+        try:
+            transform(case)
+        except RuntimeError as error:
+            logger.error("%s", root_cause(error))
     """
     chain = [error]
     while chain[-1].__cause__ is not None:
