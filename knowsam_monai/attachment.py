@@ -118,8 +118,6 @@ class Attachment:
         self._num_calls = 0  # of the student, for this batch
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
-        teacher = distiller.optimizer
-        self._sam_parameters = [p for group in teacher.param_groups for p in group["params"]] if teacher else []
 
         @torch.compiler.disable
         def called(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -129,7 +127,7 @@ class Attachment:
 
         self._handles: list[Any] = [student.register_forward_hook(called, with_kwargs=True)]
         self._handles.append(optimizer.register_step_post_hook(self._student_stepped))  # before the teacher steps
-        if teacher is not None:
+        if distiller.optimizer is not None:
             self._handles.append(distiller.follow(optimizer, scaler))
 
     def watch(self, loader: Iterable) -> WatchedLoader:
@@ -160,7 +158,7 @@ class Attachment:
         if selection is None or (self.iteration - 1) % self.every:
             self._accounted = True
             return
-        gradient, *sam_gradients = self._gradients(logits, *selection)
+        gradient, sam_gradients = self._gradients(logits, *selection)
         arrivals_before = self._num_arrivals
         arrived = False
 
@@ -175,13 +173,12 @@ class Attachment:
                 )
             if self._num_arrivals == arrivals_before and all(p.grad is None for p in self.student.parameters()):
                 # the host skipped a step and cleared its gradients by `student.zero_grad()`
-                for parameter in self._sam_parameters:
+                for parameter, _ in sam_gradients:
                     parameter.grad = None
             arrived = self._accounted = True
             self._num_arrivals += 1
-            for parameter, sam_gradient in zip(self._sam_parameters, sam_gradients):
-                if sam_gradient is not None:
-                    parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
+            for parameter, sam_gradient in sam_gradients:
+                parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
             return host_gradient + gradient.to(host_gradient.dtype)
 
         logits.register_hook(backpropagated)
@@ -221,7 +218,7 @@ class Attachment:
 
     def _gradients(
         self, logits: Tensor, sam_image: Tensor, label: Tensor | None, rows: int | slice | None
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
         """What SKD would bring to the logits and to SAM's parameters, were it in the host's loss."""
         distiller = self.distiller.train()
         if distiller.gate.weight.device != logits.device:
@@ -243,11 +240,14 @@ class Attachment:
         }
         scaler = scaler_now(self.scaler)
         loss = result.loss / self.accumulation_steps
+        groups = [] if distiller.optimizer is None else distiller.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         with torch.autocast(logits.device.type, enabled=False):
-            gradients = torch.autograd.grad(
-                loss if scaler is None else scaler.scale(loss), [leaf, *self._sam_parameters], allow_unused=True
+            gradient, *sam_gradients = torch.autograd.grad(
+                loss if scaler is None else scaler.scale(loss), [leaf, *parameters], allow_unused=True
             )
-        return [gradient if gradient is None else gradient.clone() for gradient in gradients]  # none shares memory
+        # clones, as two of them may share memory, which GradScaler's unscaling in place would then do twice
+        return gradient, [(p, g.clone()) for p, g in zip(parameters, sam_gradients) if g is not None]
 
     def _student(self, image: Tensor) -> Tensor:
         """The student's logits, not by way of DistributedDataParallel, which would be at its next step then."""
