@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from docutils.nodes import SkipNode, math_block
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 
 import knowsam_monai
@@ -16,7 +18,6 @@ version = release = knowsam_monai.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "myst_nb",  # Markdown pages and the notebook
 ]
@@ -42,7 +43,7 @@ napoleon_custom_sections = ["Shape"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|monai|ignite|numpy|np|collections|os|pathlib|typing)\b.*"),
-    (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Inferer|CheckpointSaver|KeysCollection|RemovableHandle|Spacing"),
+    (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Inferer|CheckpointSaver|KeysCollection|RemovableHandle|Spacing|Scaler|Selection"),
 ]
 suppress_warnings = ["myst.header"]  # the Model Zoo's README template leaves heading levels out
 # files of the repository that documents link to, and the pages that show them
@@ -55,6 +56,7 @@ PAGES = {
     "bundles/knowsam_la/docs/README.md": "bundle_la",
 }
 
+html_math_renderer = "mathml"  # every browser has it, and a page opens offline
 html_theme = "furo"
 html_title = f"knowsam_monai {release}"
 html_static_path = ["_static"]
@@ -67,7 +69,7 @@ def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
     """Shapes are written `(B, C, *spatial)`; outside of literals reStructuredText takes the star for emphasis."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.+?``|`[^`]+`)", line)
-        parts[::2] = [re.sub(r"(?<!\\)\*(?=[a-z])", r"\\*", part) for part in parts[::2]]
+        parts[::2] = [part.replace("*spatial", r"\*spatial").replace("*size", r"\*size") for part in parts[::2]]
         lines[i] = "".join(parts)
 
 
@@ -77,6 +79,14 @@ def link_pages(app, doctree) -> None:
         link["reftarget"] = PAGES.get(link["reftarget"], link["reftarget"])
 
 
+def visit_math(translator, node) -> None:
+    """An equation as MathML, which docutils makes of its LaTeX."""
+    display = " display='block'" if isinstance(node, math_block) else ""
+    translator.body.append(tex2mathml(node.astext()).replace("<math", f"<math{display}", 1))
+    raise SkipNode
+
+
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.connect("doctree-read", link_pages)
     app.connect("autodoc-process-docstring", escape_stars)
