@@ -34,7 +34,8 @@ class Preflight:
 
     Example::
 
-        SupervisedTrainer(..., train_handlers=[*handlers, Preflight(network, optimizer, distiller, num_rows=(136, 1176))])
+        preflight = Preflight(network, optimizer, distiller, num_rows=(136, 1176))
+        SupervisedTrainer(..., train_handlers=[*handlers, preflight])
     """
 
     def __init__(

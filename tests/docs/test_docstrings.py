@@ -1,4 +1,4 @@
-"""Every public class and function says what goes in, what comes out, what can go wrong, how it is used and whose it is."""
+"""Every public class and function says what goes in and out, what can go wrong, how it is used and whose idea it is."""
 
 import importlib
 import inspect

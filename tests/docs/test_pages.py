@@ -27,7 +27,9 @@ def test_links_and_includes_lead_to_files(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_commands_name_files_that_are_there(path):
-    named = re.findall(r"\b(?:bundles|examples|benchmarks|tests)/[\w/]+\.(?:json|py|md)", path.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"\b(?:bundles|examples|benchmarks|tests)/[\w/]+\.(?:json|py|md)", path.read_text(encoding="utf-8")
+    )
     inventions = ("bundles/knowsam_acdc/configs/my_method.json", "tests/handlers/test_my_method.py")
     others = ("tests/networks/test_my_teacher.py", "tests/data/test_my_data.py")
     assert not [name for name in named if name not in (*inventions, *others) and not (ROOT / name).is_file()]

@@ -28,7 +28,9 @@ def test_stored_outputs_are_small_and_without_errors(stored):
     outputs = [output for cell in stored["cells"] for output in cell.get("outputs", [])]
     assert outputs and not [output for output in outputs if output["output_type"] == "error"]
     assert TUTORIAL.stat().st_size < 400_000
-    assert not [word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in TUTORIAL.read_text(encoding="utf-8")]
+    assert not [
+        word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in TUTORIAL.read_text(encoding="utf-8")
+    ]
 
 
 def test_tutorial_runs_and_ends_with_a_segmentation_on_the_scan_s_grid(stored, tmp_path, monkeypatch):
