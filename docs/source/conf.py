@@ -82,8 +82,11 @@ def link_pages(app, doctree) -> None:
 
 def visit_math(translator, node) -> None:
     """An equation as MathML, which docutils makes of its LaTeX."""
-    display = " display='block'" if isinstance(node, math_block) else ""
-    translator.body.append(tex2mathml(node.astext()).replace("<math", f"<math{display}", 1))
+    mathml = tex2mathml(node.astext())
+    if isinstance(node, math_block):
+        mathml = mathml.replace("<math", '<math display="block"', 1)
+        mathml = f'<div class="equation">{mathml}</div>'
+    translator.body.append(mathml)
     raise SkipNode
 
 
