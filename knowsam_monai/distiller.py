@@ -239,10 +239,15 @@ class SAMDistiller(nn.Module):
 
     def attach(self, student: nn.Module, optimizer: Optimizer, **options: Any) -> Attachment:
         """
-        Teach a student that a trainer trains whose step can't be edited; `options` are :class:`Attachment`'s.
+        Teach a student that is trained by code which can't be edited.
+
+        Args:
+            student: the module that the code calls.
+            optimizer: the student's.
+            **options: `scaler`, `accumulation_steps`, `select` and the others of :class:`Attachment`.
 
         Returns:
-            An attachment; the trainer is given ``attachment.watch(loader)``, ``attachment.remove()`` undoes it.
+            An attachment: the code is given ``attachment.watch(loader)``; ``attachment.remove()`` undoes it all.
         """
         return Attachment(self, student, optimizer, **options)
 
