@@ -153,8 +153,12 @@ class Attachment:
             raise TypeError(f"`student` must return logits but returns a {type(logits).__name__}; give `logits_of`.")
         if not logits.requires_grad:
             return
-        image = next(without_meta(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        selection = self._selection(image)
+        images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not images:
+            raise TypeError(
+                "`student` must be called on a tensor, its image, but is not; attach to the part of it that is."
+            )
+        selection = self._selection(without_meta(images[0]))
         if selection is None or (self.iteration - 1) % self.every:
             self._accounted = True
             return

@@ -254,11 +254,16 @@ class SAMDistiller(nn.Module):
 
     def attach(self, student: nn.Module, optimizer: Optimizer, **options: Any) -> Attachment:
         """
-        Teach a student that a trainer trains whose step can't be edited; `options` are
-        :class:`knowsam_monai.attachment.Attachment`'s.
+        Teach a student that is trained by code which can't be edited.
+
+        Args:
+            student: the module that the code calls.
+            optimizer: the student's.
+            **options: `scaler`, `accumulation_steps`, `select` and the others of
+                :class:`knowsam_monai.attachment.Attachment`.
 
         Returns:
-            An attachment; the trainer is given ``attachment.watch(loader)``, ``attachment.remove()`` undoes it.
+            An attachment: the code is given ``attachment.watch(loader)``; ``attachment.remove()`` undoes it all.
         """
         return Attachment(self, student, optimizer, **options)
 
