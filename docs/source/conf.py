@@ -23,7 +23,7 @@ extensions = [
 ]
 
 # Markdown
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "tasklist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebook's outputs are shown as they are stored; a test executes it
 
@@ -74,6 +74,11 @@ def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
         lines[i] = "".join(parts)
 
 
+def skip_fields(app, what, name, item, skip, options) -> bool | None:
+    """Leave out the fields of named tuples, which Python calls "alias for field number 0": they are arguments."""
+    return True if (getattr(item, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def link_pages(app, doctree) -> None:
     """Lead links between the repository's files to the pages that show these files."""
     for link in doctree.findall(pending_xref):
@@ -92,5 +97,6 @@ def visit_math(translator, node) -> None:
 
 def setup(app) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("doctree-read", link_pages)
     app.connect("autodoc-process-docstring", escape_stars)
