@@ -67,10 +67,10 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
-    """Shapes are written `(B, C, *spatial)`; outside of literals reStructuredText takes the star for emphasis."""
+    """Shapes are `(B, C, *spatial)`, files `*.json`: outside of literals the star would begin an emphasis."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.+?``|`[^`]+`)", line)
-        parts[::2] = [part.replace("*spatial", r"\*spatial").replace("*size", r"\*size") for part in parts[::2]]
+        parts[::2] = [re.sub(r"(?<!\\)\*(?=spatial|size|\.\w)", r"\\*", part) for part in parts[::2]]
         lines[i] = "".join(parts)
 
 
