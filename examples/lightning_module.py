@@ -44,7 +44,8 @@ class Distillation(Callback):
 # ---
 def main(max_epochs: int = 10) -> float:
     module, callbacks = Segmenter(), []
-    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all")  # SKD
+    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     callbacks.append(Distillation(SAMDistiller(teacher, sam_optimizer, gate="agreement")))  # SKD
     trainer = Trainer(

@@ -16,8 +16,8 @@ def main(max_epochs: int = 10) -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     supervised_loss = dice_ce_loss(num_classes=2)
 
-    # in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth", without trainable="all"  # SKD
-    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all")  # SKD
+    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3))  # SKD
     distiller.follow(optimizer)  # SKD
 

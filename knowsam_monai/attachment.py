@@ -177,7 +177,7 @@ class Attachment:
                 )
             if self._num_arrivals == arrivals_before and all(p.grad is None for p in self.student.parameters()):
                 # the host skipped a step and cleared its gradients by `student.zero_grad()`
-                for parameter, _ in sam_gradients:
+                for parameter in self._sam_parameters():
                     parameter.grad = None
             arrived = self._accounted = True
             self._num_arrivals += 1
@@ -244,14 +244,17 @@ class Attachment:
         }
         scaler = scaler_now(self.scaler)
         loss = result.loss / self.accumulation_steps
-        groups = [] if distiller.optimizer is None else distiller.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = self._sam_parameters()
         with torch.autocast(logits.device.type, enabled=False):
             gradient, *sam_gradients = torch.autograd.grad(
                 loss if scaler is None else scaler.scale(loss), [leaf, *parameters], allow_unused=True
             )
         # clones, as two of them may share memory, which GradScaler's unscaling in place would then do twice
         return gradient, [(p, g.clone()) for p, g in zip(parameters, sam_gradients) if g is not None]
+
+    def _sam_parameters(self) -> list[nn.Parameter]:
+        groups = [] if self.distiller.optimizer is None else self.distiller.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
     def _student(self, image: Tensor) -> Tensor:
         """The student's logits, not by way of DistributedDataParallel, which would be at its next step then."""

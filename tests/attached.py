@@ -12,7 +12,7 @@ from .hosts import assert_same_weights
 from .toys import ToyStudent, ToyTeacher, toy_batches
 
 
-def build(num_classes=3, size=(8, 8), num_batches=3, dtype=torch.float64, device="cpu", **kwargs):
+def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.float64, device="cpu", **kwargs):
     """Student, its optimiser, distiller and batches; of volumes SAM sees two slices a step."""
     torch.manual_seed(0)
     student = ToyStudent(num_classes, len(size)).to(device, dtype)
@@ -23,7 +23,7 @@ def build(num_classes=3, size=(8, 8), num_batches=3, dtype=torch.float64, device
     distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **kwargs)
     batches = [
         {name: tensor.to(device, dtype) for name, tensor in batch.items()}
-        for batch in toy_batches(num_batches, num_classes=num_classes, size=size)
+        for batch in toy_batches(num_batches, num_labeled, 4 - num_labeled, num_classes=num_classes, size=size)
     ]
     return student, torch.optim.SGD(student.parameters(), lr=0.1), distiller, batches
 

@@ -91,26 +91,27 @@ def test_host_that_calls_its_student_twice_says_which_call_is_taught(backwards):
     assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("num_labeled", [2, 4])  # of four rows, two a call
 @pytest.mark.parametrize("backwards", [1, 2])
-def test_host_with_labels_for_every_row_that_calls_its_student_on_each_kind_apart(backwards):
+def test_host_that_calls_its_student_on_two_halves_has_both_taught(backwards, num_labeled):
     def select(batch, image):
-        is_labeled = torch.equal(image, batch["image"][:2])
-        return image, batch["label"][:2, None] if is_labeled else None, None
+        is_first = torch.equal(image, batch["image"][:2])
+        label = batch["label"][:2] if is_first else batch["label"][2:]
+        return image, label if len(label) > 0 else None, None
 
-    ours, expected = build(), build()
-    every_label = [{**b, "label": torch.cat([b["label"], 1 - b["label"].clamp(max=1)])[:, 0]} for b in ours[3]]
+    ours, expected = build(num_labeled=num_labeled), build(num_labeled=num_labeled)
     skd = ours[2].attach(ours[0], ours[1], select=select)
-    for (student, optimizer, distiller, _), batches in ((ours, skd.watch(every_label)), (expected, every_label)):
+    for (student, optimizer, distiller, _), batches in ((ours, skd.watch(ours[3])), (expected, expected[3])):
         is_attached = distiller is ours[2]
         if not is_attached:
             distiller.follow(optimizer)
         for batch in batches:
-            label = batch["label"][:2, None]
-            labeled, unlabeled = student(batch["image"][:2]), student(batch["image"][2:])
-            losses = [loss_of(labeled, {"label": label}), unlabeled.square().mean()]
+            image, label = batch["image"], batch["label"]
+            first, second = student(image[:2]), student(image[2:])
+            losses = [loss_of(first, {"label": label[:2]}), second.square().mean()]
             if not is_attached:
-                losses[0] = losses[0] + distiller(batch["image"][:2], labeled, label).loss
-                losses[1] = losses[1] + distiller(batch["image"][2:], unlabeled).loss
+                losses[0] = losses[0] + distiller(image[:2], first, label[:2]).loss
+                losses[1] = losses[1] + distiller(image[2:], second, label[2:] if num_labeled == 4 else None).loss
             optimizer.zero_grad()
             for loss in losses if backwards == 2 else [sum(losses)]:
                 loss.backward()
