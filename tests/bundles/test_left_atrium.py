@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -151,6 +153,22 @@ def test_real_left_atria_train(training_3d):
     assert len(run["train#dataset"]) == 8 and len(run["validate#dataset"]) == 4
     assert len(run["train#unlabeled_dataset"]) >= 16
     assert (run.output_dir / "model.pt").is_file()
+
+
+@pytest.mark.slow
+def test_whole_step_at_the_published_patch_costs_at_most_half_more_than_its_host():
+    """Memory beside one pass of both views and HAM, operations beside the same step without SAM."""
+    rows = ("la_views", "la_without_sam", "la_knowsam", "la_ua_mt", "la_ua_mt_sam")
+    root = BUNDLES.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "benchmarks/memory.py", *rows]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|")[2:4] for line in done.stdout.splitlines()[2:]]
+    cost = {row: dict(zip(("memory", "gflop"), map(float, line))) for row, line in zip(rows, lines, strict=True)}
+    assert 10 < cost["la_views"]["memory"] <= cost["la_knowsam"]["memory"] <= 1.5 * cost["la_views"]["memory"]
+    for host, with_sam in (("la_without_sam", "la_knowsam"), ("la_ua_mt", "la_ua_mt_sam")):
+        assert cost[host]["gflop"] < cost[with_sam]["gflop"] <= 1.5 * cost[host]["gflop"]
 
 
 # --- inference and evaluation -----------------------------------------------------------------------------------------
