@@ -80,6 +80,11 @@ def test_last_is_reported_beside_the_best_of_the_validation_cases(whole_run):
     assert "the best of 2 validations" in title and head.endswith("student, last")
 
 
+def test_picture_shows_the_image_on_the_grid_of_truth_and_prediction(whole_run):
+    views = whole_run["validate#handlers#0"]._kept["views"]
+    assert all(view.image.shape == view.label.shape and view.image.std() > 0.1 for view in views)
+
+
 def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d, monkeypatch):
     asked, forward = [], SAMTeacher.forward
 
