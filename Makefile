@@ -2,6 +2,7 @@
 #
 #   make train              trains the bundle; without a data set on a synthetic phantom
 #   make train ARGS="--dataset_dir /data/ACDC --labeled_patients 7"
+#   make zip                makes of the bundle the zip that the Model Zoo hosts; trains it first where it has no weights
 #   make test               installs the test extras and runs the tests
 #   make check              lint, and every test, the slow ones included
 #   make lint               black, isort and flake8, changing nothing
@@ -16,17 +17,23 @@ ARGS   ?=
 
 venv_python = $(VENV)/bin/python
 pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-sources     = $(wildcard knowsam_monai bundles tests examples benchmarks)
+sources     = $(wildcard knowsam_monai bundles tests examples benchmarks zoo)
 packaging   = setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check lint clean
+.PHONY: help train zip test check lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
 
 train: $(VENV)/.installed
 	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
+
+zip: $(VENV)/.installed-zoo | $(BUNDLE)/models/model.pt
+	$(venv_python) -m zoo $(BUNDLE) $(ARGS)
+
+$(BUNDLE)/models/model.pt:
+	@$(MAKE) --no-print-directory train BUNDLE=$(BUNDLE) ARGS=
 
 test: $(VENV)/.installed-test
 	$(venv_python) -m pytest $(ARGS)
@@ -55,6 +62,10 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created $(packaging)
 	@echo "Installing into $(VENV): torch is large, this takes some minutes the first time."
 	@$(pip_install) --editable .
+	@touch $@
+
+$(VENV)/.installed-zoo: $(VENV)/.installed
+	@$(pip_install) --editable ".[zoo]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

