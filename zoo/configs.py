@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def _evaluation(configs: Path, phantom: bool) -> dict[str, Any]:
     of_package = {name: value for name, value in needed.items() if PACKAGE in json.dumps(value)}
     parts = {*own, *of_package}
     brought = {k: v for k, v in of_package.items() if not any(k.startswith(f"{part}#") for part in parts)}
-    imports = list(dict.fromkeys(merged["imports"]))
+    used = set(re.findall(r"\w+", json.dumps([needed, own])))
+    imports = [one for one in dict.fromkeys(merged["imports"]) if one.split()[-1] in used]
     sizes = _sizes({key: value for key, value in needed.items() if key in merged}, phantom)
     return _initialized_in_run({"imports": imports, **brought, **own, **sizes})
 
