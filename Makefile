@@ -73,5 +73,5 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(packaging)
-	@$(pip_install) black flake8 isort
+	@$(pip_install) black build flake8 isort twine
 	@touch $@

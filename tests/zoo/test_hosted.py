@@ -111,6 +111,7 @@ def test_evaluation_of_the_zip_needs_monai_alone(hosted, elsewhere, tmp_path):
     assert max(float(row["dice"]) for row in rows) > 0
 
 
+@pytest.mark.parametrize("hosted", ["knowsam_acdc"], indirect=True)
 def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(hosted, elsewhere, scans, tmp_path):
     config = hosted.root / "configs" / "inference.json"
     arguments = ["--dataset_dir", scans, "--output_dir", tmp_path, "--ckpt_path", "/nowhere/model.pt"]
