@@ -2,6 +2,7 @@
 #
 #   make train              trains the bundle; without a data set on a synthetic phantom
 #   make train ARGS="--dataset_dir /data/ACDC --labeled_patients 7"
+#   make zip                makes of the bundle the zip that the Model Zoo hosts; trains it first where it has no weights
 #   make test               installs the test extras and runs the tests
 #   make check              lint, every test, the slow ones included, and the examples in docstrings
 #   make docs               builds docs/build/html; a warning is an error
@@ -17,17 +18,23 @@ ARGS   ?=
 
 venv_python = $(VENV)/bin/python
 pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-sources     = $(wildcard knowsam_monai bundles tests examples benchmarks docs)
+sources     = $(wildcard knowsam_monai bundles tests examples benchmarks docs pretraining zoo)
 packaging   = setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check docs lint clean
+.PHONY: help train zip test check docs lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
 
 train: $(VENV)/.installed
 	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
+
+zip: $(VENV)/.installed-zoo | $(BUNDLE)/models/model.pt
+	$(venv_python) -m zoo $(BUNDLE) $(ARGS)
+
+$(BUNDLE)/models/model.pt:
+	@$(MAKE) --no-print-directory train BUNDLE=$(BUNDLE) ARGS=
 
 test: $(VENV)/.installed-test
 	$(venv_python) -m pytest $(ARGS)
@@ -63,6 +70,10 @@ $(VENV)/.installed: $(VENV)/.created $(packaging)
 	@$(pip_install) --editable .
 	@touch $@
 
+$(VENV)/.installed-zoo: $(VENV)/.installed
+	@$(pip_install) --editable ".[zoo]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(pip_install) --editable ".[test]"
 	@touch $@
@@ -72,5 +83,5 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(packaging)
-	@$(pip_install) black flake8 isort
+	@$(pip_install) black build flake8 isort twine
 	@touch $@
