@@ -44,6 +44,9 @@ def write_record(
         config: of :func:`running_config`; None leaves that file out.
         seed: noted as it is.
         resume: True adds to the starts that are there, False begins anew.
+
+    Example:
+        >>> write_record("output", {"lr": 0.1}, seed=0)     # doctest: +SKIP
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,9 @@ def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = Tru
         folder: the run's, made when missing.
         resume: True adds to the log that is there, False begins anew.
         enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
+
+    Example:
+        >>> open_log("output")     # doctest: +SKIP
     """
     if not enabled or os.environ.get("RANK", "0") != "0":
         return

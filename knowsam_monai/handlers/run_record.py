@@ -21,6 +21,10 @@ class RunRecord:
         seed: noted as it is.
         resume: True adds to what an earlier start has left, False begins anew.
         enabled: False does nothing (a preflight).
+
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[Resume(objects, "output"), RunRecord("output", seed=0)])
     """
 
     def __init__(

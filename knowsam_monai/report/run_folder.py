@@ -64,9 +64,15 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
     """
     Read a run's folder, finished or not.
 
+    Args:
+        folder: `output_dir` of a training.
+
     Raises:
         FileNotFoundError: when there is no such folder, or neither `results.csv` nor `tensorboard` in it.
-        ValueError: when one of its files is broken; it is named.
+        ValueError: when one of its files is broken.
+
+    Example:
+        >>> read_run("output/knowsam_phantom_seed0").terms["loss"]     # doctest: +SKIP
     """
     path = Path(folder).expanduser()
     if not path.is_dir():

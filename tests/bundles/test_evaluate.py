@@ -73,7 +73,9 @@ def test_every_case_of_the_split_gets_its_metrics_in_mm(trained, tmp_path, split
     assert {row["case"] for row in rows} == cases and len(rows) == len(cases) * 2 * 2
     assert {row["spacing_mm"] for row in rows} == {"2x1.5x10"}
     assert all(float(row["dice"]) == 1 and float(row["hd95_mm"]) == 0 for row in rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics_raw.csv", "metrics_summary.csv", "validation.png"}
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {"metrics_raw.csv", "metrics_summary.csv", "validation.png", "validation_cases.csv"}
+    assert (tmp_path / "validation_slices" / "1.png").is_file()
 
 
 def test_a_student_at_another_size_is_measured_on_the_native_grid(trained, tmp_path):

@@ -17,6 +17,9 @@ PUBLIC = {
     "inferers": ("AutocastInferer",),
     "noisy_passes": ("NoisyPasses",),
     "preparation": ("check_student", "check_writable", "explain_errors", "fast_cpu_matmul", "keep_freed_memory"),
+    "prediction": ("predict_folder",),
+    "report": ("read_run", "write_report"),
+    "run_record": ("open_log", "write_record"),
     "watched_loader": ("WatchedLoader",),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
@@ -25,6 +28,7 @@ OWN = {
     *("CaseMetrics", "LossTerms", "Preflight", "Resume", "TeacherValidation", "TrainingProgress", "ValidationHistory"),
     *(
         "ValidationReport",
+        "RunRecord",
         "WholeCheckpointSaver",
         "scalar_terms",
         "track_terms",
