@@ -150,12 +150,12 @@ def test_real_left_atria_train(training_3d):
 # --- inference and evaluation -----------------------------------------------------------------------------------------
 
 
-def write_scan(path, dtype=np.int16, flip=False):
+def write_scan(path, dtype=np.int16, flip=False, brightness=100):
     """A bright box and a bright corner in a volume of 20 x 24 x 18 voxels of 1.5 x 1.5 x 2 mm."""
     sitk = pytest.importorskip("SimpleITK")
     array = np.zeros((20, 24, 18), dtype)
-    array[5:14, 6:15, 4:12] = 100
-    array[17:, 20:, 15:] = 100
+    array[5:14, 6:15, 4:12] = brightness
+    array[17:, 20:, 15:] = brightness
     image = sitk.GetImageFromArray(array.T)
     image.SetSpacing((1.5, 1.5, 2.0))
     image.SetOrigin((7.0, -3.0, 11.0))
@@ -238,8 +238,8 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     sections = {}
-    for name in ("labeled", "unlabeled", "validation"):
-        array = write_scan(folder / f"{name}.nii.gz")
+    for number, name in enumerate(("labeled", "unlabeled", "validation")):
+        array = write_scan(folder / f"{name}.nii.gz", brightness=100 + number)
         sections[name] = [{"image": f"{name}.nii.gz"}]
         if name != "unlabeled":
             image = nibabel.load(folder / f"{name}.nii.gz")
