@@ -9,6 +9,7 @@ from .loss_terms import LossTerms, scalar_terms
 from .mean_teacher import MeanTeacher
 from .preflight import Preflight
 from .resume import Resume
+from .run_record import RunRecord
 from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
 from .tracking import track_terms
@@ -26,6 +27,7 @@ __all__ = [
     "MultiViewCoTraining",
     "Preflight",
     "Resume",
+    "RunRecord",
     "SAMDistillation",
     "TeacherValidation",
     "TrainingProgress",

@@ -30,6 +30,8 @@ def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, t
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Preflight") == 1 and done.stdout.count("structure") == 1
     assert "MultiViewNet, " in done.stdout  # and not the name of its wrapper
+    assert done.stdout.count("Validation 1  ") == 1 and done.stdout.count("Report: ") == 1
+    assert (tmp_path / "report.html").is_file() and len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
     for path in (tmp_path / "model.pt", tmp_path / "models" / "model.pt"):
         MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8)).load_state_dict(torch.load(path), strict=True)
     assert (tmp_path / "validation.png").is_file() and len(list((tmp_path / "tensorboard").rglob("events*"))) == 3

@@ -51,6 +51,13 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     found = files(whole_run.output_dir)
     logs = {name for name in found if name.startswith("tensorboard/")}
     assert found - logs == {
+        "config.json",
+        "log.txt",
+        "report.html",
+        "run.json",
+        "validation_cases.csv",
+        "validation_slices/1.png",
+        "validation_slices/2.png",
         "model.pt",
         "last_model_epoch=2.pt",
         "models/model.pt",
@@ -61,6 +68,24 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     }
     assert {name.split("/")[1] for name in logs} == {"train", "validation"}
     assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folder_tells_what_ran_and_how_it_went(whole_run):
+    config = json.loads((whole_run.output_dir / "config.json").read_text())
+    assert config["max_iterations"] == 4 and config["network_def"] == SMALL_STUDENT and config["lr"].startswith("$")
+    (start,) = json.loads((whole_run.output_dir / "run.json").read_text())["starts"]
+    assert start["seed"] == 0 and "torch" in start["versions"]
+    page = (whole_run.output_dir / "report.html").read_text()
+    for title in (
+        "SAM loss",
+        "Distillation loss",
+        "Mutual loss",
+        "Mixing loss",
+        "Gate weight",
+        "best case",
+        "worst slice",
+    ):
+        assert title in page
 
 
 @pytest.mark.parametrize("name", ["model.pt", "models/model.pt"])
