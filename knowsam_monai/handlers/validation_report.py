@@ -117,12 +117,15 @@ class ValidationReport:
             [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
             for view in self._kept.get("views", [])
         ]
+        for view in views:  # nan is the Dice of a structure that a slice does not have, no weight that went wrong
+            view[SliceView._fields.index("dice")] = view[SliceView._fields.index("dice")].tolist()
         return {"kept": {**self._kept, "views": views}, "mean_dice": self.mean_dice, "num": self._num_validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another report has kept."""
         self.mean_dice, self._num_validations, self._kept = state["mean_dice"], state["num"], dict(state["kept"])
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
+        views = [view._replace(dice=np.array(view.dice)) for view in views]
         if self._kept:
             self._kept["views"] = views
 

@@ -50,7 +50,7 @@ TINY_3D = {
     "network_def": None,
 }
 # what a run can do without when its steps are the question
-BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
+BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "WholeCheckpointSaver", "TensorBoardStatsHandler")
 
 
 class Training:

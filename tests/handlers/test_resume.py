@@ -57,7 +57,7 @@ def training(folder, stop_after=None, epochs=3, **resume):
 
         def stop(engine):
             if engine.state.iteration == stop_after:
-                handler.completed()
+                handler.signals.give_back()
                 raise KeyboardInterrupt
 
         trainer.add_event_handler(Events.ITERATION_STARTED, stop)
@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
     # the handler saves at the end of epoch 2; attached later, this one still comes before it
     with pytest.raises(RuntimeError, match="those of network.* are not at iteration 4"):
         trainer.run()
-    handler.completed()
+    handler.signals.give_back()
     assert [file.name for file in handler.files()] == ["resume_2.pt"]
 
 
@@ -169,7 +169,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path, monkeypa
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(RuntimeError, match="must have room for resume_4.pt.*No space left"):
         trainer.run()
-    handler.completed()
+    handler.signals.give_back()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resume_2.pt"]
 
 
@@ -185,5 +185,5 @@ def test_file_that_would_run_code_is_not_run(tmp_path, caplog):
 
 def test_nothing_is_written_when_it_only_reads(tmp_path):
     trainer, _, handler = training(tmp_path, save=False)
-    assert run(trainer) and not handler.files() and not handler._previous
+    assert run(trainer) and not handler.files() and not handler.signals._previous
     assert copy.copy(handler.objects).keys() == {"network", "optimizer"}
