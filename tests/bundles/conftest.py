@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ class Training:
 
     def run(self) -> Training:
         hook, level = sys.excepthook, logging.root.level
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.workflow.initialize()
             trainer = self["train#trainer"]
@@ -103,6 +105,8 @@ class Training:
             self.workflow.finalize()
         finally:
             sys.excepthook = hook
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             logging.root.setLevel(level)
             set_determinism(seed=None)
         return self
