@@ -73,10 +73,13 @@ class Resume:
         self.saves = save
         self.signals = StopSignals()
         self._before_validation: dict[str, Any] | None = None  # random state, while a validation runs
+        self._waits_for_batch = False
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._waiting, True)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._waiting, False)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
@@ -120,8 +123,8 @@ class Resume:
     def exception_raised(self, engine: Engine, error: BaseException) -> None:
         """A loader worker that a signal to all processes has ended is no error: nothing of the step is done yet."""
         steps = getattr(engine, "accumulation_steps", 1)
-        waiting = engine.last_event_name == Events.GET_BATCH_STARTED
-        if isinstance(error, RuntimeError) and waiting and self.signals.received and idist.get_world_size() == 1:
+        one_process = idist.get_world_size() == 1
+        if isinstance(error, RuntimeError) and self._waits_for_batch and self.signals.received and one_process:
             if engine.state.iteration % engine.state.epoch_length % steps == 0:
                 self._save(engine)
             self._stop(engine)
@@ -140,6 +143,9 @@ class Resume:
     def validation_completed(self, evaluator: Engine) -> None:
         """The validation is whole."""
         self._before_validation = None
+
+    def _waiting(self, engine: Engine, waits: bool) -> None:
+        self._waits_for_batch = waits
 
     def _asked_to_stop(self) -> bool:
         if idist.get_world_size() > 1 and self.saves:
@@ -161,9 +167,11 @@ class Resume:
         if idist.get_rank() != 0:
             return
         state: dict[str, Any] = {name: _inner(item).state_dict() for name, item in self.objects.items()}
-        best = self.evaluator and (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch)
         state["trainer"] = dict(engine.state_dict())
-        state["best"] = [float(value) for value in best or ()]
+        state["best"] = []
+        if self.evaluator is not None:
+            found = self.evaluator.state
+            state["best"] = [float(found.best_metric), float(found.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
         state["validate"] = self._before_validation is not None  # before anything else
         state["fingerprint"] = self.fingerprint
