@@ -62,6 +62,7 @@ def _call(log: str, folder: str, target: Callable, args: tuple, kwargs: dict) ->
         stream.flush()
         os.dup2(file, stream.fileno())
     os.chdir(folder)
+    os.setsid()  # a signal to it and its workers reaches nobody else
     import torch
 
     torch.set_num_threads(1)

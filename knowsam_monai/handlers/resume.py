@@ -184,15 +184,15 @@ class Resume:
     def _restore(self, engine: Engine) -> None:
         file, state = self._newest() if idist.get_rank() == 0 else (None, None)
         if idist.get_world_size() > 1:  # one process decides which file is whole
-            name = idist.broadcast(file.name if file else "", safe_mode=True)
-            file = self.output_dir / name if name else None
+            name = idist.broadcast(file.name if file else "none", safe_mode=True)
+            file = self.output_dir / name if FILE.fullmatch(name) else None
         if file is None:
             return
         state = _read(file) if state is None else state
         self._check_fingerprint(file, state["fingerprint"])
         self._load(engine, state)
         logger.warning("Going on from %s, iteration %d.", file, engine.state.iteration)
-        if state["validate"] and self.evaluator is not None:
+        if state["validate"] and self.evaluator is not None and self.saves:
             self.evaluator.run(engine.state.epoch)
             self(engine)
         if engine.state.epoch >= engine.state.max_epochs:

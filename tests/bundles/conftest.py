@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import pytest
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
@@ -22,6 +23,13 @@ CONFIGS = BUNDLES / "knowsam_acdc" / "configs"
 CONFIGS_3D = BUNDLES / "knowsam_la" / "configs"
 SMALL_STUDENT = {
     "_target_": "knowsam_monai.networks.MultiViewNet",
+    "in_channels": "@in_channels",
+    "out_channels": "@num_classes",
+    "channels": [4, 8, 8, 8, 8],
+}
+SMALL_UNET = {
+    "_target_": "knowsam_monai.networks.UNet",
+    "spatial_dims": 2,
     "in_channels": "@in_channels",
     "out_channels": "@num_classes",
     "channels": [4, 8, 8, 8, 8],
@@ -52,6 +60,11 @@ TINY_3D = {
 }
 # what a run can do without when its steps are the question
 BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "WholeCheckpointSaver", "TensorBoardStatsHandler")
+
+
+def run_bundle(configs: Path, overlays: Sequence[str], options: dict[str, Any]) -> None:
+    """What `python -m monai.bundle run` does with these configs over train.json and these options."""
+    monai.bundle.run(config_file=[str(configs / name) for name in ("train.json", *overlays)], **options)
 
 
 class Training:

@@ -6,15 +6,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import monai.bundle
 import pytest
 import torch
 
 from ..processes import finish, start, wait_for
-from .conftest import CONFIGS, CONFIGS_3D, TINY, TINY_3D
+from ..same_bits import assert_same_bits
+from .conftest import CONFIGS, CONFIGS_3D, SMALL_UNET, TINY, TINY_3D, run_bundle
 
 RUNS = {
     "knowsam": (CONFIGS, ()),
@@ -22,12 +23,6 @@ RUNS = {
     "left_atrium": (CONFIGS_3D, ()),
 }
 LAST = "resume_6.pt"
-
-
-def run_bundle(configs: Path, overlays: tuple[str, ...], options: dict) -> None:
-    """What `python -m monai.bundle run` does with these options."""
-    config_file = [str(configs / name) for name in ("train.json", *overlays)]
-    monai.bundle.run(config_file=config_file, meta_file=str(configs / "metadata.json"), logging_file=False, **options)
 
 
 class Run:
@@ -40,16 +35,27 @@ class Run:
         options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "num_workers": 2}
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), **override)
         if overlays:
-            options["network_def"] = {**SMALL_UNET}
+            options["network_def"] = SMALL_UNET
         self.arguments = (configs, overlays, {key: value for key, value in options.items() if value is not None})
 
     def start(self):
         return start(self.log, run_bundle, *self.arguments)
 
-    def finish(self) -> Run:
-        process = self.start()
+    def finish(self, **override) -> Run:
+        configs, overlays, options = self.arguments
+        process = start(self.log, run_bundle, configs, overlays, {**options, **override})
         assert finish(process, self.log) == 0, self.log.read_text()[-3000:]
         return self
+
+    def stop(self, when: Callable[[], Any], number: int, with_workers: bool = False) -> int:
+        """Give the command, send the signal when the condition comes true, and return the exit code."""
+        process = self.start()
+        assert wait_for(when, process), self.log.read_text()[-3000:]
+        (os.killpg if with_workers else os.kill)(process.pid, number)
+        return finish(process, self.log)
+
+    def says(self, words: str) -> bool:
+        return self.log.is_file() and words in self.log.read_text()
 
     def parts(self) -> list[Path]:
         return list(self.folder.glob("*.part"))
@@ -61,31 +67,6 @@ class Run:
         models = [torch.load(self.folder / name, weights_only=True) for name in ("model.pt", "models/model.pt")]
         results = (self.folder / "results.csv").read_text()
         return {**{k: v for k, v in state.items() if k != "fingerprint"}, "models": models, "results": results}
-
-
-SMALL_UNET = {
-    "_target_": "knowsam_monai.networks.UNet",
-    "spatial_dims": 2,
-    "in_channels": "@in_channels",
-    "out_channels": "@num_classes",
-    "channels": [4, 8, 8, 8, 8],
-}
-
-
-def assert_same_bits(ours, theirs, name="") -> None:
-    assert type(ours) is type(theirs), name
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs) or (ours.isnan().any() and ours.numpy().tobytes() == theirs.numpy().tobytes())
-    elif isinstance(ours, Mapping):
-        assert ours.keys() == theirs.keys(), name
-        for key in ours:
-            assert_same_bits(ours[key], theirs[key], f"{name}/{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), name
-        for index, pair in enumerate(zip(ours, theirs)):
-            assert_same_bits(*pair, f"{name}/{index}")
-    else:
-        assert ours == theirs or (ours != ours and theirs != theirs), name
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +112,42 @@ def test_killed_run_goes_on_to_the_same_bits(whole, tmp_path, name, while_saving
         assert kill(run, 0, while_saving=True) and run.parts()
     else:
         kill_at_random(run, seconds, random.Random(), while_saving=False)
+    assert_same_bits(run.finish().result(), expected)
+
+
+def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
+    dataset, expected, _ = whole("knowsam")
+    run = Run(tmp_path / "stopped", "knowsam", dataset)
+    validates = run.folder / "last_model_epoch=2.pt"  # written before the second validation
+    assert run.stop(validates.exists, signal.SIGINT) == 130
+    assert torch.load(run.folder / "resume_4.pt", weights_only=True)["validate"] and not run.says("Traceback")
+    assert run.says("Stopped by a signal in iteration 4; the same command goes on from resume_4.pt.")
+    assert_same_bits(run.finish().result(), expected)
+
+    table = run.log.read_text().count("right ventricle")
+    assert_same_bits(run.finish().result(), expected)
+    assert run.says("This run has finished its 6 iterations.")
+    assert table == 1 and run.log.read_text().count("right ventricle") == 2 and not run.says("Traceback")
+
+    with pytest.raises(
+        AssertionError, match="`augmentation`, `augmentation_hole` must be as in the run that .*resume_6"
+    ):
+        run.finish(augmentation_hole=3)
+
+
+def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
+    run = Run(tmp_path / "stopped", "knowsam", small_phantom)
+    assert run.stop(lambda: run.says("Loading dataset"), signal.SIGTERM) == 143
+    assert run.says("Stopped by a signal before there was anything to save") and not run.says("Traceback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_loader_s_workers_too_saves_and_stops(whole, tmp_path, number, code):
+    dataset, expected, _ = whole("knowsam")
+    run = Run(tmp_path / "stopped", "knowsam", dataset)
+    assert run.stop((run.folder / "resume_2.pt").exists, number, with_workers=True) == code
+    assert not run.says("Traceback") and run.says("the same command goes on from resume_")
     assert_same_bits(run.finish().result(), expected)
 
 
