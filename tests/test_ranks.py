@@ -8,14 +8,25 @@ import signal
 import pytest
 import torch
 from ignite.engine import Events
+from monai.data import DataLoader, DistributedSampler, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.handlers import MeanDice, from_engine
 from monai.losses import DiceCELoss
+from monai.transforms import AsDiscreted
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from knowsam_monai.data import SemiSupervisedLoader
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.ema_student import EMAStudent
-from knowsam_monai.handlers import MeanTeacher, MultiViewCoTraining, SAMDistillation, UncertaintyGuidedMixing
+from knowsam_monai.handlers import (
+    MeanTeacher,
+    MultiViewCoTraining,
+    SAMDistillation,
+    TeacherValidation,
+    UncertaintyGuidedMixing,
+    ValidationReport,
+)
 from knowsam_monai.losses import PartiallyLabeledLoss
 
 from .processes import finish, start_ranks
@@ -80,6 +91,53 @@ def train(result: str | None = None, die_at: int | None = None, accumulation_ste
     if result is not None:
         torch.save(learned, f"{result}/rank{torch.distributed.get_rank()}.pt")
     return learned
+
+
+def validate(result: str | None = None) -> dict:
+    """Student and teacher on three volumes, shared unevenly; metrics, gate and table, of this process."""
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().eval(), ToyTeacher()
+    distiller = SAMDistiller(teacher, gate="validation", gate_tolerance=1.0)
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "image": MetaTensor(torch.rand((1, 8, 8), generator=generator), meta={"filename_or_obj": f"case{number}"}),
+            "label": torch.randint(3, (1, 8, 8), generator=generator),
+        }
+        for number in range(3)
+    ]
+    sampler = DistributedSampler(data, even_divisible=False) if torch.distributed.is_initialized() else None
+    report = ValidationReport(str(result), ["first", "second"])
+    dice = {
+        name: MeanDice(include_background=False, num_classes=3, output_transform=from_engine([key, "label"]))
+        for name, key in (("val_mean_dice", "pred"), ("val_teacher_dice", "teacher_pred"))
+    }
+    evaluator = SupervisedEvaluator(
+        torch.device("cpu"),
+        DataLoader(data, batch_size=1, sampler=sampler),
+        student,
+        postprocessing=AsDiscreted(["pred", "teacher_pred"], argmax=True),
+        key_val_metric={"val_mean_dice": dice.pop("val_mean_dice")},
+        additional_metrics=dice,
+        val_handlers=[TeacherValidation(distiller), report],
+    )
+    evaluator.run()
+    found = {"metrics": evaluator.state.metrics, "gate": distiller.gate.state_dict(), "table": report.table()}
+    if result is not None:
+        torch.save(found, f"{result}/rank{torch.distributed.get_rank()}.pt")
+    return found
+
+
+def test_metrics_gate_and_table_of_a_validation_are_of_the_volumes_of_all_processes(tmp_path):
+    ranks, one = start_ranks(tmp_path, 2, validate, str(tmp_path)), validate()
+    assert one["gate"]["scores"].min() > 0 and one["gate"]["weight"] > 0
+    for rank, process in enumerate(ranks):
+        log = tmp_path / f"rank{rank}.log"
+        assert finish(process, log) == 0, log.read_text()
+        two = torch.load(tmp_path / f"rank{rank}.pt")
+        assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6) and two["table"] == one["table"]
+        for name in ("weight", "scores"):
+            assert torch.allclose(two["gate"][name], one["gate"][name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])

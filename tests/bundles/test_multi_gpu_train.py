@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai.networks import MultiViewNet
 
@@ -45,6 +48,18 @@ def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, t
     for path in (tmp_path / "model.pt", tmp_path / "models" / "model.pt"):
         MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8)).load_state_dict(torch.load(path), strict=True)
     assert (tmp_path / "validation.png").is_file() and len(list((tmp_path / "tensorboard").rglob("events*"))) == 3
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_batch_normalisation_is_synchronised_by_a_key(configs, synchronised):
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "multi_gpu_train.json")])
+    parser.update({"sync_batchnorm": synchronised})
+    network = parser.get_parsed_content("network#module")
+    norms = {type(module) for module in network.modules() if isinstance(module, _BatchNorm)}
+    assert norms == {SyncBatchNorm} if synchronised else SyncBatchNorm not in norms and norms
+    assert network.state_dict().keys() == parser.get_parsed_content("network_def").state_dict().keys()
 
 
 @pytest.mark.slow
