@@ -32,8 +32,8 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
     if broken:
         names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if broken[3:] else "")
         raise RuntimeError(
-            f"Weights must be finite in a checkpoint but {names} {'are' if broken[1:] else 'is'} not, so {path} was not "
-            "written; lower the learning rate or set amp to False. The checkpoint before this is whole."
+            f"Weights must be finite in a checkpoint but {names} {'are' if broken[1:] else 'is'} not, so {path} was "
+            "not written; lower the learning rate or set amp to False. The checkpoint before this is whole."
         )
     try:
         write_whole(path, lambda file: torch.save(content, file))

@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 
 from ..processes import finish, start_ranks, wait_for
@@ -80,8 +81,8 @@ class Ranks:
     def __init__(self, folder: Path, dataset: Path, overlays: tuple[str, ...] = (), configs: Path = CONFIGS) -> None:
         self.folder = folder
         folder.mkdir()
-        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6}
-        if "network_plain.json" in overlays:
+        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "labeled_batch_size": 4}
+        if "network_plain.json" in overlays and configs == CONFIGS:
             options["network_def"] = SMALL_UNET
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), device=None)
         options = {name: value for name, value in options.items() if value is not None}
@@ -127,7 +128,9 @@ def test_overlay_trains_on_two_ranks(small_phantom, tmp_path, overlays):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overlays", [(), ("network_plain.json", "mean_teacher.json")])
-def test_bundle_of_volumes_trains_on_two_ranks(small_volumes, tmp_path, overlays):
-    ranks = Ranks(tmp_path / "run", small_volumes, overlays, configs=CONFIGS_3D)
+def test_bundle_of_volumes_trains_on_two_ranks(tmp_path, overlays):
+    counts = {"num_labeled": 4, "num_unlabeled": 2, "num_validation": 2, "num_test": 0}
+    volumes = write_phantom(tmp_path / "volumes", anatomy="left_atrium", max_size=32, **counts)
+    ranks = Ranks(tmp_path / "run", volumes, overlays, configs=CONFIGS_3D)
     assert ranks.run() == [0, 0], ranks.log()
     assert ranks.result()["trainer"]["iteration"] == 6
