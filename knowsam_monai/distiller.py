@@ -203,7 +203,9 @@ class SAMDistiller(nn.Module):
         """
         Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
 
-        A step that the scaler skips, accumulation and its flush are thereby right without a word about them.
+        A step that the scaler skips, accumulation and its flush are thereby right without a word about them. In a
+        distributed run every process starts with the first one's teacher and steps with the mean of all gradients: move
+        the distiller to its device before.
 
         Args:
             optimizer: the student's.
@@ -216,6 +218,7 @@ class SAMDistiller(nn.Module):
         if teacher_optimizer is None:
             raise RuntimeError("`optimizer` of the distiller must be the teacher's but is None: nothing can follow.")
         parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
+        _take_from_first_rank(list(self.teacher.state_dict().values()))
 
         def step_teacher(*_) -> None:
             found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
@@ -251,6 +254,13 @@ class FollowHandle:
     def remove(self) -> None:
         self._step_handle.remove()
         self._optimizer.__dict__.pop("zero_grad", None)
+
+
+def _take_from_first_rank(tensors: Sequence[Tensor]) -> None:
+    """As DistributedDataParallel does with the student: processes may have been seeded differently."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
 
 
 def _average_over_ranks(gradients: Sequence[Tensor]) -> None:

@@ -41,8 +41,10 @@ def items(count: int, labeled: bool) -> list[dict]:
 
 
 def train(result: str | None = None, die_at: int | None = None, accumulation_steps: int = 1) -> dict:
-    """Three steps of everything at once; what has been learned, which the first process writes to `result`."""
-    torch.manual_seed(0)
+    """Three steps of everything at once; what has been learned, which each process writes to `result`."""
+    torch.manual_seed(
+        torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    )  # the first one's count
     student, teacher = ToyStudent().double(), ToyTeacher().double()
     network: nn.Module = student
     if torch.distributed.is_initialized():
@@ -94,7 +96,7 @@ def train(result: str | None = None, die_at: int | None = None, accumulation_ste
 
 
 def validate(result: str | None = None) -> dict:
-    """Student and teacher on three volumes, shared unevenly; metrics, gate and table, of this process."""
+    """Student and teacher on three volumes, shared unevenly; this process's metrics, gate and table."""
     torch.manual_seed(0)
     student, teacher = ToyStudent().eval(), ToyTeacher()
     distiller = SAMDistiller(teacher, gate="validation", gate_tolerance=1.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import re
@@ -113,7 +114,7 @@ class Resume:
 
     def step_completed(self, engine: Engine) -> None:
         """After a step in which a signal came, save and end the process."""
-        epoch_length, steps = engine.state.epoch_length, getattr(engine, "accumulation_steps", 1)
+        epoch_length, steps = engine.state.epoch_length or math.inf, getattr(engine, "accumulation_steps", 1)
         place = (engine.state.iteration - 1) % epoch_length + 1  # in its epoch, whose end has its validation first
         every = steps * (RANKS_ASK_EVERY if idist.get_world_size() > 1 else 1)
         if place % every == 0 and place != epoch_length and self._asked_to_stop():  # between two optimiser steps
@@ -125,7 +126,7 @@ class Resume:
         steps = getattr(engine, "accumulation_steps", 1)
         one_process = idist.get_world_size() == 1
         if isinstance(error, RuntimeError) and self._waits_for_batch and self.signals.received and one_process:
-            if engine.state.iteration % engine.state.epoch_length % steps == 0:
+            if engine.state.iteration % (engine.state.epoch_length or math.inf) % steps == 0:
                 self._save(engine)
             self._stop(engine)
         self.signals.give_back()
