@@ -2,8 +2,10 @@
 #
 #   make train              trains the bundle; without a data set on a synthetic phantom
 #   make train ARGS="--dataset_dir /data/ACDC --labeled_patients 7"
+#   make zip                makes of the bundle the zip that the Model Zoo hosts; trains it first where it has no weights
 #   make test               installs the test extras and runs the tests
-#   make check              lint, and every test, the slow ones included
+#   make check              lint, every test, the slow ones included, and the examples in docstrings
+#   make docs               builds docs/build/html; a warning is an error
 #   make lint               black, isort and flake8, changing nothing
 #   make clean              removes .venv and caches; trained models stay
 #
@@ -16,11 +18,11 @@ ARGS   ?=
 
 venv_python = $(VENV)/bin/python
 pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-sources     = $(wildcard knowsam_monai bundles tests examples benchmarks)
+sources     = $(wildcard knowsam_monai bundles tests examples benchmarks docs pretraining zoo)
 packaging   = setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check lint clean
+.PHONY: help train zip test check docs lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
@@ -28,11 +30,22 @@ help:
 train: $(VENV)/.installed
 	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
 
+zip: $(VENV)/.installed-zoo | $(BUNDLE)/models/model.pt
+	$(venv_python) -m zoo $(BUNDLE) $(ARGS)
+
+$(BUNDLE)/models/model.pt:
+	@$(MAKE) --no-print-directory train BUNDLE=$(BUNDLE) ARGS=
+
 test: $(VENV)/.installed-test
 	$(venv_python) -m pytest $(ARGS)
 
 check: lint $(VENV)/.installed-test
 	$(venv_python) -m pytest -m "slow or not slow" $(ARGS)
+	$(venv_python) -m pytest --doctest-modules knowsam_monai
+
+docs: $(VENV)/.installed-docs
+	$(venv_python) -m sphinx --fail-on-warning --keep-going --quiet docs/source docs/build/html
+	@echo "docs/build/html/index.html"
 
 lint: $(VENV)/.installed-dev
 	$(venv_python) -m black --check --quiet --diff $(sources)
@@ -40,7 +53,7 @@ lint: $(VENV)/.installed-dev
 	$(venv_python) -m flake8 $(sources)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/build *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that is there and has pip is taken as it is; one whose making was interrupted is made anew.
@@ -57,10 +70,18 @@ $(VENV)/.installed: $(VENV)/.created $(packaging)
 	@$(pip_install) --editable .
 	@touch $@
 
+$(VENV)/.installed-zoo: $(VENV)/.installed
+	@$(pip_install) --editable ".[zoo]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(pip_install) --editable ".[test]"
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(pip_install) --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.created $(packaging)
-	@$(pip_install) black flake8 isort
+	@$(pip_install) black build flake8 isort twine
 	@touch $@

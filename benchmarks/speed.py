@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
 VOLUME_BUNDLE = ROOT / "bundles" / "knowsam_la"
 PATCH = (112, 112, 80)
+DEVICE = "cpu"  # of the rows of volumes, and the size of the phantom that they are drawn from; benchmarks/memory.py
+PHANTOM_SIZE: int | None = None
 GEMM_SIZE = 2048
 
 
@@ -83,12 +85,13 @@ def trainer_of(**overrides: Any) -> Any:
 
 def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
     """The same of the bundle of volumes."""
-    folder = ROOT / "benchmarks" / "output"
-    phantom = {"anatomy": "left_atrium", "max_size": 2 * max(PATCH), "num_labeled": 2, "num_unlabeled": 2}
+    folder, size = ROOT / "benchmarks" / "output", PHANTOM_SIZE or 2 * max(PATCH)
+    phantom = {"anatomy": "left_atrium", "max_size": size, "num_labeled": 2, "num_unlabeled": 2}
     keys = {
         "bundle_root": str(VOLUME_BUNDLE),
         "output_dir": str(folder),
-        "datalist#phantom_dir": str(folder / f"volumes_{2 * max(PATCH)}"),
+        "device": f"$torch.device('{DEVICE}')",
+        "datalist#phantom_dir": str(folder / f"volumes_{size}"),
         "datalist#phantom": {**phantom, "num_validation": 1, "num_test": 0},
         "spacing": [0.0, 0.0, 0.0],
         "image_size": list(PATCH),
@@ -110,7 +113,7 @@ def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
 def views_step() -> Callable[[], None]:
     """One forward and backward of both views and HAM with their supervised loss: what memory is compared with."""
     trainer, batch = volume_trainer_of(use_sam=False)
-    image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
+    image, label = (batch[key].as_tensor().to(DEVICE) for key in ("image", "label"))
 
     def step() -> None:
         trainer.network.train().zero_grad()

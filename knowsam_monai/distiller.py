@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from knowsam_monai.attachment import Attachment
+from knowsam_monai.following import FollowHandle, Scaler, follow
 from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
@@ -23,15 +24,29 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 
 
 class Distillation(NamedTuple):
-    """What one call of :class:`SAMDistiller` returns; `loss` is what a training loop adds to its own."""
+    """What one call of :class:`SAMDistiller` returns; `loss` is what a training loop adds to its own.
 
-    distillation_loss: Tensor  # weighted and gated; its gradient reaches the student alone
-    sam_loss: Tensor  # its gradient reaches the teacher alone; 0 without labelled rows
-    teacher_logits: Tensor  # (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume
-    slices: SliceSelection | None = None  # the slices of each volume that both losses are about; None: all there is
+    Args:
+        distillation_loss: weighted and gated, a scalar; its gradient reaches the student alone.
+        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labelled rows.
+        teacher_logits: (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume.
+        slices: the slices of each volume that both losses are about; None where they are about all there is.
+
+    Example::
+
+        >>> zero = torch.zeros(())
+        >>> Distillation(distillation_loss=zero + 2, sam_loss=zero + 1, teacher_logits=zero).loss.item()
+        3.0
+    """
+
+    distillation_loss: Tensor
+    sam_loss: Tensor
+    teacher_logits: Tensor
+    slices: SliceSelection | None = None
 
     @property
     def loss(self) -> Tensor:
+        """The sum of both losses."""
         return self.distillation_loss + self.sam_loss
 
 
@@ -50,13 +65,14 @@ class SAMDistiller(nn.Module):
             others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
             :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
         optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
-        distillation_loss: ``f(student_logits, teacher_logits)``; default :class:`DistillationLoss`.
+        distillation_loss: ``f(student_logits, teacher_logits)``; default
+            :class:`knowsam_monai.losses.DistillationLoss`.
         sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
             A plain network's logits are both, whatever these say.
-        gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`TeacherGate`.
+        gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`knowsam_monai.gate.TeacherGate`.
         gate_tolerance: how much worse (Dice, 0..1) than its student a teacher may be before g is 0.
         autocast_dtype: run the teacher under autocast of this type, on CPU too. None leaves the caller's autocast.
 
@@ -151,6 +167,30 @@ class SAMDistiller(nn.Module):
         factor = self.gate.weight.to(teacher_logits.dtype) * weight
         return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
+    def measure_agreement(
+        self,
+        student: Callable[[Tensor], Tensor],
+        image: Tensor,
+        label: Tensor | None = None,
+        labeled_rows: int | slice | None = None,
+        turn: int = 0,
+    ) -> None:
+        """
+        One measurement of the "agreement" gate, on the rows that the teacher does not learn from, if there are any.
+
+        Args:
+            student: ``f(image) -> logits`` or stacked views, in eval mode.
+            image, label, labeled_rows: as in :meth:`forward`.
+            turn: which flip or turn to compare with, any integer.
+        """
+        image = without_meta(image)
+        labeled = range(len(image))[_row_slice(labeled_rows, label, len(image))]
+        unlabeled = [row for row in range(len(image)) if row not in labeled]
+        if unlabeled:
+            self.gate.measure_agreement(
+                lambda x: _view(unstack_views(student(x), x), self.prompt_view), self.teacher, image[unlabeled], turn
+            )
+
     def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
         """The slices of each volume that this step is about, and the teacher of these; None: all there is."""
         draw = getattr(self.teacher, "draw_slices", None)
@@ -195,11 +235,7 @@ class SAMDistiller(nn.Module):
                 f"{tuple(prompt_logits.shape)}; give student and teacher the same number of classes."
             )
 
-    def follow(
-        self,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None = None,
-    ) -> FollowHandle:
+    def follow(self, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
         """
         Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
 
@@ -214,60 +250,24 @@ class SAMDistiller(nn.Module):
         Returns:
             A handle; ``handle.remove()`` leaves the student's optimiser as it was.
         """
-        teacher_optimizer = self.optimizer
-        if teacher_optimizer is None:
+        if self.optimizer is None:
             raise RuntimeError("`optimizer` of the distiller must be the teacher's but is None: nothing can follow.")
-        parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
-        _take_from_first_rank(list(self.teacher.state_dict().values()))
+        return follow(self.optimizer, optimizer, scaler)
 
-        def step_teacher(*_) -> None:
-            found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
-            if found_inf is not None and found_inf:
-                teacher_optimizer.zero_grad(set_to_none=True)
-            if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
-                return
-            _average_over_ranks([p.grad for p in parameters if p.grad is not None])
-            current = scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
-            if current is None:
-                teacher_optimizer.step()
-            else:
-                current.step(teacher_optimizer)
-            teacher_optimizer.zero_grad(set_to_none=True)
+    def attach(self, student: nn.Module, optimizer: Optimizer, **options: Any) -> Attachment:
+        """
+        Teach a student that is trained by code which can't be edited.
 
-        student_zero_grad = optimizer.zero_grad
+        Args:
+            student: the module that the code calls.
+            optimizer: the student's.
+            **options: `scaler`, `accumulation_steps`, `select` and the others of
+                :class:`knowsam_monai.attachment.Attachment`.
 
-        def zero_grad(*args, **kwargs) -> None:
-            student_zero_grad(*args, **kwargs)
-            teacher_optimizer.zero_grad(set_to_none=True)  # a skipped step leaves gradients behind
-
-        step_handle = optimizer.register_step_post_hook(step_teacher)
-        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
-        return FollowHandle(step_handle, optimizer)
-
-
-class FollowHandle:
-    """Undoes :meth:`SAMDistiller.follow`."""
-
-    def __init__(self, step_handle: RemovableHandle, optimizer: Optimizer) -> None:
-        self._step_handle, self._optimizer = step_handle, optimizer
-
-    def remove(self) -> None:
-        self._step_handle.remove()
-        self._optimizer.__dict__.pop("zero_grad", None)
-
-
-def _take_from_first_rank(tensors: Sequence[Tensor]) -> None:
-    """As DistributedDataParallel does with the student: processes may have been seeded differently."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
-
-
-def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
-    """Mean over the processes of a distributed run: the teacher is in no DistributedDataParallel."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))
+        Returns:
+            An attachment: the code is given ``attachment.watch(loader)``; ``attachment.remove()`` undoes it all.
+        """
+        return Attachment(self, student, optimizer, **options)
 
 
 def _view(views: Sequence[Tensor], index: int) -> Tensor:

@@ -39,6 +39,13 @@ class TeacherGate(nn.Module):
 
     Raises:
         ValueError: when `mode` is none of these or `tolerance` is not positive.
+
+    Example::
+
+        >>> gate = TeacherGate("validation", tolerance=0.1)
+        >>> gate.update(student_dice=0.80, teacher_dice=0.75)  # half of the tolerance worse
+        >>> round(gate.weight.item(), 3)
+        0.5
     """
 
     def __init__(self, mode: str = "none", tolerance: float = 0.1, momentum: float = 0.8) -> None:

@@ -19,6 +19,11 @@ class AutocastInferer(Inferer):
 
     Shape:
         As the inferer's; logits come back in float32.
+
+    Example::
+
+        >>> AutocastInferer(torch.bfloat16)(torch.rand(1, 1, 8, 8), nn.Conv2d(1, 4, 1)).dtype
+        torch.float32
     """
 
     def __init__(self, dtype: torch.dtype | None = torch.bfloat16, inferer: Inferer | None = None) -> None:

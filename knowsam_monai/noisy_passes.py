@@ -24,7 +24,7 @@ class NoisyPasses:
 
     Args:
         ema_student: the averaged student.
-        mode: "dropout", "eval" or "train", see :meth:`EMAStudent.logits`.
+        mode: "dropout", "eval" or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: sigma, in the image's unit (images in 0..1); SSL4MIS has 0.1.
         noise_clip: b; SSL4MIS has 0.2.
         seed: 0 or more.
@@ -33,6 +33,15 @@ class NoisyPasses:
 
     Raises:
         ValueError: when an argument is out of its range.
+
+    Example::
+
+        >>> network = nn.Conv2d(1, 4, 1)
+        >>> passes = NoisyPasses(EMAStudent(network, torch.optim.SGD(network.parameters(), lr=0.1)), mode="eval")
+        >>> passes(torch.rand(2, 1, 8, 8), iteration=1, num_passes=8).shape
+        torch.Size([8, 2, 4, 8, 8])
+
+    Reference: Yu et al., UA-MT, MICCAI 2019, arXiv:1907.07034; noise as in SSL4MIS.
     """
 
     def __init__(

@@ -23,6 +23,10 @@ def explain_errors() -> None:
 
     MONAI's config parser wraps an exception several times and says last which expression failed; what was wrong stands
     far above. The traceback stays as it is.
+
+    Example::
+
+        explain_errors()     # once, before anything else: of a bundle, the first line of `initialize`
     """
     previous = sys.excepthook
     if getattr(previous, "explains", False):
@@ -43,6 +47,16 @@ def root_cause(error: BaseException) -> BaseException:
     What was wrong: of an error and its causes the first that this package raised, else the last cause of all.
 
     An error of ours may have a cause of its own, such as the operating system's, but says more than that.
+
+    Args:
+        error: the last of the chain, as it was caught.
+
+    Example::
+
+        try:
+            transform(case)
+        except RuntimeError as error:
+            logger.error("%s", root_cause(error))
     """
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -66,6 +80,10 @@ def keep_freed_memory() -> None:
     Let glibc keep the memory that a step frees instead of asking the kernel for zeroed pages in the next one.
 
     On a CPU that spares about 100,000 page faults a step. It does nothing where the C library is another one.
+
+    Example::
+
+        keep_freed_memory()     # once, before training
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     try:
@@ -86,6 +104,10 @@ def fast_cpu_matmul() -> bool:
 
     Returns:
         whether the route was taken. A refusal is logged; the run goes on with torch's usual route.
+
+    Example::
+
+        fast_cpu_matmul()     # once, before training on a CPU
     """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -125,6 +147,10 @@ def check_writable(*folders: str | os.PathLike) -> None:
 
     Raises:
         PermissionError: naming the folder that cannot be written and the remedy.
+
+    Example::
+
+        check_writable("output", "models")
     """
     for folder in folders:
         try:
@@ -147,7 +173,7 @@ def check_student(
     image_size: int | Sequence[int],
 ) -> None:
     """
-    Give the student one empty slice or patch before any data is read: do sizes, channels and classes fit the config's?
+    Give the student one empty slice or patch before any data is read, to see that sizes, channels and classes fit.
 
     Args:
         network: the student; left in the mode it was in.
@@ -158,6 +184,10 @@ def check_student(
 
     Raises:
         ValueError: naming the key that does not fit.
+
+    Example::
+
+        >>> check_student(nn.Conv2d(1, 3, 1), in_channels=1, class_names=["RV", "LV"], num_classes=3, image_size=64)
     """
     if num_classes != len(class_names) + 1:
         raise ValueError(

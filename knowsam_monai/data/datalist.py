@@ -29,7 +29,7 @@ def load_datalist(
 
     Args:
         dataset_dir: None for the synthetic phantom; a folder of ACDC or of left-atrium data, told apart by what is in
-            it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list *.json with `labeled`,
+            it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
             `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
             path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image.
         phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`.

@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 from monai.transforms.traits import LazyTrait
 
-__all__ = ["SAM_IMAGE", "RandOrientationd", "check_orientations", "orient"]
+__all__ = ["SAM_IMAGE", "RandOrientationd", "check_orientations", "is_cached", "orient", "sam_image_for"]
 
 SAM_IMAGE = "sam_image"
 NUM_ORIENTATIONS = 8
@@ -102,6 +102,37 @@ class RandOrientationd(RandomizableTransform, MapTransform):
         for key in self.key_iterator(item):
             item[key] = orient(item[key], self.orientation)
         return {**item, "orientation": self.orientation, SAM_IMAGE: item[self.image_key].clone()}
+
+
+def is_cached(teacher: Any) -> bool:
+    """Whether a teacher keeps what it encoded, and so must see images that come again."""
+    return getattr(teacher, "encoder", "adapted") == "cached"
+
+
+def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: Any) -> torch.Tensor:
+    """What a teacher sees: the batch's own image for it, on the student's device, or without one the student's.
+
+    Args:
+        image: (B, channels, *spatial), what the student saw.
+        sam_image: (B, channels, *spatial), the batch's `"sam_image"`, or None.
+        teacher: one whose encoder is "cached" needs a `sam_image`.
+
+    Raises:
+        ValueError: if it has none, or rows and size are not the student's.
+    """
+    if sam_image is None:
+        if is_cached(teacher):
+            raise ValueError(
+                f"`batch` must have a {SAM_IMAGE!r} for a teacher whose encoder is 'cached' but has none; put "
+                "RandOrientationd first into the augmentation, or take the encoder 'adapted'."
+            )
+        return image
+    if len(sam_image) != len(image) or sam_image.shape[2:] != image.shape[2:]:
+        raise ValueError(
+            f"`{SAM_IMAGE}` must have the rows and the size of the image, {tuple(image.shape)}, but is of shape "
+            f"{tuple(sam_image.shape)}; what changes the image in the batch must change or remove it too."
+        )
+    return sam_image.to(image.device)
 
 
 def check_orientations(loader: Any, label_key: str = "label") -> None:

@@ -99,7 +99,19 @@ def write_phantom(
 
 
 def phantom_datalist(list_path: str | Path) -> dict[str, list[dict]]:
-    """Read the data list that `write_phantom` wrote, with absolute paths."""
+    """Read the data list that `write_phantom` wrote, with absolute paths.
+
+    Args:
+        list_path: the `dataset.json` that `write_phantom` returned.
+
+    Returns:
+        `labeled`, `unlabeled`, `validation` and `test` lists of items; unlabelled items have no `"label"`.
+
+    Example:
+        >>> items = phantom_datalist("/tmp/phantom/dataset.json")     # doctest: +SKIP
+        >>> sorted(items["unlabeled"][0])                             # doctest: +SKIP
+        ['frame', 'image', 'patient']
+    """
     list_path = Path(list_path).resolve()
     datalist = json.loads(list_path.read_text(encoding="utf-8"))
     for name in datalist["phantom"]["patients"]:

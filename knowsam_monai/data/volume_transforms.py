@@ -93,6 +93,9 @@ class CropCentred(CropForegroundd):
         size: edge of the cube, mm.
         source_key: key of the image.
 
+    Raises:
+        ValueError: if `size` is not above 0.
+
     Example:
         >>> image = MetaTensor(torch.zeros(1, 12, 6), affine=torch.eye(4))
         >>> image[0, 9, 2] = 1

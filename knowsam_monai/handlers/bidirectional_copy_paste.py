@@ -51,11 +51,17 @@ class BidirectionalCopyPaste:
         weight: w, of the unlabelled pixels; published: 0.5.
         box_fraction: part of each axis that the box takes up; published: 2/3.
         ignore_index: label of the pixels without a true one.
-        ema_mode: "eval", "dropout" or "train", see :meth:`EMAStudent.logits`.
+        ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         seed: of the box, a function of it and the iteration.
 
     Raises:
         ValueError: when an argument is out of its range, or a batch has not the rows to mix.
+
+    Example::
+
+        loss = PartiallyLabeledLoss(dice_ce_loss(num_classes=4, ignore_index=255))
+        ema_student = EMAStudent(network, optimizer, warm_up=False, buffers="average")
+        SupervisedTrainer(..., loss_function=loss, train_handlers=[BidirectionalCopyPaste(ema_student, loss)])
 
     Reference: Bai et al., "Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation", CVPR 2023,
     arXiv:2305.00673.

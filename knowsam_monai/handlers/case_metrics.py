@@ -31,7 +31,7 @@ class CaseMetrics:
     connected component of each class kept (largest; corners connect). Distances are there twice too: in mm where the
     spacing is known, and in voxels (every edge 1).
 
-    - Dice: 2 |P n T| / (|P| + |T|), Jaccard: |P n T| / |P u T|. nan, and left out of the mean, where class and
+    - Dice: ``2 |P n T| / (|P| + |T|)``, Jaccard: ``|P n T| / |P u T|``. nan, and left out of the mean, where class and
       prediction are both empty.
     - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
     - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).

@@ -24,8 +24,9 @@ class MultiViewCoTraining:
     rows alone and a weight of ``SigmoidRampUp(max_iterations, max=0.1)``.
 
     Args:
-        mutual_weight: lambda_m, a number or a function of the iteration such as :class:`SigmoidRampUp`. The paper
-            (eq. 14): exp(-5 (1 - t/t_max)^2). 0 switches the term off.
+        mutual_weight: lambda_m, a number or a function of the iteration such as
+            :class:`knowsam_monai.losses.SigmoidRampUp`. The paper (eq. 14):
+            exp(-5 (1 - t/t_max)^2). 0 switches the term off.
         entropy_weight: of the entropy term, in units of log C; the paper: 0.9. 0 switches it off.
         target: "hard" (the paper, which follows CPS) or "soft" (the authors' code).
         views: which two views learn from each other; (1, 2) are U-Net and V-Net.
@@ -37,6 +38,11 @@ class MultiViewCoTraining:
     Raises:
         ValueError: when an argument is none of these; at the first step when the student has no such views, or the
             batch no unlabelled rows where they are asked for.
+
+    Example::
+
+        SupervisedTrainer(..., network=MultiViewNet(), train_handlers=[MultiViewCoTraining(SigmoidRampUp(50000))])
+        cps = MultiViewCoTraining(SigmoidRampUp(30000, max=0.1), entropy_weight=0, views=(0, 1))     # StackedNetworks
 
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 5, 13 and 14. Chen et al., CVPR 2021 (CPS).
     """

@@ -42,6 +42,12 @@ class UncertaintyGuidedMixing:
         ValueError: when `num_cells` is not below the number of cells, `grid_size` has not one number for each axis of
             the image (both at the first step), or `pseudo_label` is unknown.
 
+    Example::
+
+        loss = PartiallyLabeledLoss()
+        handlers = [MultiViewCoTraining(), SAMDistillation(distiller), UncertaintyGuidedMixing(loss, start=12000)]
+        SupervisedTrainer(..., loss_function=loss, train_handlers=handlers)
+
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 11 (cells of *highest* entropy).
     """
 

@@ -6,7 +6,16 @@ from torch import Tensor
 
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
-    """The 0-dimensional entries of an iteration's output: every loss term, weight and Dice under its own name."""
+    """The 0-dimensional entries of an iteration's output: every loss term, weight and Dice under its own name.
+
+    Args:
+        output: ``engine.state.output`` of a trainer with ``decollate=False``.
+
+    Example::
+
+        >>> scalar_terms({"pred": torch.zeros(2, 4), "loss": torch.tensor(0.5)})
+        {'loss': tensor(0.5000)}
+    """
     return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}
 
 
@@ -24,6 +33,10 @@ class LossTerms:
 
     Raises:
         RuntimeError: naming the terms that are not finite and the iterations among which they arose.
+
+    Example::
+
+        SupervisedTrainer(..., decollate=False, train_handlers=[*methods, LossTerms(), CheckpointSaver(...)])
     """
 
     def __init__(self, log_interval: int = 50) -> None:

@@ -34,7 +34,7 @@ class MeanTeacher:
         weight: w, a number or a function of the iteration. SSL4MIS: ``SigmoidRampUp(max_iterations, max=0.1)``.
         start: iterations before the first with the term; SSL4MIS: 1,000 of 30,000. Averaging starts at once.
         rows: "unlabeled" or "all".
-        ema_mode: "dropout", "eval" (no dropout) or "train", see :meth:`EMAStudent.logits`.
+        ema_mode: "dropout", "eval" (no dropout) or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.

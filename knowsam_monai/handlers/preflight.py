@@ -32,6 +32,11 @@ class Preflight:
         num_rows: numbers of labelled and unlabelled rows, for the report.
         stop: end the run after the report.
         ema_student: the averaged student of a method that has one: it is put back with the student.
+
+    Example::
+
+        preflight = Preflight(network, optimizer, distiller, num_rows=(136, 1176))
+        SupervisedTrainer(..., train_handlers=[*handlers, preflight])
     """
 
     def __init__(

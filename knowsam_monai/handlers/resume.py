@@ -53,6 +53,11 @@ class Resume:
     Raises:
         ValueError: when the fingerprint differs; it names the keys.
         RuntimeError: when something that would be saved is not finite, or cannot be written.
+
+    Example::
+
+        resume = Resume({"network": network, "optimizer": optimizer, "distiller": distiller}, output_dir="output")
+        SupervisedTrainer(..., train_handlers=[*handlers, resume])
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations
+from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations, is_cached, sam_image_for
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.class_logits import without_meta
@@ -21,11 +21,11 @@ class SAMDistillation:
     """
     Attach SAM-induced knowledge distillation to a MONAI trainer: ``loss + L_kd + L_sam``, nothing else changes.
 
-    Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits. The teacher's optimiser
-    follows the trainer's, under AMP and gradient accumulation too. Every step writes `distillation_loss`, `sam_loss`
-    and `gate_weight` (detached) and `teacher_logits` into ``engine.state.output``, and every `log_interval` steps
-    `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labelled rows, which the teacher learns
-    from and which therefore does not judge it.
+    Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits, or have them as a part
+    (`logits_of`). The teacher's optimiser follows the trainer's, under AMP and gradient accumulation too. Every step
+    writes `distillation_loss`, `sam_loss` and `gate_weight` (detached) and `teacher_logits` into
+    ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
+    foreground Dice on the labelled rows, which the teacher learns from and which therefore does not judge it.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.networks.SliceTeacher`) draws by the iteration. Terms
     and Dice are then those of the slices, and there are no `teacher_logits`, which are of whole images or none.
@@ -45,6 +45,12 @@ class SAMDistillation:
             the weight makes up for that.
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
         log_interval: iterations between two logs of the labelled Dice.
+        logits_of: picks the logits, (B, C, *spatial) or stacked views, from what the network returns, as
+            ``operator.itemgetter(0)`` from a tuple; None: they are all of it. The trainer's loss sees all.
+
+    Raises:
+        ValueError: when an interval is below 1; at a step when the teacher needs a `"sam_image"` that is not there or
+            does not fit, or when classes and rows of student, teacher and labels do not agree.
 
     Example::
 
@@ -62,6 +68,7 @@ class SAMDistillation:
         gate_interval: int = 50,
         log_interval: int = 50,
         every: int = 1,
+        logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
@@ -74,6 +81,7 @@ class SAMDistillation:
         self.gate_interval = gate_interval
         self.log_interval = log_interval
         self.every = every
+        self.logits_of = logits_of
         self._handle: Any = None
 
     def attach(self, engine: Engine) -> None:
@@ -86,7 +94,7 @@ class SAMDistillation:
     def started(self, engine: Engine) -> None:
         """Move the teacher to the trainer's device and let it follow the trainer's optimiser."""
         self.completed(engine)
-        if self._is_cached:
+        if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()
         if self.distiller.optimizer is not None:
@@ -102,12 +110,18 @@ class SAMDistillation:
         output, iteration = engine.state.output, engine.state.iteration
         if (iteration - 1) % self.every:
             return
-        label, pred = output[Keys.LABEL], output[Keys.PRED]
-        image = self._sam_image(engine)
-        rows = self.labeled_rows(engine.state.batch) if callable(self.labeled_rows) else self.labeled_rows
+        label, pred = output[Keys.LABEL], self._logits(output[Keys.PRED])
+        batch = engine.state.batch
+        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
+        image = sam_image_for(output[Keys.IMAGE], sam_image, self.distiller.teacher)
+        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = 1 + (iteration - 1) // self.every  # of the teacher
         if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
-            self._measure_agreement(engine, image, rows if rows is not None else len(label))
+            engine.network.eval()
+            self.distiller.measure_agreement(
+                lambda x: self._logits(engine.inferer(x, engine.network)), image, label, rows, run // self.gate_interval
+            )
+            engine.network.train()
 
         weight = self.weight(iteration) if callable(self.weight) else self.weight
         result = self.distiller(image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
@@ -127,46 +141,11 @@ class SAMDistillation:
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
 
-    @property
-    def _is_cached(self) -> bool:
-        return getattr(self.distiller.teacher, "encoder", "adapted") == "cached"
-
-    def _sam_image(self, engine: Engine) -> Tensor:
-        """The image for the teacher: the batch's own, or what the student saw."""
-        image, batch = engine.state.output[Keys.IMAGE], engine.state.batch
-        if not isinstance(batch, Mapping) or SAM_IMAGE not in batch:
-            if self._is_cached:
-                raise ValueError(
-                    f"`batch` must have a {SAM_IMAGE!r} for a teacher whose encoder is 'cached' but has none; put "
-                    "RandOrientationd first into the augmentation, or take the encoder 'adapted'."
-                )
-            return image
-        sam_image = batch[SAM_IMAGE]
-        if len(sam_image) != len(image) or sam_image.shape[2:] != image.shape[2:]:
-            raise ValueError(
-                f"`{SAM_IMAGE}` must have the rows and the size of the image, {tuple(image.shape)}, but is of shape "
-                f"{tuple(sam_image.shape)}; what changes the image in the batch must change or remove it too."
-            )
-        return sam_image.to(image.device)
-
-    def _measure_agreement(self, engine: Engine, image: Tensor, rows: int | slice) -> None:
-        """One turn a measurement, on the rows that the teacher does not learn from."""
-        labeled = range(len(image))[rows if isinstance(rows, slice) else slice(rows)]
-        unlabeled = [row for row in range(len(image)) if row not in labeled]
-        if not unlabeled:
-            return
-        view = self.distiller.prompt_view
-
-        def student(x: Tensor) -> Tensor:
-            pred = engine.inferer(x, engine.network)
-            return unstack_views(pred, x)[view if pred.ndim > x.ndim else 0]
-
-        engine.network.eval()
-        image = image[unlabeled]
-        image = without_meta(image)
-        turn = (1 + (engine.state.iteration - 1) // self.every) // self.gate_interval
-        self.distiller.gate.measure_agreement(student, self.distiller.teacher, image, turn)
-        engine.network.train()
+    def _logits(self, pred: Any) -> Tensor:
+        logits = pred if self.logits_of is None else self.logits_of(pred)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"`pred` must be logits but is a {type(logits).__name__}; pick them with `logits_of`.")
+        return logits
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:

@@ -16,9 +16,9 @@ def check_supervision(engine: Engine) -> None:
     Raises:
         ValueError: when the batch has unlabelled rows and the trainer's loss is torch's or MONAI's own.
     """
-    pred, label = engine.state.output[Keys.PRED], engine.state.output.get(Keys.LABEL)
+    image, label = engine.state.output[Keys.IMAGE], engine.state.output.get(Keys.LABEL)
     if label is not None:
-        check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(pred), num_labels=len(label))
+        check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(image), num_labels=len(label))
 
 
 def unlabeled_rows(output: dict) -> slice:

@@ -25,6 +25,18 @@ class TeacherValidation:
 
     Raises:
         ValueError: after the validation, when the evaluator has no metric of these names.
+
+    Example::
+
+        def dice(key):
+            return MeanDice(include_background=False, output_transform=from_engine([key, "label"]))
+
+        SupervisedEvaluator(
+            ...,
+            key_val_metric={"val_mean_dice": dice("pred")},
+            additional_metrics={"val_teacher_dice": dice("teacher_pred")},
+            val_handlers=[TeacherValidation(distiller)],
+        )
     """
 
     def __init__(

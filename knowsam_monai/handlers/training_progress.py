@@ -15,6 +15,10 @@ class TrainingProgress:
         evaluator: the validation engine, whose ``state.metrics[metric_name]`` is shown; None shows the loss alone.
         metric_name: which metric.
         interval: iterations between two updates.
+
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[*methods, LossTerms(), TrainingProgress(evaluator)])
     """
 
     def __init__(self, evaluator: Engine | None = None, metric_name: str = "val_mean_dice", interval: int = 10) -> None:

@@ -47,13 +47,19 @@ class UncertaintyAwareMeanTeacher:
         num_classes: C of threshold and divisor; None: the student's.
         rows: "unlabeled" or "all".
         ema_mode: "dropout" (normalisation keeps its running statistics), "eval" or "train", see
-            :meth:`EMAStudent.logits`.
+            :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.
 
     Raises:
         ValueError: when an argument is none of these, or a batch has no unlabelled rows.
+
+    Example::
+
+        weight = SigmoidRampUp(30000, max=0.1)
+        handler = UncertaintyAwareMeanTeacher(EMAStudent(network, optimizer), max_iterations=30000, weight=weight)
+        SupervisedTrainer(..., network=network, optimizer=optimizer, train_handlers=[handler])
 
     Reference: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019, arXiv:1907.07034.
     """

@@ -23,7 +23,8 @@ class ValidationReport:
 
     After each validation the report keeps what it needs (of the best one so far, or of the last); :meth:`write` makes
     ``validation.png`` and logs the table: Dice per structure over whole volumes, the mean over the cases, for the
-    student and, where the evaluator's output has it, for the teacher. The picture's first rows are slices of the
+    student and, where the evaluator's output has it, for the teacher. Beside the best validation, which is picked on
+    the very volumes it is reported on, stands the student of the last one. The picture's first rows are slices of the
     largest structures, from cases spread evenly between the best and the median; the last row is the worst slice.
 
     Args:
@@ -71,6 +72,7 @@ class ValidationReport:
         self.mean_dice = float("-inf")
         self._num_validations = 0
         self._kept: dict[str, Any] = {}
+        self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
         self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
         self._views: list[SliceView] = []
 
@@ -100,7 +102,8 @@ class ValidationReport:
         if not self._dice["pred"]:
             return
         dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
-        mean_dice = dice["pred"][-1]
+        self._last = dice["pred"]
+        mean_dice = self._last[-1]
         if self.keep == "last" or not self._kept or mean_dice > self.mean_dice:
             self.mean_dice = mean_dice
             self._kept = {
@@ -119,11 +122,13 @@ class ValidationReport:
         ]
         for view in views:  # nan is the Dice of a structure that a slice does not have, no weight that went wrong
             view[SliceView._fields.index("dice")] = view[SliceView._fields.index("dice")].tolist()
-        return {"kept": {**self._kept, "views": views}, "mean_dice": self.mean_dice, "num": self._num_validations}
+        kept = {**self._kept, "views": views}
+        return {"kept": kept, "last": self._last, "mean_dice": self.mean_dice, "num": self._num_validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another report has kept."""
         self.mean_dice, self._num_validations, self._kept = state["mean_dice"], state["num"], dict(state["kept"])
+        self._last = list(state["last"])
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
         views = [view._replace(dice=np.array(view.dice)) for view in views]
         if self._kept:
@@ -135,6 +140,8 @@ class ValidationReport:
         which = f", the {self.keep} of {self._num_validations} validations (number {kept['validation']})"
         which = which if self._num_validations > 1 else ""
         columns = [(self.column_names[self.pred_keys.index(key)], dice) for key, dice in kept["dice"].items()]
+        if self.keep == "best" and self._num_validations > 1:
+            columns.append((f"{self.column_names[0]}, last", self._last))
         names = [*self.class_names, "mean"]
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))

@@ -154,7 +154,7 @@ class SAMTeacher(nn.Module):
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights came from a checkpoint that can't be SAM's: none of ``vit_t`` was ever published."""
+        """Whether the weights came from a checkpoint that can't be SAM's, since none of ``vit_t`` was published."""
         return self.pretrained and self.variant == "vit_t"
 
     @property

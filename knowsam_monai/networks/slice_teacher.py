@@ -23,9 +23,9 @@ class SliceTeacher(nn.Module):
     resizes to SAM's input and back. All slices of all rows along an axis are one batch. Called as it is, it does every
     slice; that is what validation and the "agreement" gate see.
 
-    With `slices` = k, :class:`knowsam_monai.SAMDistiller` asks :meth:`draw_slices` for k slices of each volume a step.
-    Image, logits and label are cut down to them and the teacher does no others: distillation and SAM's loss act on
-    these slices alone, as on thin volumes of k slices. Of several axes one is drawn a step, so the cost stays that of k
+    With `slices` = k, :class:`knowsam_monai.distiller.SAMDistiller` asks :meth:`draw_slices` for k slices of each
+    volume a step. Image, logits and label are cut down to them and the teacher does no others: distillation and SAM's
+    loss act on these slices alone, as on thin volumes of k slices. Of several axes one is drawn a step, so the cost stays that of k
     slices. Draws are functions of (seed, iteration, row of the batch over all ranks), the axis of (seed, iteration).
 
     Args:

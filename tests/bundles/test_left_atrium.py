@@ -6,19 +6,21 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
 from monai.networks.nets import VNet
 from monai.utils import set_determinism
 
 from knowsam_monai.networks import MultiViewNet, SAMTeacher, SliceTeacher
 from knowsam_monai.preparation import root_cause
 
-from .conftest import CONFIGS_3D, Training
+from .conftest import BUNDLES, CONFIGS_3D, Training
 
 LA = os.environ.get("KNOWSAM_LA_DIR")
 LOSSES = {"loss", "sam_loss", "distillation_loss", "mutual_loss", "entropy_loss", "mixing_loss"}
@@ -62,14 +64,25 @@ def test_whole_run_trains_both_networks_and_leaves_the_student_and_the_report(wh
     assert len(whole_run.history) == 4
     assert all(math.isfinite(step[name]) for step in whole_run.history for name in LOSSES)
     assert whole_run["optimizer"].state and whole_run["sam_optimizer"].state
-    state = torch.load(whole_run.output_dir / "models" / "model.pt", weights_only=True)
     widths = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
-    MultiViewNet(spatial_dims=3, out_channels=2, channels=[4] * 5, **widths).load_state_dict(state, strict=True)
+    student = MultiViewNet(spatial_dims=3, out_channels=2, channels=[4] * 5, **widths)
+    for name in ("models/model.pt", "last_model_epoch=2.pt"):
+        student.load_state_dict(torch.load(whole_run.output_dir / name, weights_only=True), strict=True)
     assert (whole_run.output_dir / "validation.png").is_file() and (whole_run.output_dir / "results.csv").is_file()
 
 
 def test_teacher_is_validated_on_whole_volumes_beside_the_student(whole_run):
     assert {"val_mean_dice", "val_teacher_dice"} <= set(whole_run["validate#evaluator"].state.metrics)
+
+
+def test_last_is_reported_beside_the_best_of_the_validation_cases(whole_run):
+    title, head = whole_run["validate#handlers#0"].table()[:2]
+    assert "the best of 2 validations" in title and head.endswith("student, last")
+
+
+def test_picture_shows_the_image_on_the_grid_of_truth_and_prediction(whole_run):
+    views = whole_run["validate#handlers#0"]._kept["views"]
+    assert all(view.image.shape == view.label.shape and view.image.std() > 0.1 for view in views)
 
 
 def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d, monkeypatch):
@@ -147,10 +160,30 @@ def test_real_left_atria_train(training_3d):
     assert (run.output_dir / "model.pt").is_file()
 
 
+@pytest.mark.slow
+def test_whole_step_at_the_published_patch_costs_at_most_half_more_than_its_host():
+    """Memory beside one pass of both views and HAM, operations beside the same step without SAM."""
+    rows = ("la_views", "la_without_sam", "la_knowsam", "la_ua_mt", "la_ua_mt_sam")
+    root = BUNDLES.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "benchmarks/memory.py", *rows]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|")[2:4] for line in done.stdout.splitlines()[2:]]
+    cost = {row: dict(zip(("memory", "gflop"), map(float, line))) for row, line in zip(rows, lines, strict=True)}
+    assert 10 < cost["la_views"]["memory"] <= cost["la_knowsam"]["memory"] <= 1.5 * cost["la_views"]["memory"]
+    for host, with_sam in (("la_without_sam", "la_knowsam"), ("la_ua_mt", "la_ua_mt_sam")):
+        assert cost[host]["gflop"] < cost[with_sam]["gflop"] <= 1.5 * cost[host]["gflop"]
+
+
 # --- inference and evaluation -----------------------------------------------------------------------------------------
 
 
-def write_scan(path, dtype=np.int16, flip=False):
+OBLIQUE = nibabel.eulerangles.euler2mat(0.3, -0.4, 0.5)
+DIRECTIONS = {"straight": np.eye(3), "flipped": np.diag([1.0, -1.0, 1.0]), "oblique": OBLIQUE @ np.diag([-1, 1, -1])}
+
+
+def write_scan(path, dtype=np.int16, direction="straight"):
     """A bright box and a bright corner in a volume of 20 x 24 x 18 voxels of 1.5 x 1.5 x 2 mm."""
     sitk = pytest.importorskip("SimpleITK")
     array = np.zeros((20, 24, 18), dtype)
@@ -159,7 +192,7 @@ def write_scan(path, dtype=np.int16, flip=False):
     image = sitk.GetImageFromArray(array.T)
     image.SetSpacing((1.5, 1.5, 2.0))
     image.SetOrigin((7.0, -3.0, 11.0))
-    image.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1) if flip else (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    image.SetDirection(DIRECTIONS[direction].ravel())
     sitk.WriteImage(image, str(path))
     return array
 
@@ -177,13 +210,21 @@ def threshold(folder):
     }
 
 
-@pytest.mark.parametrize("name,flip", [("scan.nii.gz", False), ("scan.nii.gz", True), ("lgemri.nrrd", True)])
-@pytest.mark.parametrize("largest", [False, True])
-def test_prediction_is_nifti_in_the_geometry_of_the_input(tmp_path, name, flip, largest):
+@pytest.mark.parametrize(
+    "name,direction,largest",
+    [
+        ("scan.nii.gz", "straight", True),
+        ("scan.nii.gz", "flipped", False),
+        ("scan.nii.gz", "oblique", False),
+        ("lgemri.nrrd", "flipped", True),
+        ("lgemri.nrrd", "oblique", False),
+    ],
+)
+def test_prediction_is_nifti_in_the_geometry_of_the_input(tmp_path, name, direction, largest):
     sitk = pytest.importorskip("SimpleITK")
     (tmp_path / "in" / "case").mkdir(parents=True)
     source = tmp_path / "in" / "case" / name
-    array = write_scan(source, flip=flip)
+    array = write_scan(source, direction=direction)
     options = {"image_pattern": f"*/{name}", "largest_component": largest, **threshold(tmp_path)}
     run_config(["inference.json"], tmp_path / "out", dataset_dir=str(tmp_path / "in"), **options)
     output = str(tmp_path / "out" / "case" / f"{name.split('.')[0]}_seg.nii.gz")
@@ -201,10 +242,51 @@ def test_prediction_is_nifti_in_the_geometry_of_the_input(tmp_path, name, flip, 
     np.testing.assert_allclose(nibabel.load(output).affine, affine, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [2])
-def test_verify_net_in_out_passes(n):
-    meta, config = (str(CONFIGS_3D / name) for name in ("metadata.json", "inference.json"))
-    verify_net_in_out("network_def", meta_file=meta, config_file=config, device="cpu", n=n)
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+def test_folder_of_nifti_and_nrrd_files_needs_no_pattern(tmp_path, bundle):
+    for name in ("a.nii.gz", "b.nrrd", "c.nii", "readme.txt", "list.json"):
+        (tmp_path / name).touch()
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / bundle / "configs" / "inference.json"))
+    parser["dataset_dir"] = str(tmp_path)
+    found = [os.path.basename(item["image"]) for item in parser.get_parsed_content("datalist")]
+    assert found == ["a.nii.gz", "b.nrrd", "c.nii"]
+
+
+META, INFERENCE = (str(CONFIGS_3D / name) for name in ("metadata.json", "inference.json"))
+
+
+def test_verify_net_in_out_passes():
+    verify_net_in_out("network_def", meta_file=META, config_file=INFERENCE, device="cpu", n=2)
+
+
+@pytest.mark.slow
+def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    widths = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
+    network = MultiViewNet(3, 1, 2, channels=[4] * 5, **widths).eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    options = {"ckpt_file": str(tmp_path / "model.pt"), "meta_file": META, "config_file": INFERENCE}
+    options |= {"input_shape": [1, 1, 32, 16, 16], "channels": [4] * 5, "aggregation_channels": [2, 2, 4]}
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **options)
+    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), use_trace=True, **options)
+    image = torch.rand(1, 1, 32, 16, 16)
+    with torch.no_grad():
+        expected = network(image)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=1e-4, atol=1e-4)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_inference_has_the_properties_that_applications_look_for(tmp_path):
+    write_scan(tmp_path / "scan.nrrd")
+    options = {"bundle_root": str(CONFIGS_3D.parent), "dataset_dir": str(tmp_path), **threshold(tmp_path)}
+    options |= {"output_dir": str(tmp_path / "out"), "device": "$torch.device('cpu')"}
+    workflow = ConfigWorkflow(INFERENCE, meta_file=META, logging_file=False, workflow_type="infer", **options)
+    workflow.initialize()
+    assert not workflow.check_properties()
 
 
 @pytest.mark.parametrize("empty", [False, True])

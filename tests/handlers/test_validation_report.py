@@ -68,6 +68,17 @@ def test_best_or_last_validation_is_reported(tmp_path, keep, first_class):
     assert first_class in report.table()[3]
 
 
+def test_last_stands_beside_the_best_and_survives_a_resume(tmp_path):
+    report = validate(ValidationReport(tmp_path, NAMES), [item("a", 0, 2)], [item("a", 3, 0)])
+    lines = report.table()
+    assert lines[1].split() == ["structure", "student", "SAM", "teacher", "student,", "last"]
+    teacher, last = (float(class_dice(label_map(offset), label_map(), 3)[0]) for offset in (2, 3))
+    assert [float(x) for x in lines[3].split()[-3:]] == pytest.approx([1, teacher, last], abs=5e-4)
+    resumed = ValidationReport(tmp_path, NAMES)
+    resumed.load_state_dict(report.state_dict())
+    assert resumed.table() == lines
+
+
 def test_picture_and_table_are_written_and_only_they(tmp_path, caplog):
     report = validate(
         ValidationReport(tmp_path / "new", NAMES, num_slices=3), [item(n, k) for k, n in enumerate("abcd")]

@@ -1,0 +1,116 @@
+"""
+Memory and floating-point operations of steps of the bundle of volumes, counted without doing them.
+
+    python benchmarks/memory.py                                    # every row at the published patch
+    python benchmarks/memory.py la_views la_knowsam --patch 80 80 64
+
+A step runs on torch's "meta" device, where tensors have a shape and no values, so that 2 labelled + 2 unlabelled rows
+of the published patch, which want 14 GiB, are counted on any machine in a minute. Rows are of benchmarks/speed.py.
+Memory is the largest sum of all tensors alive at once, weights, gradients and the optimisers' states included. What the
+process itself needs and the scratch space of a convolution's algorithm come on top, whatever the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import warnings
+import weakref
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import speed
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from knowsam_monai.noisy_passes import NoisyPasses
+
+ROWS = (
+    "la_views",
+    "la_knowsam",
+    "la_without_sam",
+    "la_mean_teacher",
+    "la_mean_teacher_sam",
+    "la_ua_mt",
+    "la_ua_mt_sam",
+)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Follows every storage from the operation that makes it until nobody holds it; `peak` in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def bytes_alive() -> int:
+    """Storage of all tensors there are: weights, gradients, what optimisers keep, the batch."""
+    tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def measure(row: str) -> tuple[float, float]:
+    """GiB at the peak of a step, and its GFLOP."""
+    autocast = torch.autocast
+    with (
+        # this device has neither autocast nor random numbers, and needs neither
+        patch(
+            "torch.autocast", lambda device, *a, **k: nullcontext() if device == "meta" else autocast(device, *a, **k)
+        ),
+        patch("knowsam_monai.noisy_passes._seeded", lambda *_: nullcontext()),
+        patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
+    ):
+        step = speed.VOLUME_ROWS[row][1]()
+        step()  # makes gradients and the optimisers' states
+        gc.collect()
+        before, memory = bytes_alive(), PeakMemory()
+        with memory:
+            step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+    return (before + memory.peak) / 2**30, counter.get_total_flops() / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default all")
+    parser.add_argument("--patch", type=int, nargs=3, default=speed.PATCH, help="voxels of a patch")
+    args = parser.parse_args()
+    unknown = [row for row in args.rows if row not in ROWS]
+    if unknown:
+        parser.error(f"row must be one of {', '.join(ROWS)} but is {unknown[0]}")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    speed.PATCH, speed.DEVICE, speed.PHANTOM_SIZE = tuple(args.patch), "meta", 48
+    print(f"| row, patch {' x '.join(map(str, args.patch))} | memory, GiB | GFLOP |\n| --- | --- | --- |", flush=True)
+    for row in args.rows or ROWS:
+        process = os.fork()  # each row starts with nothing of the others in memory
+        if process == 0:
+            memory, gflop = measure(row)
+            print(f"| {speed.VOLUME_ROWS[row][0]} | {memory:.2f} | {gflop:.0f} |", flush=True)
+            os._exit(0)
+        if os.waitpid(process, 0)[1]:
+            raise SystemExit(f"{row} must end well but did not; what it printed is above.")
+
+
+if __name__ == "__main__":
+    main()

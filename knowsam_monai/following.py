@@ -1,0 +1,116 @@
+"""The one rule of when a teacher steps: when its student has stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
+
+
+def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
+    """
+    Let a teacher's optimiser follow a student's, see :meth:`knowsam_monai.distiller.SAMDistiller.follow`.
+
+    Args:
+        teacher_optimizer: steps after each step of the other one.
+        optimizer: the student's.
+        scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
+
+    Example::
+
+        handle = follow(teacher_optimizer, student_optimizer)
+    """
+    parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
+    _take_from_first_rank(parameters)
+
+    def step_teacher(*_) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
+        if found_inf is not None and found_inf:
+            teacher_optimizer.zero_grad(set_to_none=True)
+        if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
+            return
+        _average_over_ranks([p.grad for p in parameters if p.grad is not None])
+        current = scaler_now(scaler)
+        if current is None:
+            teacher_optimizer.step()
+        else:
+            current.step(teacher_optimizer)
+        teacher_optimizer.zero_grad(set_to_none=True)
+
+    zero_grad = optimizer.zero_grad
+    if not isinstance(zero_grad, _ZeroGrad):
+        zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
+    zero_grad.teachers.append(teacher_optimizer)
+    return FollowHandle(optimizer.register_step_post_hook(step_teacher), optimizer, teacher_optimizer)
+
+
+class FollowHandle:
+    """Undoes :func:`follow`, which returns it.
+
+    Args:
+        step_handle: of the hook after the student optimiser's step.
+        optimizer: the student's.
+        teacher_optimizer: the one that follows.
+
+    Example::
+
+        handle = distiller.follow(student_optimizer)
+        train()
+        handle.remove()
+    """
+
+    def __init__(self, step_handle: RemovableHandle, optimizer: Optimizer, teacher_optimizer: Optimizer) -> None:
+        self._step_handle, self._optimizer, self._teacher_optimizer = step_handle, optimizer, teacher_optimizer
+
+    def remove(self) -> None:
+        """Leave the student's optimiser as it was; once more does nothing."""
+        self._step_handle.remove()
+        zero_grad = self._optimizer.__dict__.get("zero_grad")
+        if isinstance(zero_grad, _ZeroGrad) and self._teacher_optimizer in zero_grad.teachers:
+            zero_grad.teachers.remove(self._teacher_optimizer)
+            if not zero_grad.teachers:
+                zero_grad.restore(self._optimizer)
+
+
+class _ZeroGrad:
+    """The student's ``zero_grad``, which clears its teachers too: a step that was skipped leaves gradients behind."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.own = optimizer.__dict__.get("zero_grad")  # somebody else may have wrapped it before
+        self.student_zero_grad = optimizer.zero_grad
+        self.teachers: list[Optimizer] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.student_zero_grad(*args, **kwargs)
+        for teacher_optimizer in self.teachers:
+            teacher_optimizer.zero_grad(set_to_none=True)
+
+    def restore(self, optimizer: Optimizer) -> None:
+        del optimizer.zero_grad
+        if self.own is not None:
+            optimizer.zero_grad = self.own  # type: ignore[method-assign]
+
+
+def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
+    """The scaler, where it was given as a callable the one of this moment."""
+    return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
+
+
+def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
+    """As DistributedDataParallel does with the student: processes may have been seeded differently."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.detach(), src=0)
+
+
+def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
+    """Mean over the processes of a distributed run: the teacher is in no DistributedDataParallel."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))

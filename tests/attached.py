@@ -1,0 +1,63 @@
+"""What the tests of attaching share: a host that knows nothing of SKD, and the same host with SKD in its loop."""
+
+from __future__ import annotations
+
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+from knowsam_monai.networks import SliceTeacher
+
+from .hosts import assert_same_weights
+from .toys import ToyStudent, ToyTeacher, toy_batches
+
+
+def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.float64, device="cpu", **kwargs):
+    """Student, its optimiser, distiller and batches; of volumes SAM sees two slices a step."""
+    torch.manual_seed(0)
+    student = ToyStudent(num_classes, len(size)).to(device, dtype)
+    teacher = ToyTeacher(num_classes).to(device, dtype)
+    if len(size) == 3:
+        teacher = SliceTeacher(teacher, slices=2)
+    sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **kwargs)
+    batches = [
+        {name: tensor.to(device, dtype) for name, tensor in batch.items()}
+        for batch in toy_batches(num_batches, num_labeled, 4 - num_labeled, num_classes=num_classes, size=size)
+    ]
+    return student, torch.optim.SGD(student.parameters(), lr=0.1), distiller, batches
+
+
+def loss_of(logits, batch):
+    return PartiallyLabeledLoss(dice_ce_loss(logits.shape[2]))(logits, batch["label"])
+
+
+def host(student, optimizer, batches, accumulation_steps=1):
+    """Somebody else's training: it knows nothing of SKD."""
+    for t, batch in enumerate(batches, start=1):
+        loss = loss_of(student(batch["image"]), batch)
+        if (t - 1) % accumulation_steps == 0:
+            optimizer.zero_grad()
+        (loss / accumulation_steps).backward()
+        if t % accumulation_steps == 0 or t == len(batches):
+            optimizer.step()
+
+
+def plain_loop(student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1):
+    """The same with SKD's two lines; steps 1.. in `skipped` are not made."""
+    distiller.follow(optimizer)
+    for t, batch in enumerate(batches, start=1):
+        logits = student(batch["image"])
+        loss = loss_of(logits, batch)
+        loss = loss + distiller(batch["image"], logits, batch["label"], weight=weight(t), iteration=t).loss
+        if (t - 1) % accumulation_steps == 0:
+            optimizer.zero_grad()
+        (loss / accumulation_steps).backward()
+        if t not in skipped and (t % accumulation_steps == 0 or t == len(batches)):
+            optimizer.step()
+
+
+def assert_same(ours, expected):
+    """The same weights of students and teachers, (student, optimizer, distiller, ...) each."""
+    assert_same_weights(ours[0], expected[0])
+    assert_same_weights(ours[2].teacher, expected[2].teacher)

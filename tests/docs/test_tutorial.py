@@ -1,0 +1,49 @@
+"""The tutorial notebook runs from its first cell to its last, as it is stored."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+TUTORIAL = Path(__file__).parents[2] / "docs" / "source" / "tutorial.ipynb"
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return nbformat.read(TUTORIAL, as_version=4)
+
+
+def printed(notebook):
+    """What the cells wrote to the screen, by the number of the cell."""
+    return {
+        number: "".join(output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
+        for number, cell in enumerate(notebook["cells"])
+        if cell["cell_type"] == "code"
+    }
+
+
+def test_stored_outputs_are_small_and_without_errors(stored):
+    nbformat.validate(stored)
+    outputs = [output for cell in stored["cells"] for output in cell.get("outputs", [])]
+    assert outputs and not [output for output in outputs if output["output_type"] == "error"]
+    assert TUTORIAL.stat().st_size < 400_000
+    assert not [
+        word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in TUTORIAL.read_text(encoding="utf-8")
+    ]
+
+
+def test_tutorial_runs_and_ends_with_a_segmentation_on_the_scan_s_grid(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TUTORIAL.parents[2]))
+    notebook = nbformat.from_dict(stored)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "tutorial_output" / "model.pt").is_file()
+    assert (tmp_path / "tutorial_output" / "mean_teacher_skd" / "validation.png").is_file()
+    text = printed(notebook)
+    assert "same grid as the scan: True" in "".join(text.values())
+    assert {number: len(lines.splitlines()) for number, lines in text.items()} == {
+        number: len(lines.splitlines()) for number, lines in printed(stored).items()
+    }

@@ -1,0 +1,303 @@
+"""Attaching to hosts that do more than one forward, one backward and one step for a batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from knowsam_monai.networks import unstack_views
+
+from .attached import assert_same, build, host, loss_of, plain_loop
+from .toys import toy_batches
+
+# --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 4])
+def test_host_that_accumulates(accumulation_steps):
+    ours, expected = build(num_batches=5), build(num_batches=5)
+    skd = ours[2].attach(ours[0], ours[1], accumulation_steps=accumulation_steps)
+    host(ours[0], ours[1], skd.watch(ours[3]), accumulation_steps)
+    plain_loop(*expected, accumulation_steps=accumulation_steps)
+    assert_same(ours, expected)
+
+
+def test_host_that_changes_batch_size():
+    batches = [toy_batches(1, num_labeled=i, num_unlabeled=4 - i)[0] for i in (1, 3)] + toy_batches(1, num_unlabeled=0)
+    ours, expected = build()[:3], build()[:3]
+    host(ours[0], ours[1], ours[2].attach(ours[0], ours[1]).watch(batches))
+    plain_loop(*expected, batches)
+    assert_same(ours, expected)
+
+
+def test_forward_that_is_never_backpropagated_teaches_nobody():
+    ours, expected = build(), build()
+    for batch in ours[2].attach(ours[0], ours[1]).watch(ours[3]):
+        loss = loss_of(ours[0](batch["image"]), batch)
+        if batch is ours[3][1]:
+            continue
+        ours[1].zero_grad()
+        loss.backward()
+        ours[1].step()
+    del expected[3][1]
+    plain_loop(*expected)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("clears_by", ["optimizer", "student"])
+def test_host_that_skips_a_step_after_its_backward(clears_by):
+    ours, expected = build(), build()
+    for batch in ours[2].attach(ours[0], ours[1]).watch(ours[3]):
+        loss = loss_of(ours[0](batch["image"]), batch)
+        (ours[1] if clears_by == "optimizer" else ours[0]).zero_grad()
+        loss.backward()
+        if batch is not ours[3][1]:
+            ours[1].step()
+    plain_loop(*expected, skipped=(2,))
+    assert_same(ours, expected)
+
+
+def of_the_batch(batch, image):
+    """Only the call on the batch's own image is taught."""
+    return (image, batch["label"], None) if torch.equal(image, batch["image"]) else None
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_host_that_calls_its_student_twice_says_which_call_is_taught(backwards):
+    ours, expected = build(), build()
+    skd = ours[2].attach(ours[0], ours[1], select=of_the_batch)
+    for (student, optimizer, distiller, _), batches in ((ours, skd.watch(ours[3])), (expected, expected[3])):
+        is_attached = distiller is ours[2]
+        if not is_attached:
+            distiller.follow(optimizer)
+        for batch in batches:
+            noisy_loss = student(batch["image"] + 0.1).square().mean()
+            logits = student(batch["image"])
+            loss = loss_of(logits, batch)
+            if not is_attached:
+                loss = loss + distiller(batch["image"], logits, batch["label"]).loss
+            optimizer.zero_grad()
+            if backwards == 2:
+                noisy_loss.backward()
+                loss.backward()
+            else:
+                (noisy_loss + loss).backward()
+            optimizer.step()
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("num_labeled", [2, 4])  # of four rows, two a call
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_host_that_calls_its_student_on_two_halves_has_both_taught(backwards, num_labeled):
+    def select(batch, image):
+        is_first = torch.equal(image, batch["image"][:2])
+        label = batch["label"][:2] if is_first else batch["label"][2:]
+        return image, label if len(label) > 0 else None, None
+
+    ours, expected = build(num_labeled=num_labeled), build(num_labeled=num_labeled)
+    skd = ours[2].attach(ours[0], ours[1], select=select)
+    for (student, optimizer, distiller, _), batches in ((ours, skd.watch(ours[3])), (expected, expected[3])):
+        is_attached = distiller is ours[2]
+        if not is_attached:
+            distiller.follow(optimizer)
+        for batch in batches:
+            image, label = batch["image"], batch["label"]
+            first, second = student(image[:2]), student(image[2:])
+            losses = [loss_of(first, {"label": label[:2]}), second.square().mean()]
+            if not is_attached:
+                losses[0] = losses[0] + distiller(image[:2], first, label[:2]).loss
+                losses[1] = losses[1] + distiller(image[2:], second, label[2:] if num_labeled == 4 else None).loss
+            optimizer.zero_grad()
+            for loss in losses if backwards == 2 else [sum(losses)]:
+                loss.backward()
+            optimizer.step()
+    assert_same(ours, expected)
+
+
+def test_labeled_rows_of_a_batch_with_labels_for_every_row():
+    ours, expected = build(), build()
+    labeled_bs = 2
+    batches = [{**b, "label": torch.cat([b["label"], torch.zeros_like(b["label"])])[:, 0]} for b in ours[3]]
+    skd = ours[2].attach(ours[0], ours[1], select=lambda batch, image: (image, batch["label"][:, None], labeled_bs))
+    for batch in skd.watch(batches):
+        loss = loss_of(ours[0](batch["image"]), {"label": batch["label"][:labeled_bs, None]})
+        ours[1].zero_grad()
+        loss.backward()
+        ours[1].step()
+    plain_loop(*expected)
+    assert_same(ours, expected)
+
+
+def test_pairs_of_image_and_label_are_batches_too_and_all_labels_are_learned_from_with_a_warning(caplog):
+    batches = toy_batches(3, num_labeled=4, num_unlabeled=0)
+    ours, expected = build()[:3], build()[:3]
+    skd = ours[2].attach(ours[0], ours[1])
+    for image, label in skd.watch([(b["image"], b["label"]) for b in batches]):
+        host(ours[0], ours[1], [{"image": image, "label": label}])
+    plain_loop(*expected, batches)
+    assert_same(ours, expected)
+    assert caplog.text.count("SAM learns from all 4 rows") == 1
+
+
+def test_gradient_of_half_precision_logits_is_of_their_type_and_sam_s_in_its_own():
+    student, optimizer, distiller, batches = build(dtype=torch.float32)
+    seen = []
+    for batch in distiller.attach(student, optimizer).watch(batches):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = student(batch["image"])
+        logits.register_hook(seen.append)
+        loss_of(logits, batch).backward()
+        optimizer.step()
+    assert {gradient.dtype for gradient in seen} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in distiller.teacher.parameters())
+
+
+def test_normalisation_that_the_host_keeps_in_eval_mode_stays_in_it():
+    student, optimizer, distiller, batches = build(gate="agreement")
+    student = nn.Sequential(nn.BatchNorm2d(1).double().eval(), student)
+    skd = distiller.attach(student, optimizer)
+    host(student, optimizer, skd.watch(batches))
+    assert distiller.gate.num_measured == 1
+    assert student.training and student[1].training and not student[0].training
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradscaler_and_a_step_that_overflows(device, fused):
+    ours, expected = (build(dtype=torch.float32, device=device) for _ in range(2))
+    steps = []
+    for student, optimizer, distiller, batches in (ours, expected):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
+        is_attached = distiller is ours[2]
+        if is_attached:
+            batches = distiller.attach(student, optimizer, scaler=scaler).watch(batches)
+        else:
+            distiller.follow(optimizer, scaler)
+        before = copy.deepcopy(distiller.teacher.state_dict())
+        for i, batch in enumerate(batches):
+            optimizer.zero_grad()
+            logits = student(batch["image"])
+            loss = loss_of(logits, batch)
+            if not is_attached:
+                loss = loss + distiller(batch["image"], logits, batch["label"]).loss
+            if i == 1:
+                loss = loss + float("inf") * logits.sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            weights = copy.deepcopy(distiller.teacher.state_dict())
+            steps.append(not all(torch.equal(before[name], weights[name]) for name in before))
+            before = weights
+    assert steps == [True, False, True] * 2
+    for network, other in ((ours[0], expected[0]), (ours[2].teacher, expected[2].teacher)):
+        for parameter, same in zip(network.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(parameter, same, rtol=1e-4, atol=1e-6)
+
+
+# --- what torch puts around a student ---------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A student under activation checkpointing."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, image):
+        return checkpoint(self.student, image, use_reentrant=False)
+
+
+@pytest.mark.parametrize("attach_to", ["wrapper", "the whole checkpointed module"])
+def test_student_under_activation_checkpointing(attach_to):
+    ours, expected = build(), build()
+    network = Checkpointed(ours[0])
+    skd = ours[2].attach(network if attach_to == "wrapper" else ours[0], ours[1])
+    host(network, ours[1], skd.watch(ours[3]))
+    plain_loop(*expected)
+    assert_same(ours, expected)
+
+
+def test_reentrant_activation_checkpointing_of_the_whole_student():
+    ours, expected = build(), build()
+    for batch in ours[2].attach(ours[0], ours[1]).watch(ours[3]):
+        image = batch["image"].clone().requires_grad_()
+        loss = loss_of(checkpoint(ours[0], image, use_reentrant=True), batch)
+        ours[1].zero_grad()
+        loss.backward()
+        ours[1].step()
+    plain_loop(*expected)
+    assert_same(ours, expected)
+
+
+def test_student_that_is_called_again_in_the_backward_is_an_error():
+    student, optimizer, distiller, batches = build()
+    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    with set_checkpoint_early_stop(False):  # it would stop before the hook
+        loss = loss_of(checkpoint(student, batch["image"], use_reentrant=False), batch)
+    with pytest.raises(RuntimeError, match="activation checkpointing, checkpoint its blocks"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "after attaching"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_student(how, backend):
+    torch.compiler.reset()
+    ours, expected = build(), build()
+    student = ours[0]
+    if how == "in place":
+        student.compile(backend=backend)
+    network = student if how == "in place" else torch.compile(student, backend=backend)
+    skd = ours[2].attach(student if how == "after attaching" else network, ours[1])
+    host(network, ours[1], skd.watch(ours[3]))
+    plain_loop(*expected)
+    assert_same(ours, expected)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def ce_loss(logits, label):
+    """A mean over pixels, so that the mean over ranks is that of the whole batch, which a Dice is not."""
+    views = unstack_views(logits, label)
+    return sum(nn.functional.cross_entropy(view[: len(label)], label[:, 0].long()) for view in views)
+
+
+def train_on_a_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in ("wrapper", "student"):
+        student, optimizer, distiller, batches = build(sam_loss=ce_loss)
+        network = DistributedDataParallel(student)
+        skd = distiller.attach(network if name == "wrapper" else student, optimizer)
+        for batch in skd.watch([{"image": b["image"][rank::2], "label": b["label"][rank::2]} for b in batches]):
+            optimizer.zero_grad()
+            ce_loss(network(batch["image"]), batch["label"]).backward()
+            optimizer.step()
+        torch.save((student.state_dict(), distiller.teacher.state_dict()), folder / f"{name}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(train_on_a_rank, args=(tmp_path,), nprocs=2)
+    student, optimizer, distiller, batches = build(sam_loss=ce_loss)
+    distiller.follow(optimizer)
+    for batch in batches:
+        optimizer.zero_grad()
+        logits = student(batch["image"])
+        loss = ce_loss(logits, batch["label"]) + distiller(batch["image"], logits, batch["label"]).loss
+        loss.backward()
+        optimizer.step()
+    for name in ("wrapper", "student"):
+        for rank in (0, 1):
+            weights = torch.load(tmp_path / f"{name}_{rank}.pt")
+            torch.testing.assert_close(weights[0], student.state_dict(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(weights[1], distiller.teacher.state_dict(), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+
+from .toys import ToyStudent, ToyTeacher, toy_batches
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return ToyStudent().double()
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(1)
+    return ToyTeacher().double()
+
+
+def distiller_of(teacher, **kwargs):
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_following_teacher_steps_exactly_when_the_student_steps(student, teacher, accumulation):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = distiller.follow(optimizer)
+    reference = copy.deepcopy(teacher)
+    reference_optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
+    reference_distiller = SAMDistiller(reference, reference_optimizer, taught_views=(1, 2)).train()
+    for i, batch in enumerate(toy_batches(4)):
+        if i % accumulation == 0:
+            optimizer.zero_grad()
+            reference_optimizer.zero_grad()
+        logits = student(batch["image"])
+        distiller(batch["image"], logits, batch["label"]).loss.backward()
+        reference_distiller(batch["image"], logits.detach(), batch["label"]).sam_loss.backward()
+        if (i + 1) % accumulation == 0:
+            reference_optimizer.step()
+            optimizer.step()
+        for ours, expected in zip(teacher.parameters(), reference.parameters()):
+            assert torch.equal(ours, expected)
+    handle.remove()
+    assert "zero_grad" not in vars(optimizer) and not optimizer._optimizer_step_post_hooks
+
+
+def test_gradients_of_a_skipped_step_do_not_reach_the_teachers_next_one(student, teacher):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer)
+    batches = toy_batches(2)
+    distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"]).loss.backward()
+    optimizer.zero_grad()  # the host skips its step
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("student_alone", [False, True])
+def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher, fused, student_alone):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)  # a fused one skips inside its step
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    distiller.follow(optimizer, scaler)
+    before = copy.deepcopy(teacher.state_dict())
+    steps = []
+    for i, batch in enumerate(toy_batches(3)):
+        image, label = batch["image"].float(), batch["label"].float()
+        optimizer.zero_grad()
+        logits = student(image)
+        loss = distiller(image, logits, label).loss
+        if i == 1:
+            loss = loss + float("inf") * logits.sum() if student_alone else float("inf") * loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(not all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()))
+        before = copy.deepcopy(teacher.state_dict())
+    assert steps == [True, False, True]
+    assert all(torch.isfinite(p).all() for p in teacher.parameters())
+
+
+def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller, other = distiller_of(teacher), distiller_of(copy.deepcopy(teacher))
+    for removed_first in (0, 1):
+        handles = [d.follow(optimizer) for d in (distiller, other)]
+        handles[removed_first].remove()
+        parameter = (other if removed_first == 0 else distiller).optimizer.param_groups[0]["params"][0]
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.zero_grad()
+        assert parameter.grad is None  # the one that is left still clears its teacher
+        handles[1 - removed_first].remove()
+        assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
+
+
+def test_host_s_own_zero_grad_is_put_back(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    calls = []
+    own = optimizer.zero_grad = lambda **kwargs: calls.append(kwargs)
+    handle = distiller_of(teacher).follow(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    assert calls == [{"set_to_none": False}] and optimizer.zero_grad is not own
+    handle.remove()
+    handle.remove()
+    assert optimizer.zero_grad is own
+
+
+def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
+    with pytest.raises(RuntimeError, match="`optimizer` of the distiller must be the teacher's but is None"):
+        SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))

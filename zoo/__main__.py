@@ -1,0 +1,36 @@
+"""``python -m zoo bundles/knowsam_acdc`` makes ``dist/knowsam_acdc_v0.1.0.zip``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from zoo.build import build
+
+logger = logging.getLogger("zoo")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m zoo", description="Make the zip of a bundle, as the Model Zoo hosts it."
+    )
+    parser.add_argument("bundle", type=Path, help="the bundle's folder, with the weights models/model.pt")
+    parser.add_argument("--output_dir", type=Path, default=Path("dist"), help="where the zip goes (default: dist)")
+    parser.add_argument(
+        "--run", type=Path, help="folder of the run that wrote the weights (default: looked for in the bundle's output)"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        path = build(options.bundle, options.output_dir, options.run)
+    except ValueError as error:
+        logger.error("%s", error)
+        return 1
+    logger.info("%s, %.1f MB", path, path.stat().st_size / 2**20)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

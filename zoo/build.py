@@ -1,0 +1,93 @@
+"""The zip of a bundle, as the Model Zoo hosts it."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+from zoo.configs import standalone_configs
+from zoo.scripts import DOTTED_NAME, copies, rename
+from zoo.weights import Training, find_training
+
+# what MONAI and the Zoo look for in a bundle, beside what is made here
+TAKEN = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*")
+# the Zoo's limit of a file; larger ones are hosted elsewhere and listed in large_files.yml
+MAX_BYTES = 25 * 2**20
+TIME_STAMP = (1980, 1, 1, 0, 0, 0)
+
+
+def build(bundle: Path, output_dir: Path, run: Path | None = None) -> Path:
+    """
+    Write ``<bundle>_v<version>.zip``: the bundle, its weights, and ``scripts/``, the code of inference and evaluation.
+
+    Inference and evaluation of the zip need MONAI and the packages of its metadata, but not this one; training does.
+    The same bundle makes the same bytes.
+
+    Args:
+        bundle: the bundle's folder.
+        output_dir: where the zip goes, made when missing.
+        run: the folder of the run that wrote ``models/model.pt``; default is the one in the bundle's ``output``.
+
+    Returns:
+        the zip.
+
+    Raises:
+        ValueError: if the bundle has no metadata or no weights of a known run, or a file is too large for the Zoo.
+
+    Example:
+        >>> build(Path("bundles/knowsam_acdc"), Path("dist"))     # doctest: +SKIP
+        PosixPath('dist/knowsam_acdc_v0.1.0.zip')
+    """
+    if not (bundle / "configs" / "metadata.json").is_file():
+        raise ValueError(f"`bundle` must be a bundle's folder but {bundle} has no configs/metadata.json.")
+    training = find_training(bundle, run)
+    texts = {f"configs/{n}": _json(c) for n, c in standalone_configs(bundle / "configs", training.phantom).items()}
+    scripts = copies(name for text in texts.values() for name in DOTTED_NAME.findall(text))
+    texts = {path: rename(text) for path, text in texts.items()}
+    texts |= {f"scripts/{path}": text for path, text in scripts.items()}
+    texts |= {"configs/metadata.json": _metadata(bundle, training), "docs/README.md": _readme(bundle, training)}
+    files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in TAKEN for path in bundle.glob(name)}
+    files["models/model.pt"] = (bundle / "models" / "model.pt").read_bytes()
+    files |= {path: text.encode() for path, text in texts.items()}
+    version = json.loads(files["configs/metadata.json"])["version"]
+    return write(output_dir / f"{bundle.name}_v{version}.zip", bundle.name, files)
+
+
+def _metadata(bundle: Path, training: Training) -> str:
+    """The metadata, with what the weights were trained on and what was measured then."""
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    metadata["description"] += f" {training.sentence}"
+    metadata["eval_metrics"] = training.metrics
+    return _json(metadata)
+
+
+def _readme(bundle: Path, training: Training) -> str:
+    """The readme, with the same between its marks of the weights."""
+    text = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
+    text, number = re.subn("<!-- weights -->.*<!-- /weights -->", lambda _: training.sentence, text)
+    if number != 1:
+        raise ValueError(f"`bundle` must say once between <!-- weights --> and <!-- /weights --> in {bundle}'s readme.")
+    return text
+
+
+def _json(content: dict) -> str:
+    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, folder: str, files: dict[str, bytes]) -> Path:
+    """Zip files, given as contents by path, into one folder; none may be over the Zoo's limit."""
+    for name, content in files.items():
+        if len(content) > MAX_BYTES:
+            raise ValueError(
+                f"`bundle` must have no file over {MAX_BYTES >> 20} MB but {name} has {len(content) >> 20} MB; host it "
+                "elsewhere and list it in large_files.yml."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in sorted(files.items()):
+            entry = zipfile.ZipInfo(f"{folder}/{name}", TIME_STAMP)
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return path

@@ -1,0 +1,137 @@
+"""The code of a bundle's ``scripts/``: modules of the package, copied, with imports that stay inside the copy."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import black
+import isort
+
+PACKAGE = "knowsam_monai"
+ROOT = Path(__file__).parents[1]
+DOTTED_NAME = re.compile(rf"\b{PACKAGE}(?:\.\w+)+")
+# of the Model Zoo's code format check
+LINE_LENGTH = 120
+
+
+def copied_name(name: str) -> str:
+    """Where the copy has what the package has.
+
+    Args:
+        name: dotted name of a module, a class or a function, as a config or an import names it.
+
+    Returns:
+        its name under ``scripts``, in the module that defines it.
+
+    Raises:
+        ValueError: if the package has no such name.
+
+    Example::
+
+        >>> copied_name("knowsam_monai.networks.UNet")
+        'scripts.networks.unet.UNet'
+    """
+    module, attribute = _definition(name)
+    return ".".join(["scripts", *module.split(".")[1:], *([attribute] if attribute else [])])
+
+
+def rename(text: str) -> str:
+    """Let every name of the package in a text, such as a config's ``_target_``, be the copy's."""
+    return DOTTED_NAME.sub(lambda match: copied_name(match.group()), text)
+
+
+def copies(names: Iterable[str]) -> dict[str, str]:
+    """Copy the modules that define some names, and what those import in turn.
+
+    Args:
+        names: dotted names of the package.
+
+    Returns:
+        files of ``scripts/``, path to text, formatted as the Model Zoo's CI asks.
+    """
+    waiting, files = [_definition(name)[0] for name in names], {}
+    while waiting:
+        module = waiting.pop()
+        path = _path(module).relative_to(ROOT / PACKAGE)
+        if str(path) in files:
+            continue
+        source = _path(module).read_text(encoding="utf-8")
+        waiting += [_definition(name)[0] for names in _imports(source, module).values() for name in names]
+        files[str(path)] = _formatted(_with_own_imports(source, module))
+    for folder in {parent for path in files for parent in Path(path).parents}:
+        files[str(folder / "__init__.py")] = ""
+    return dict(sorted(files.items()))
+
+
+def _imports(source: str, module: str) -> Mapping[ast.ImportFrom, list[str]]:
+    """The imports of the package in a module, and the dotted names that each imports."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
+            raise ValueError(f"Imports of {PACKAGE} must be of the form `from a import b` but {module} has another.")
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        origin = ".".join([*module.split(".")[: -node.level], *([node.module] if node.module else [])])
+        origin = origin if node.level else node.module
+        if origin.split(".")[0] == PACKAGE:
+            found[node] = [f"{origin}.{alias.name}" for alias in node.names]
+    return found
+
+
+def _with_own_imports(source: str, module: str) -> str:
+    """The source with relative imports of the modules that define what it imports; nothing else is touched."""
+    lines = source.splitlines(keepends=True)
+    imports = _imports(source, module)
+    for node in sorted(imports, key=lambda node: node.lineno, reverse=True):
+        statements = []
+        for name, alias in zip(imports[node], node.names):
+            origin, attribute = _definition(name)
+            if attribute is None:
+                origin, attribute = origin.rsplit(".", 1)
+            level, relative = _relative(origin, module)
+            statements.append(ast.unparse(ast.ImportFrom(relative, [ast.alias(attribute, alias.asname)], level)))
+        indent = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{statement}\n" for statement in statements]
+    return "".join(lines)
+
+
+def _relative(origin: str, module: str) -> tuple[int, str | None]:
+    """Dots and rest of the relative import of `origin` in `module`."""
+    theirs, ours = origin.split("."), module.split(".")[:-1]
+    common = 0
+    while common < min(len(theirs), len(ours)) and theirs[common] == ours[common]:
+        common += 1
+    return len(ours) - common + 1, ".".join(theirs[common:]) or None
+
+
+def _definition(name: str) -> tuple[str, str | None]:
+    """The module that defines a dotted name, and its name there; None for a module."""
+    path = _path(name)
+    if path is not None and path.name != "__init__.py":
+        return name, None
+    package, _, attribute = name.rpartition(".")
+    path = _path(package)
+    if path is None or not attribute:
+        raise ValueError(f"`name` must be of {PACKAGE} but {name} is not there.")
+    source = path.read_text(encoding="utf-8")
+    if path.name != "__init__.py":
+        return package, attribute
+    for node, names in _imports(source, f"{package}.__init__").items():
+        for imported, alias in zip(names, node.names):
+            if attribute == (alias.asname or alias.name):
+                return _definition(imported)
+    raise ValueError(f"`name` must be what {package} imports but is {name}.")
+
+
+def _path(module: str) -> Path | None:
+    """The file of a module."""
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def _formatted(source: str) -> str:
+    source = isort.code(source, profile="black", line_length=LINE_LENGTH)
+    return black.format_str(source, mode=black.Mode(line_length=LINE_LENGTH, magic_trailing_comma=False))
