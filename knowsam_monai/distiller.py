@@ -146,7 +146,7 @@ class SAMDistiller(nn.Module):
         views = unstack_views(logits, image)
         prompt_logits = _view(views, self.prompt_view).detach()
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
-        self._check_classes(prompt_logits)
+        self._check_shapes(image, prompt_logits)
         rows = _row_slice(labeled_rows, label, len(image))
         if label is not None:
             label = without_meta(label)
@@ -224,10 +224,17 @@ class SAMDistiller(nn.Module):
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
         check_label(logits, label, getattr(loss, "ignore_index", None))
+        logits = at_least_float32(logits)
+        label = label.to(logits.dtype) if logits.shape[1] == 1 else label  # MONAI's Dice of a sigmoid takes floats
         with torch.autocast(logits.device.type, enabled=False):
-            return loss(at_least_float32(logits), label)
+            return loss(logits, label)
 
-    def _check_classes(self, prompt_logits: Tensor) -> None:
+    def _check_shapes(self, image: Tensor, prompt_logits: Tensor) -> None:
+        if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
+            raise ValueError(
+                f"`image` must have the rows and the size of `logits`, {tuple(prompt_logits.shape)}, but has shape "
+                f"{tuple(image.shape)}; give the images that the student's logits are of."
+            )
         num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
         if prompt_logits.shape[1] != num_classes:
             raise ValueError(
@@ -239,7 +246,9 @@ class SAMDistiller(nn.Module):
         """
         Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
 
-        A step that the scaler skips, accumulation and its flush are thereby right without a word about them.
+        A step that the scaler skips, accumulation and its flush are thereby right without a word about them. In a
+        distributed run every process starts with the first one's teacher and steps with the mean of all gradients: move
+        the distiller to its device before.
 
         Args:
             optimizer: the student's.

@@ -105,8 +105,8 @@ def test_student_of_evaluation_and_inference(checkpoint):
         engine.run([0])
 
 
-@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
-def test_student_of_the_inference_config(bundle, tmp_path, trap):
+@pytest.mark.parametrize("bundle, conv", [("knowsam_acdc", "torch.nn.Conv2d"), ("knowsam_la", "torch.nn.Conv3d")])
+def test_student_of_the_inference_config(bundle, conv, tmp_path, trap):
     in_zip(tmp_path / "model.pt", trap)
     nibabel.save(nibabel.Nifti1Image(np.eye(4, dtype=np.float32)[..., None], np.eye(4)), tmp_path / "image.nii.gz")
     workflow = ConfigWorkflow(
@@ -118,7 +118,7 @@ def test_student_of_the_inference_config(bundle, tmp_path, trap):
         output_dir=str(tmp_path / "out"),
         ckpt_path=str(tmp_path / "model.pt"),
         device="$torch.device('cpu')",
-        network_def={"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1},
+        network_def={"_target_": conv, "in_channels": 1, "out_channels": 2, "kernel_size": 1},
     )
     hook = sys.excepthook
     try:

@@ -17,6 +17,7 @@ from .training_progress import TrainingProgress
 from .uncertainty_aware_mean_teacher import UncertaintyAwareMeanTeacher
 from .validation_history import ValidationHistory
 from .validation_report import ValidationReport
+from .whole_checkpoint_saver import WholeCheckpointSaver
 
 __all__ = [
     "BidirectionalCopyPaste",
@@ -35,6 +36,7 @@ __all__ = [
     "UncertaintyGuidedMixing",
     "ValidationHistory",
     "ValidationReport",
+    "WholeCheckpointSaver",
     "scalar_terms",
     "track_terms",
 ]

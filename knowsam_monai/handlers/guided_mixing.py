@@ -116,6 +116,7 @@ class UncertaintyGuidedMixing:
             Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabelled ones come first.
         """
         image, label = without_meta(image), without_meta(label)
+        logits, pseudo_logits = without_meta(logits), without_meta(pseudo_logits)
         num_labeled = len(label)
         num_pairs = min(num_labeled, len(image) - num_labeled)
         if num_pairs == 0:

@@ -138,8 +138,8 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
 
     Raises:
         ValueError: when there is no label or more labels than rows, spatial shapes differ, or a label on the CPU is
-            outside the classes. On an accelerator the last would make every step wait: there the data pipeline's check
-            must do.
+            outside the classes or no whole number. On an accelerator the last two would make every step wait: there
+            the data pipeline's check must do.
     """
     num_rows, num_classes = logits.shape[:2]
     if len(label) == 0:
@@ -161,6 +161,11 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             raise ValueError(
                 f"`label` must be in 0..{top}, the classes of the network, but is in "
                 f"{values.min():g}..{values.max():g}. Build the network for the labels' classes, or map the labels."
+            )
+        if values.is_floating_point() and not (values == values.floor()).all():
+            broken = values[values != values.floor()][0]
+            raise ValueError(
+                f'`label` must be class numbers but has {broken:g}. Resize and turn labels with mode "nearest".'
             )
 
 

@@ -34,6 +34,9 @@ class HybridAggregation(nn.Module):
         - logits_a, logits_b: (B, C, *spatial)
         - output: fused logits (B, C, *spatial)
 
+    Raises:
+        ValueError: when the shapes differ.
+
     Example::
 
         >>> fuse = HybridAggregation(spatial_dims=2, num_classes=4)
@@ -63,6 +66,11 @@ class HybridAggregation(nn.Module):
         self.to(memory_format=memory_format)
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
+        if logits_a.shape != logits_b.shape:
+            raise ValueError(
+                f"`logits_b` must be of the shape of `logits_a`, {logits_a.shape}, but is {logits_b.shape}. The two "
+                "sub-networks see the same rows and have the same classes."
+            )
         # the maps are exact in float32 at least; the convolutions run in the dtype of the logits
         certainty = 1 - torch.cat((entropy_map(logits_a), entropy_map(logits_b)), dim=1)
         agreement = binarized(logits_a) == binarized(logits_b)  # 1 - M

@@ -183,12 +183,12 @@ OBLIQUE = nibabel.eulerangles.euler2mat(0.3, -0.4, 0.5)
 DIRECTIONS = {"straight": np.eye(3), "flipped": np.diag([1.0, -1.0, 1.0]), "oblique": OBLIQUE @ np.diag([-1, 1, -1])}
 
 
-def write_scan(path, dtype=np.int16, direction="straight"):
+def write_scan(path, dtype=np.int16, direction="straight", brightness=100):
     """A bright box and a bright corner in a volume of 20 x 24 x 18 voxels of 1.5 x 1.5 x 2 mm."""
     sitk = pytest.importorskip("SimpleITK")
     array = np.zeros((20, 24, 18), dtype)
-    array[5:14, 6:15, 4:12] = 100
-    array[17:, 20:, 15:] = 100
+    array[5:14, 6:15, 4:12] = brightness
+    array[17:, 20:, 15:] = brightness
     image = sitk.GetImageFromArray(array.T)
     image.SetSpacing((1.5, 1.5, 2.0))
     image.SetOrigin((7.0, -3.0, 11.0))
@@ -320,8 +320,8 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     sections = {}
-    for name in ("labeled", "unlabeled", "validation"):
-        array = write_scan(folder / f"{name}.nii.gz")
+    for number, name in enumerate(("labeled", "unlabeled", "validation")):
+        array = write_scan(folder / f"{name}.nii.gz", brightness=100 + number)
         sections[name] = [{"image": f"{name}.nii.gz"}]
         if name != "unlabeled":
             image = nibabel.load(folder / f"{name}.nii.gz")

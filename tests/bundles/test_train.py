@@ -271,6 +271,14 @@ def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_writ
     assert not [name for name in files(run.output_dir) if name.endswith(".pt")]
 
 
+def test_step_that_leaves_weights_that_are_not_finite_reaches_no_checkpoint_though_its_loss_is(training):
+    run = training(whole=True, max_iterations=1, lr=float("inf"))
+    with pytest.raises(RuntimeError) as error:
+        run.run()
+    assert "Weights must be finite in a checkpoint but unet." in str(root_cause(error.value))
+    assert math.isfinite(run.history[0]["loss"]) and not [name for name in files(run.output_dir) if ".pt" in name]
+
+
 def test_preflight_stops_before_the_first_step_and_writes_no_file(training, caplog):
     caplog.set_level("INFO", logger="knowsam_monai")
     run = training(whole=True, preflight=True).run()
