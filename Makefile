@@ -28,7 +28,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
 
 train: $(VENV)/.installed
-	$(venv_python) -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
+	@# MONAI warns that a config is code: this one is the repository's own
+	$(venv_python) -W "ignore:parsing config_file" -m monai.bundle run --config_file $(BUNDLE)/configs/train.json $(ARGS)
 
 zip: $(VENV)/.installed-zoo | $(BUNDLE)/models/model.pt
 	$(venv_python) -m zoo $(BUNDLE) $(ARGS)

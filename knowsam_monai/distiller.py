@@ -246,7 +246,9 @@ class SAMDistiller(nn.Module):
         """
         Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
 
-        A step that the scaler skips, accumulation and its flush are thereby right without a word about them.
+        A step that the scaler skips, accumulation and its flush are thereby right without a word about them. In a
+        distributed run every process starts with the first one's teacher and steps with the mean of all gradients: move
+        the distiller to its device before.
 
         Args:
             optimizer: the student's.

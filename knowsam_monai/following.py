@@ -27,6 +27,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         handle = follow(teacher_optimizer, student_optimizer)
     """
     parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
+    _take_from_first_rank(parameters)
 
     def step_teacher(*_) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
@@ -99,6 +100,13 @@ class _ZeroGrad:
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     """The scaler, where it was given as a callable the one of this moment."""
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
+
+
+def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
+    """As DistributedDataParallel does with the student: processes may have been seeded differently."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def _average_over_ranks(gradients: Sequence[Tensor]) -> None:

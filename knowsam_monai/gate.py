@@ -29,6 +29,7 @@ class TeacherGate(nn.Module):
       flipped or turned image, turned back, on unlabelled rows; a running mean. A teacher that has only memorised its
       labelled rows does not agree with itself elsewhere. It cannot see a teacher that is consistently wrong.
 
+    In a distributed run every process has the same g: validations are gathered, and agreement is that of all rows.
     The state (g, both scores, number of measurements) is in the state dict.
 
     Args:
@@ -97,7 +98,10 @@ class TeacherGate(nn.Module):
             "teacher": (teacher(image, student_logits), back(teacher(turned_image, turned_logits))),
         }
         num_classes = student_logits.shape[1]
-        student_counts, teacher_counts = (_class_counts(*pairs[role], num_classes) for role in ("student", "teacher"))
+        counts = torch.stack([torch.stack(_class_counts(*pairs[role], num_classes)) for role in ("student", "teacher")])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        student_counts, teacher_counts = counts
         # a class that either model finds counts for both: a teacher that finds nothing does not agree perfectly
         found = (student_counts[1] + teacher_counts[1]) > 0
         student_dice, teacher_dice = (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dis
 import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -22,7 +24,8 @@ def explain_errors() -> None:
     Let an error that ends the program close with its root cause in one line.
 
     MONAI's config parser wraps an exception several times and says last which expression failed; what was wrong stands
-    far above. The traceback stays as it is.
+    far above. A mistake that this package found and says in a sentence is that sentence alone, without a traceback:
+    that is in the run's log, and on the screen under ``python -X dev``. All other errors keep their traceback.
 
     Example::
 
@@ -33,13 +36,29 @@ def explain_errors() -> None:
         return
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        previous(kind, error, trace)
         root = root_cause(error)
-        if root is not error:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                record = logger.makeRecord(__name__, logging.ERROR, "", 0, "%s", (root,), (kind, error, trace))
+                handler.handle(record)
+        is_sentence = is_said_by_this_package(root)
+        if not is_sentence or sys.flags.dev_mode:
+            previous(kind, error, trace)
+        if is_sentence or root is not error:
             print(f"\n{type(root).__name__}: {root}", file=sys.stderr)
 
     explain.explains = True  # type: ignore[attr-defined]
     sys.excepthook = explain
+
+
+def ignore_known_warnings() -> None:
+    """Leave out warnings about MONAI's own calls, which nobody who runs a bundle can change, one by one."""
+    known = (
+        (FutureWarning, r".*torch\.cuda\.amp\.GradScaler"),  # monai.engines.Trainer.run
+        (UserWarning, r"Detected call of `lr_scheduler\.step\(\)` before"),  # its scheduler counts what it accumulates
+    )
+    for category, message in known:
+        warnings.filterwarnings("ignore", message, category)
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -61,18 +80,23 @@ def root_cause(error: BaseException) -> BaseException:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    package = __name__.partition(".")[0]
-    return next((one for one in chain if _raised_in(one).partition(".")[0] == package), chain[-1])
+    return next((one for one in chain if is_said_by_this_package(one)), chain[-1])
 
 
-def _raised_in(error: BaseException) -> str:
-    """Name of the module that raised an error."""
+def is_said_by_this_package(error: BaseException) -> bool:
+    """
+    Is it of a `raise` of this package? Then it says in one sentence what was wrong, and what to do.
+
+    An error that arises in the package's code without a `raise`, such as a KeyError, is a fault of the code.
+    """
     trace = error.__traceback__
     if trace is None:
-        return ""
+        return False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return str(trace.tb_frame.f_globals.get("__name__", ""))
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    is_raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raised and module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def keep_freed_memory() -> None:

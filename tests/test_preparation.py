@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -72,6 +73,48 @@ except ValueError as error:
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and lines[-1] == "ValueError: `dataset_dir` must be a folder."
     assert result.stderr.count("ValueError: `dataset_dir`") == 2  # once in the traceback, once as the last line
+
+
+SENTENCE = """
+import logging, sys
+from knowsam_monai import preparation
+preparation.explain_errors()
+logging.getLogger().addHandler(logging.FileHandler(sys.argv[1]))
+try:
+    preparation.check_writable(sys.argv[1] + "/folder")
+except PermissionError as error:
+    raise RuntimeError("Failed to evaluate") from error
+"""
+
+
+@pytest.mark.parametrize("options,shows_traceback", [([], False), (["-X", "dev"], True)])
+def test_mistake_is_a_sentence_without_traceback_which_the_log_has(tmp_path, options, shows_traceback):
+    command = [sys.executable, *options, "-c", SENTENCE, str(tmp_path / "log.txt")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` and `ckpt_dir` must be")
+    assert ("Traceback" in result.stderr) == shows_traceback and (len(lines) == 1) != shows_traceback
+    log = (tmp_path / "log.txt").read_text()
+    assert log.startswith("`output_dir` and `ckpt_dir` must be") and "Failed to evaluate" in log
+
+
+def test_fault_of_this_package_s_code_is_no_sentence(tmp_path):
+    with pytest.raises(TypeError) as error:
+        check_writable(3.5)
+    assert not preparation.is_said_by_this_package(error.value)
+    with pytest.raises(ValueError) as error:
+        check_student(nn.Conv2d(1, 3, 1), 1, ["a"], 3, 8)
+    assert preparation.is_said_by_this_package(error.value)
+
+
+def test_known_warnings_are_left_out_and_others_are_not():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        preparation.ignore_known_warnings()
+        warnings.warn("`torch.cuda.amp.GradScaler(args...)` is deprecated.", FutureWarning)
+        warnings.warn("Detected call of `lr_scheduler.step()` before `optimizer.step()`.", UserWarning)
+        warnings.warn("`torch.cuda.amp.autocast(args...)` is deprecated.", FutureWarning)
+    assert [str(one.message) for one in caught] == ["`torch.cuda.amp.autocast(args...)` is deprecated."]
 
 
 def test_sentence_of_this_package_is_the_root_cause_and_not_what_the_system_said(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 from monai.data import CacheDataset
@@ -28,7 +30,7 @@ def slice_dataset(
         preprocessing: deterministic transforms; their results are kept in memory.
         augmentation: random transforms, drawn anew on each access.
         num_workers: number of threads that load.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar where the output is a terminal.
 
     Raises:
         ValueError: what a transform found wrong with a file, as it said it.
@@ -42,6 +44,7 @@ def slice_dataset(
         ...     [RandFlipd("image", prob=0.5)],
         ... )     # doctest: +SKIP
     """
+    progress = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     try:
         loaded = CacheDataset(items, _compose(preprocessing), num_workers=num_workers, progress=progress)
         cases = [loaded[index] for index in range(len(loaded))]

@@ -9,6 +9,7 @@ from .loss_terms import LossTerms, scalar_terms
 from .mean_teacher import MeanTeacher
 from .preflight import Preflight
 from .resume import Resume
+from .run_record import RunRecord
 from .sam_distillation import SAMDistillation
 from .teacher_validation import TeacherValidation
 from .tracking import track_terms
@@ -16,6 +17,7 @@ from .training_progress import TrainingProgress
 from .uncertainty_aware_mean_teacher import UncertaintyAwareMeanTeacher
 from .validation_history import ValidationHistory
 from .validation_report import ValidationReport
+from .whole_checkpoint_saver import WholeCheckpointSaver
 
 __all__ = [
     "BidirectionalCopyPaste",
@@ -26,6 +28,7 @@ __all__ = [
     "MultiViewCoTraining",
     "Preflight",
     "Resume",
+    "RunRecord",
     "SAMDistillation",
     "TeacherValidation",
     "TrainingProgress",
@@ -33,6 +36,7 @@ __all__ = [
     "UncertaintyGuidedMixing",
     "ValidationHistory",
     "ValidationReport",
+    "WholeCheckpointSaver",
     "scalar_terms",
     "track_terms",
 ]

@@ -4,6 +4,7 @@ import csv
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import product
 
@@ -206,7 +207,10 @@ def _distances(pred: Tensor, label: Tensor, spacing: tuple[float, ...] | None) -
         HausdorffDistanceMetric(include_background=True, percentile=95),
         SurfaceDistanceMetric(include_background=True, symmetric=True),
     )
-    return [float(metric(pred.float(), label.float(), spacing=spacing)) for metric in metrics]
+    with warnings.catch_warnings():
+        # about an argument that MONAI's metrics give to its own function
+        warnings.filterwarnings("ignore", ".*get_mask_edges:always_return_as_numpy", FutureWarning)
+        return [float(metric(pred.float(), label.float(), spacing=spacing)) for metric in metrics]
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:

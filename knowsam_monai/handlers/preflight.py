@@ -10,6 +10,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.ema_student import EMAStudent
@@ -59,6 +60,8 @@ class Preflight:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch >= engine.state.max_epochs:  # a run that went on from its end
+            return
         seconds = self._seconds_per_iteration(engine)
         if idist.get_rank() == 0:  # the trial iterations are made on every rank: they wait for each other
             for line in self.report(engine, seconds):
@@ -78,6 +81,7 @@ class Preflight:
             ("rows", f"{self.num_rows[0]} labelled, {self.num_rows[1]} unlabelled"),
             ("student", f"{type(getattr(self.network, 'module', self.network)).__name__}, {_trainable(self.network)}"),
             *self._teacher_rows(),
+            *self._process_rows(),
             ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
             ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
             ("peak memory", f"{memory:.1f} GiB"),
@@ -105,6 +109,14 @@ class Preflight:
             ("teacher trains", f"{_trainable(teacher)}: {trains}"),
             ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
         ]
+
+    def _process_rows(self) -> list[tuple[str, str]]:
+        """How many processes share a batch, and whose batch normalisation's statistics are."""
+        if idist.get_world_size() == 1:
+            return []
+        kinds = {type(module) for module in self.network.modules() if isinstance(module, _BatchNorm)}
+        norm = "none" if not kinds else "synchronised" if kinds == {nn.SyncBatchNorm} else "each process's own"
+        return [("processes", f"{idist.get_world_size()}, batch normalisation: {norm}")]
 
     def _seconds_per_iteration(self, engine: Engine) -> float:
         """Mean seconds of a step at the start, in the middle and at the end of the run."""

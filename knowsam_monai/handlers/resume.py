@@ -1,28 +1,28 @@
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 import os
-import random
 import re
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from monai.handlers import CheckpointSaver
 
+from knowsam_monai.checkpoint_file import remove_parts, save_checkpoint
+from knowsam_monai.fingerprint import fingerprint as fingerprint_of
+from knowsam_monai.random_state import random_state, set_random_state
+from knowsam_monai.stop_signals import StopSignals
 from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
 FILE = re.compile(r"resume_(\d+)\.pt")
+RANKS_ASK_EVERY = 10  # steps; processes must agree where to stop, and asking makes each wait for the device
 
 
 class Resume:
@@ -30,19 +30,23 @@ class Resume:
     A run that was broken off goes on with the same command, to the same weights.
 
     After every epoch all that training depends on is written to ``resume_<iteration>.pt``: the objects given, the
-    trainer's iteration, the best metric so far and every random state. It is written under a temporary name and
-    renamed; the file before stays until the next. SIGTERM and Ctrl-C write one more and end the process with 143 and
-    130. A run that starts takes the newest file that is whole. The loader's order is a function of the iteration
-    (:class:`knowsam_monai.data.SemiSupervisedLoader`), so nothing of it is saved.
+    trainer's iteration, the best metric so far and every process's random states. The file is there whole or not at
+    all, and the one before stays until the next. A run that starts takes the newest file that is whole. The loader's
+    order is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`), so nothing of it is saved.
 
-    Put it last among the trainer's handlers that act after a step and before :class:`Preflight`.
+    SIGTERM and Ctrl-C write one more file and end the process with 143 and 130: after the step they came in, or in the
+    middle of a validation, which is then made again. Several processes agree on the step, within ten, and finish a
+    validation. A second signal ends the process at once.
+
+    Put it after the ``ValidationHandler`` and all that acts after a step, and before :class:`Preflight`.
 
     Args:
         objects: name to whatever has ``state_dict`` and ``load_state_dict``; None is left out.
-        output_dir: folder of the files.
-        evaluator: whose best metric is kept; None without one.
+        output_dir: folder of the files; several machines share it.
+        evaluator: the validation engine, whose best metric is kept; None without one.
         best_saver: MONAI's saver of the best model, so that a worse one never takes its place.
-        fingerprint: what a run must share with the one it goes on with, by config key; compared, not restored.
+        fingerprint: what a run must share with the one it goes on with, by config key, see
+            :func:`knowsam_monai.fingerprint.fingerprint`; compared, not restored.
         enabled: False starts afresh and removes the files of a run before.
         save: False only reads (a preflight).
 
@@ -70,102 +74,148 @@ class Resume:
         self.output_dir = Path(output_dir)
         self.evaluator = evaluator
         self.best_saver = best_saver
-        self.fingerprint = {key: _digest(value) for key, value in (fingerprint or {}).items()}
+        self.fingerprint = fingerprint_of(fingerprint or {})
         self.enabled = enabled
         self.saves = save
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
+        self.signals = StopSignals()
+        self._before_validation: dict[str, Any] | None = None  # random state, while a validation runs
+        self._waits_for_batch = False
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_if_asked)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._waiting, True)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._waiting, False)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+        engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.exception_raised)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.STARTED, self.validation_started)
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.stop_validation)
+            self.evaluator.add_event_handler(Events.COMPLETED, self.validation_completed)
 
     def started(self, engine: Engine) -> None:
         """Restore the newest whole file, and listen to SIGTERM and Ctrl-C."""
-        files = self.files()
-        if not self.enabled and self.saves and idist.get_rank() == 0:
-            for file in files:
-                file.unlink()
+        if self.saves:
+            if idist.get_rank() == 0:
+                remove_parts(self.output_dir)
+                for file in [] if self.enabled else self.files():
+                    file.unlink()
+            self.signals.listen()
         if self.enabled:
-            self._restore(engine, files)
-        if self.saves and not self._previous:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                try:
-                    self._previous[number] = signal.signal(number, self._ask_to_stop)
-                except ValueError:  # not in the main thread: then somebody else listens
-                    break
-
-    def completed(self, engine: Engine | None = None) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+            self._restore(engine)
 
     def files(self) -> list[Path]:
         """The files of this folder, newest first."""
         files = [p for p in self.output_dir.glob("resume_*.pt") if FILE.fullmatch(p.name)]
         return sorted(files, key=lambda p: int(FILE.fullmatch(p.name)[1]), reverse=True)  # type: ignore[index]
 
-    def stop_if_asked(self, engine: Engine) -> None:
-        """Save and end the process after a step in which a signal came."""
-        if self.signal is None:
-            return
-        self(engine)
-        self.completed()
-        logger.warning("Stopped at iteration %d by a signal; the same command goes on here.", engine.state.iteration)
-        raise SystemExit(128 + self.signal)
-
     def __call__(self, engine: Engine) -> None:
-        if not self.saves or idist.get_rank() != 0:
+        """Save after an epoch; end the process when a signal has come since, or in this epoch's validation."""
+        self._save(engine)
+        if self._before_validation is not None or self._asked_to_stop():
+            self._stop(engine)
+
+    def step_completed(self, engine: Engine) -> None:
+        """After a step in which a signal came, save and end the process."""
+        epoch_length, steps = engine.state.epoch_length or math.inf, getattr(engine, "accumulation_steps", 1)
+        place = (engine.state.iteration - 1) % epoch_length + 1  # in its epoch, whose end has its validation first
+        every = steps * (RANKS_ASK_EVERY if idist.get_world_size() > 1 else 1)
+        if place % every == 0 and place != epoch_length and self._asked_to_stop():  # between two optimiser steps
+            self._save(engine)
+            self._stop(engine)
+
+    def exception_raised(self, engine: Engine, error: BaseException) -> None:
+        """A loader worker that a signal to all processes has ended is no error: nothing of the step is done yet."""
+        steps = getattr(engine, "accumulation_steps", 1)
+        one_process = idist.get_world_size() == 1
+        if isinstance(error, RuntimeError) and self._waits_for_batch and self.signals.received and one_process:
+            if engine.state.iteration % (engine.state.epoch_length or math.inf) % steps == 0:
+                self._save(engine)
+            self._stop(engine)
+        self.signals.give_back()
+        raise error
+
+    def validation_started(self, evaluator: Engine) -> None:
+        """Keep the random state of before, from which a validation that is broken off is made again."""
+        self._before_validation = random_state()
+
+    def stop_validation(self, evaluator: Engine) -> None:
+        """End a validation in which a signal came."""
+        if self.signals.received and self.saves and idist.get_world_size() == 1:
+            evaluator.terminate(skip_completed=True)
+
+    def validation_completed(self, evaluator: Engine) -> None:
+        """The validation is whole."""
+        self._before_validation = None
+
+    def _waiting(self, engine: Engine, waits: bool) -> None:
+        self._waits_for_batch = waits
+
+    def _asked_to_stop(self) -> bool:
+        if idist.get_world_size() > 1 and self.saves:
+            self.signals.received = int(idist.all_reduce(self.signals.received or 0, "MAX")) or None
+        return self.signals.received is not None
+
+    def _stop(self, engine: Engine) -> None:
+        self.signals.give_back()
+        newest = next((file.name for file in self.files()), "its beginning")
+        logger.warning(
+            "Stopped by a signal in iteration %d; the same command goes on from %s.", engine.state.iteration, newest
+        )
+        raise SystemExit(128 + (self.signals.received or 0))
+
+    def _save(self, engine: Engine) -> None:
+        if not self.saves:
+            return
+        random_states = idist.all_gather(self._before_validation or random_state())
+        if idist.get_rank() != 0:
             return
         state: dict[str, Any] = {name: _inner(item).state_dict() for name, item in self.objects.items()}
-        broken = sorted(name for name, item in state.items() if not _is_finite(item))
-        if broken:
-            raise RuntimeError(
-                f"Weights must be finite but those of {', '.join(broken)} are not at iteration "
-                f"{engine.state.iteration}; lower the learning rate. The checkpoint before this is whole."
-            )
-        best = (
-            () if self.evaluator is None else (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch)
-        )
         state["trainer"] = dict(engine.state_dict())
-        state["best"] = [float(value) for value in best]
-        state["random"] = _random_state()
+        state["best"] = []
+        if self.evaluator is not None:
+            found = self.evaluator.state
+            state["best"] = [float(found.best_metric), float(found.best_metric_epoch)]
+        state["random"] = random_states if isinstance(random_states, list) else [random_states]
+        state["validate"] = self._before_validation is not None  # before anything else
         state["fingerprint"] = self.fingerprint
         if engine.scaler is not None:
             state["scaler"] = engine.scaler.state_dict()
-        name = f"resume_{engine.state.iteration}.pt"
-        try:
-            DiskSaver(self.output_dir, require_empty=False)(state, name)
-        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
-            raise RuntimeError(
-                f"`output_dir` must have room for {name} but it could not be written to {self.output_dir} ({error}); "
-                "free some space and give the same command: it goes on from the checkpoint before, which is whole."
-            ) from error
+        save_checkpoint(state, self.output_dir / f"resume_{engine.state.iteration}.pt")
         for old in self.files()[2:]:
             old.unlink()
 
-    def _restore(self, engine: Engine, files: list[Path]) -> None:
-        for file in files:
+    def _restore(self, engine: Engine) -> None:
+        file, state = self._newest() if idist.get_rank() == 0 else (None, None)
+        if idist.get_world_size() > 1:  # one process decides which file is whole
+            name = idist.broadcast(file.name if file else "none", safe_mode=True)
+            file = self.output_dir / name if FILE.fullmatch(name) else None
+        if file is None:
+            return
+        state = read_tensor_file(file) if state is None else state
+        self._check_fingerprint(file, state["fingerprint"])
+        self._load(engine, state)
+        logger.warning("Going on from %s, iteration %d.", file, engine.state.iteration)
+        if state["validate"] and self.evaluator is not None and self.saves:
+            self.evaluator.run(engine.state.epoch)
+            self(engine)
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.warning(
+                "This run has finished its %d iterations. `--resume False` trains anew.", engine.state.iteration
+            )
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The newest whole file and what is in it."""
+        for file in self.files():
             try:
-                state = read_tensor_file(file)
+                return file, read_tensor_file(file)
             except (OSError, NotATensorFile) as error:
                 logger.warning("%s must be a whole checkpoint but is not: it %s; trying the one before.", file, error)
-                continue
-            self._check_fingerprint(file, state["fingerprint"])
-            self._load(engine, state)
-            if engine.state.epoch >= engine.state.max_epochs:
-                logger.warning(
-                    "This run has finished its %d iterations. `--resume False` trains anew.", engine.state.iteration
-                )
-            else:
-                logger.warning("Going on from %s, iteration %d.", file, engine.state.iteration)
-            return
-        if files:
+        if self.files():
             logger.warning("No checkpoint in %s is whole: this run starts from its beginning.", self.output_dir)
+        return None, None
 
     def _load(self, engine: Engine, state: Mapping[str, Any]) -> None:
         for name, item in self.objects.items():
@@ -180,7 +230,8 @@ class Resume:
                 self.best_saver.load_state_dict({"_saved": [(metric, "")]})
         if hasattr(engine.data_loader, "set_iteration"):
             engine.data_loader.set_iteration(engine.state.iteration)
-        _set_random_state(state["random"])
+        if idist.get_rank() < len(state["random"]):
+            set_random_state(state["random"][idist.get_rank()])
 
     def _check_fingerprint(self, file: Path, found: Mapping[str, str]) -> None:
         keys = sorted(k for k in {*found, *self.fingerprint} if found.get(k) != self.fingerprint.get(k))
@@ -190,43 +241,7 @@ class Resume:
                 "name another --output_dir, or train anew with --resume False, which removes that run's checkpoints."
             )
 
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self.signal is not None:  # asked twice: now
-            raise SystemExit(128 + number)
-        self.signal = number
-
 
 def _inner(item: Any) -> Any:
     """The module in a DistributedDataParallel."""
     return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item
-
-
-def _is_finite(state: Any) -> bool:
-    if isinstance(state, torch.Tensor):
-        return not state.is_floating_point() or bool(torch.isfinite(state).all())
-    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-    return all(_is_finite(value) for value in values)
-
-
-def _digest(value: Any) -> str:
-    """A value as text, a long one as the hash of its text."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return text if len(text) <= 80 else hashlib.sha256(text.encode()).hexdigest()
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = (kind, keys.tolist(), *rest)
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

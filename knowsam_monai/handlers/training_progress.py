@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class TrainingProgress:
     """
-    One progress bar an epoch with the mean loss of the last reading and the last validation Dice.
+    One progress bar for the whole run with the mean loss of the last reading and the last validation Dice.
 
     Both are read from what other handlers already brought to the host (:class:`LossTerms` and the evaluator), so that
-    the bar makes no step wait for the device.
+    the bar makes no step wait for the device. What is logged meanwhile stands above the bar. Where the output is no
+    terminal but a file, the bar is written at most once a minute.
 
     Args:
         evaluator: the validation engine, whose ``state.metrics[metric_name]`` is shown; None shows the loss alone.
@@ -25,15 +30,49 @@ class TrainingProgress:
         self.evaluator = evaluator
         self.metric_name = metric_name
         self.interval = interval
+        self.bar: tqdm | None = None
+        self._redirection: Any = None
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer, after :class:`LossTerms`."""
-        bar = ProgressBar(desc="Training", persist=False)
-        bar.attach(
-            engine,
-            event_name=Events.ITERATION_COMPLETED(every=self.interval),
-            output_transform=lambda _: self.shown(engine),
+        engine.add_event_handler(Events.EPOCH_STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.failed)
+
+    def started(self, engine: Engine) -> None:
+        """Draw the bar at the first epoch, when what is resumed and reported before it is done."""
+        if self.bar is not None:
+            return
+        state = engine.state
+        self.bar = tqdm(
+            desc="Training",
+            total=state.max_epochs * state.epoch_length,
+            initial=state.iteration,
+            mininterval=0.2 if sys.stderr.isatty() else 60,
+            dynamic_ncols=True,
         )
+        self._redirection = logging_redirect_tqdm()
+        self._redirection.__enter__()
+
+    def __call__(self, engine: Engine) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown(engine), refresh=False)
+            self.bar.update(engine.state.iteration - self.bar.n)
+
+    def completed(self, engine: Engine) -> None:
+        """Leave the bar as it stands, and the log as it was."""
+        if self.bar is not None:
+            self(engine)  # with the last validation's
+            self.bar.close()
+            self._redirection.__exit__(None, None, None)
+            self.bar = None
+
+    def failed(self, engine: Engine, error: BaseException) -> None:
+        """The same when the run ends with an error, which goes on."""
+        self.completed(engine)
+        raise error
 
     def shown(self, engine: Engine) -> dict[str, float]:
         """What stands behind the bar."""

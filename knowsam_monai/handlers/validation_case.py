@@ -28,6 +28,7 @@ class ValidationCase(NamedTuple):
         preds: label maps (*spatial) by their key in the engine's output.
         spacing: edge lengths of a voxel of `label` in mm, None where unknown.
         affine: from the label's voxels to space, None where unknown.
+        grid: the same as far as the label's metadata has it, be its unit known or not: the image's is relative to it.
     """
 
     path: str
@@ -36,6 +37,7 @@ class ValidationCase(NamedTuple):
     preds: dict[str, Tensor]
     spacing: tuple[float, ...] | None
     affine: Tensor | None
+    grid: Tensor | None = None
 
 
 def validation_cases(
@@ -88,6 +90,7 @@ def validation_cases(
                 preds=preds,
                 spacing=_spacing(affine, label.ndim) if spacing == "meta" else _as_tuple(spacing),
                 affine=affine,
+                grid=item[Keys.LABEL].affine if isinstance(item[Keys.LABEL], MetaTensor) else None,
             )
         )
     return cases

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Sequence
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+
+logger = logging.getLogger(__name__)
 
 
 class ValidationHistory:
@@ -16,6 +19,7 @@ class ValidationHistory:
     A row has `epoch`, the evaluator's metrics under their own names, and for each metric that kept its details
     (MONAI's ``save_details``) the mean over the cases of each structure as ``<metric>/<structure>``. Rows of earlier
     epochs stay, those of the same or a later epoch (of a run before) are replaced. The file is renamed into place.
+    The evaluator's metrics are logged in one line, with the best so far of the one that chooses the model.
 
     Args:
         output_dir: folder of the file, made when missing.
@@ -44,6 +48,7 @@ class ValidationHistory:
             if isinstance(details, torch.Tensor) and details.ndim == 2 and details.shape[1] == len(self.class_names):
                 for class_name, mean in zip(self.class_names, details.nanmean(0).tolist()):
                     row[f"{name}/{class_name}"] = mean
+        logger.info(self.line(engine))
         rows = [*self._earlier_rows(engine.state.epoch), row]
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         temporary = f"{self.path}.{os.getpid()}.tmp"
@@ -52,6 +57,18 @@ class ValidationHistory:
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.path)
+
+    def line(self, engine: Engine) -> str:
+        """A validation in one line, such as ``Validation 3  mean dice 0.812 (best 0.820 of 2)  teacher dice 0.801``."""
+        state = engine.state
+        parts = [f"Validation {state.epoch}"]
+        for name, value in state.metrics.items():
+            part = f"{name.removeprefix('val_').replace('_', ' ')} {float(value):.3f}"
+            if name == state.key_metric_name and state.best_metric_epoch > 0:
+                is_best = state.best_metric_epoch == state.epoch
+                part += " (best)" if is_best else f" (best {state.best_metric:.3f} of {state.best_metric_epoch})"
+            parts.append(part)
+        return "  ".join(parts)
 
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
         if not os.path.isfile(self.path):

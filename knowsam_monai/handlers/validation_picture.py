@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import ValidationCase, case_names, class_dice
@@ -85,11 +87,9 @@ def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
     )
     for row, (view, name) in enumerate(zip(views, names)):
         window = _window(view)
-        image = view.image[window]
-        low, high = np.percentile(image, [1, 99])
         for column, labels in enumerate((None, view.label[window], view.pred[window])):
             axis = figure.add_subplot(grid[row, column])
-            axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=view.aspect)
+            _show(axis, view, window)
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
@@ -106,6 +106,30 @@ def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
     handles = [Patch(facecolor=color, label=name) for color, name in zip(colors, class_names)]
     figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
     return figure
+
+
+def draw_slice(view: SliceView, num_structures: int) -> Any:
+    """A matplotlib figure of one slice without any text: truth at the left, prediction at the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colors = [COLORS[i % len(COLORS)] for i in range(num_structures)]
+    window = _window(view)
+    rows, columns = view.image[window].shape
+    figure = Figure(figsize=(5, 2.5 * min(max(rows * view.aspect / columns, 0.4), 2.5)), facecolor="black")
+    FigureCanvasAgg(figure)
+    for side, labels in enumerate((view.label, view.pred)):
+        axis = figure.add_axes((side * 0.505, 0, 0.495, 1))
+        axis.set_axis_off()
+        _show(axis, view, window)
+        _overlay(axis, labels[window], colors)
+    return figure
+
+
+def _show(axis: Any, view: SliceView, window: tuple[slice, slice]) -> None:
+    image = view.image[window]
+    low, high = np.percentile(image, [1, 99])
+    axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=view.aspect)
 
 
 def _write_dice(axis: Any, dice: np.ndarray, colors: list[str]) -> None:
@@ -144,14 +168,19 @@ def _window(view: SliceView) -> tuple[slice, slice]:
 
 
 def _image_slice(case: ValidationCase, k: int, shape: Sequence[int]) -> np.ndarray:
-    """First channel of a slice of the image, resized to the label's grid when the network saw another."""
+    """First channel of a slice of the image on the label's grid, from which the network may have seen another."""
     if case.image is None:
         return np.zeros(shape[:2], dtype=np.float32)
-    image = torch.as_tensor(case.image.as_tensor() if hasattr(case.image, "as_tensor") else case.image)[0].float().cpu()
-    image = image if image.ndim == 3 else image[..., None]
-    if image.shape[-1] != shape[-1]:
+    image = case.image[:1].float().cpu()
+    if image.ndim == 4 and isinstance(image, MetaTensor) and case.grid is not None:
+        plane = case.grid.double().clone()
+        plane[:3, 3] += k * plane[:3, 2]
+        resample = SpatialResample(mode="bilinear", padding_mode="zeros")
+        image, k = resample(image, dst_affine=plane, spatial_size=(*shape[:2], 1)), 0
+    elif image.ndim == 4 and image.shape[-1] != shape[-1]:
         return np.zeros(shape[:2], dtype=np.float32)
-    image = image[..., k]
+    image = torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image)[0]
+    image = image[..., k] if image.ndim == 3 else image
     if tuple(image.shape) != tuple(shape[:2]):
         image = torch.nn.functional.interpolate(image[None, None], size=tuple(shape[:2]), mode="bilinear")[0, 0]
     return image.numpy()

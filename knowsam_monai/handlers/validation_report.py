@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import csv
+import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -11,8 +14,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from knowsam_monai.handlers.validation_case import class_dice, validation_cases
-from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, slice_views
+from knowsam_monai.handlers.validation_case import case_names, class_dice, validation_cases
+from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +29,11 @@ class ValidationReport:
     student and, where the evaluator's output has it, for the teacher. Beside the best validation, which is picked on
     the very volumes it is reported on, stands the student of the last one. The picture's first rows are slices of the
     largest structures, from cases spread evenly between the best and the median; the last row is the worst slice.
+    The same slices are in ``validation_slices/`` one by one, with what they show in the PNG's text fields, and
+    ``validation_cases.csv`` has the Dice of every case, for student and teacher.
 
     Args:
-        output_dir: folder of ``validation.png``, made when missing.
+        output_dir: folder of the files, made when missing.
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
         keep: "best" keeps the validation of the highest mean Dice, "last" the last.
@@ -108,6 +113,7 @@ class ValidationReport:
             self.mean_dice = mean_dice
             self._kept = {
                 "dice": dice,
+                "cases": {key: {path: d.tolist() for path, d in rows.items()} for key, rows in self._dice.items()},
                 "num_cases": len(self._dice["pred"]),
                 "validation": self._num_validations,
                 "views": choose_views(self._views, self._dice["pred"], self.num_slices),
@@ -115,10 +121,10 @@ class ValidationReport:
         self._views = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept, as tensors and plain values alone."""
+        """What is kept, as tensors and plain values alone; no tensor has the nan of an absent structure's Dice."""
         views = [
             [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
-            for view in self._kept.get("views", [])
+            for view in (view._replace(dice=view.dice.tolist()) for view in self._kept.get("views", []))
         ]
         kept = {**self._kept, "views": views}
         return {"kept": kept, "last": self._last, "mean_dice": self.mean_dice, "num": self._num_validations}
@@ -128,6 +134,7 @@ class ValidationReport:
         self.mean_dice, self._num_validations, self._kept = state["mean_dice"], state["num"], dict(state["kept"])
         self._last = list(state["last"])
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
+        views = [view._replace(dice=np.asarray(view.dice)) for view in views]
         if self._kept:
             self._kept["views"] = views
 
@@ -151,7 +158,7 @@ class ValidationReport:
 
     def write(self) -> str | None:
         """
-        Write the picture and log the table, on the first rank.
+        Write pictures and cases and log the table, on the first rank.
 
         Returns:
             The picture's path; None where no validation has run, and on other ranks.
@@ -163,15 +170,43 @@ class ValidationReport:
             return None
         for line in self.table():
             logger.info(line)
+        os.makedirs(self.output_dir, exist_ok=True)
+        self._write_cases()
         if not self._kept["views"]:  # the first rank had no case
             return None
-        os.makedirs(self.output_dir, exist_ok=True)
+        self._write_slices()
         path = os.path.join(self.output_dir, "validation.png")
         temporary = f"{path}.{os.getpid()}.tmp"
         draw(self._kept["views"], self.class_names).savefig(temporary, format="png", dpi=110)
         os.replace(temporary, path)
         logger.info(f"Validation slices, truth and prediction: {path}")
         return path
+
+    def _write_cases(self) -> None:
+        paths = sorted(self._kept["cases"]["pred"])
+        with open(os.path.join(self.output_dir, "validation_cases.csv"), "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["case", "model", *self.class_names, "mean"])
+            for path, name in zip(paths, case_names(paths)):
+                for key, model in zip(self.pred_keys, self.column_names):
+                    dice = torch.tensor(self._kept["cases"][key].get(path, []))
+                    if len(dice):
+                        values = [*dice.tolist(), dice.nanmean().item()]
+                        writer.writerow([name, model, *("" if v != v else f"{v:.4f}" for v in values)])
+
+    def _write_slices(self) -> None:
+        folder = Path(self.output_dir) / "validation_slices"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        views = self._kept["views"]
+        for i, (view, name) in enumerate(zip(views, case_names([view.path for view in views]))):
+            last = "worst slice" if len(views) > 1 else "largest slice"
+            kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
+            dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
+            title = f"{name}, {view.position}"
+            fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
+            draw_slice(view, len(self.class_names)).savefig(folder / f"{i + 1}.png", dpi=150, metadata=fields)
 
 
 def mean_over_cases(dice: dict[str, Tensor]) -> list[float]:

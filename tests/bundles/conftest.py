@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import pytest
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
@@ -21,6 +23,13 @@ CONFIGS = BUNDLES / "knowsam_acdc" / "configs"
 CONFIGS_3D = BUNDLES / "knowsam_la" / "configs"
 SMALL_STUDENT = {
     "_target_": "knowsam_monai.networks.MultiViewNet",
+    "in_channels": "@in_channels",
+    "out_channels": "@num_classes",
+    "channels": [4, 8, 8, 8, 8],
+}
+SMALL_UNET = {
+    "_target_": "knowsam_monai.networks.UNet",
+    "spatial_dims": 2,
     "in_channels": "@in_channels",
     "out_channels": "@num_classes",
     "channels": [4, 8, 8, 8, 8],
@@ -50,7 +59,19 @@ TINY_3D = {
     "network_def": None,
 }
 # what a run can do without when its steps are the question
-BESIDE_THE_STEP = ("Preflight", "Resume", "ValidationHandler", "CheckpointSaver", "TensorBoardStatsHandler")
+BESIDE_THE_STEP = (
+    "Preflight",
+    "Resume",
+    "RunRecord",
+    "ValidationHandler",
+    "WholeCheckpointSaver",
+    "TensorBoardStatsHandler",
+)
+
+
+def run_bundle(configs: Path, overlays: Sequence[str], options: dict[str, Any]) -> None:
+    """What `python -m monai.bundle run` does with these configs over train.json and these options."""
+    monai.bundle.run(config_file=[str(configs / name) for name in ("train.json", *overlays)], **options)
 
 
 class Training:
@@ -94,6 +115,7 @@ class Training:
 
     def run(self) -> Training:
         hook, level = sys.excepthook, logging.root.level
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.workflow.initialize()
             trainer = self["train#trainer"]
@@ -103,6 +125,8 @@ class Training:
             self.workflow.finalize()
         finally:
             sys.excepthook = hook
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             logging.root.setLevel(level)
             set_determinism(seed=None)
         return self

@@ -4,32 +4,135 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
+from monai.bundle import ConfigParser
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 
-from .conftest import SMALL_STUDENT, TINY
+from ..processes import finish, start_ranks, wait_for
+from ..same_bits import assert_same_bits
+from .conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, SMALL_UNET, TINY, TINY_3D, run_bundle
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
+def torchrun(folder: Path, dataset: Path, **override) -> subprocess.Popen:
+    """Start the README's command with a tiny training, on this machine's CPU."""
     options = {name: value for name, value in TINY.items() if name not in ("network_def", "device")}
-    options.update(dataset_dir=small_phantom, output_dir=tmp_path, ckpt_dir=tmp_path / "models", max_iterations=4)
+    options.update(dataset_dir=dataset, output_dir=folder, ckpt_dir=folder / "models", **override)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "monai.bundle", "run", "--config_file", "['configs/train.json','configs/multi_gpu_train.json']"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command += ["--network_def", json.dumps(SMALL_STUDENT)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    folder = ROOT / "bundles" / "knowsam_acdc"
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Preflight") == 1 and done.stdout.count("structure") == 1
-    assert "MultiViewNet, " in done.stdout  # and not the name of its wrapper
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT / "bundles" / "knowsam_acdc", env=environment, **pipes)
+
+
+def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
+    done = torchrun(tmp_path, small_phantom, max_iterations=4)
+    output, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    assert output.count("Preflight") == 1 and output.count("structure") == 1
+    assert "2, batch normalisation: each process's own" in output
+    assert "MultiViewNet, " in output  # and not the name of its wrapper
+    assert output.count("Validation 1  ") == 1 and output.count("Report: ") == 1
+    assert (tmp_path / "report.html").is_file() and len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
     for path in (tmp_path / "model.pt", tmp_path / "models" / "model.pt"):
         MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8)).load_state_dict(torch.load(path), strict=True)
     assert (tmp_path / "validation.png").is_file() and len(list((tmp_path / "tensorboard").rglob("events*"))) == 3
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_batch_normalisation_is_synchronised_by_a_key(configs, synchronised):
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "multi_gpu_train.json")])
+    parser.update({"sync_batchnorm": synchronised})
+    network = parser.get_parsed_content("network#module")
+    norms = {type(module) for module in network.modules() if isinstance(module, _BatchNorm)}
+    assert norms == {SyncBatchNorm} if synchronised else SyncBatchNorm not in norms and norms
+    assert network.state_dict().keys() == parser.get_parsed_content("network_def").state_dict().keys()
+
+
+@pytest.mark.slow
+def test_process_that_dies_ends_the_run_with_an_error(small_phantom, tmp_path):
+    run = torchrun(tmp_path, small_phantom, max_iterations=2000)
+    until = time.monotonic() + 300
+    while not (tmp_path / "resume_4.pt").exists() and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=90)
+    assert run.returncode != 0 and "SIGKILL" in errors
+
+
+class Ranks:
+    """Two processes of a tiny training with configs over train.json, the last of them multi_gpu_train.json."""
+
+    def __init__(self, folder: Path, dataset: Path, overlays: tuple[str, ...] = (), configs: Path = CONFIGS) -> None:
+        self.folder = folder
+        folder.mkdir()
+        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "labeled_batch_size": 4}
+        if "network_plain.json" in overlays and configs == CONFIGS:
+            options["network_def"] = SMALL_UNET
+        options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), device=None)
+        options = {name: value for name, value in options.items() if value is not None}
+        self.arguments = (configs, (*overlays, "multi_gpu_train.json"), options)
+
+    def run(self, stop=None) -> list[int]:
+        """The exit codes; `stop` is when to send SIGTERM to both."""
+        ranks = start_ranks(self.folder, 2, run_bundle, *self.arguments)
+        if stop is not None:
+            assert wait_for(stop, ranks[0])
+            for process in ranks:
+                os.kill(process.pid, signal.SIGTERM)
+        return [finish(process, self.folder / f"rank{rank}.log") for rank, process in enumerate(ranks)]
+
+    def log(self) -> str:
+        return "".join((self.folder / f"rank{rank}.log").read_text()[-3000:] for rank in (0, 1))
+
+    def result(self) -> dict:
+        return torch.load(self.folder / "resume_6.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_ranks_stop_at_the_same_step_and_go_on_to_the_same_bits(small_phantom, tmp_path):
+    overlays = ("network_plain.json", "mean_teacher.json")
+    whole = Ranks(tmp_path / "whole", small_phantom, overlays)
+    assert whole.run() == [0, 0], whole.log()
+    broken = Ranks(tmp_path / "broken", small_phantom, overlays)
+    assert broken.run(stop=(broken.folder / "resume_2.pt").exists) == [143, 143], broken.log()
+    assert not (broken.folder / "resume_6.pt").exists() and broken.run() == [0, 0], broken.log()
+    assert len(broken.result()["random"]) == 2
+    assert_same_bits(broken.result(), whole.result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overlays", [("network_plain.json", m) for m in ("ua_mt.json", "fixmatch.json", "bcp.json", "supervised.json")]
+)
+def test_overlay_trains_on_two_ranks(small_phantom, tmp_path, overlays):
+    ranks = Ranks(tmp_path / "run", small_phantom, overlays)
+    assert ranks.run() == [0, 0], ranks.log()
+    assert ranks.result()["trainer"]["iteration"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlays", [(), ("network_plain.json", "mean_teacher.json")])
+def test_bundle_of_volumes_trains_on_two_ranks(tmp_path, overlays):
+    counts = {"num_labeled": 4, "num_unlabeled": 2, "num_validation": 2, "num_test": 0}
+    volumes = write_phantom(tmp_path / "volumes", anatomy="left_atrium", max_size=32, **counts)
+    ranks = Ranks(tmp_path / "run", volumes, overlays, configs=CONFIGS_3D)
+    assert ranks.run() == [0, 0], ranks.log()
+    assert ranks.result()["trainer"]["iteration"] == 6

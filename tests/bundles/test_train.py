@@ -51,6 +51,13 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     found = files(whole_run.output_dir)
     logs = {name for name in found if name.startswith("tensorboard/")}
     assert found - logs == {
+        "config.json",
+        "log.txt",
+        "report.html",
+        "run.json",
+        "validation_cases.csv",
+        "validation_slices/1.png",
+        "validation_slices/2.png",
         "model.pt",
         "last_model_epoch=2.pt",
         "models/model.pt",
@@ -61,6 +68,24 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     }
     assert {name.split("/")[1] for name in logs} == {"train", "validation"}
     assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folder_tells_what_ran_and_how_it_went(whole_run):
+    config = json.loads((whole_run.output_dir / "config.json").read_text())
+    assert config["max_iterations"] == 4 and config["network_def"] == SMALL_STUDENT and config["lr"].startswith("$")
+    (start,) = json.loads((whole_run.output_dir / "run.json").read_text())["starts"]
+    assert start["seed"] == 0 and "torch" in start["versions"]
+    page = (whole_run.output_dir / "report.html").read_text()
+    for title in (
+        "SAM loss",
+        "Distillation loss",
+        "Mutual loss",
+        "Mixing loss",
+        "Gate weight",
+        "best case",
+        "worst slice",
+    ):
+        assert title in page
 
 
 @pytest.mark.parametrize("name", ["model.pt", "models/model.pt"])
@@ -244,6 +269,14 @@ def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_writ
         run.run()
     assert f"must be finite but loss, {term} is not" in str(root_cause(error.value))
     assert not [name for name in files(run.output_dir) if name.endswith(".pt")]
+
+
+def test_step_that_leaves_weights_that_are_not_finite_reaches_no_checkpoint_though_its_loss_is(training):
+    run = training(whole=True, max_iterations=1, lr=float("inf"))
+    with pytest.raises(RuntimeError) as error:
+        run.run()
+    assert "Weights must be finite in a checkpoint but unet." in str(root_cause(error.value))
+    assert math.isfinite(run.history[0]["loss"]) and not [name for name in files(run.output_dir) if ".pt" in name]
 
 
 def test_preflight_stops_before_the_first_step_and_writes_no_file(training, caplog):

@@ -8,8 +8,11 @@ import signal
 import pytest
 import torch
 from ignite.engine import Events
+from monai.engines import SupervisedEvaluator
+from monai.handlers import ValidationHandler
 from torch import nn
 
+from knowsam_monai.handlers import WholeCheckpointSaver
 from knowsam_monai.handlers.resume import Resume
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 
@@ -38,30 +41,64 @@ class Batches(list):
             yield batch
 
 
-def training(folder, stop_after=None, epochs=3, **resume):
-    """A trainer of 2 steps an epoch, a function that runs it, and its student; `stop_after` breaks it off there."""
+def training(folder, stop_after=None, epochs=3, epoch_length=2, accumulation_steps=1, validate=None, **resume):
+    """
+    A trainer of 2 steps an epoch, its student and the handler.
+
+    `stop_after` breaks it off there; `validate(epoch, volume)` is called for both volumes of a validation an epoch,
+    which draws from torch's generator and whose result spoils the student.
+    """
     torch.manual_seed(0)
     student = DropoutStudent().double()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    evaluator = None
+    if validate is not None:
+        evaluator = toy_evaluator(student, validate)
+        resume["evaluator"] = evaluator
     handler = Resume({"network": student, "optimizer": optimizer, "nothing": None}, folder, **resume)
     trainer = toy_trainer(
         student,
         Batches(toy_batches(5)),
         PartiallyLabeledLoss(dice_ce_loss(3)),
-        [handler],
+        [handler] if evaluator is None else [ValidationHandler(interval=1, validator=evaluator), handler],
         optimizer=optimizer,
         max_epochs=epochs,
-        epoch_length=2,
+        epoch_length=epoch_length,
+        accumulation_steps=accumulation_steps,
     )
     if stop_after is not None:
 
         def stop(engine):
             if engine.state.iteration == stop_after:
-                handler.completed()
+                handler.signals.give_back()
                 raise KeyboardInterrupt
 
         trainer.add_event_handler(Events.ITERATION_STARTED, stop)
     return trainer, student, handler
+
+
+def toy_evaluator(student, validate):
+    """Two volumes, after which the student is moved by a number drawn in their course, as a gate's weight would."""
+    evaluator = SupervisedEvaluator(
+        torch.device("cpu"), [{"image": torch.rand(1, 1, 4, 4).double()} for _ in range(2)], student, decollate=False
+    )
+    drawn = []
+
+    def validated(engine):
+        validate(engine.state.epoch, engine.state.iteration)
+        drawn.append(torch.rand(()).double())
+
+    def completed(engine):
+        with torch.no_grad():
+            student.first.bias.add_(sum(drawn[-2:]))
+
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, validated)
+    evaluator.add_event_handler(Events.COMPLETED, completed)
+    return evaluator
+
+
+def same_bits(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
 def run(trainer):
@@ -100,6 +137,100 @@ def test_signal_saves_after_the_step_and_the_run_goes_on_in_the_middle_of_an_epo
     assert run(resumed) and resumed.state.iteration == 6
     for ours, theirs in zip(student.parameters(), expected.parameters()):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("epoch,volume", [(2, 1), (2, 2), (3, 1)])
+def test_validation_in_which_a_signal_comes_is_made_again(tmp_path, epoch, volume):
+    seen = []
+    whole, expected, _ = training(tmp_path / "whole", validate=lambda *place: seen.append(place))
+    assert run(whole)
+
+    def signal_in_validation(*place):
+        if place == (epoch, volume):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped, _, handler = training(tmp_path / "stopped", validate=signal_in_validation)
+    with pytest.raises(SystemExit) as stop:
+        stopped.run()
+    assert stop.value.code == 130 and handler.files()[0].name == f"resume_{2 * epoch}.pt"
+    again = []
+    resumed, student, _ = training(tmp_path / "stopped", validate=lambda *place: again.append(place))
+    assert run(resumed) and resumed.state.iteration == 6
+    assert again == seen[2 * epoch - 2 :] and same_bits(student, expected)
+
+
+def test_signal_in_the_last_step_of_an_epoch_leaves_no_validation_out(tmp_path):
+    whole, expected, _ = training(tmp_path / "whole", validate=lambda *place: None)
+    assert run(whole)
+    stopped, _, handler = training(tmp_path / "stopped", validate=lambda *place: None)
+    stopped.add_event_handler(Events.ITERATION_STARTED(once=2), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    resumed, student, _ = training(tmp_path / "stopped", validate=lambda *place: None)
+    assert run(resumed) and same_bits(student, expected)
+
+
+def test_run_stops_between_two_steps_of_the_optimiser_when_gradients_are_accumulated(tmp_path):
+    settings = {"epoch_length": 5, "accumulation_steps": 2, "epochs": 2}
+    whole, expected, _ = training(tmp_path / "whole", **settings)
+    assert run(whole)
+    stopped, _, handler = training(tmp_path / "stopped", **settings)
+    stopped.add_event_handler(Events.ITERATION_STARTED(once=6), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    assert handler.files()[0].name == "resume_7.pt"
+    resumed, student, _ = training(tmp_path / "stopped", **settings)
+    assert run(resumed) and same_bits(student, expected)
+
+
+def test_worker_that_the_same_signal_ended_is_no_error(tmp_path):
+    whole, expected, _ = training(tmp_path / "whole")
+    assert run(whole)
+
+    class Dying(Batches):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+                yield batch
+
+    stopped, _, handler = training(tmp_path / "stopped")
+    stopped.data_loader = stopped.state.dataloader = Dying(toy_batches(5))
+    with pytest.raises(SystemExit) as stop:
+        stopped.run()
+    assert stop.value.code == 143 and handler.files()[0].name == "resume_3.pt"
+    resumed, student, _ = training(tmp_path / "stopped")
+    assert run(resumed) and same_bits(student, expected)
+
+
+def test_best_metric_goes_on_so_that_a_worse_model_takes_no_ones_place(tmp_path):
+    def best_of(folder, metrics, epochs):
+        trainer, student, handler = training(folder, epochs=epochs, validate=lambda *place: None)
+        evaluator = handler.evaluator
+        saver = WholeCheckpointSaver(
+            str(folder), {"model": student}, save_key_metric=True, key_metric_filename="model.pt"
+        )
+        handler.best_saver = saver
+        evaluator.state.key_metric_name = "dice"
+
+        def measured(engine):
+            engine.state.metrics["dice"] = metrics[engine.state.epoch - 1]
+            if metrics[engine.state.epoch - 1] > engine.state.best_metric:
+                engine.state.best_metric, engine.state.best_metric_epoch = (
+                    engine.state.metrics["dice"],
+                    engine.state.epoch,
+                )
+
+        evaluator.add_event_handler(Events.EPOCH_COMPLETED, measured)
+        saver.attach(evaluator)
+        assert run(trainer)
+        return evaluator.state.best_metric, (folder / "model.pt").stat().st_mtime_ns
+
+    first = best_of(tmp_path, [0.9], epochs=1)
+    assert best_of(tmp_path, [0.9, 0.5], epochs=2) == first
+    best, when = best_of(tmp_path, [0.9, 0.5, 0.95], epochs=3)
+    assert best == 0.95 and when > first[1]
 
 
 def test_two_files_are_kept_and_a_torn_one_falls_back_to_the_one_before(tmp_path, caplog):
@@ -150,9 +281,9 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), spoil)
     # the handler saves at the end of epoch 2; attached later, this one still comes before it
-    with pytest.raises(RuntimeError, match="those of network.* are not at iteration 4"):
+    with pytest.raises(RuntimeError, match="network is not, so .*resume_4.pt was not written"):
         trainer.run()
-    handler.completed()
+    handler.signals.give_back()
     assert [file.name for file in handler.files()] == ["resume_2.pt"]
 
 
@@ -169,7 +300,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path, monkeypa
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(RuntimeError, match="must have room for resume_4.pt.*No space left"):
         trainer.run()
-    handler.completed()
+    handler.signals.give_back()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resume_2.pt"]
 
 
@@ -185,5 +316,5 @@ def test_file_that_would_run_code_is_not_run(tmp_path, caplog):
 
 def test_nothing_is_written_when_it_only_reads(tmp_path):
     trainer, _, handler = training(tmp_path, save=False)
-    assert run(trainer) and not handler.files() and not handler._previous
+    assert run(trainer) and not handler.files() and not handler.signals._previous
     assert copy.copy(handler.objects).keys() == {"network", "optimizer"}

@@ -53,3 +53,13 @@ def test_rows_of_earlier_epochs_stay_and_later_ones_are_replaced(tmp_path):
     validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[1])
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1"]
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_each_validation_is_one_line_with_the_best_so_far(tmp_path, caplog):
+    history = ValidationHistory(tmp_path, ["first", "second"])
+    with caplog.at_level("INFO", logger="knowsam_monai"):
+        validate(history, epochs=[1, 2])
+    assert caplog.messages == [
+        "Validation 1  mean dice 0.667 (best)",
+        "Validation 2  mean dice 0.667 (best 0.667 of 1)",
+    ]

@@ -1,6 +1,8 @@
 import numpy as np
 import torch
 from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.transforms import Compose, Spacing, SpatialCrop, SpatialPad
 
 from knowsam_monai.handlers.validation_case import class_dice, validation_cases
 from knowsam_monai.handlers.validation_picture import choose_views, slice_views
@@ -50,3 +52,21 @@ def test_an_image_on_the_network_s_grid_is_drawn_on_the_label_s():
     view = slice_views(validation_cases(engine, 3)[0], 3)[0]
     assert view.image.shape == view.label.shape == (24, 20)
     assert view.image[:, :9].min() == 1 and view.image[:, 11:].max() == 0
+
+
+def test_an_image_that_was_resampled_cropped_and_padded_lies_where_its_label_lies():
+    output = item("a", affine=np.diag([-1.0, -2.0, 3.0, 1]))
+    output["image"] = MetaTensor(output["label"].as_tensor().float() * 10, meta=dict(output["image"].meta))
+    output["image"].affine = output["label"].affine
+    # edges of a voxel halve, what is cut off has no foreground, and the grid's origin moves
+    network_grid = Compose(
+        [Spacing((0.5, 1.0, 1.5), mode="nearest"), SpatialCrop((4, 0, 0), (44, 36, 6)), SpatialPad((48, 40, 9))]
+    )
+    output["image"] = network_grid(output["image"])
+    engine = Engine(lambda e, b: b)
+    engine.state.output, engine.state.iteration = [output], 1
+    view = slice_views(validation_cases(engine, 3)[0], 3)[0]
+    assert view.image.shape == view.label.shape
+    assert (
+        np.abs(view.image - view.label * 10).mean() < 0.5 and np.corrcoef(view.image.flat, view.label.flat)[0, 1] > 0.9
+    )

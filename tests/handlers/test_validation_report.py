@@ -79,13 +79,15 @@ def test_last_stands_beside_the_best_and_survives_a_resume(tmp_path):
     assert resumed.table() == lines
 
 
-def test_picture_and_table_are_written_and_only_they(tmp_path, caplog):
+def test_pictures_cases_and_table_are_written_and_only_they(tmp_path, caplog):
     report = validate(
         ValidationReport(tmp_path / "new", NAMES, num_slices=3), [item(n, k) for k, n in enumerate("abcd")]
     )
     with caplog.at_level(logging.INFO, logger="knowsam_monai"):
         path = report.write()
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["validation.png"]
+    written = {p.relative_to(tmp_path / "new").as_posix() for p in (tmp_path / "new").rglob("*.*")}
+    slices = {f"validation_slices/{i}.png" for i in (1, 2, 3)}
+    assert written == {"validation.png", "validation_cases.csv", *slices}
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -95,6 +97,43 @@ def test_picture_and_table_are_written_and_only_they(tmp_path, caplog):
     colours = {tuple(c) for c in pixels.reshape(-1, 3)}
     assert {(0xF0, 0xE4, 0x42), (0x56, 0xB4, 0xE9)} <= colours
     assert "right ventricle" in caplog.text and "/private" not in caplog.text
+
+
+def test_cases_have_the_dice_of_student_and_teacher_in_each_structure(tmp_path):
+    validate(ValidationReport(tmp_path, NAMES), [item("b", 2), item("a", 0, teacher_offset=2)]).write()
+    shifted = float(class_dice(label_map(2), label_map(), 3)[0])
+    assert (tmp_path / "validation_cases.csv").read_text().splitlines() == [
+        "case,model,right ventricle,myocardium,mean",
+        "a,student,1.0000,1.0000,1.0000",
+        f"a,SAM teacher,{shifted:.4f},1.0000,{(1 + shifted) / 2:.4f}",
+        f"b,student,{shifted:.4f},1.0000,{(1 + shifted) / 2:.4f}",
+    ]
+
+
+def test_slices_of_a_run_before_are_removed(tmp_path):
+    (tmp_path / "validation_slices").mkdir()
+    (tmp_path / "validation_slices" / "9.png").write_text("")
+    validate(ValidationReport(tmp_path, NAMES), [item("a")]).write()
+    assert [p.name for p in (tmp_path / "validation_slices").iterdir()] == ["1.png"]
+
+
+def test_report_that_is_loaded_writes_the_same_and_an_absent_structure_is_no_broken_weight(tmp_path):
+    from knowsam_monai.handlers.resume import _is_finite
+
+    absent = item("a", teacher_offset=2)
+    for key in ("label", "pred", "teacher_pred"):
+        absent[key] = absent[key].clone()
+        absent[key][absent[key] == 2] = 0
+    first = validate(ValidationReport(tmp_path / "first", NAMES), [absent, item("b", 2)])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert _is_finite(state)
+    second = ValidationReport(tmp_path / "second", NAMES)
+    second.load_state_dict(state)
+    assert second.table() == first.table() and first.write() and second.write()
+    for name in ("validation_cases.csv", "validation_slices/1.png", "validation.png"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert "a,student,1.0000,,1.0000" in (tmp_path / "first" / "validation_cases.csv").read_text()
 
 
 def test_without_a_validation_nothing_is_written_and_that_is_said(tmp_path, caplog):

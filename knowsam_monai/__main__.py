@@ -1,0 +1,189 @@
+"""``python -m knowsam_monai``: check a data list, write a phantom, report on runs, segment a folder of scans."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = """\
+SAM-induced knowledge distillation for semi-supervised segmentation, as parts for MONAI trainers.
+
+  phantom   write a synthetic data set with its data list
+  check     is a data list fit to train on?
+  report    one HTML page about a run, or about several side by side
+  predict   segment a folder of scans with a bundle
+
+Training is MONAI's: python -m monai.bundle run --config_file bundles/knowsam_acdc/configs/train.json
+"""
+EXIT_CODES = "Exit codes: 0 done, 1 something given is wrong (said in one sentence), 2 wrong usage."
+
+PHANTOM = """\
+Write synthetic patients as NIfTI, with a MONAI data list `dataset.json` beside them. The same arguments give the
+same voxels, and a phantom that is there is not written again.
+
+  python -m knowsam_monai phantom scans --labeled 2 --validation 1 --unlabeled 17 --test 0
+  python -m knowsam_monai phantom atria --anatomy left_atrium --size 48
+"""
+CHECK = """\
+Read every image and label of a data list, and say what no training should start with: an image in two sets, labels
+that do not fit, files that cannot be read. What may be meant so is listed as odd. Exit code 1 when something is wrong.
+
+  python -m knowsam_monai check scans/dataset.json --num_classes 4
+  python -m knowsam_monai check /data/ACDC --labeled_patients 7
+"""
+REPORT = """\
+Write one HTML page from a run's folder (the `output_dir` of a training, finished or not): curves of every loss term,
+student against teacher, the gate, the Dice of each case, the best and the worst slices, the config as run. Several
+folders stand side by side. The page opens offline. It shows slices of the validation's images: share it as you would
+share these.
+
+  python -m knowsam_monai report bundles/knowsam_acdc/output/knowsam_phantom_seed0
+  python -m knowsam_monai report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
+"""
+PREDICT = """\
+Segment scans with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry. The student is the
+bundle's models/model.pt; with --run it is that of a training's folder, seen at the size and with the classes of that
+training. Configs are code: use a bundle, and a run, that you trust.
+
+  python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
+  python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
+  python -m knowsam_monai predict /data --image_pattern '*/*.nii' --bundle bundles/knowsam_acdc --set image_size=192
+"""
+
+
+def phantom(options: argparse.Namespace) -> int:
+    from knowsam_monai.data import write_phantom
+
+    path = write_phantom(
+        options.folder,
+        num_labeled=options.labeled,
+        num_unlabeled=options.unlabeled,
+        num_validation=options.validation,
+        num_test=options.test,
+        seed=options.seed,
+        max_size=options.size,
+        anatomy=options.anatomy,
+    )
+    logging.info("Data list: %s", path)
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    from knowsam_monai.data.check import check_dataset
+
+    found = check_dataset(
+        options.dataset_dir,
+        labeled_patients=options.labeled_patients,
+        num_classes=options.num_classes,
+        num_channels=options.num_channels,
+    )
+    return 1 if found.wrong else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from knowsam_monai.report import write_report
+
+    write_report(*options.folders, output=options.output)
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    from knowsam_monai.prediction import predict_folder
+
+    predict_folder(
+        options.scans,
+        options.bundle,
+        options.output,
+        run=options.run,
+        ckpt_path=options.ckpt_path,
+        image_pattern=options.image_pattern,
+        device=options.device,
+        overrides=dict(pair.split("=", 1) for pair in options.set),
+    )
+    return 0
+
+
+def key_value(text: str) -> str:
+    """A pair KEY=VALUE of the command line, as it is."""
+    if not text.partition("=")[0] or "=" not in text:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE but is {text!r}")
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
+    program = argparse.ArgumentParser(prog="python -m knowsam_monai", description=DESCRIPTION, **form)
+    verbs = program.add_subparsers(title="verbs", metavar="VERB", required=True, help="VERB --help has examples")
+
+    verb = verbs.add_parser("phantom", help="write a synthetic data set", description=PHANTOM, **form)
+    verb.add_argument("folder", help="new, empty, or an earlier phantom")
+    verb.add_argument(
+        "--anatomy", choices=("short_axis", "left_atrium"), default="short_axis", help="default: %(default)s"
+    )
+    for name, count, what in (
+        ("labeled", 4, "to train on"),
+        ("unlabeled", 12, "without labels"),
+        ("validation", 4, "with labels, to choose the model by"),
+        ("test", 2, "with labels, for the end"),
+    ):
+        verb.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"patients {what}; default: {count}")
+    verb.add_argument("--size", type=int, metavar="VOXELS", help="largest in plane; default: 128, left atrium 64")
+    verb.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    verb.set_defaults(call=phantom)
+
+    verb = verbs.add_parser("check", help="is a data list fit to train on?", description=CHECK, **form)
+    verb.add_argument("dataset_dir", metavar="DATA", help="a data-list JSON, or a folder of ACDC or left-atrium data")
+    verb.add_argument("--num_classes", type=int, metavar="C", help="with the background; default: any label values")
+    verb.add_argument("--num_channels", type=int, metavar="N", help="of an image; default: those of the first")
+    verb.add_argument("--labeled_patients", type=int, metavar="N", help="of a folder's published split")
+    verb.set_defaults(call=check)
+
+    verb = verbs.add_parser("report", help="one HTML page about runs", description=REPORT, **form)
+    verb.add_argument("folders", nargs="+", metavar="FOLDER", help="`output_dir` of a training")
+    verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
+    verb.set_defaults(call=report)
+
+    verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)
+    verb.add_argument("scans", metavar="SCANS", help="a folder of images, or one image")
+    verb.add_argument("--bundle", required=True, metavar="FOLDER", help="with configs/inference.json")
+    verb.add_argument("--output", default="segmentations", metavar="FOLDER", help="default: %(default)s")
+    verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
+    verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
+    verb.add_argument("--image_pattern", default="*.nii*", metavar="GLOB", help="below SCANS; default: %(default)s")
+    verb.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU, else the CPU")
+    verb.add_argument(
+        "--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json"
+    )
+    verb.set_defaults(call=predict)
+    return program
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a verb.
+
+    Returns:
+        The exit code: 0, 1 after an error that is said in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
+    """
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+
+    from knowsam_monai.preparation import is_said_by_this_package, root_cause
+
+    try:
+        return options.call(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        root = root_cause(error)
+        if not is_said_by_this_package(root):
+            raise  # a fault of the program and not of what it was given
+        sys.stderr.write(f"error: {root}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Charts as SVG whose colours are those of the page around them, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["NUM_SERIES", "Line", "case_chart", "line_chart"]
+
+NUM_SERIES = 6  # colours of the page's style
+# matplotlib knows no CSS variables: these colours are drawn with and then replaced
+_TEXT, _GRID = "#0a0b0c", "#0a0b0d"
+_SERIES = [f"#0a0c{i:02x}" for i in range(NUM_SERIES)]
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _GRID,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+    "grid.color": _GRID,
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+class Line(NamedTuple):
+    """
+    Args:
+        x: positions.
+        y: values.
+        series: which of the page's colours.
+        dashed: a teacher's beside its student's.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    series: int
+    dashed: bool = False
+
+
+def line_chart(lines: Sequence[Line], x_label: str, unit_interval: bool = False) -> str:
+    """
+    Curves over iterations or validations. A long one is drawn faint, with its running mean over it.
+
+    Args:
+        lines: drawn in this order.
+        x_label: below the axis.
+        unit_interval: the y axis is 0 to 1 (Dice, a gate).
+    """
+
+    def draw(axis: Any) -> None:
+        for line in lines:
+            style = {"color": _SERIES[line.series % NUM_SERIES], "linestyle": (0, (3, 2)) if line.dashed else "-"}
+            marker = {"marker": "o", "markersize": 3} if len(line.x) < 15 else {}
+            smooth = len(line.x) >= 60
+            axis.plot(line.x, line.y, linewidth=1.6, alpha=0.25 if smooth else 1, **style, **marker)
+            if smooth:
+                axis.plot(line.x, _running_mean(line.y, len(line.y) // 20), linewidth=1.6, **style)
+        if unit_interval:
+            axis.set_ylim(-0.02, 1.02)
+        axis.set_xlabel(x_label)
+        axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+    return _svg(draw, height=2.1)
+
+
+def case_chart(names: Sequence[str], models: Sequence[Sequence[float]]) -> str:
+    """
+    Dice of each case, one line a case: the first model's as a dot, the second's as a ring.
+
+    Args:
+        names: of the cases, the first at the top.
+        models: Dice of each case by model, nan where there is none.
+    """
+
+    def draw(axis: Any) -> None:
+        rows = np.arange(len(names))
+        if len(models) > 1:
+            axis.hlines(rows, models[0], models[1], color=_GRID, linewidth=1)
+        for series, values in reversed(list(enumerate(models))):
+            face = _SERIES[series] if series == 0 else "none"
+            axis.scatter(values, rows, s=18, facecolor=face, edgecolor=_SERIES[series], linewidth=1.2, zorder=3)
+        axis.set_yticks(rows, [name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}" for name in names])
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_xlabel("mean Dice over the structures")
+
+    return _svg(draw, height=0.6 + 0.17 * len(names))
+
+
+def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
+    """Mean over a centred window that is cut off at the ends."""
+    kernel, padded = np.ones(2 * (width // 2) + 1), np.asarray(values, dtype=float)
+    return np.convolve(padded, kernel, "same") / np.convolve(np.ones(len(padded)), kernel, "same")
+
+
+def _svg(draw: Any, height: float) -> str:
+    """A chart of 3.8 inches, which is about a phone's width, so that its text keeps its size there."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.8, height), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        no_metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt"|width="[\d.]+pt"', "", text, count=2)
+    colors = {_TEXT: "currentColor", _GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(_SERIES)}
+    for color, variable in colors.items():
+        text = text.replace(color, variable)
+    return text

@@ -1,0 +1,161 @@
+"""Bundle runs that are killed or stopped from outside, and go on with the same command to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..processes import finish, start, wait_for
+from ..same_bits import assert_same_bits
+from .conftest import CONFIGS, CONFIGS_3D, SMALL_UNET, TINY, TINY_3D, run_bundle
+
+RUNS = {
+    "knowsam": (CONFIGS, ()),
+    "mean_teacher": (CONFIGS, ("network_plain.json", "mean_teacher.json")),
+    "left_atrium": (CONFIGS_3D, ()),
+}
+LAST = "resume_6.pt"
+
+
+class Run:
+    """A command of a tiny training, with loader workers, that can be given again and again."""
+
+    def __init__(self, folder: Path, name: str, dataset: Path, **override) -> None:
+        self.folder, self.log = folder, folder / "log.txt"
+        folder.mkdir()
+        configs, overlays = RUNS[name]
+        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "num_workers": 2}
+        options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), **override)
+        if overlays:
+            options["network_def"] = SMALL_UNET
+        self.arguments = (configs, overlays, {key: value for key, value in options.items() if value is not None})
+
+    def start(self):
+        return start(self.log, run_bundle, *self.arguments)
+
+    def finish(self, **override) -> Run:
+        configs, overlays, options = self.arguments
+        process = start(self.log, run_bundle, configs, overlays, {**options, **override})
+        assert finish(process, self.log) == 0, self.log.read_text()[-3000:]
+        return self
+
+    def stop(self, when: Callable[[], Any], number: int, with_workers: bool = False) -> int:
+        """Give the command, send the signal when the condition comes true, and return the exit code."""
+        process = self.start()
+        assert wait_for(when, process), self.log.read_text()[-3000:]
+        (os.killpg if with_workers else os.kill)(process.pid, number)
+        return finish(process, self.log)
+
+    def says(self, words: str) -> bool:
+        return self.log.is_file() and words in self.log.read_text()
+
+    def parts(self) -> list[Path]:
+        return list(self.folder.glob("*.part"))
+
+    def result(self) -> dict:
+        """Weights of everything, optimisers and all, the best model's, and every validation's numbers."""
+        state = torch.load(self.folder / LAST, weights_only=True)
+        assert not self.parts()
+        models = [torch.load(self.folder / name, weights_only=True) for name in ("model.pt", "models/model.pt")]
+        results = (self.folder / "results.csv").read_text()
+        return {**{k: v for k, v in state.items() if k != "fingerprint"}, "models": models, "results": results}
+
+
+@pytest.fixture(scope="module")
+def whole(small_phantom, small_volumes, tmp_path_factory):
+    """`whole(name)`: the data of a run, what it comes to when nothing happens to it, and its seconds."""
+    known: dict[str, tuple] = {}
+
+    def build(name: str):
+        if name not in known:
+            dataset = small_volumes if name == "left_atrium" else small_phantom
+            begin = time.monotonic()
+            result = Run(tmp_path_factory.mktemp("whole") / name, name, dataset).finish().result()
+            known[name] = (dataset, result, time.monotonic() - begin)
+        return known[name]
+
+    return build
+
+
+def kill(run: Run, seconds: float, while_saving: bool = False) -> bool:
+    """SIGKILL a run after so many seconds, or in the middle of its next save after that; whether it still ran."""
+    process = run.start()
+    until = time.monotonic() + seconds
+    running = wait_for(lambda: time.monotonic() > until and (run.parts() or not while_saving), process)
+    process.kill()
+    process.join()
+    return running
+
+
+def kill_at_random(run: Run, seconds: float, draw: random.Random, while_saving: bool) -> None:
+    """Kill once between the start and the end of a run that takes about so many seconds."""
+    after = draw.uniform(0.2, 0.9) * seconds
+    while not kill(run, after, while_saving):  # it was faster this time
+        after /= 2
+        for path in run.folder.glob("resume_*.pt"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("name,while_saving", [("knowsam", True), ("mean_teacher", False), ("left_atrium", False)])
+def test_killed_run_goes_on_to_the_same_bits(whole, tmp_path, name, while_saving):
+    dataset, expected, seconds = whole(name)
+    run = Run(tmp_path / "killed", name, dataset)
+    if while_saving:
+        assert kill(run, 0, while_saving=True) and run.parts()
+    else:
+        kill_at_random(run, seconds, random.Random(), while_saving=False)
+    assert_same_bits(run.finish().result(), expected)
+
+
+def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
+    dataset, expected, _ = whole("knowsam")
+    run = Run(tmp_path / "stopped", "knowsam", dataset)
+    validates = run.folder / "last_model_epoch=2.pt"  # written before the second validation
+    assert run.stop(validates.exists, signal.SIGINT) == 130
+    assert torch.load(run.folder / "resume_4.pt", weights_only=True)["validate"] and not run.says("Traceback")
+    assert run.says("Stopped by a signal in iteration 4; the same command goes on from resume_4.pt.")
+    assert_same_bits(run.finish().result(), expected)
+
+    table = run.log.read_text().count("right ventricle")
+    assert_same_bits(run.finish().result(), expected)
+    assert run.says("This run has finished its 6 iterations.")
+    assert table == 1 and run.log.read_text().count("right ventricle") == 2 and not run.says("Traceback")
+
+    with pytest.raises(
+        AssertionError, match="`augmentation`, `augmentation_hole` must be as in the run that .*resume_6"
+    ):
+        run.finish(augmentation_hole=3)
+
+
+def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
+    run = Run(tmp_path / "stopped", "knowsam", small_phantom)
+    assert run.stop(lambda: run.says("Loading dataset"), signal.SIGTERM) == 143
+    assert run.says("Stopped by a signal before there was anything to save") and not run.says("Traceback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_loader_s_workers_too_saves_and_stops(whole, tmp_path, number, code):
+    dataset, expected, _ = whole("knowsam")
+    run = Run(tmp_path / "stopped", "knowsam", dataset)
+    assert run.stop((run.folder / "resume_2.pt").exists, number, with_workers=True) == code
+    assert not run.says("Traceback") and run.says("the same command goes on from resume_")
+    assert_same_bits(run.finish().result(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,kills", [("knowsam", 7), ("mean_teacher", 7), ("left_atrium", 6)])
+def test_run_killed_many_times_goes_on_to_the_same_bits(whole, tmp_path, name, kills):
+    dataset, expected, seconds = whole(name)
+    run, draw = Run(tmp_path / "killed", name, dataset), random.Random()
+    for number in range(kills):
+        kill_at_random(run, seconds, draw, while_saving=number % 3 == 0)
+    assert_same_bits(run.finish().result(), expected)

@@ -1,0 +1,80 @@
+"""Processes that tests start, kill and let talk to each other; what they need is loaded once and forked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["monai.bundle", "monai.engines", "knowsam_monai.handlers", "knowsam_monai.networks"])
+
+
+def start(log: Path, target: Callable, *args: Any, **kwargs: Any) -> BaseProcess:
+    """A process that calls `target`, a function of a module, and writes what it says into `log`."""
+    process = CONTEXT.Process(target=_call, args=(str(log), os.getcwd(), target, args, kwargs))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, log: Path, seconds: float = 300) -> int:
+    """Its exit code, negative for a signal; a process that does not end is killed and fails the test."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"a process did not end in {seconds} s: {log.read_text()[-3000:]}")
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], Any], process: BaseProcess, seconds: float = 300) -> bool:
+    """Whether the condition came true before the process ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        if process.exitcode is not None:
+            return False
+        time.sleep(0.002)
+    raise TimeoutError(f"nothing came in {seconds} s")
+
+
+def start_ranks(folder: Path, world_size: int, target: Callable, *args: Any, **kwargs: Any) -> list[BaseProcess]:
+    """Processes of one gloo group, each calling `target`; they write rank0.log, rank1.log, ..."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(folder / f"rank{rank}.log", _in_group, rank, world_size, port, target, args, kwargs)
+        for rank in range(world_size)
+    ]
+
+
+def _call(log: str, folder: str, target: Callable, args: tuple, kwargs: dict) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.chdir(folder)
+    os.setsid()  # a signal to it and its workers reaches nobody else
+    import torch
+
+    torch.set_num_threads(1)
+    target(*args, **kwargs)
+
+
+def _in_group(rank: int, world_size: int, port: int, target: Callable, args: tuple, kwargs: dict) -> None:
+    import torch
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    target(*args, **kwargs)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
