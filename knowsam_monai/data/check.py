@@ -32,6 +32,14 @@ class DatalistReport:
         wrong: sentences, what no training should start with.
         odd: sentences, what may be meant so.
         header: what was read.
+
+    Raises:
+        ValueError: by `raise_if_wrong`, where something is wrong.
+
+    Example:
+        >>> DatalistReport(wrong=["`image` must be finite but a.nii has 3 NaN."]).raise_if_wrong()
+        Traceback (most recent call last):
+        ValueError: `image` must be finite but a.nii has 3 NaN.
     """
 
     rows: list[Sequence[str]] = field(default_factory=list)
