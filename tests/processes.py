@@ -63,6 +63,7 @@ def _call(log: str, folder: str, target: Callable, args: tuple, kwargs: dict) ->
         os.dup2(file, stream.fileno())
     os.chdir(folder)
     os.setsid()  # a signal to it and its workers reaches nobody else
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a run of its own
     import torch
 
     torch.set_num_threads(1)
