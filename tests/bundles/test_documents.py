@@ -5,6 +5,8 @@ import importlib.util
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,16 @@ def test_required_packages_are_those_that_setup_cfg_installs(bundle):
     installed = {re.split(r"[<>=!~\[ ]", line)[0].lower() for line in lines}
     required = {name.lower() for name in metadata(bundle)["required_packages_version"]}
     assert required | {"monai", "torch", "numpy"} == installed
+
+
+@pytest.mark.slow
+def test_required_packages_are_on_pypi_for_the_zoo_s_python(tmp_path):
+    packages = {item for bundle in BUNDLES for item in metadata(bundle)["required_packages_version"].items()}
+    options = f"--dry-run --no-deps --only-binary :all: --python-version 3.10 --target {tmp_path}".split()
+    names = [f"{name}=={version}" for name, version in sorted(packages)]
+    command = [sys.executable, "-m", "pip", "install", *options, *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_versions_are_those_of_the_constraints_for_the_zoo_s_python(bundle):
