@@ -24,6 +24,10 @@ class WholeCheckpointSaver(CheckpointSaver):
 
     Raises:
         RuntimeError: during the run, when weights are not finite or a file cannot be written.
+
+    Example::
+
+        WholeCheckpointSaver(save_dir="output", save_dict={"model": network}, save_key_metric=True)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
