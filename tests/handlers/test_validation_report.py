@@ -118,7 +118,7 @@ def test_slices_of_a_run_before_are_removed(tmp_path):
 
 
 def test_report_that_is_loaded_writes_the_same_and_an_absent_structure_is_no_broken_weight(tmp_path):
-    from knowsam_monai.handlers.resume import _is_finite
+    from knowsam_monai.checkpoint_file import _is_finite
 
     absent = item("a", teacher_offset=2)
     for key in ("label", "pred", "teacher_pred"):
