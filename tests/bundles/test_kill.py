@@ -29,7 +29,7 @@ class Run:
     """A command of a tiny training, with loader workers, that can be given again and again."""
 
     def __init__(self, folder: Path, name: str, dataset: Path, **override) -> None:
-        self.folder, self.log = folder, folder / "log.txt"
+        self.folder, self.log = folder, folder / "console.txt"
         folder.mkdir()
         configs, overlays = RUNS[name]
         options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "num_workers": 2}
@@ -127,7 +127,7 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
     table = run.log.read_text().count("right ventricle")
     assert_same_bits(run.finish().result(), expected)
     assert run.says("This run has finished its 6 iterations.")
-    assert table == 1 and run.log.read_text().count("right ventricle") == 2 and not run.says("Traceback")
+    assert table > 0 and run.log.read_text().count("right ventricle") == 2 * table and not run.says("Traceback")
 
     with pytest.raises(
         AssertionError, match="`augmentation`, `augmentation_hole` must be as in the run that .*resume_6"
@@ -137,7 +137,7 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
 
 def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
     run = Run(tmp_path / "stopped", "knowsam", small_phantom)
-    assert run.stop(lambda: run.says("Loading dataset"), signal.SIGTERM) == 143
+    assert run.stop(lambda: run.says("SAM vit_t: all"), signal.SIGTERM) == 143
     assert run.says("Stopped by a signal before there was anything to save") and not run.says("Traceback")
 
 
