@@ -26,7 +26,8 @@ class SliceTeacher(nn.Module):
     With `slices` = k, :class:`knowsam_monai.distiller.SAMDistiller` asks :meth:`draw_slices` for k slices of each
     volume a step. Image, logits and label are cut down to them and the teacher does no others: distillation and SAM's
     loss act on these slices alone, as on thin volumes of k slices. Of several axes one is drawn a step, so the cost
-    stays that of k slices. Draws are functions of (seed, iteration, row of the batch over all ranks), the axis of (seed, iteration).
+    stays that of k slices. Draws are functions of (seed, iteration, row of the batch over all ranks), the axis of
+    (seed, iteration).
 
     Args:
         sam_teacher: ``f(image, prompt_logits) -> logits`` in 2D, no row seeing another: :class:`SAMTeacher`.
