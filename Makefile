@@ -38,7 +38,7 @@ $(BUNDLE)/models/model.pt:
 	@$(MAKE) --no-print-directory train BUNDLE=$(BUNDLE) ARGS=
 
 test: $(VENV)/.installed-test
-	$(venv_python) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: lint $(VENV)/.installed-test
 	$(venv_python) -m pytest -m "slow or not slow" $(ARGS)

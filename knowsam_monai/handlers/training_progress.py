@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from ignite.engine import Engine, Events
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 
