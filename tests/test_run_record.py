@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import sys
 
 import pytest
 
@@ -15,11 +16,13 @@ def closed_log():
     close_log()
 
 
-def test_each_start_is_noted_until_a_run_begins_anew(tmp_path):
+def test_each_start_is_noted_until_a_run_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "monai.bundle", "run"])
     write_record(tmp_path, {"lr": 0.1}, seed=5)
     write_record(tmp_path, seed=5)
     first, second = read_starts(tmp_path)
-    assert first["seed"] == 5 and first["timestamp"] <= second["timestamp"] and "pytest" in first["command"]
+    assert first["seed"] == 5 and first["timestamp"] <= second["timestamp"]
+    assert first["command"] == "python -m monai.bundle run"
     assert first["versions"] == versions() and versions()["knowsam_monai"] == __version__
     assert {"python", "torch", "monai", "machine"} <= set(versions())
     write_record(tmp_path, resume=False)

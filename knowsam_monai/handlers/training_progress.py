@@ -5,7 +5,6 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class TrainingProgress:
@@ -53,6 +52,9 @@ class TrainingProgress:
             mininterval=0.2 if sys.stderr.isatty() else 60,
             dynamic_ncols=True,
         )
+        # imported here: tqdm.contrib loads the notebook's bar, which warns where ipywidgets is missing
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
         self._redirection = logging_redirect_tqdm()
         self._redirection.__enter__()
 
