@@ -184,7 +184,9 @@ class ValidationReport:
 
     def _write_cases(self) -> None:
         paths = sorted(self._kept["cases"]["pred"])
-        with open(os.path.join(self.output_dir, "validation_cases.csv"), "w", newline="", encoding="utf-8") as file:
+        target = os.path.join(self.output_dir, "validation_cases.csv")
+        temporary = f"{target}.{os.getpid()}.tmp"  # renamed when whole, as the picture
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["case", "model", *self.class_names, "mean"])
             for path, name in zip(paths, case_names(paths)):
@@ -193,6 +195,7 @@ class ValidationReport:
                     if len(dice):
                         values = [*dice.tolist(), dice.nanmean().item()]
                         writer.writerow([name, model, *("" if v != v else f"{v:.4f}" for v in values)])
+        os.replace(temporary, target)
 
     def _write_slices(self) -> None:
         folder = Path(self.output_dir) / "validation_slices"
