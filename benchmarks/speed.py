@@ -1,8 +1,8 @@
 """
 Seconds, floating-point operations and memory of training steps and of inference, on this machine.
 
-    python benchmarks/speed.py                       # every row, about ten minutes on two CPU cores
-    python benchmarks/speed.py knowsam mean_teacher  # some rows
+    python benchmarks/speed.py                       # every row of 2D, an hour on two CPU cores
+    python benchmarks/speed.py mean_teacher mean_teacher_sam mean_teacher_cached   # a method, with SKD, and cached
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
 
 Each row is a process of its own, so that its peak memory is its own. Steps are those that the bundle's trainer takes:
@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ PATCH = (112, 112, 80)
 DEVICE = "cpu"  # of the rows of volumes, and the size of the phantom that they are drawn from; benchmarks/memory.py
 PHANTOM_SIZE: int | None = None
 GEMM_SIZE = 2048
+# overlay -> name of the method; their starts, which the overlays give in iterations of a long run, are behind them
+HOSTS = {
+    "supervised": "supervised",
+    "mean_teacher": "Mean Teacher",
+    "ua_mt": "UA-MT",
+    "cps": "CPS",
+    "fixmatch": "FixMatch",
+    "bcp": "BCP",
+}
+SCHEDULES: dict[str, dict[str, int]] = {"mean_teacher": {"consistency_start": 0}, "bcp": {"pretraining_iterations": 0}}
 
 
 def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -> tuple[Any, dict]:
@@ -57,9 +68,8 @@ def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -
     return trainer, batch
 
 
-def trainer_of(**overrides: Any) -> Any:
+def trainer_of(*overlays: str, **overrides: Any) -> Any:
     """The bundle's own trainer at benchmark size, and one batch of it."""
-
     keys = {
         "bundle_root": str(BUNDLE),
         "dataset_dir": os.environ.get("KNOWSAM_ACDC_DIR") or "$None",
@@ -80,7 +90,7 @@ def trainer_of(**overrides: Any) -> Any:
         "validate#dataset#items": "$@datalist['validation'][:1]",
         **overrides,
     }
-    return workflow_of(BUNDLE, (), keys)
+    return workflow_of(BUNDLE, overlays, keys)
 
 
 def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
@@ -150,46 +160,23 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
     return knowsam_step(mixing)
 
 
-def mean_teacher_step(encoder: str | None = None, variant: str = "vit_b", **overrides: Any) -> Callable[[], None]:
-    """
-    Mean Teacher of the same U-Net, as its paper: noisy teacher, MSE of probabilities, EMA; a plain PyTorch loop.
+def host_step(host: str, **overrides: Any) -> Callable[[], None]:
+    """A late step of a semi-supervised method, as the bundle's overlays of a plain U-Net train it."""
+    network = "network_pair.json" if host == "cps" else "network_plain.json"
+    return step_of(*trainer_of(network, f"{host}.json", **SCHEDULES.get(host, {}), **overrides), True)
 
-    With `encoder` "adapted" or "cached" SAM is attached to it. The cache is full after the step that warms up.
-    """
-    from knowsam_monai.distiller import SAMDistiller
-    from knowsam_monai.losses import PartiallyLabeledLoss
-    from knowsam_monai.networks import SAMTeacher, UNet
 
-    _, batch = trainer_of(use_sam=False, sam_encoder=encoder or "adapted", **overrides)
-    image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
-    student = UNet().to(memory_format=torch.channels_last).train()
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
-    ema_student = torch.optim.swa_utils.AveragedModel(student, multi_avg_fn=average)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    loss_function = PartiallyLabeledLoss()
-    distiller = None
-    if encoder is not None:
-        teacher = SAMTeacher(num_classes=4, image_size=image.shape[-1], variant=variant, encoder=encoder)
-        adam = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=1e-4)
-        distiller = SAMDistiller(teacher, adam)
-        distiller.follow(optimizer)
-    sam_image = batch["sam_image"].as_tensor() if encoder == "cached" else image
-
-    def step() -> None:
-        optimizer.zero_grad()
-        pred = student(image)
-        unlabeled = image[len(label) :]
-        with torch.no_grad():
-            target = ema_student(unlabeled + (0.1 * torch.randn_like(unlabeled)).clamp(-0.2, 0.2)).softmax(1)
-        consistency = (pred[len(label) :].softmax(1) - target).square().mean()
-        loss = loss_function(pred, label) + 0.1 * consistency
-        if distiller is not None:
-            loss = loss + distiller(sam_image, pred, label).loss
-        loss.backward()
-        optimizer.step()
-        ema_student.update_parameters(student)
-
-    return step
+def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
+    """Each method without SKD, with it, and with cached embeddings, whose cache the step that warms up fills."""
+    rows: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {}
+    for host, title in HOSTS.items():
+        rows[host] = title, partial(host_step, host, use_sam=False)
+        rows[f"{host}_sam"] = f"{title} + SKD", partial(host_step, host)
+        rows[f"{host}_bf16"] = f"{title}, bf16 autocast", partial(host_step, host, use_sam=False, cpu_autocast=True)
+        rows[f"{host}_sam_bf16"] = f"{title} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
+        if host != "bcp":  # it mixes images, and no mixed image comes again
+            rows[f"{host}_cached"] = f"{title} + SKD, cached", partial(host_step, host, sam_encoder="cached")
+    return rows
 
 
 def inference_of_volume(network_name: str) -> Callable[[], None]:
@@ -214,9 +201,7 @@ ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
     "knowsam_bf16": ("KnowSAM, before mixing, bf16 autocast", lambda: knowsam_step(False, cpu_autocast=True)),
     "knowsam_mixing_bf16": ("KnowSAM, with mixing, bf16 autocast", lambda: knowsam_step(True, cpu_autocast=True)),
     "without_sam": ("KnowSAM without SAM, before mixing", lambda: knowsam_step(False, use_sam=False)),
-    "mean_teacher": ("Mean Teacher of the same U-Net", mean_teacher_step),
-    "mean_teacher_sam": ("Mean Teacher with SKD", lambda: mean_teacher_step("adapted")),
-    "mean_teacher_cached": ("Mean Teacher with SKD, cached embeddings", lambda: mean_teacher_step("cached")),
+    **host_rows(),
     "inference": ("inference, 9 slices, whole student", lambda: inference_of_volume("MultiViewNet")),
     "inference_unet": ("inference, 9 slices, U-Net alone", lambda: inference_of_volume("UNet")),
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-PART = ".part"  # how the names of files end that are still being written
+from knowsam_monai.whole_file import write_whole
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -52,30 +51,6 @@ def copy_whole(source: str | os.PathLike, target: str | os.PathLike) -> None:
         return
     with open(source, "rb") as original:
         write_whole(target, lambda file: shutil.copyfileobj(original, file))
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write under a temporary name in the same folder, bring that to the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=PART, delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)  # temporary files are for their owner alone
-    os.replace(file.name, path)
-
-
-def remove_parts(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote has left behind."""
-    for path in folder.glob(f"*{PART}"):
-        path.unlink(missing_ok=True)
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,7 +6,8 @@ import stat
 import pytest
 import torch
 
-from knowsam_monai.checkpoint_file import copy_whole, remove_parts, save_checkpoint, write_whole
+from knowsam_monai.checkpoint_file import copy_whole, save_checkpoint
+from knowsam_monai.whole_file import remove_parts, write_csv, write_whole
 
 SMALL, LARGE = {"weight": torch.zeros(2)}, {"weight": torch.rand(500_000)}
 
@@ -54,6 +55,12 @@ def test_writer_that_fails_half_way_leaves_the_file_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "a", write)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_table_has_the_columns_of_all_rows(tmp_path):
+    write_csv(tmp_path / "folder" / "a.csv", [{"epoch": 1, "dice": 0.5}, {"epoch": 2, "teacher": "a,b"}])
+    assert (tmp_path / "folder" / "a.csv").read_bytes() == b'epoch,dice,teacher\r\n1,0.5,\r\n2,,"a,b"\r\n'
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.csv"]
 
 
 def test_copy_takes_the_place_of_an_older_one_and_of_itself_nothing(tmp_path, full_disk):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.transforms import CheckDatad
 from knowsam_monai.data.volume_transforms import MapMaskd
+from knowsam_monai.whole_file import write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 
@@ -194,9 +194,6 @@ def _kept_facts(kept: dict[str, dict], key: str, state: list | None) -> CaseFact
 
 def _write_cache(path: Path, kept: dict[str, dict]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump(kept, file)
-        os.replace(file.name, path)
+        write_whole(path, lambda file: file.write(json.dumps(kept).encode()))
     except OSError as error:
         logger.info("What was checked could not be kept in %s (%s): the next start reads it again.", path, error)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from monai.transforms import KeepLargestConnectedComponent
 from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import Spacing, case_names, class_dice, validation_cases
+from knowsam_monai.whole_file import write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CaseMetrics:
         spacings = [spacing for _, spacing, _ in cases]
         raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
         for name, rows in (("raw", raw), ("summary", summary)):
-            _write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
+            write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
         for line in self._table(values):
             logger.info(line)
         logger.info(f"{os.path.join(self.output_dir, self.file_prefix)}_raw.csv has every case.")
@@ -217,13 +217,3 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis, nan where nothing is defined."""
     count = (~np.isnan(values)).sum(-1)
     return np.where(count > 0, np.nansum(values, -1) / np.maximum(count, 1), math.nan)
-
-
-def _write_csv(path: str, rows: list[dict]) -> None:
-    """All or nothing: a run that is killed leaves the old file or the new one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)

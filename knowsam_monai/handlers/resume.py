@@ -13,11 +13,12 @@ import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointSaver
 
-from knowsam_monai.checkpoint_file import remove_parts, save_checkpoint
+from knowsam_monai.checkpoint_file import save_checkpoint
 from knowsam_monai.fingerprint import fingerprint as fingerprint_of
 from knowsam_monai.random_state import random_state, set_random_state
 from knowsam_monai.stop_signals import StopSignals
 from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
+from knowsam_monai.whole_file import remove_parts
 
 logger = logging.getLogger(__name__)
 

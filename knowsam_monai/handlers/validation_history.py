@@ -9,6 +9,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
+from knowsam_monai.whole_file import write_csv
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,13 +52,7 @@ class ValidationHistory:
                     row[f"{name}/{class_name}"] = mean
         logger.info(self.line(engine))
         rows = [*self._earlier_rows(engine.state.epoch), row]
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        temporary = f"{self.path}.{os.getpid()}.tmp"
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        write_csv(self.path, rows)
 
     def line(self, engine: Engine) -> str:
         """A validation in one line, such as ``Validation 3  mean dice 0.812 (best 0.820 of 2)  teacher dice 0.801``."""

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import case_names, class_dice, validation_cases
 from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
+from knowsam_monai.whole_file import write_csv, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -176,26 +177,22 @@ class ValidationReport:
             return None
         self._write_slices()
         path = os.path.join(self.output_dir, "validation.png")
-        temporary = f"{path}.{os.getpid()}.tmp"
-        draw(self._kept["views"], self.class_names).savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
+        figure = draw(self._kept["views"], self.class_names)
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
         logger.info(f"Validation slices, truth and prediction: {path}")
         return path
 
     def _write_cases(self) -> None:
         paths = sorted(self._kept["cases"]["pred"])
-        target = os.path.join(self.output_dir, "validation_cases.csv")
-        temporary = f"{target}.{os.getpid()}.tmp"  # renamed when whole, as the picture
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["case", "model", *self.class_names, "mean"])
-            for path, name in zip(paths, case_names(paths)):
-                for key, model in zip(self.pred_keys, self.column_names):
-                    dice = torch.tensor(self._kept["cases"][key].get(path, []))
-                    if len(dice):
-                        values = [*dice.tolist(), dice.nanmean().item()]
-                        writer.writerow([name, model, *("" if v != v else f"{v:.4f}" for v in values)])
-        os.replace(temporary, target)
+        rows: list[dict[str, str]] = []
+        for path, name in zip(paths, case_names(paths)):
+            for key, model in zip(self.pred_keys, self.column_names):
+                dice = torch.tensor(self._kept["cases"][key].get(path, []))
+                if len(dice):
+                    values = zip((*self.class_names, "mean"), (*dice.tolist(), dice.nanmean().item()))
+                    cells = {column: "" if value != value else f"{value:.4f}" for column, value in values}
+                    rows.append({"case": name, "model": model, **cells})
+        write_csv(os.path.join(self.output_dir, "validation_cases.csv"), rows)
 
     def _write_slices(self) -> None:
         folder = Path(self.output_dir) / "validation_slices"
@@ -209,7 +206,8 @@ class ValidationReport:
             dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
             title = f"{name}, {view.position}"
             fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
-            draw_slice(view, len(self.class_names)).savefig(folder / f"{i + 1}.png", dpi=150, metadata=fields)
+            save = partial(draw_slice(view, len(self.class_names)).savefig, format="png", dpi=150, metadata=fields)
+            write_whole(folder / f"{i + 1}.png", save)
 
 
 def mean_over_cases(dice: dict[str, Tensor]) -> list[float]:

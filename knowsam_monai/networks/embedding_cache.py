@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+
+from knowsam_monai.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class EmbeddingCache:
         except ValueError:
             found = {}
         if found is None:
-            _write_whole(folder / OWNER, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+            write_whole(folder / OWNER, lambda file: file.write(json.dumps(facts, indent=1).encode()))
         elif found != facts:
             found = found if isinstance(found, dict) else {}
             other = next((name for name in facts if name in found and found[name] != facts[name]), None)
@@ -169,14 +170,8 @@ class EmbeddingCache:
         record = np.zeros(1, self._record)
         record["key"], record["embedding"] = key.encode(), embedding.numpy()
         record["checksum"] = zlib.crc32(embedding.numpy())
-        _write_whole(self.folder / f"{key}.npy", lambda file: np.save(file, record, allow_pickle=False))
-
-
-def _write_whole(path: Path, write: Callable) -> None:
-    """A file is there whole or not at all, whoever else writes it at the same time."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        write(file)
-    os.replace(file.name, path)
+        path = self.folder / f"{key}.npy"
+        write_whole(path, lambda file: np.save(file, record, allow_pickle=False), sync=False)  # the checksum tells
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 from knowsam_monai.handlers.validation_picture import COLORS
 from knowsam_monai.report.figures import NUM_SERIES, Line, case_chart, line_chart
 from knowsam_monai.report.run_folder import RunFolder, read_run
+from knowsam_monai.whole_file import write_whole
 
 __all__ = ["write_report"]
 
@@ -49,11 +50,9 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
         raise ValueError(f"`folders` must be 1 to {NUM_SERIES} runs' folders but are {len(folders)}.")
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    page = render(runs).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render(runs), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, lambda file: file.write(page))
     except OSError as error:
         raise PermissionError(
             f"`output` must be a file that can be written but {path} cannot ({error.strerror})."

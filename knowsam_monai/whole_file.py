@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+PART = ".part"  # how the names of files end that are still being written
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
+    """
+    Write under a temporary name in the same folder, bring that to the disk, and rename it.
+
+    Args:
+        path: of the file; its folder is made when missing.
+        write: ``write(file)`` fills a binary file.
+        sync: False leaves it to the system when the bytes reach the disk: a power cut may then tear the file.
+
+    Raises:
+        OSError: when it cannot be written; the file that was there before is as it was.
+
+    Example::
+
+        write_whole("run.json", lambda file: file.write(b"{}"))
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=PART, delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(file.name, 0o666 & ~umask)  # temporary files are for their owner alone
+    os.replace(file.name, path)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+    """:func:`write_whole` of a table; columns are the keys of all rows, in the order in which they first come."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what a process that was killed while it wrote has left behind."""
+    for path in folder.glob(f"*{PART}"):
+        path.unlink(missing_ok=True)
