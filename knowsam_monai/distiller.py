@@ -72,6 +72,7 @@ class SAMDistiller(nn.Module):
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
             A plain network's logits are both, whatever these say.
+        taught_rows: "all" (the paper), or "unlabeled": rows with labels have the truth to learn from.
         gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`knowsam_monai.gate.TeacherGate`.
         gate_tolerance: how much worse (Dice, 0..1) than its student a teacher may be before g is 0.
         autocast_dtype: run the teacher under autocast of this type, on CPU too. None leaves the caller's autocast.
@@ -101,6 +102,7 @@ class SAMDistiller(nn.Module):
         sam_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         prompt_view: int = 0,
         taught_views: Sequence[int] = (0,),
+        taught_rows: str = "all",
         gate: str = "none",
         gate_tolerance: float = 0.1,
         autocast_dtype: torch.dtype | None = None,
@@ -108,12 +110,15 @@ class SAMDistiller(nn.Module):
         super().__init__()
         if len(taught_views) == 0:
             raise ValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
+        if taught_rows not in ("all", "unlabeled"):
+            raise ValueError(f"`taught_rows` must be 'all' or 'unlabeled' but is {taught_rows!r}.")
         self.teacher = teacher.eval()
         self.optimizer = optimizer
         self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
         self.sam_loss = sam_loss
         self.prompt_view = prompt_view
         self.taught_views = tuple(taught_views)
+        self.taught_rows = taught_rows
         self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
         self.autocast_dtype = autocast_dtype
 
@@ -163,7 +168,11 @@ class SAMDistiller(nn.Module):
         sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
         if label is not None:
             sam_loss = self._sam_loss(labeled_logits, label)
-        kd_terms = [self.distillation_loss(view, teacher_logits) for view in taught]
+        target = teacher_logits
+        if self.taught_rows == "unlabeled":
+            rest = _other_rows(rows, len(image))
+            target, taught = target[rest], [view[rest] for view in taught]
+        kd_terms = [self.distillation_loss(view, target) if len(view) else view.sum() for view in taught]
         factor = self.gate.weight.to(teacher_logits.dtype) * weight
         return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
@@ -184,11 +193,10 @@ class SAMDistiller(nn.Module):
             turn: which flip or turn to compare with, any integer.
         """
         image = without_meta(image)
-        labeled = range(len(image))[_row_slice(labeled_rows, label, len(image))]
-        unlabeled = [row for row in range(len(image)) if row not in labeled]
-        if unlabeled:
+        unlabeled = image[_other_rows(_row_slice(labeled_rows, label, len(image)), len(image))]
+        if len(unlabeled):
             self.gate.measure_agreement(
-                lambda x: _view(unstack_views(student(x), x), self.prompt_view), self.teacher, image[unlabeled], turn
+                lambda x: _view(unstack_views(student(x), x), self.prompt_view), self.teacher, unlabeled, turn
             )
 
     def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
@@ -214,8 +222,7 @@ class SAMDistiller(nn.Module):
             labeled_logits = teacher(image[rows], prompt_logits[rows])
             logits = torch.empty_like(prompt_logits, dtype=labeled_logits.dtype)
             logits[rows] = labeled_logits.detach()
-            first_rows = labeled == range(len(labeled))
-            rest = slice(len(labeled), None) if first_rows else [r for r in range(len(image)) if r not in labeled]
+            rest = _other_rows(rows, len(image))
             if len(labeled) < len(image):
                 with torch.no_grad():
                     logits[rest] = teacher(image[rest], prompt_logits[rest])
@@ -286,6 +293,14 @@ def _view(views: Sequence[Tensor], index: int) -> Tensor:
             f"`taught_views` and `prompt_view` must be below {len(views)}, the student's views, but one is {index}."
         )
     return views[index]
+
+
+def _other_rows(rows: slice, num_rows: int) -> slice | list[int]:
+    """The rows that are not labelled; where the labelled ones come first, a slice, which copies nothing."""
+    labeled = range(num_rows)[rows]
+    if labeled == range(len(labeled)):
+        return slice(len(labeled), None)
+    return [row for row in range(num_rows) if row not in labeled]
 
 
 def _row_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:

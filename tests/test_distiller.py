@@ -77,6 +77,25 @@ def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(stud
     torch.testing.assert_close(result.teacher_logits, target)
 
 
+@pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
+def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
+    batch = toy_batches(1, num_labeled=4 if rows else 2, num_unlabeled=0 if rows else 2)[0]
+    image, logits = batch["image"], student(batch["image"]).detach().requires_grad_()
+    result = distiller_of(teacher, taught_rows="unlabeled")(image, logits, batch["label"], labeled_rows=rows)
+    result.distillation_loss.backward()
+    unlabeled = [0, 2] if rows else [2, 3]
+    assert logits.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist() == unlabeled
+    target = teacher(image, logits[:, 0].detach())
+    expected = sum(DistillationLoss()(logits[unlabeled, v], target[unlabeled]) for v in (1, 2))
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+
+
+def test_without_unlabeled_rows_nothing_is_left_to_teach(student, teacher):
+    batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
+    result = distiller_of(teacher, taught_rows="unlabeled")(batch["image"], student(batch["image"]), batch["label"])
+    assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0
+
+
 def test_no_graph_through_the_teacher_for_unlabeled_rows(student, teacher):
     seen = []
     teacher.register_forward_hook(lambda m, a, out: seen.append((len(out), out.requires_grad)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.losses import DiceLoss
 
 from knowsam_monai.losses.class_logits import class_logits
 
@@ -18,15 +19,20 @@ class DistillationLoss(nn.Module):
     logits)^2 / 2C``, and unbounded. Sigmoid networks of one channel are compared as two classes, and may learn from a
     teacher of two.
 
+    The mean over pixels is mostly background: a student that has just begun loses small structures to it. With
+    `dice_weight` the loss has a second term, ``+ dice_weight * (1 - Dice(q, p))`` at T = 1, in which each class counts
+    alike: MONAI's `DiceLoss` for soft labels over the whole batch, 0 exactly where the student agrees.
+
     Args:
         temperature: T > 0. The paper does not state it; the authors' code has 10.
+        dice_weight: of the Dice term; 0, the paper, leaves it out.
 
     Shape:
         - student_logits, teacher_logits: (B, C, *spatial)
         - output: scalar, float32 at least
 
     Raises:
-        ValueError: when ``temperature`` is not positive, or the shapes differ.
+        ValueError: when ``temperature`` is not positive, ``dice_weight`` is negative, or the shapes differ.
 
     Example::
 
@@ -35,14 +41,19 @@ class DistillationLoss(nn.Module):
         0.0
 
     Reference:
-        Huang et al., KnowSAM, arXiv:2412.13742, eq. 9 and 10; Hinton et al., arXiv:1503.02531.
+        Huang et al., KnowSAM, arXiv:2412.13742, eq. 9 and 10; Hinton et al., arXiv:1503.02531. Dice of soft labels:
+        Wang et al., "Dice Semimetric Losses", MICCAI 2023.
     """
 
-    def __init__(self, temperature: float = 10.0) -> None:
+    def __init__(self, temperature: float = 10.0, dice_weight: float = 0.0) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive but is {temperature}. The authors' code uses 10.")
+        if dice_weight < 0:
+            raise ValueError(f"`dice_weight` must be 0 or more but is {dice_weight}; 0 leaves the Dice term out.")
         self.temperature = temperature
+        self.dice_weight = dice_weight
+        self.dice_loss = DiceLoss(softmax=True, squared_pred=True, batch=True, soft_label=True)
 
     def forward(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student, teacher = class_logits(student_logits), class_logits(teacher_logits.detach())
@@ -58,4 +69,7 @@ class DistillationLoss(nn.Module):
             log_target=True,
         )
         num_pixels = student.numel() // student.shape[1]
-        return self.temperature**2 * divergence / num_pixels
+        loss = self.temperature**2 * divergence / num_pixels
+        if self.dice_weight > 0:
+            loss = loss + self.dice_weight * self.dice_loss(student, teacher.softmax(dim=1))
+        return loss

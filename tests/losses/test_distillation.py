@@ -38,6 +38,29 @@ def test_row_checked_by_hand():
     assert DistillationLoss(temperature=1.0)(student, teacher).item() == pytest.approx(expected)
 
 
+def test_dice_term_checked_by_hand():
+    teacher = torch.tensor([3.0, 1.0]).log().view(1, 2, 1, 1)  # probabilities 3/4, 1/4
+    student = torch.zeros(1, 2, 1, 1)  # 1/2, 1/2
+    # Dice of soft labels, squared: common = (q^2 + p^2 - (q - p)^2) / 2, over (q^2 + p^2) / 2; 12/13 and 4/5
+    expected = DistillationLoss(temperature=1.0)(student, teacher).item() + 0.5 * (1 - (12 / 13 + 4 / 5) / 2)
+    assert DistillationLoss(1.0, dice_weight=0.5)(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dice_term_weighs_a_small_structure_as_a_large_one():
+    teacher = torch.full((1, 3, 10, 10), -30.0)
+    teacher[:, 0] = 0.0
+    teacher[:, 1, :5], teacher[:, 0, :5] = 0.0, -30.0  # half of the image
+    teacher[:, 2, 9, 9], teacher[:, 0, 9, 9] = 0.0, -30.0  # a pixel
+    missed = [teacher.clone(), teacher.clone()]
+    missed[0][:, 1], missed[0][:, 0, :5] = -30.0, 0.0
+    missed[1][:, 2], missed[1][:, 0, 9, 9] = -30.0, 0.0
+    loss = DistillationLoss(temperature=1.0, dice_weight=1.0).dice_loss
+    large, small = (loss(student, teacher.softmax(1)).item() for student in missed)
+    # the class itself has Dice 0; background, which takes its pixels, 49 in common of 99 + 49, or 49 of 50 + 49
+    assert large == pytest.approx((1 + 1 - 2 * 49 / 148) / 3, abs=1e-3)
+    assert small == pytest.approx((1 + 1 - 2 * 49 / 99) / 3, abs=1e-3)
+
+
 def test_default_temperature_is_the_authors():
     student, teacher = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
     assert torch.equal(DistillationLoss()(student, teacher), DistillationLoss(10.0)(student, teacher))
