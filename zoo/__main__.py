@@ -18,13 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="the bundle's folder, with the weights models/model.pt")
     parser.add_argument("--output_dir", type=Path, default=Path("dist"), help="where the zip goes (default: dist)")
-    parser.add_argument(
-        "--run", type=Path, help="folder of the run that wrote the weights (default: looked for in the bundle's output)"
-    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        path = build(options.bundle, options.output_dir, options.run)
+        path = build(options.bundle, options.output_dir)
     except ValueError as error:
         logger.error("%s", error)
         return 1

@@ -18,7 +18,7 @@ MAX_BYTES = 25 * 2**20
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 
 
-def build(bundle: Path, output_dir: Path, run: Path | None = None) -> Path:
+def build(bundle: Path, output_dir: Path) -> Path:
     """
     Write ``<bundle>_v<version>.zip``: the bundle, its weights, and ``scripts/``, the code of inference and evaluation.
 
@@ -28,7 +28,6 @@ def build(bundle: Path, output_dir: Path, run: Path | None = None) -> Path:
     Args:
         bundle: the bundle's folder.
         output_dir: where the zip goes, made when missing.
-        run: the folder of the run that wrote ``models/model.pt``; default is the one in the bundle's ``output``.
 
     Returns:
         the zip.
@@ -42,7 +41,7 @@ def build(bundle: Path, output_dir: Path, run: Path | None = None) -> Path:
     """
     if not (bundle / "configs" / "metadata.json").is_file():
         raise ValueError(f"`bundle` must be a bundle's folder but {bundle} has no configs/metadata.json.")
-    training = find_training(bundle, run)
+    training = find_training(bundle)
     texts = {f"configs/{n}": _json(c) for n, c in standalone_configs(bundle / "configs", training.phantom).items()}
     scripts = copies(name for text in texts.values() for name in DOTTED_NAME.findall(text))
     texts = {path: rename(text) for path, text in texts.items()}
