@@ -36,6 +36,12 @@ PLAIN_UNET: dict[str, object] = {
     "mixing_weight": 0,
 }
 WITHOUT_SAM = {"use_sam": False}
+ADAMW = {
+    "_target_": "torch.optim.AdamW",
+    "params": "$@network.parameters()",
+    "lr": "@lr",
+    "weight_decay": "@weight_decay",
+}
 SUPERVISED = {**PLAIN_UNET, **WITHOUT_SAM, "unlabeled_batch_size": 0}
 
 
@@ -121,6 +127,33 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "T = 10, gate of tolerance 0.1": distillation(10, "validation", 0.1),
         },
     ),
+    # as the one before, with the stand-in, on a budget for slow CPUs
+    "tuning_stand_in": (
+        {
+            "labeled_patients": 3,
+            "holdout_patients": 10,
+            "sam_variant": "vit_t",
+            "image_size": 128,
+            "labeled_batch_size": 4,
+            "unlabeled_batch_size": 4,
+            "overlays": ("network_plain", "supervised"),
+            "network_def#channels": [8, 16, 32, 64, 128],
+            "lr": 0.002,
+            "optimizer": json.dumps(ADAMW),
+            "max_iterations": 400,
+            "epoch_length": 100,
+            "num_workers": 0,
+            "distillation_gate": "agreement",
+            "distillation_start": 100,
+        },
+        {
+            "without SKD": {**WITHOUT_SAM, "unlabeled_batch_size": 0},
+            "KL on all rows, as published": {},
+            "KL on unlabelled rows": {"taught_rows": "unlabeled"},
+            "KL and Dice on all rows": {"distillation_dice_weight": 1.0},
+            "KL and Dice on unlabelled rows": {"distillation_dice_weight": 1.0, "taught_rows": "unlabeled"},
+        },
+    ),
     # 8 labelled cases; a third of the resolution, a smaller patch, narrower networks, fewer iterations than published
     "left_atrium": (
         {
@@ -137,6 +170,10 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "aggregation_channels": [4, 4, 8],
             "window_overlap": 0.25,
             "lr": 0.03,
+            "distillation_gate": "agreement",
+            "distillation_dice_weight": 1.0,
+            "distillation_start": 150,
+            "taught_rows": "unlabeled",
             "max_iterations": 600,
             "epoch_length": 150,
             "num_workers": 0,
