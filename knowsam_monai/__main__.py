@@ -44,8 +44,8 @@ share these.
 """
 PREDICT = """\
 Segment scans with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry. The student is the
-bundle's models/model.pt; with --run it is that of a training's folder, seen at the size and with the classes of that
-training. Configs are code: use a bundle, and a run, that you trust.
+bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes that it was
+trained with. Configs are code: use a bundle, and a run, that you trust.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations

@@ -40,8 +40,8 @@ def predict_folder(
         bundle: the bundle's folder. Its configs are code that is run, and so is that of `run`.
         output: folder of the segmentations, made when missing.
         run: folder of a training, whose student is taken at the size and with the classes of that training; None for
-            the bundle's ``models/model.pt``.
-        ckpt_path: another student's weights.
+            the bundle's ``models``, where its last training left these.
+        ckpt_path: another student's weights, at the sizes of ``inference.json``.
         image_pattern: glob pattern of the images below `scans`.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
@@ -69,6 +69,8 @@ def predict_folder(
 
     options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
     options["image_pattern"] = image_pattern
+    if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
+        run = bundle / "models"
     if run is not None:
         options.update(_options_of_run(Path(run).expanduser(), known))
     if ckpt_path is not None:

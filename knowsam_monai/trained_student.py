@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ from typing import Any
 from knowsam_monai.checkpoint_file import copy_whole
 from knowsam_monai.whole_file import write_whole
 
-MODEL, RECORD = "model.pt", "model.json"
+logger = logging.getLogger(__name__)
+
+MODEL, RECORD, CONFIG = "model.pt", "model.json", "config.json"
 KEY_METRIC = "val_mean_dice"
 
 
 def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """
-    Copy the student that a run kept to where its bundle has it, and write ``model.json`` beside it.
+    Copy the student that a run kept, and the run's config, to where the bundle has them, ``model.json`` beside them.
 
     ``model.json`` names the run, the hash of its ``model.pt``, and what the validation measured that it was kept by.
 
     Args:
-        output_dir: the run's folder, with ``model.pt`` and ``results.csv``.
+        output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
         ckpt_dir: the bundle's ``models``.
 
     Example:
@@ -35,6 +38,7 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     record = {"run": run.name, "sha256": _hash(run / MODEL), "metrics": metrics}
     copy_whole(run / MODEL, folder / MODEL)
+    copy_whole(run / CONFIG, folder / CONFIG)
     write_whole(folder / RECORD, lambda file: file.write((json.dumps(record, indent=4) + "\n").encode()))
 
 
@@ -57,6 +61,21 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
             "copy both from where it was trained."
         )
     return record
+
+
+def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None) -> None:
+    """Say of a student that was trained on the phantom that it knows no scans of a user's."""
+    path = Path(ckpt_path)
+    if dataset_dir is None or path.name != MODEL or not (path.parent / RECORD).is_file():
+        return
+    run = read_record(path.parent)["run"]
+    if "phantom" in run:
+        logger.warning(
+            "%s is of the run %s, trained on the synthetic phantom: it can't segment scans of patients. Train on your "
+            "own data first, or name another student's weights with `ckpt_path`.",
+            path,
+            run,
+        )
 
 
 def _hash(path: Path) -> str:

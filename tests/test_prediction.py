@@ -16,6 +16,7 @@ from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.prediction import predict_folder
 from knowsam_monai.preparation import root_cause
+from knowsam_monai.trained_student import read_record
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "knowsam_acdc"
 STUDENT = {
@@ -66,6 +67,19 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
         assert set(np.unique(segmentation.dataobj)) <= {0, 1, 2}
     shown = capsys.readouterr()
     assert "Segmenting" in shown.err and "2/2" in shown.err and "writing" not in shown.out
+
+
+def test_student_of_the_repository_segments_a_phantom_that_it_has_not_seen(tmp_path):
+    if "phantom" not in read_record(BUNDLE / "models")["run"]:
+        pytest.skip("models/model.pt is of a training of one's own")
+    write_phantom(tmp_path / "scans", num_labeled=1, num_unlabeled=0, num_validation=0, num_test=0, seed=99)
+    folder = tmp_path / "scans" / "phantom001"
+    assert predict_folder(folder, BUNDLE, tmp_path / "out", image_pattern="*_E[DS].nii.gz", device="cpu") == 2
+    for path in (tmp_path / "out").rglob("*.nii.gz"):
+        truth = np.asarray(nibabel.load(folder / path.name.replace("_seg", "_gt")).dataobj)
+        found = np.asarray(nibabel.load(path).dataobj)
+        dice = [2 * ((found == c) & (truth == c)).sum() / ((found == c).sum() + (truth == c).sum()) for c in (1, 2, 3)]
+        assert min(dice) > 0.6, (path.name, dice)
 
 
 def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):

@@ -60,6 +60,7 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
         "validation_slices/2.png",
         "model.pt",
         "last_model_epoch=2.pt",
+        "models/config.json",
         "models/model.json",
         "models/model.pt",
         "results.csv",

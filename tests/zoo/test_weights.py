@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from knowsam_monai.trained_student import publish_student, read_record
+from knowsam_monai.trained_student import publish_student, read_record, warn_of_phantom
 from tests.bundles.conftest import BUNDLES
 from zoo.weights import find_training
 
@@ -26,6 +26,7 @@ def bundle(tmp_path):
 def run_of_one_weight(folder):
     folder.mkdir(parents=True)
     torch.save({"weight": torch.zeros(1)}, folder / "model.pt")
+    (folder / "config.json").write_text("{}")
     (folder / "results.csv").write_text("epoch,val_mean_dice,val_teacher_dice\n1,0.25,0.5\n2,0.75,\n3,0.5,0.5\n")
     return folder
 
@@ -53,6 +54,18 @@ def test_record_names_the_run_and_what_its_best_validation_measured(tmp_path):
     publish_student(run_of_one_weight(tmp_path / RUN), tmp_path / "models")
     assert read_record(tmp_path / "models")["run"] == RUN
     assert read_record(tmp_path / "models")["metrics"] == {"val_mean_dice": 0.75}
+
+
+@pytest.mark.parametrize(
+    "run, dataset_dir, warns", [(RUN, "scans", True), (RUN, None, False), ("acdc", "scans", False)]
+)
+def test_student_of_the_phantom_warns_who_segments_scans(tmp_path, caplog, run, dataset_dir, warns):
+    publish_student(run_of_one_weight(tmp_path / run), tmp_path / "models")
+    warn_of_phantom(tmp_path / "models" / "model.pt", dataset_dir)
+    warn_of_phantom(tmp_path / run / "model.pt", dataset_dir)  # weights without a record tell nothing
+    assert [f"is of the run {RUN}, trained on the synthetic phantom" in text for text in caplog.messages] == [
+        True
+    ] * warns
 
 
 def test_run_in_the_folder_of_the_weights_leaves_its_record_there(tmp_path):
