@@ -49,8 +49,8 @@ COLUMNS: dict[str, dict[str, object]] = {
 }
 
 
-def columns_of(host: str) -> list[str]:
-    return [column for column in COLUMNS if host in UNGATED or "no gate" not in column]
+def columns_of(host: str, gated_only: bool = False) -> list[str]:
+    return [column for column in COLUMNS if "no gate" not in column or (host in UNGATED and not gated_only)]
 
 
 def register(options: argparse.Namespace) -> str:
@@ -159,23 +159,25 @@ def main() -> None:
     parser.add_argument("--adamw", type=float, metavar="LR", help="AdamW of this learning rate instead of SGD")
     parser.add_argument("--sam_lr", type=float, default=1e-3, help="of the teacher's adapters and prompts")
     parser.add_argument("--bf16", action="store_true", help="CPU autocast; slow on a CPU without bf16 instructions")
+    parser.add_argument("--gated_only", action="store_true", help="leave out the columns without a gate")
     parser.add_argument("--time", action="store_true", help="measure every row's seconds an iteration, train nothing")
     options = parser.parse_args()
     table = register(options)
+    columns = {host: columns_of(host, options.gated_only) for host in options.hosts}
     if options.time:
-        return print_times(table, [host + c for host in options.hosts for c in columns_of(host)], options.seeds[0])
+        return print_times(table, [host + c for host in columns for c in columns[host]], options.seeds[0])
 
     # seeds outermost: a grid that is broken off has every host of the seeds it reached
     for seed in options.seeds:
-        for host in options.hosts:
-            for column in columns_of(host):
+        for host in columns:
+            for column in columns[host]:
                 train(table, host + column, seed)
                 distances(table, host + column, seed)
     print("| row | last | gain | last, each seed | best | HD95 | ASD | teacher, last | minutes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for host in options.hosts:
+    for host in columns:
         without: list[dict[str, float]] | None = None
-        for column in columns_of(host):
+        for column in columns[host]:
             row = host + column
             results = [{**train(table, row, seed), **distances(table, row, seed)} for seed in options.seeds]
             print(line_of(row, results, without), flush=True)
