@@ -20,8 +20,8 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     Args:
         teacher_optimizer: steps after each step of the other one.
         optimizer: the student's.
-        scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step. After
-            a step that it skips, ``optimizer.zero_grad()`` clears the teacher too; ``student.zero_grad()`` would not.
+        scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
+            After a step that it skips, ``optimizer.zero_grad()`` clears the teacher too, ``student.zero_grad()`` not.
 
     Example::
 
