@@ -205,6 +205,7 @@ def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
 def train(table: str, row: str, seed: int) -> dict[str, float]:
     """Dice and minutes of a row; trains it unless it has finished before."""
     command, folder = command_of(table, row, seed)
+    settings = {key: str(value) for key, value in {**TABLES[table][0], **TABLES[table][1][row]}.items()}
     finished = folder / "finished.json"
     if not finished.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,10 +216,10 @@ def train(table: str, row: str, seed: int) -> dict[str, float]:
             ).returncode
         if status != 0:
             raise SystemExit(f"`{row}` of seed {seed} must end well but ended with {status}; see {folder / 'log.txt'}.")
-        facts = {"minutes": (time.perf_counter() - start) / 60, "command": command}
+        facts = {"minutes": (time.perf_counter() - start) / 60, "settings": settings}
         finished.write_text(json.dumps(facts))
     facts = json.loads(finished.read_text())
-    if facts["command"] != command:
+    if facts["settings"] != settings:
         raise SystemExit(f"`{row}` of seed {seed} was trained with other settings; to train it anew, delete {folder}.")
     with open(folder / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
