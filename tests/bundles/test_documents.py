@@ -244,7 +244,14 @@ def test_readme_has_the_sections_of_the_zoo_s_template_and_commands_of_files_tha
     headings = re.findall(r"^#+ \**([^*\n]+?)\**$", text, re.MULTILINE)
     for title in ("Authors", "Tags", "Model Description", "Data", "Preprocessing", "Training Configuration", "Input"):
         assert title in headings
-    for title in ("Output", "Performance", "System Configuration", "MONAI Bundle Commands", "Limitations", "Citation Info"):
+    for title in (
+        "Output",
+        "Performance",
+        "System Configuration",
+        "MONAI Bundle Commands",
+        "Limitations",
+        "Citation Info",
+    ):
         assert title in headings
     assert {"References", "License"} <= set(headings)
     named = set(re.findall(r"configs/[a-z_]+\.(?:json|conf)", text))

@@ -21,6 +21,8 @@ QUICK = {
     "epoch_length": 3,
     "network_def": None,
     "distillation_gate": "none",
+    "distillation_dice_weight": 1.0,
+    "taught_rows": "unlabeled",
     "pretraining_iterations": 1,
     "consistency_start": 0,
 }
