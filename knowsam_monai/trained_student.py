@@ -68,8 +68,8 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
         same = False
     if not same:
         raise ValueError(
-            f"{folder / MODEL} must have beside it the {RECORD} and {CONFIG} of the run that trained it, but has none or "
-            "another's; copy all three from where it was trained."
+            f"{folder / MODEL} must have beside it the {RECORD} and {CONFIG} of the run that trained it, but has none "
+            "or another's; copy all three from where it was trained."
         )
     return record
 
