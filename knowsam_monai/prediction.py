@@ -12,14 +12,11 @@ import torch
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from knowsam_monai.run_record import CONFIG
+from knowsam_monai.trained_student import CONFIG, MODEL, student_options
 
 __all__ = ["predict_folder"]
 
 logger = logging.getLogger(__name__)
-
-# what a run's config has under the same name as inference.json, but of its own
-NOT_OF_THE_STUDENT = {"imports", "bundle_root", "dataset_dir", "output_dir", "device", "initialize", "run", "finalize"}
 
 
 def predict_folder(
@@ -118,18 +115,8 @@ def _quieten() -> None:
 
 
 def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What inference must share with the training of a student: its weights, network, classes and sizes."""
-    for name in ("model.pt", CONFIG):
+    """The weights of a run, and what inference must share with their training."""
+    for name in (MODEL, CONFIG):
         if not (run / name).is_file():
             raise FileNotFoundError(f"`run` must be the `output_dir` of a training but {run} has no {name}.")
-    parser = ConfigParser()
-    parser.read_config(str(run / CONFIG))
-    options: dict[str, Any] = {"ckpt_path": str(run / "model.pt")}
-    for key in known:
-        if key not in parser or key in NOT_OF_THE_STUDENT:
-            continue
-        if key == "network_def":
-            options[key] = parser[key]
-        elif not isinstance(parser[key], dict) and not str(parser[key]).startswith("$@network"):
-            options[key] = parser.get_parsed_content(key)
-    return options
+    return {**student_options(run / CONFIG, known), "ckpt_path": str(run / MODEL)}

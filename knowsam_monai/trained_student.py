@@ -7,23 +7,34 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
 from knowsam_monai.checkpoint_file import copy_whole
+from knowsam_monai.data.phantom import is_phantom
 from knowsam_monai.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
 MODEL, RECORD, CONFIG = "model.pt", "model.json", "config.json"
 KEY_METRIC = "val_mean_dice"
+PHANTOM = "synthetic phantom"
+# what training and inference have under the same name, each its own
+NOT_OF_THE_STUDENT = {
+    *("imports", "bundle_root", "dataset_dir", "output_dir", "device", "initialize", "run", "finalize"),
+    "window_overlap",  # the published one is too slow for the validations of a training
+}
 
 
 def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """
     Copy the student that a run kept, and the run's config, to where the bundle has them, ``model.json`` beside them.
 
-    ``model.json`` names the run, the hash of its ``model.pt``, and what the validation measured that it was kept by.
+    ``model.json`` names the run, what it was trained on (the phantom, or a data set by the last part of its path), the
+    hashes of both files, and what the validation measured that the student was kept by.
 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
@@ -36,7 +47,7 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
     with open(run / "results.csv", newline="", encoding="utf-8") as file:
         best = max(csv.DictReader(file), key=lambda row: float(row[KEY_METRIC]))
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
-    record = {"run": run.name, "sha256": _hash(run / MODEL), "metrics": metrics}
+    record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
     copy_whole(run / MODEL, folder / MODEL)
     copy_whole(run / CONFIG, folder / CONFIG)
     write_whole(folder / RECORD, lambda file: file.write((json.dumps(record, indent=4) + "\n").encode()))
@@ -47,36 +58,75 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     What :func:`publish_student` wrote.
 
     Raises:
-        ValueError: when there is no record, or it is of another ``model.pt`` than the one beside it.
+        ValueError: when there is no record, or it is of another student or config than those beside it.
     """
     folder = Path(ckpt_dir)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        same = record["sha256"] == _hash(folder / MODEL)
+        same = record["sha256"] == _hashes(folder) and {"run", "trained_on", "metrics"} <= set(record)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
         raise ValueError(
-            f"{folder / MODEL} must have beside it the {RECORD} of the run that trained it, but has none or another's; "
-            "copy both from where it was trained."
+            f"{folder / MODEL} must have beside it the {RECORD} and {CONFIG} of the run that trained it, but has none "
+            "or another's; copy all three from where it was trained."
         )
     return record
 
 
 def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None) -> None:
-    """Say of a student that was trained on the phantom that it knows no scans of a user's."""
+    """Say of a student that was trained on the phantom that it knows no scans of a user's; else say nothing."""
     path = Path(ckpt_path)
-    if dataset_dir is None or path.name != MODEL or not (path.parent / RECORD).is_file():
+    if dataset_dir is None or path.name != MODEL:
         return
-    run = read_record(path.parent)["run"]
-    if "phantom" in run:
+    try:
+        record = read_record(path.parent)
+    except ValueError:  # whose weights these are is not known
+        return
+    if record["trained_on"] == PHANTOM:
         logger.warning(
-            "%s is of the run %s, trained on the synthetic phantom: it can't segment scans of patients. Train on your "
-            "own data first, or name another student's weights with `ckpt_path`.",
+            "%s is of the run %s, trained on the %s: it can't segment scans of patients. Train on your own data first, "
+            "or name another student's weights with `ckpt_path`.",
             path,
-            run,
+            record["run"],
+            PHANTOM,
         )
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:
+    """
+    What inference must share with the training of a student: its network, classes and sizes.
+
+    Args:
+        config: ``config.json`` of the run, code that is run.
+        known: keys of the config that is to share them.
+
+    Returns:
+        The values by key, where a run has such a key; ``network_def`` as it is written, all else evaluated.
+
+    Example:
+        >>> student_options("bundles/knowsam_acdc/models/config.json", ["image_size", "device"])     # doctest: +SKIP
+        {'image_size': 64}
+    """
+    parser = ConfigParser(ConfigParser.load_config_file(str(config)))
+    options = {}
+    for key in known:
+        if key not in parser or key in NOT_OF_THE_STUDENT:
+            continue
+        if key == "network_def":
+            options[key] = parser[key]
+        elif not isinstance(parser[key], dict) and not str(parser[key]).startswith("$@network"):
+            options[key] = parser.get_parsed_content(key)
+    return options
+
+
+def _trained_on(config: Path) -> str:
+    parser = ConfigParser(ConfigParser.load_config_file(str(config)))
+    dataset_dir = parser.get_parsed_content("dataset_dir")
+    if dataset_dir is None or is_phantom(Path(dataset_dir).expanduser()):
+        return PHANTOM
+    return Path(dataset_dir).expanduser().resolve().name
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (MODEL, CONFIG)}

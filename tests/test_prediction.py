@@ -16,7 +16,7 @@ from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.prediction import predict_folder
 from knowsam_monai.preparation import root_cause
-from knowsam_monai.trained_student import read_record
+from knowsam_monai.trained_student import PHANTOM, read_record
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "knowsam_acdc"
 STUDENT = {
@@ -70,7 +70,7 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
 
 
 def test_student_of_the_repository_segments_a_phantom_that_it_has_not_seen(tmp_path):
-    if "phantom" not in read_record(BUNDLE / "models")["run"]:
+    if read_record(BUNDLE / "models")["trained_on"] != PHANTOM:
         pytest.skip("models/model.pt is of a training of one's own")
     write_phantom(tmp_path / "scans", num_labeled=1, num_unlabeled=0, num_validation=0, num_test=0, seed=99)
     folder = tmp_path / "scans" / "phantom001"

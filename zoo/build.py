@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
 from pathlib import Path
 
+import yaml
+
 from zoo.configs import standalone_configs
 from zoo.scripts import DOTTED_NAME, copies, rename
 from zoo.weights import Training, find_training
 
+LARGE_FILES = "large_files.yml"
 # what MONAI and the Zoo look for in a bundle, beside what is made here
-TAKEN = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*")
+TAKEN = ("LICENSE", LARGE_FILES, "configs/*.json", "configs/logging.conf", "docs/*")
 # the Zoo's limit of a file; larger ones are hosted elsewhere and listed in large_files.yml
 MAX_BYTES = 25 * 2**20
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
@@ -21,6 +25,8 @@ TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 def build(bundle: Path, output_dir: Path) -> Path:
     """
     Write ``<bundle>_v<version>.zip``: the bundle, its weights, and ``scripts/``, the code of inference and evaluation.
+
+    Weights that ``large_files.yml`` lists are hosted elsewhere and left out.
 
     Inference and evaluation of the zip need MONAI and the packages of its metadata, but not this one; training does.
     The same bundle makes the same bytes.
@@ -33,7 +39,8 @@ def build(bundle: Path, output_dir: Path) -> Path:
         the zip.
 
     Raises:
-        ValueError: if the bundle has no metadata or no weights of a known run, or a file is too large for the Zoo.
+        ValueError: if the bundle has no metadata or no weights of a known run, or a file is too large for the Zoo, or
+            is another than the one that ``large_files.yml`` lists.
 
     Example:
         >>> build(Path("bundles/knowsam_acdc"), Path("dist"))     # doctest: +SKIP
@@ -42,7 +49,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
     if not (bundle / "configs" / "metadata.json").is_file():
         raise ValueError(f"`bundle` must be a bundle's folder but {bundle} has no configs/metadata.json.")
     training = find_training(bundle)
-    texts = {f"configs/{n}": _json(c) for n, c in standalone_configs(bundle / "configs", training.phantom).items()}
+    texts = {f"configs/{n}": _json(c) for n, c in standalone_configs(bundle / "configs", training.student).items()}
     scripts = copies(name for text in texts.values() for name in DOTTED_NAME.findall(text))
     texts = {path: rename(text) for path, text in texts.items()}
     texts |= {f"scripts/{path}": text for path, text in scripts.items()}
@@ -50,8 +57,26 @@ def build(bundle: Path, output_dir: Path) -> Path:
     files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in TAKEN for path in bundle.glob(name)}
     files["models/model.pt"] = (bundle / "models" / "model.pt").read_bytes()
     files |= {path: text.encode() for path, text in texts.items()}
+    _leave_out_hosted(files)
     version = json.loads(files["configs/metadata.json"])["version"]
     return write(output_dir / f"{bundle.name}_v{version}.zip", bundle.name, files)
+
+
+def _leave_out_hosted(files: dict[str, bytes]) -> None:
+    """Take out what ``large_files.yml`` says is hosted elsewhere, if what is hosted is the same."""
+    if LARGE_FILES not in files:
+        return
+    for hosted in yaml.safe_load(files[LARGE_FILES])["large_files"]:
+        content = files.pop(hosted["path"], None)
+        if content is None:
+            continue
+        kind = hosted.get("hash_type", "sha256")
+        actual = hashlib.new(kind, content).hexdigest()
+        if actual != hosted.get("hash_val"):
+            raise ValueError(
+                f"`hash_val` of {hosted['path']} in {LARGE_FILES} must be the file's {kind}, {actual}, but is "
+                f"{hosted.get('hash_val')}; host this file and write its hash there."
+            )
 
 
 def _metadata(bundle: Path, training: Training) -> str:
@@ -81,7 +106,7 @@ def write(path: Path, folder: str, files: dict[str, bytes]) -> Path:
         if len(content) > MAX_BYTES:
             raise ValueError(
                 f"`bundle` must have no file over {MAX_BYTES >> 20} MB but {name} has {len(content) >> 20} MB; host it "
-                "elsewhere and list it in large_files.yml."
+                f"elsewhere and list it in {LARGE_FILES}."
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:

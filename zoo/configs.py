@@ -11,34 +11,32 @@ from monai.bundle import ConfigParser, ReferenceResolver
 
 from zoo.scripts import PACKAGE
 
-# the configs' choice between the published recipe and the phantom
-CHOICE = " if @dataset_dir else "
 
-
-def standalone_configs(configs: Path, phantom: bool) -> dict[str, dict[str, Any]]:
+def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     What of a bundle's configs runs on the copied code; the names in it are still the package's.
 
-    ``train.json`` and the overlays of methods stay as they are: who trains has the package.
+    ``train.json`` and all overlays stay as they are: who trains has the package.
 
     Args:
         configs: the bundle's folder of configs.
-        phantom: whether the weights are the phantom's, else of a data set: sizes that depend on it are written out.
+        student: network, classes and sizes that the weights were trained with, which both then have.
 
     Returns:
-        contents by file name: evaluation, inference, and the overlays of networks, which both take.
+        contents by file name: evaluation and inference.
     """
     inference = ConfigParser.load_config_file(configs / "inference.json")
+    sizes = {key: value for key, value in student.items() if key in inference}
     return {
-        "evaluate.json": _evaluation(configs, phantom),
-        "inference.json": _initialized_in_run({**inference, **_sizes(inference, phantom)}),
-        **{path.name: ConfigParser.load_config_file(path) for path in sorted(configs.glob("network_*.json"))},
+        "evaluate.json": _evaluation(configs, student),
+        "inference.json": _initialized_in_run({**inference, **sizes}),
     }
 
 
-def _evaluation(configs: Path, phantom: bool) -> dict[str, Any]:
+def _evaluation(configs: Path, student: dict[str, Any]) -> dict[str, Any]:
     """Evaluation over an unchanged ``train.json``: it brings itself whatever it needs of the package."""
     merged = ConfigParser.load_config_files([str(configs / name) for name in ("train.json", "evaluate.json")])
+    merged |= student
     own = ConfigParser.load_config_file(configs / "evaluate.json")
     own = {key: value for key, value in own.items() if not key.startswith("+")}
     needed = _needed(ConfigParser(merged), ["initialize", "run"])
@@ -47,7 +45,7 @@ def _evaluation(configs: Path, phantom: bool) -> dict[str, Any]:
     brought = {k: v for k, v in of_package.items() if not any(k.startswith(f"{part}#") for part in parts)}
     used = set(re.findall(r"\w+", json.dumps([needed, own])))
     imports = [one for one in dict.fromkeys(merged["imports"]) if one.split()[-1] in used]
-    sizes = _sizes({key: value for key, value in needed.items() if key in merged}, phantom)
+    sizes = {key: value for key, value in student.items() if key in needed}
     return _initialized_in_run({"imports": imports, **brought, **own, **sizes})
 
 
@@ -67,13 +65,6 @@ def _references(value: Any) -> set[str]:
         return {name.replace(ReferenceResolver.sep, "#") for name in ReferenceResolver.match_refs_pattern(value)}
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return {reference for one in values for reference in _references(one)}
-
-
-def _sizes(config: dict[str, Any], phantom: bool) -> dict[str, Any]:
-    """What the choices between data set and phantom come to."""
-    choices = {key: value for key, value in config.items() if isinstance(value, str) and CHOICE in value}
-    parser = ConfigParser({**choices, "dataset_dir": None if phantom else "a data set"})
-    return {key: parser.get_parsed_content(key) for key in choices}
 
 
 def _initialized_in_run(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,26 +1,37 @@
-"""The weights of the zip: of which run they are, and what that run measured."""
+"""The weights of the zip: of which run they are, what that run measured, and at which sizes it trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from monai.bundle import ConfigParser
 
 from knowsam_monai.handlers.student_loader import StudentLoader
-from knowsam_monai.trained_student import KEY_METRIC, MODEL, read_record
+from knowsam_monai.trained_student import CONFIG, KEY_METRIC, MODEL, PHANTOM, read_record, student_options
 
 
 class Training(NamedTuple):
-    """The run that wrote the weights: its `name`, whether it was on the `phantom`, its best validation's `metrics`."""
+    """
+    The run that wrote the weights.
+
+    Args:
+        name: its folder's.
+        trained_on: the phantom, or a data set by name.
+        metrics: of its best validation.
+        student: network, classes and sizes of the student, by key of the bundle's configs.
+    """
 
     name: str
-    phantom: bool
+    trained_on: str
     metrics: dict[str, float]
+    student: dict[str, Any]
 
     @property
     def sentence(self) -> str:
-        data = "the synthetic phantom, no patient: they are for trying the bundle out" if self.phantom else "its data"
+        data = self.trained_on
+        if data == PHANTOM:
+            data = f"the {PHANTOM}, no patient: they are for trying the bundle out"
         dice = f"; mean validation Dice {self.metrics[KEY_METRIC]:.3f}" if KEY_METRIC in self.metrics else ""
         return f"The weights in models/model.pt are of the run {self.name}, trained on {data}{dice}."
 
@@ -42,14 +53,9 @@ def find_training(bundle: Path) -> Training:
             f"`make train BUNDLE={bundle}`."
         )
     record = read_record(weights.parent)
-    training = Training(record["run"], "phantom" in record["run"], record["metrics"])
-    _check(weights, bundle / "configs" / "inference.json", training.phantom)
-    return training
-
-
-def _check(weights: Path, config: Path, phantom: bool) -> None:
-    """Refuse weights that are not of the student that inference builds."""
-    parser = ConfigParser(ConfigParser.load_config_file(config))
-    parser["dataset_dir"] = None if phantom else "a data set"
-    num_classes = parser.get_parsed_content("num_classes")
-    StudentLoader(weights, parser.get_parsed_content("network_def"), num_classes).check()
+    inference = ConfigParser.load_config_file(bundle / "configs" / "inference.json")
+    student = student_options(weights.parent / CONFIG, [*inference, "class_names"])
+    parser = ConfigParser({**inference, **student})
+    network, num_classes = parser.get_parsed_content("network_def"), parser.get_parsed_content("num_classes")
+    StudentLoader(weights, network, num_classes).check()
+    return Training(record["run"], record["trained_on"], record["metrics"], student)

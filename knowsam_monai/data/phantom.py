@@ -80,7 +80,7 @@ def write_phantom(
     folder = Path(folder).expanduser()
     if _is_whole(folder, made_from):
         return folder / LIST_NAME
-    if folder.exists() and not _is_phantom(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not is_phantom(folder / LIST_NAME) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"`folder` must be empty or hold an earlier phantom but {folder} holds something else. Name another folder."
         )
@@ -120,6 +120,20 @@ def phantom_datalist(list_path: str | Path) -> dict[str, list[dict]]:
     return {name: datalist[name] for name in datalist["phantom"]["patients"]}
 
 
+def is_phantom(list_path: str | Path) -> bool:
+    """Whether `write_phantom` wrote a data list.
+
+    Example:
+        >>> is_phantom("/data/ACDC")
+        False
+    """
+    try:
+        datalist = json.loads(Path(list_path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(datalist, dict) and "phantom" in datalist
+
+
 def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
     draw = {"short_axis": draw_patient, "left_atrium": draw_left_atrium}[made_from["anatomy"]]
     datalist: dict = {"name": f"synthetic {made_from['anatomy'].replace('_', ' ')} MR phantom", "phantom": made_from}
@@ -145,7 +159,7 @@ def _put_in_place(temporary: Path, folder: Path, made_from: dict) -> None:
     """Rename, unless another process was faster: what it put there is in use."""
     if _is_whole(folder, made_from):
         return
-    if _is_phantom(folder):
+    if is_phantom(folder / LIST_NAME):
         shutil.rmtree(folder)
     try:
         os.replace(temporary, folder)
@@ -164,15 +178,8 @@ def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     nibabel.save(image, path)
 
 
-def _is_phantom(folder: Path) -> bool:
-    try:
-        return "phantom" in json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
 def _is_whole(folder: Path, made_from: dict) -> bool:
-    if not _is_phantom(folder):
+    if not is_phantom(folder / LIST_NAME):
         return False
     if json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["phantom"] != made_from:
         return False

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import zipfile
 
 import pytest
 import torch
 
+from knowsam_monai.trained_student import read_record
+from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
 from zoo.__main__ import main
-from zoo.build import write
+from zoo.build import build, write
 
 from .conftest import RUN
 
@@ -67,7 +70,7 @@ def test_copied_code_imports_neither_the_package_nor_sam(hosted):
 
 
 def test_training_s_configs_are_the_repository_s(hosted):
-    of_copied_code = {"evaluate.json", "inference.json", "metadata.json", "network_plain.json", "network_pair.json"}
+    of_copied_code = {"evaluate.json", "inference.json", "metadata.json"}
     for path in (hosted.bundle / "configs").iterdir():
         if path.name not in of_copied_code:
             assert (hosted.root / "configs" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -107,3 +110,34 @@ def test_file_over_the_zoo_s_limit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no file over 25 MB but models/model.pt has 26 MB; host .* large_files.yml"):
         write(tmp_path / "bundle_v1.zip", "bundle", {"models/model.pt": bytes(26 * 2**20)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """`listed(hash_val)`: the bundle of the repository and its weights, which its large_files.yml lists."""
+    bundle = tmp_path / "knowsam_acdc"
+    shutil.copytree(BUNDLES / "knowsam_acdc", bundle, ignore=shutil.ignore_patterns("data", "output", "eval"))
+
+    def build_with(hash_val):
+        with open(bundle / "large_files.yml", "a", encoding="utf-8") as file:
+            file.write(
+                f'- path: "models/model.pt"\n  url: "https://example.org/model.pt"\n  hash_val: "{hash_val}"\n'
+                '  hash_type: "sha256"\n'
+            )
+        return build(bundle, tmp_path / "dist")
+
+    return build_with
+
+
+def test_weights_that_are_hosted_elsewhere_are_left_out(listed):
+    hash_val = read_record(BUNDLES / "knowsam_acdc" / "models")["sha256"]["model.pt"]
+    with zipfile.ZipFile(listed(hash_val)) as archive:
+        names = archive.namelist()
+    assert "knowsam_acdc/large_files.yml" in names and not [name for name in names if "/models/" in name]
+
+
+def test_weights_other_than_those_hosted_elsewhere_are_refused(listed):
+    with pytest.raises(
+        ValueError, match="`hash_val` of models/model.pt in large_files.yml must be the file's sha256, "
+    ):
+        listed("0" * 64)

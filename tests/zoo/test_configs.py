@@ -7,55 +7,79 @@ import json
 import pytest
 from monai.bundle import ConfigParser
 
-from tests.bundles.conftest import BUNDLES
+from knowsam_monai.trained_student import student_options
+from tests.bundles.conftest import BUNDLES, CONFIGS_3D
 from zoo.configs import standalone_configs
 
-SIZES = {
-    "knowsam_acdc": {"image_size": (64, 256)},
+# other than any default of the configs, as a run has them
+STUDENTS = {
+    "knowsam_acdc": {"image_size": "$64 * 2", "class_names": ["a", "b"]},
+    "knowsam_la": {"image_size": [64, 64, 32], "spacing": [1.0] * 3, "crop_size": 120, "channels": [4, 8, 8, 8, 8]},
+}
+EXPECTED = {
+    "knowsam_acdc": {"in_channels": 1, "num_classes": 3, "image_size": 128},
     "knowsam_la": {
-        "image_size": ([32, 32, 32], [112, 112, 80]),
-        "spacing": ([2.0] * 3, [0.625] * 3),
-        "channels": ([8, 16, 32, 64, 128], [16, 32, 64, 128, 256]),
-        "aggregation_channels": ([4, 4, 8], [16, 16, 32]),
-        "window_overlap": (0.5, [0.839, 0.839, 0.9499]),
+        **{"in_channels": 1, "num_classes": 2, "image_size": [64, 64, 32], "spacing": [1.0] * 3, "crop_size": 120},
+        **{"channels": [4, 8, 8, 8, 8], "aggregation_channels": [4, 4, 8]},
     },
 }
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture
+def student(bundle, tmp_path):
+    """What a run of a bundle says of its student."""
+    train = ConfigParser.load_config_file(BUNDLES / bundle / "configs" / "train.json")
+    (tmp_path / "config.json").write_text(json.dumps({**train, **STUDENTS[bundle], "device": "cpu"}))
+    inference = ConfigParser.load_config_file(BUNDLES / bundle / "configs" / "inference.json")
+    return student_options(tmp_path / "config.json", [*inference, "class_names"])
+
+
+@pytest.fixture(params=STUDENTS)
 def bundle(request):
     return request.param
 
 
-@pytest.mark.parametrize("phantom", [True, False])
 @pytest.mark.parametrize("name", ["evaluate.json", "inference.json"])
-def test_sizes_are_those_of_the_weights_whatever_the_data(bundle, name, phantom):
-    config = standalone_configs(BUNDLES / bundle / "configs", phantom)[name]
-    expected = {key: value[not phantom] for key, value in SIZES[bundle].items()}
-    assert {key: config[key] for key in expected} == expected
-    assert "if @dataset_dir else" not in json.dumps(config)
-
-
-def test_evaluation_leaves_nothing_of_the_package_to_training_s_config(bundle):
+def test_sizes_are_those_of_the_run_that_trained_the_weights(bundle, student, name):
     configs = BUNDLES / bundle / "configs"
-    evaluation = standalone_configs(configs, phantom=True)["evaluate.json"]
+    config = standalone_configs(configs, student)[name]
+    assert {key: config[key] for key in EXPECTED[bundle]} == EXPECTED[bundle]
+    assert config["network_def"] == ConfigParser.load_config_file(configs / "train.json")["network_def"]
+    assert name == "inference.json" or config["class_names"] == student["class_names"]
+
+
+def test_windows_overlap_as_published_and_not_as_in_the_validations_of_a_training(bundle, student):
+    inference = json.loads((BUNDLES / bundle / "configs" / "inference.json").read_text())
+    for config in standalone_configs(BUNDLES / bundle / "configs", student).values():
+        assert config.get("window_overlap") == inference.get("window_overlap") != 0.5
+
+
+def test_another_network_of_the_run_is_the_zip_s_without_an_overlay():
+    student = {"network_def": {"_target_": "VNet", "spatial_dims": 3}, "in_channels": 1, "channels": [8, 8]}
+    configs = standalone_configs(CONFIGS_3D, student)
+    assert [config["network_def"] for config in configs.values()] == [student["network_def"]] * 2
+    assert "channels" not in configs["evaluate.json"]  # of the other network
+
+
+def test_evaluation_leaves_nothing_of_the_package_to_training_s_config(bundle, student):
+    configs = BUNDLES / bundle / "configs"
+    evaluation = standalone_configs(configs, student)["evaluate.json"]
     own = ConfigParser.load_config_file(configs / "evaluate.json")
     assert set(evaluation) >= {"datalist", "network_def", "validate#preprocessing", "imports", "initialize", "run"}
     assert {key: value for key, value in evaluation.items() if key in own} == {
         **{key: value for key, value in own.items() if not key.startswith("+")},
-        **{key: evaluation[key] for key in ("initialize", "run", *SIZES[bundle]) if key in own},
+        **{key: evaluation[key] for key in ("initialize", "run", *student) if key in own},
     }
     assert [one for one in evaluation["imports"] if "knowsam" in one] == [
         "$import knowsam_monai.preparation as preparation"
     ]
 
 
-def test_what_initialize_did_run_does_first_because_the_copy_is_found_only_then(bundle):
+def test_what_initialize_did_run_does_first_because_the_copy_is_found_only_then(bundle, student):
     own = ConfigParser.load_config_file(BUNDLES / bundle / "configs" / "inference.json")
-    config = standalone_configs(BUNDLES / bundle / "configs", phantom=True)["inference.json"]
+    config = standalone_configs(BUNDLES / bundle / "configs", student)["inference.json"]
     assert config["initialize"] == [] and config["run"] == own["initialize"] + own["run"]
 
 
-def test_overlays_of_networks_come_along_and_those_of_methods_do_not(bundle):
-    names = set(standalone_configs(BUNDLES / bundle / "configs", phantom=True))
-    assert names == {"evaluate.json", "inference.json", "network_plain.json", "network_pair.json"}
+def test_overlays_stay_the_package_s_which_training_needs_before_it_finds_the_copy(bundle, student):
+    assert set(standalone_configs(BUNDLES / bundle / "configs", student)) == {"evaluate.json", "inference.json"}

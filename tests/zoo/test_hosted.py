@@ -15,6 +15,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from tests.bundles.conftest import TINY_3D, Training
+from zoo.weights import find_training
 
 from .conftest import BRIEF, BRIEF_OF
 
@@ -74,7 +75,7 @@ def test_inference_of_the_zip_needs_monai_alone_and_labels_as_the_package_does(h
         logging_file=False,
         workflow_type="infer",
         **{**options, "output_dir": str(tmp_path / "package"), "bundle_root": str(hosted.bundle)},
-        **phantom_sizes(hosted),
+        **find_training(hosted.bundle).student,
     )
     workflow.initialize()
     workflow.run()
@@ -89,14 +90,6 @@ def test_inference_of_the_zip_needs_monai_alone_and_labels_as_the_package_does(h
         assert ours.shape == scan.shape and np.array_equal(ours.affine, scan.affine)
         np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(package.dataobj))
         assert len(np.unique(ours.dataobj)) > 1
-
-
-def phantom_sizes(hosted):
-    """What the zip's configs have written out, for the repository's, where a folder is a data set."""
-    if hosted.name == "knowsam_acdc":
-        return {"image_size": 64}
-    sizes = {"image_size": [32, 32, 32], "spacing": [2.0, 2.0, 2.0], "window_overlap": 0.5}
-    return {**sizes, "channels": [8, 16, 32, 64, 128], "aggregation_channels": [4, 4, 8]}
 
 
 def test_evaluation_of_the_zip_needs_monai_alone(hosted, elsewhere, tmp_path):
