@@ -205,6 +205,7 @@ def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
 def train(table: str, row: str, seed: int) -> dict[str, float]:
     """Dice and minutes of a row; trains it unless it has finished before."""
     command, folder = command_of(table, row, seed)
+    settings = {key: str(value) for key, value in {**TABLES[table][0], **TABLES[table][1][row]}.items()}
     finished = folder / "finished.json"
     if not finished.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,12 +216,16 @@ def train(table: str, row: str, seed: int) -> dict[str, float]:
             ).returncode
         if status != 0:
             raise SystemExit(f"`{row}` of seed {seed} must end well but ended with {status}; see {folder / 'log.txt'}.")
-        finished.write_text(json.dumps({"minutes": (time.perf_counter() - start) / 60}))
+        facts = {"minutes": (time.perf_counter() - start) / 60, "settings": settings}
+        finished.write_text(json.dumps(facts))
+    facts = json.loads(finished.read_text())
+    if facts["settings"] != settings:
+        raise SystemExit(f"`{row}` of seed {seed} was trained with other settings; to train it anew, delete {folder}.")
     with open(folder / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     dice = [float(one["val_mean_dice"]) for one in rows]
     teacher = rows[-1].get("val_teacher_dice")
-    result = {"last": dice[-1], "best": max(dice), "minutes": json.loads(finished.read_text())["minutes"]}
+    result = {"last": dice[-1], "best": max(dice), "minutes": facts["minutes"]}
     return {**result, "teacher": float(teacher)} if teacher else result
 
 

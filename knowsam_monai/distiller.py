@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,6 +20,8 @@ from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.views import unstack_views
+
+logger = logging.getLogger(__name__)
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,7 +75,8 @@ class SAMDistiller(nn.Module):
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
             A plain network's logits are both, whatever these say.
-        taught_rows: "all" (the paper), or "unlabeled": rows with labels have the truth to learn from.
+        taught_rows: "all" (the paper), or "unlabeled": rows with labels have the truth to learn from. Where the SAM
+            loss has an `ignore_index`, any row may have pixels without a label, and all are taught.
         gate: "none" (the paper: g = 1), "validation" or "agreement", see :class:`knowsam_monai.gate.TeacherGate`.
         gate_tolerance: how much worse (Dice, 0..1) than its student a teacher may be before g is 0.
         autocast_dtype: run the teacher under autocast of this type, on CPU too. None leaves the caller's autocast.
@@ -121,6 +125,7 @@ class SAMDistiller(nn.Module):
         self.taught_rows = taught_rows
         self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
         self.autocast_dtype = autocast_dtype
+        self._warned: set[str] = set()
 
     def train(self, mode: bool = True) -> SAMDistiller:
         """Set the mode of everything but the teacher, which makes targets and so stays in eval mode."""
@@ -156,7 +161,7 @@ class SAMDistiller(nn.Module):
         if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, getattr(self.sam_loss, "ignore_index", None))
+            check_label(prompt_logits[rows], label, self._ignore_index)
 
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:
@@ -169,11 +174,15 @@ class SAMDistiller(nn.Module):
         if label is not None:
             sam_loss = self._sam_loss(labeled_logits, label)
         target = teacher_logits
-        if self.taught_rows == "unlabeled":
+        if self.taught_rows == "unlabeled" and self._ignore_index is None:
             rest = _other_rows(rows, len(image))
             target, taught = target[rest], [view[rest] for view in taught]
-        kd_terms = [self.distillation_loss(view, target) if len(view) else view.sum() for view in taught]
-        factor = self.gate.weight.to(teacher_logits.dtype) * weight
+        if len(target) > 0:
+            kd_terms = [self.distillation_loss(view, target) for view in taught]
+        else:
+            self._warn_once("no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'")
+            kd_terms = [at_least_float32(view).sum() for view in taught]
+        factor = self.gate.weight * weight
         return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
     def measure_agreement(
@@ -187,17 +196,36 @@ class SAMDistiller(nn.Module):
         """
         One measurement of the "agreement" gate, on the rows that the teacher does not learn from, if there are any.
 
+        Those are rows without a label, and rows whose label has pixels of the SAM loss's `ignore_index`.
+
         Args:
             student: ``f(image) -> logits`` or stacked views, in eval mode.
             image, label, labeled_rows: as in :meth:`forward`.
             turn: which flip or turn to compare with, any integer.
         """
         image = without_meta(image)
-        unlabeled = image[_other_rows(_row_slice(labeled_rows, label, len(image)), len(image))]
-        if len(unlabeled):
+        rows = _row_slice(labeled_rows, label, len(image))
+        unlabeled = image[_other_rows(rows, len(image))]
+        if len(unlabeled) == 0 and label is not None and self._ignore_index is not None:
+            label = without_meta(label)
+            unlabeled = image[rows][(label == self._ignore_index).flatten(1).any(1)]
+        if len(unlabeled) == 0:
+            if self._ignore_index is None:
+                self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
+        else:
             self.gate.measure_agreement(
                 lambda x: _view(unstack_views(student(x), x), self.prompt_view), self.teacher, unlabeled, turn
             )
+
+    @property
+    def _ignore_index(self) -> int | None:
+        """What the SAM loss takes as a pixel without a label."""
+        return getattr(self.sam_loss, "ignore_index", None)
+
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("SKD: %s; say with `labeled_rows` or `select` which rows have them.", what)
 
     def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
         """The slices of each volume that this step is about, and the teacher of these; None: all there is."""

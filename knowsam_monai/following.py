@@ -21,6 +21,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         teacher_optimizer: steps after each step of the other one.
         optimizer: the student's.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
+            After a step that it skips, ``optimizer.zero_grad()`` clears the teacher too, ``student.zero_grad()`` not.
 
     Example::
 
@@ -47,7 +48,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     if not isinstance(zero_grad, _ZeroGrad):
         zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
     zero_grad.teachers.append(teacher_optimizer)
-    return FollowHandle(optimizer.register_step_post_hook(step_teacher), optimizer, teacher_optimizer)
+    return FollowHandle(optimizer.register_step_post_hook(step_teacher), optimizer, teacher_optimizer, zero_grad)
 
 
 class FollowHandle:
@@ -57,6 +58,7 @@ class FollowHandle:
         step_handle: of the hook after the student optimiser's step.
         optimizer: the student's.
         teacher_optimizer: the one that follows.
+        zero_grad: what :func:`follow` put in the place of the student's.
 
     Example::
 
@@ -65,16 +67,20 @@ class FollowHandle:
         handle.remove()
     """
 
-    def __init__(self, step_handle: RemovableHandle, optimizer: Optimizer, teacher_optimizer: Optimizer) -> None:
+    def __init__(
+        self, step_handle: RemovableHandle, optimizer: Optimizer, teacher_optimizer: Optimizer, zero_grad: _ZeroGrad
+    ) -> None:
         self._step_handle, self._optimizer, self._teacher_optimizer = step_handle, optimizer, teacher_optimizer
+        self._zero_grad = zero_grad
 
     def remove(self) -> None:
         """Leave the student's optimiser as it was; once more does nothing."""
         self._step_handle.remove()
-        zero_grad = self._optimizer.__dict__.get("zero_grad")
-        if isinstance(zero_grad, _ZeroGrad) and self._teacher_optimizer in zero_grad.teachers:
+        zero_grad = self._zero_grad
+        if self._teacher_optimizer in zero_grad.teachers:
             zero_grad.teachers.remove(self._teacher_optimizer)
-            if not zero_grad.teachers:
+            # where the host has wrapped it since, it stays inside and only passes on
+            if not zero_grad.teachers and self._optimizer.__dict__.get("zero_grad") is zero_grad:
                 zero_grad.restore(self._optimizer)
 
 

@@ -90,10 +90,33 @@ def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
     torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
 
 
-def test_without_unlabeled_rows_nothing_is_left_to_teach(student, teacher):
+def test_without_unlabeled_rows_nothing_is_left_to_teach_and_it_is_said_once(student, teacher, caplog):
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
-    result = distiller_of(teacher, taught_rows="unlabeled")(batch["image"], student(batch["image"]), batch["label"])
-    assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0
+    distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement")
+    for _ in range(2):
+        result = distiller(batch["image"], student(batch["image"]), batch["label"])
+        distiller.measure_agreement(student, batch["image"], batch["label"])
+    assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0 and distiller.gate.num_measured == 0
+    assert len(caplog.messages) == 2 and "no row is taught" in caplog.messages[0]
+    assert "the gate 'agreement' was not measured" in caplog.messages[1]
+
+
+def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
+    """Bidirectional copy-paste has a label for every row, with pixels that nobody labelled."""
+    batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
+    loss = dice_ce_loss(3, ignore_index=255)
+    distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement", sam_loss=loss)
+    distiller.measure_agreement(student, batch["image"], batch["label"])
+    assert distiller.gate.num_measured == 0  # pre-training: every pixel has its label
+    batch["label"][1, :, :4] = 255
+    judged = []
+    teacher.register_forward_hook(lambda module, arguments, output: judged.append(len(output)))
+    distiller.measure_agreement(student, batch["image"], batch["label"])
+    assert distiller.gate.num_measured == 1 and judged == [1, 1]
+    logits = student(batch["image"]).detach().requires_grad_()
+    distiller.gate.weight.fill_(1)
+    distiller(batch["image"], logits, batch["label"]).distillation_loss.backward()
+    assert (logits.grad.flatten(1).abs().sum(1) > 0).all()
 
 
 def test_no_graph_through_the_teacher_for_unlabeled_rows(student, teacher):

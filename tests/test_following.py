@@ -101,6 +101,19 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
         assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
 
 
+def test_host_that_wraps_zero_grad_afterwards_is_rid_of_the_teacher_too(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = distiller_of(teacher).follow(optimizer)
+    ours, calls = optimizer.zero_grad, []
+    optimizer.zero_grad = lambda *args, **kwargs: (calls.append("host"), ours(*args, **kwargs))
+    handle.remove()
+    for parameter in (*student.parameters(), *teacher.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.zero_grad()
+    assert calls == ["host"] and all(p.grad is None for p in student.parameters())
+    assert all(p.grad is not None for p in teacher.parameters())
+
+
 def test_host_s_own_zero_grad_is_put_back(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     calls = []

@@ -141,7 +141,8 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
     Of random transforms, `RandOrientationd` must come first, once, and no other may move pixels or touch the label.
 
     Args:
-        loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`.
+        loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`,
+            and from the datasets inside a `Subset` or a `ConcatDataset`.
         label_key: key of the label.
 
     Raises:
@@ -150,11 +151,8 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
     Example:
         >>> check_orientations(SemiSupervisedLoader(labeled, unlabeled, 2, 2))     # doctest: +SKIP
     """
-    datasets = getattr(loader, "datasets", None) or (getattr(loader, "dataset", None),)
-    for dataset in datasets:
-        transform = getattr(dataset, "transform", None)
-        if transform is not None:
-            _check_pipeline([t for t in _leaves(transform) if isinstance(t, Randomizable)], label_key)
+    for transforms in _pipelines(loader):
+        _check_pipeline([t for t in transforms if isinstance(t, Randomizable)], label_key)
 
 
 def _check_pipeline(transforms: list[Any], label_key: str) -> None:
@@ -176,6 +174,18 @@ def _check_pipeline(transforms: list[Any], label_key: str) -> None:
                 f"`encoder` 'cached' must have no random transform of {label_key!r} but RandOrientationd but {name} is "
                 f"one: SAM would learn from labels that its image does not show. Take {label_key!r} out of its keys."
             )
+
+
+def _pipelines(loader: Any, outer: list[Any] | None = None) -> Iterator[list[Any]]:
+    """The transforms of every dataset of a loader, those of the datasets around it after its own."""
+    transform = getattr(loader, "transform", None)
+    transforms = outer if transform is None else [*_leaves(transform), *(outer or [])]
+    inside = getattr(loader, "datasets", None) or (getattr(loader, "dataset", None),)
+    inside = [dataset for dataset in inside if dataset is not None]
+    for dataset in inside:
+        yield from _pipelines(dataset, transforms)
+    if transforms is not None and not inside:
+        yield transforms
 
 
 def _leaves(transform: Any) -> Iterator[Any]:

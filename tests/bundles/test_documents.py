@@ -244,8 +244,9 @@ def test_readme_has_the_sections_of_the_zoo_s_template_and_commands_of_files_tha
     headings = re.findall(r"^#+ \**([^*\n]+?)\**$", text, re.MULTILINE)
     for title in ("Authors", "Tags", "Model Description", "Data", "Preprocessing", "Training Configuration", "Input"):
         assert title in headings
-    for title in ("Output", "Performance", "MONAI Bundle Commands", "Limitations", "References", "License"):
+    for title in ("Output", "Performance", "System Configuration", "MONAI Bundle Commands", "Limitations", "Citation Info"):
         assert title in headings
+    assert {"References", "License"} <= set(headings)
     named = set(re.findall(r"configs/[a-z_]+\.(?:json|conf)", text))
     assert named >= {"configs/metadata.json"} | {
         f"configs/{name}.json" for name in ("train", "evaluate", "inference", "multi_gpu_train")

@@ -21,6 +21,7 @@ from monai.transforms import (
     RandSpatialCropd,
     ScaleIntensityd,
 )
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.data.orientation import check_orientations, orient
@@ -150,6 +151,13 @@ def test_other_random_flip_turn_deformation_or_crop_is_named(transform, inside):
 def test_orientation_that_is_not_first_and_once_is_an_error(transforms, found):
     with pytest.raises(ValueError, match=f"one RandOrientationd before all other random transforms .* has {found};"):
         check_orientations(loader(*transforms))
+
+
+@pytest.mark.parametrize("wrap", [lambda d: Subset(d, [0]), lambda d: ConcatDataset([d, d])])
+def test_datasets_inside_others_are_looked_into(wrap):
+    inner = Dataset([{"image": SQUARE}], Compose([RandOrientationd(**BOTH), RandFlipd("image")]))
+    with pytest.raises(ValueError, match="the augmentation has RandFlipd"):
+        check_orientations(DataLoader(wrap(inner)))
 
 
 def test_holes_in_the_label_are_an_error():
