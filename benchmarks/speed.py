@@ -85,9 +85,9 @@ def trainer_of(*overlays: str, **overrides: Any) -> Any:
         "sam_trainable": "adapters",
         "distillation_gate": "none",
         "log_interval": 1000,
-        "train#dataset#items": "$@datalist['labeled'][:8]",
-        "train#unlabeled_dataset#items": "$@datalist['unlabeled'][:8]",
-        "validate#dataset#items": "$@datalist['validation'][:1]",
+        "train#dataset#data": "$@datalist['labeled'][:8]",
+        "train#unlabeled_dataset#data": "$@datalist['unlabeled'][:8]",
+        "validate#dataset#data": "$@datalist['validation'][:1]",
         **overrides,
     }
     return workflow_of(BUNDLE, overlays, keys)

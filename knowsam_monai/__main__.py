@@ -43,9 +43,9 @@ share these.
   python -m knowsam_monai report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
 """
 PREDICT = """\
-Segment scans with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry. The student is the
-bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes that it was
-trained with. Configs are code: use a bundle, and a run, that you trust.
+Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
+The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
+that it was trained with. Configs are code: use a bundle, and a run, that you trust.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", default="segmentations", metavar="FOLDER", help="default: %(default)s")
     verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
     verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
-    verb.add_argument("--image_pattern", default="*.nii*", metavar="GLOB", help="below SCANS; default: %(default)s")
+    verb.add_argument("--image_pattern", metavar="GLOB", help="below SCANS; default: that of inference.json")
     verb.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU, else the CPU")
     verb.add_argument(
         "--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json"

@@ -25,7 +25,7 @@ def predict_folder(
     output: str | os.PathLike,
     run: str | os.PathLike | None = None,
     ckpt_path: str | os.PathLike | None = None,
-    image_pattern: str = "*.nii*",
+    image_pattern: str | None = None,
     device: str | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> int:
@@ -39,7 +39,7 @@ def predict_folder(
         run: folder of a training, whose student is taken at the size and with the classes of that training; None for
             the bundle's ``models``, where its last training left these.
         ckpt_path: another student's weights, at the sizes of ``inference.json``.
-        image_pattern: glob pattern of the images below `scans`.
+        image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
             text.
@@ -65,7 +65,8 @@ def predict_folder(
         raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
 
     options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
-    options["image_pattern"] = image_pattern
+    if image_pattern is not None:
+        options["image_pattern"] = image_pattern
     if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
         run = bundle / "models"
     if run is not None:

@@ -52,7 +52,13 @@ def explain_errors() -> None:
 
 
 def ignore_known_warnings() -> None:
-    """Leave out warnings about MONAI's own calls, which nobody who runs a bundle can change, one by one."""
+    """
+    Leave out warnings about MONAI's own calls, which nobody who runs a bundle can change, one by one.
+
+    Example::
+
+        ignore_known_warnings()     # once, before training
+    """
     known = (
         (FutureWarning, r".*torch\.cuda\.amp\.GradScaler"),  # monai.engines.Trainer.run
         (UserWarning, r"Detected call of `lr_scheduler\.step\(\)` before"),  # its scheduler counts what it accumulates

@@ -17,6 +17,17 @@ class StopSignals:
 
     Once one has come, loader workers that the same signal has ended (a scheduler's goes to every process of a job) no
     longer interrupt the main process in the middle of a step.
+
+    Raises:
+        SystemExit: in the main thread when a second one comes, with 143 of SIGTERM or 130 of Ctrl-C.
+
+    Example:
+        >>> signals = StopSignals()
+        >>> signals.listen()
+        >>> for step in range(3):
+        ...     if signals.received:
+        ...         break     # and save
+        >>> signals.give_back()
     """
 
     def __init__(self) -> None:
@@ -52,6 +63,10 @@ def end_on_signals() -> None:
     Let SIGTERM and Ctrl-C end the process at once with 143 and 130 and one line instead of a traceback.
 
     For the time before the first step: what has been read so far is read again.
+
+    Example::
+
+        end_on_signals()     # once, before data is read: of a bundle, in `initialize`
     """
 
     def end(number: int, frame: Any) -> None:

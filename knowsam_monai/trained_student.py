@@ -38,7 +38,10 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
-        ckpt_dir: the bundle's ``models``.
+        ckpt_dir: the bundle's ``models``, made when missing.
+
+    Raises:
+        OSError: when a file of the run is missing or `ckpt_dir` cannot be written.
 
     Example:
         >>> publish_student("output/knowsam_phantom_seed0", "models")     # doctest: +SKIP
@@ -57,8 +60,17 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     """
     What :func:`publish_student` wrote.
 
+    Args:
+        ckpt_dir: the bundle's ``models``.
+
+    Returns:
+        `run`, the run's name, `trained_on`, `sha256` of ``model.pt`` and ``config.json``, and `metrics`, the validation's Dice, 0..1, by name.
+
     Raises:
         ValueError: when there is no record, or it is of another student or config than those beside it.
+
+    Example:
+        >>> read_record("models")["metrics"]["val_mean_dice"]     # doctest: +SKIP
     """
     folder = Path(ckpt_dir)
     try:
@@ -75,7 +87,16 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None) -> None:
-    """Say of a student that was trained on the phantom that it knows no scans of a user's; else say nothing."""
+    """
+    Say of a student that was trained on the phantom that it knows no scans of a user's; else say nothing.
+
+    Args:
+        ckpt_path: the student's weights; of those without a record beside them nothing is said.
+        dataset_dir: the user's scans; None, which means the phantom's own, is no reason to warn.
+
+    Example:
+        >>> warn_of_phantom("models/model.pt", "/data/scans")
+    """
     path = Path(ckpt_path)
     if dataset_dir is None or path.name != MODEL:
         return

@@ -48,7 +48,21 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
-    """:func:`write_whole` of a table; columns are the keys of all rows, in the order in which they first come."""
+    """
+    :func:`write_whole` of a table.
+
+    Args:
+        path: of the file; its folder is made when missing.
+        rows: of the table; its columns are the keys of all, in the order in which they first come, and a row's
+            missing ones stay empty.
+
+    Raises:
+        OSError: when it cannot be written.
+
+    Example::
+
+        write_csv("results.csv", [{"epoch": 1, "val_mean_dice": 0.5}, {"epoch": 2, "val_mean_dice": 0.75}])
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
@@ -57,6 +71,15 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote has left behind."""
+    """
+    Delete what a process that was killed while it wrote has left behind.
+
+    Args:
+        folder: where :func:`write_whole` writes to; no other process writes there now.
+
+    Example::
+
+        remove_parts(Path("output"))     # before a run goes on
+    """
     for path in folder.glob(f"*{PART}"):
         path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigParser
 
@@ -67,6 +68,17 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
         assert set(np.unique(segmentation.dataobj)) <= {0, 1, 2}
     shown = capsys.readouterr()
     assert "Segmenting" in shown.err and "2/2" in shown.err and "writing" not in shown.out
+
+
+def test_nifti_and_nrrd_files_are_segmented_where_no_pattern_is_given(scans, run, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    shutil.copy(scans / "phantom001_ED.nii.gz", folder)
+    sitk.WriteImage(sitk.ReadImage(str(scans / "phantom001_ES.nii.gz")), str(folder / "phantom001_ES.nrrd"))
+    (folder / "notes.txt").write_text("no scan")
+    assert predict_folder(folder, BUNDLE, tmp_path / "out", run=run, device="cpu") == 2
+    written = sorted(path.name for path in (tmp_path / "out").rglob("*_seg.nii.gz"))
+    assert written == ["phantom001_ED_seg.nii.gz", "phantom001_ES_seg.nii.gz"]
 
 
 def test_student_of_the_repository_segments_a_phantom_that_it_has_not_seen(tmp_path):

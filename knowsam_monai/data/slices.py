@@ -13,7 +13,7 @@ __all__ = ["slice_dataset"]
 
 
 def slice_dataset(
-    items: Sequence[dict],
+    data: Sequence[dict],
     preprocessing: Callable | Sequence[Callable],
     augmentation: Callable | Sequence[Callable] | None = None,
     num_workers: int = 2,
@@ -26,7 +26,7 @@ def slice_dataset(
     with `SemiSupervisedLoader` each patch is then a function of the seed, the stream, the epoch and the index.
 
     Args:
-        items: data-list items.
+        data: data-list items.
         preprocessing: deterministic transforms; their results are kept in memory.
         augmentation: random transforms, drawn anew on each access.
         num_workers: number of threads that load.
@@ -46,7 +46,7 @@ def slice_dataset(
     """
     progress = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     try:
-        loaded = CacheDataset(items, _compose(preprocessing), num_workers=num_workers, progress=progress)
+        loaded = CacheDataset(data, _compose(preprocessing), num_workers=num_workers, progress=progress)
         cases = [loaded[index] for index in range(len(loaded))]
     except RuntimeError as error:
         root: BaseException = error

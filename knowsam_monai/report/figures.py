@@ -77,22 +77,24 @@ def line_chart(lines: Sequence[Line], x_label: str, unit_interval: bool = False)
     return _svg(draw, height=2.1)
 
 
-def case_chart(names: Sequence[str], models: Sequence[Sequence[float]]) -> str:
+def case_chart(names: Sequence[str], models: Sequence[Sequence[float]], series: Sequence[int] = (0, 1)) -> str:
     """
     Dice of each case, one line a case: the first model's as a dot, the second's as a ring.
 
     Args:
         names: of the cases, the first at the top.
         models: Dice of each case by model, nan where there is none.
+        series: which of the page's colours each model has.
     """
 
     def draw(axis: Any) -> None:
         rows = np.arange(len(names))
         if len(models) > 1:
             axis.hlines(rows, models[0], models[1], color=_GRID, linewidth=1)
-        for series, values in reversed(list(enumerate(models))):
-            face = _SERIES[series] if series == 0 else "none"
-            axis.scatter(values, rows, s=18, facecolor=face, edgecolor=_SERIES[series], linewidth=1.2, zorder=3)
+        for model, values in reversed(list(enumerate(models))):
+            color = _SERIES[series[model] % NUM_SERIES]
+            face = color if model == 0 else "none"
+            axis.scatter(values, rows, s=18, facecolor=face, edgecolor=color, linewidth=1.2, zorder=3)
         axis.set_yticks(rows, [name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}" for name in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlim(-0.02, 1.02)

@@ -78,7 +78,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         differences=_differences(runs),
         dice_charts=list(_dice_charts(runs)),
         term_charts=list(_term_charts(runs)),
-        cases=[_cases(run) for run in runs],
+        cases=[_cases(run, _series(index, len(runs))) for index, run in enumerate(runs)],
         slices=[[(_data_url(s.png), s) for s in run.slices] for run in runs],
         structure_colors=COLORS,
         configs=[json.dumps(run.config, indent=2) if run.config else "" for run in runs],
@@ -148,16 +148,21 @@ def _term_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(runs: Sequence[RunFolder], curves: Sequence[Sequence[Any]]) -> list[Line]:
-    """Student and teacher: two colours in a single run, solid and dashed in the colour of each of several."""
+    """Student and teacher of each run, solid and dashed."""
     lines = []
-    for run, (student, teacher) in enumerate(curves):
-        for (x, y), is_teacher in ((student, False), (teacher, True)):
+    for run, pair in enumerate(curves):
+        for (x, y), series, is_teacher in zip(pair, _series(run, len(runs)), (False, True)):
             if x:
-                lines.append(Line(x, y, run if len(runs) > 1 else int(is_teacher), dashed=is_teacher))
+                lines.append(Line(x, y, series, dashed=is_teacher))
     return lines
 
 
-def _cases(run: RunFolder) -> dict[str, Any]:
+def _series(run: int, num_runs: int) -> tuple[int, int]:
+    """Colours of student and teacher: two in a single run, one in each of several."""
+    return (run, run) if num_runs > 1 else (0, 1)
+
+
+def _cases(run: RunFolder, series: tuple[int, int]) -> dict[str, Any]:
     """Chart and table of the cases, the best student's first."""
     models = list(dict.fromkeys(row["model"] for row in run.cases))
     if not models:
@@ -172,7 +177,7 @@ def _cases(run: RunFolder) -> dict[str, Any]:
     names = sorted(by_case, key=lambda case: -mean(case, models[0]) if math.isfinite(mean(case, models[0])) else 2)
     columns = [column for column in run.cases[0] if column not in ("case", "model")]
     return {
-        "chart": case_chart(names, [[mean(case, model) for case in names] for model in models[:2]]),
+        "chart": case_chart(names, [[mean(case, model) for case in names] for model in models[:2]], series),
         "columns": columns,
         "rows": [row for case in names for row in by_case[case].values()],
     }

@@ -6,10 +6,12 @@ import csv
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from knowsam_monai.run_record import CONFIG, read_starts
+from knowsam_monai.run_record import CONFIG, STARTS, read_starts
 
 __all__ = ["RunFolder", "SliceImage", "read_run"]
 
@@ -69,7 +71,7 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
 
     Raises:
         FileNotFoundError: when there is no such folder, or neither `results.csv` nor `tensorboard` in it.
-        ValueError: when one of its files is broken.
+        ValueError: when one of its files is broken, naming the file.
 
     Example:
         >>> read_run("output/knowsam_phantom_seed0").terms["loss"]     # doctest: +SKIP
@@ -81,22 +83,64 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
         raise FileNotFoundError(
             f"`folder` must be the `output_dir` of a training but {path} has neither results.csv nor tensorboard/."
         )
-    try:
-        starts = read_starts(path)
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8")) if (path / CONFIG).is_file() else {}
-        validations = [{k: _number(v) for k, v in row.items()} for row in _rows(path / "results.csv")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The record in {path} must be whole but cannot be read ({error}).") from error
+    starts = _starts(path)
     return RunFolder(
         name=path.resolve().name,
         path=path,
         terms=_scalars(path / "tensorboard" / "train", since=starts[0]["timestamp"] if starts else 0.0),
-        validations=validations,
-        cases=_rows(path / "validation_cases.csv"),
+        validations=_validations(path / "results.csv"),
+        cases=_cases(path / "validation_cases.csv"),
         slices=_slices(path / "validation_slices"),
         starts=starts,
-        config=config,
+        config=_config(path / CONFIG),
     )
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Say in one sentence which file of a run is broken."""
+    try:
+        yield
+    except Exception as error:  # PIL, TensorBoard, csv and json each refuse in their own way
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(
+            f"`folder` must be a run's folder of whole files but {file} cannot be read ({reason}); move it away, and "
+            "the report shows the rest."
+        ) from error
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    with _reading(folder / STARTS):
+        starts = read_starts(folder)
+        for start in starts:
+            start |= {"time": str(start["time"]), "timestamp": float(start["timestamp"])}
+            start["versions"] = dict(start.get("versions", {}))
+    return starts
+
+
+def _config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    with _reading(file):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _validations(file: Path) -> list[dict[str, float]]:
+    with _reading(file):
+        rows = [{column: _number(text) for column, text in row.items()} for row in _rows(file)]
+        for row in rows:
+            int(row["epoch"])  # the axis of every curve: neither missing nor nan
+    return rows
+
+
+def _cases(file: Path) -> list[dict[str, str]]:
+    with _reading(file):
+        rows = _rows(file)
+        for row in rows:
+            for column in row.keys() - {"case", "model"} | {"mean"}:
+                _number(row[column])
+            row["case"], row["model"]
+    return rows
 
 
 def _scalars(folder: Path, since: float) -> dict[str, Curve]:
@@ -110,7 +154,8 @@ def _scalars(folder: Path, since: float) -> dict[str, Curve]:
 
     by_name: dict[str, dict[int, tuple[float, float]]] = {}
     for file in sorted(folder.glob("**/events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
+        with _reading(file):  # of one that is torn, or still being written, the whole records before the tear
+            events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
         for name in events.Tags()[SCALARS]:
             for event in events.Scalars(name):
                 steps = by_name.setdefault(name, {})
@@ -124,9 +169,12 @@ def _slices(folder: Path) -> list[SliceImage]:
 
     slices = []
     for file in sorted(folder.glob("*.png"), key=lambda p: (len(p.name), p.name)):
-        with Image.open(file) as image:
-            fields = dict(image.info)
-        dice = json.loads(fields.get("Description", "{}"))
+        with _reading(file):
+            with Image.open(file) as image:
+                image.load()  # a torn picture opens, and shows only here that it is torn
+                fields = dict(image.info)
+            named = json.loads(fields.get("Description", "{}")).items()
+            dice = {name: None if value is None else float(value) for name, value in named}
         slices.append(SliceImage(file.read_bytes(), fields.get("Title", file.name), fields.get("Comment", ""), dice))
     return slices
 
@@ -135,7 +183,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has more or fewer columns than the first line")
+    return rows
 
 
 def _number(text: str | None) -> float:

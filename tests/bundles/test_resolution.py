@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import builtins
 
+import ignite.distributed as idist
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.config_item import ConfigComponent, ConfigExpression
-from monai.utils import set_determinism
+from monai.utils import BundlePropertyConfig, set_determinism
 from monai.utils.module import optional_import
 
 from .conftest import BUNDLES, TINY, TINY_3D
@@ -113,25 +114,44 @@ def free_names(expression):
     return names - bound - {"__reference"}
 
 
-@pytest.mark.parametrize("names", [["train"], ["train", "evaluate"], ["inference"]], ids="+".join)
-@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
-def test_workflow_has_the_properties_that_applications_look_for(bundle, names, small_phantom, small_volumes, tmp_path):
-    options = {**TINY, **(TINY_3D if bundle == "knowsam_la" else {})}
-    data = small_volumes if bundle == "knowsam_la" else small_phantom
-    options = {key: value for key, value in options.items() if value is not None}
-    if names == ["inference"]:
-        keys = ConfigParser.load_config_file(files(bundle, names)[0])
-        options, data = {key: value for key, value in options.items() if key in keys}, data.parent
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone, which `initialize` of multi_gpu_train.json makes of torchrun's."""
+    idist.initialize("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    idist.finalize()
+
+
+@pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
+def test_workflow_has_the_properties_that_applications_look_for(
+    bundle, names, small_phantom, small_volumes, tmp_path, request
+):
+    if "multi_gpu_train" in names:
+        request.getfixturevalue("process_group")
+    options, data = {**TINY, "image_pattern": "**/*.nii.gz"}, small_phantom
+    if bundle == "knowsam_la":
+        options, data = {**options, **TINY_3D}, small_volumes
+    if len(names) > 1:  # their own networks
+        options["network_def"] = None
+    if "inference" in names:
+        data = data.parent
+    keys = ConfigParser.load_config_files(files(bundle, names))
     workflow = ConfigWorkflow(
         config_file=files(bundle, names),
         meta_file=str(BUNDLES / bundle / "configs" / "metadata.json"),
         logging_file=False,
-        workflow_type="inference" if names == ["inference"] else "train",
-        **{**options, "dataset_dir": str(data), "output_dir": str(tmp_path), "image_pattern": "**/*.nii.gz"},
+        workflow_type="inference" if "inference" in names else "train",
+        **{key: value for key, value in options.items() if key in keys and value is not None},
+        dataset_dir=str(data),
+        output_dir=str(tmp_path),
         initialize=[],
     )
     workflow.initialize()
     try:
         assert workflow.check_properties() == []
+        ids = {property[BundlePropertyConfig.ID] for property in workflow.properties.values()}
+        # no metric is computed from what a training step gives: there is nothing to process it for
+        absent = set() if "inference" in names else {"train::postprocessing"}
+        assert {id for id in ids if id not in workflow.parser} == absent
     finally:
         set_determinism(seed=None)

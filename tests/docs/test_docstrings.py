@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,17 +11,26 @@ SUBPACKAGES = ("data", "handlers", "losses", "networks")
 # the public names of modules that have no __all__
 PUBLIC = {
     "attachment": ("Attachment",),
+    "data.evaluation": ("inference_items", "split_items"),
+    "data.nifti_writer": ("NiftiGeometryWriter",),
     "distiller": ("Distillation", "SAMDistiller"),
     "ema_student": ("EMAStudent",),
     "following": ("FollowHandle", "follow"),
     "gate": ("TeacherGate",),
+    "handlers.student_loader": ("StudentLoader",),
     "inferers": ("AutocastInferer",),
     "noisy_passes": ("NoisyPasses",),
-    "preparation": ("check_student", "check_writable", "explain_errors", "fast_cpu_matmul", "keep_freed_memory"),
+    "preparation": (
+        *("check_student", "check_writable", "explain_errors", "fast_cpu_matmul", "ignore_known_warnings"),
+        "keep_freed_memory",
+    ),
     "prediction": ("predict_folder",),
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
+    "stop_signals": ("StopSignals", "end_on_signals"),
+    "trained_student": ("publish_student", "read_record", "warn_of_phantom"),
     "watched_loader": ("WatchedLoader",),
+    "whole_file": ("remove_parts", "write_csv", "write_whole"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
 METHODS = ("losses", "networks", "handlers", "distiller", "ema_student")
@@ -51,6 +61,22 @@ def public():
 
 
 ITEMS = list(public())
+
+
+def named_in_configs():
+    """Dotted paths of this package's classes and functions: a `_target_`, or a call on a module of `imports`."""
+    configs = (Path(__file__).parents[2] / "bundles").glob("*/configs/*.json")
+    text = "".join(path.read_text(encoding="utf-8") for path in configs)
+    targets = set(re.findall(r'"_target_": "(knowsam_monai\.[\w.]+)"', text))
+    for module, name in set(re.findall(r"import (knowsam_monai[\w.]*) as (\w+)", text)):
+        targets |= {f"{module}.{function}" for function in re.findall(rf"\b{name}\.(\w+)\(", text)}
+    return targets | set(re.findall(r'"writer": "(knowsam_monai\.[\w.]+)"', text))
+
+
+def test_all_that_configs_name_is_among_what_these_tests_look_at():
+    named = named_in_configs()
+    assert len(named) > 40
+    assert named <= {f"knowsam_monai.{item.id}" for item in ITEMS}
 
 
 def has(section, item):

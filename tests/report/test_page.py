@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -57,6 +58,37 @@ def test_several_runs_stand_side_by_side_with_what_differs(tmp_path, monkeypatch
     assert (tmp_path / "report.html").is_file()
     rows = re.findall(r"<tr><th>(lr|seed|train#handlers#0#weight)</th><td>(.*?)</td><td>(.*?)</td></tr>", text)
     assert rows == [("lr", "0.1", "0.2"), ("train#handlers#0#weight", "1", "–"), ("seed", "7", "7")]
+
+
+def charts_of_cases(page):
+    return re.findall(r'<div role="img" aria-label="(.*?): Dice by case">(.*?)</div>', page, re.DOTALL)
+
+
+def marks(chart):
+    """Colour and filling of dots and rings, as often as they are drawn."""
+    return Counter(re.findall(r'<use [^>]*style="fill: (\S+?); stroke: (\S+?); stroke-width: 1.2"', chart))
+
+
+def test_cases_of_one_run_have_a_colour_for_the_student_and_one_for_the_teacher(run_folder):
+    ((name, chart),) = charts_of_cases(render([read_run(run_folder)]))
+    assert name == "my run"
+    assert marks(chart) == {("var(--series-0)", "var(--series-0)"): 3, ("none", "var(--series-1)"): 3}
+
+
+def test_cases_of_each_of_several_runs_have_its_colour_and_the_teacher_is_a_ring(tmp_path):
+    runs = [read_run(write_run(tmp_path / name)) for name in ("first", "second", "third")]
+    charts = charts_of_cases(render(runs))
+    assert [name for name, _ in charts] == ["first", "second", "third"]
+    for series, (_, chart) in enumerate(charts):
+        color = f"var(--series-{series})"
+        assert marks(chart) == {(color, color): 3, ("none", color): 3}
+
+
+def test_every_chart_is_named_for_who_cannot_see_it_and_no_table_is_hidden_in_one(run_folder):
+    page = render([read_run(run_folder)])
+    named = re.findall(r'<(figure|div)[^>]*role="img" aria-label="[^"]+">(.*?)</\1>', page, re.DOTALL)
+    assert len(named) == page.count("<svg ") > 1 and all(text.count("<svg ") == 1 for _, text in named)
+    assert not any("<table" in text for _, text in named)
 
 
 def test_run_that_is_not_finished_has_curves_and_says_what_is_missing(run_folder):

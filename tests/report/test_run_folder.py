@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 import time
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from knowsam_monai.__main__ import main
 from knowsam_monai.report import read_run
 
 from .conftest import TERMS, write_run, write_scalars
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def test_run_is_what_its_writers_wrote(run_folder):
@@ -48,11 +63,59 @@ def test_run_without_anything_but_validations_can_be_read(tmp_path):
     assert not (run.terms or run.cases or run.slices or run.starts or run.config or run.structures)
 
 
-@pytest.mark.parametrize("name,content", [("run.json", "{}"), ("config.json", "{"), ("results.csv", "epoch\none\n")])
-def test_broken_file_is_one_sentence_with_the_folder(run_folder, name, content):
-    (run_folder / name).write_text(content)
-    with pytest.raises(ValueError, match="The record in .*my run must be whole"):
-        read_run(run_folder)
+CASES, SLICE = "validation_cases.csv", "validation_slices/1.png"
+EVENTS = "tensorboard/train/events.out.tfevents.9.host"
+
+
+def png(description):
+    """A picture as the report's writer writes them, but for its description."""
+    fields, file = PngInfo(), io.BytesIO()
+    fields.add_text("Description", description)
+    Image.new("L", (64, 64), 7).save(file, "png", pnginfo=fields)
+    return file.getvalue()
+
+
+def event_record(event):
+    """A whole record of an event file, its checksums included."""
+    file = io.BytesIO()
+    RecordWriter(file).write(event)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("run.json", b"{}", "it has no 'starts'"),
+        ("run.json", b'{"starts": [{"time": "2026-01-02"}]}', "it has no 'timestamp'"),
+        ("config.json", b"{", "Expecting property name"),
+        ("config.json", b"[1]", "cannot convert"),
+        ("results.csv", b"epoch\none\n", "could not convert string to float: 'one'"),
+        ("results.csv", b"val_mean_dice\n0.5\n", "it has no 'epoch'"),
+        (CASES, b"case,model,mean\na,student,high\n", "could not convert string to float: 'high'"),
+        (CASES, b"case,model,mean\na,student,0.5\nb,stu", "row 2 has more or fewer columns"),
+        (CASES, b"model,mean\nstudent,0.5\n", "it has no 'case'"),
+        (CASES, b"\xff\xfe\x00", "can't decode byte"),
+        (SLICE, b"no picture", "cannot identify image file"),
+        (SLICE, png("{}")[:90], "truncated"),
+        (SLICE, png("{"), "Expecting property name"),
+        (SLICE, png('{"myocardium": "good"}'), "could not convert string to float: 'good'"),
+        (EVENTS, event_record(b"\xff\xff"), "Error parsing message"),
+    ],
+)
+def test_broken_file_is_one_sentence_that_names_it(run_folder, name, content, reason, capsys):
+    (run_folder / name).write_bytes(content)
+    assert main(["report", str(run_folder)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: `folder` must be a run's folder of whole files but ") and said.count("\n") == 1
+    assert f"{run_folder / name} cannot be read (" in said and reason in said
+
+
+def test_event_file_that_is_torn_counts_up_to_the_tear(run_folder):
+    file = next((run_folder / "tensorboard" / "train").glob("events*"))
+    whole = read_run(run_folder).terms["loss"]
+    file.write_bytes(file.read_bytes()[:-20])  # within the last record, which is of the last of TERMS
+    terms = read_run(run_folder).terms
+    assert terms["loss"] == whole and terms[list(TERMS)[-1]][0] == whole[0][:-1]
 
 
 def test_folder_of_no_run_is_one_sentence(tmp_path):
