@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     if not isinstance(zero_grad, _ZeroGrad):
         zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
     zero_grad.teachers.append(teacher_optimizer)
-    return FollowHandle(optimizer.register_step_post_hook(step_teacher), optimizer, teacher_optimizer, zero_grad)
+    forget = partial(zero_grad.forget, teacher_optimizer, optimizer)
+    return FollowHandle(optimizer.register_step_post_hook(step_teacher), forget)
 
 
 class FollowHandle:
@@ -56,9 +58,7 @@ class FollowHandle:
 
     Args:
         step_handle: of the hook after the student optimiser's step.
-        optimizer: the student's.
-        teacher_optimizer: the one that follows.
-        zero_grad: what :func:`follow` put in the place of the student's.
+        forget: ends the clearing of the teacher's gradients; once more does nothing.
 
     Example::
 
@@ -67,21 +67,13 @@ class FollowHandle:
         handle.remove()
     """
 
-    def __init__(
-        self, step_handle: RemovableHandle, optimizer: Optimizer, teacher_optimizer: Optimizer, zero_grad: _ZeroGrad
-    ) -> None:
-        self._step_handle, self._optimizer, self._teacher_optimizer = step_handle, optimizer, teacher_optimizer
-        self._zero_grad = zero_grad
+    def __init__(self, step_handle: RemovableHandle, forget: Callable[[], None]) -> None:
+        self._step_handle, self._forget = step_handle, forget
 
     def remove(self) -> None:
         """Leave the student's optimiser as it was; once more does nothing."""
         self._step_handle.remove()
-        zero_grad = self._zero_grad
-        if self._teacher_optimizer in zero_grad.teachers:
-            zero_grad.teachers.remove(self._teacher_optimizer)
-            # where the host has wrapped it since, it stays inside and only passes on
-            if not zero_grad.teachers and self._optimizer.__dict__.get("zero_grad") is zero_grad:
-                zero_grad.restore(self._optimizer)
+        self._forget()
 
 
 class _ZeroGrad:
@@ -97,10 +89,15 @@ class _ZeroGrad:
         for teacher_optimizer in self.teachers:
             teacher_optimizer.zero_grad(set_to_none=True)
 
-    def restore(self, optimizer: Optimizer) -> None:
-        del optimizer.zero_grad
-        if self.own is not None:
-            optimizer.zero_grad = self.own  # type: ignore[method-assign]
+    def forget(self, teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
+        """Clear this teacher no longer; after the last, be the host's own again, or inside its wrapper only pass on."""
+        if teacher_optimizer not in self.teachers:
+            return
+        self.teachers.remove(teacher_optimizer)
+        if not self.teachers and optimizer.__dict__.get("zero_grad") is self:
+            del optimizer.zero_grad
+            if self.own is not None:
+                optimizer.zero_grad = self.own  # type: ignore[method-assign]
 
 
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:

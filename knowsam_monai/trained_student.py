@@ -64,8 +64,7 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
         ckpt_dir: the bundle's ``models``.
 
     Returns:
-        `run`, the run's name, `trained_on`, `sha256` of ``model.pt`` and ``config.json``, and `metrics`, the validation's
-        Dice, 0..1, by name.
+        `run`, its name, `trained_on`, `sha256` of ``model.pt`` and ``config.json``, and `metrics`: Dice, 0..1, by name.
 
     Raises:
         ValueError: when there is no record, or it is of another student or config than those beside it.
