@@ -36,12 +36,14 @@ PLAIN_UNET: dict[str, object] = {
     "mixing_weight": 0,
 }
 WITHOUT_SAM = {"use_sam": False}
-ADAMW = {
-    "_target_": "torch.optim.AdamW",
-    "params": "$@network.parameters()",
-    "lr": "@lr",
-    "weight_decay": "@weight_decay",
-}
+ADAMW = json.dumps(
+    {
+        "_target_": "torch.optim.AdamW",
+        "params": "$@network.parameters()",
+        "lr": "@lr",
+        "weight_decay": "@weight_decay",
+    }
+)
 SUPERVISED = {**PLAIN_UNET, **WITHOUT_SAM, "unlabeled_batch_size": 0}
 
 
@@ -139,7 +141,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "overlays": ("network_plain", "supervised"),
             "network_def#channels": [8, 16, 32, 64, 128],
             "lr": 0.002,
-            "optimizer": json.dumps(ADAMW),
+            "optimizer": ADAMW,
             "max_iterations": 400,
             "epoch_length": 100,
             "num_workers": 0,
@@ -170,7 +172,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "aggregation_channels": [4, 4, 8],
             "window_overlap": 0.25,
             "lr": 0.002,
-            "optimizer": json.dumps(ADAMW),
+            "optimizer": ADAMW,
             "distillation_gate": "agreement",
             "distillation_dice_weight": 1.0,
             "distillation_start": 100,

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 import statistics
 import subprocess
@@ -30,7 +29,7 @@ import sys
 from accuracy import ADAMW, ROOT, TABLES, WITHOUT_SAM, command_of, train
 
 # host -> (network overlay, method overlay)
-HOSTS = {
+HOSTS: dict[str, tuple[str, ...]] = {
     "supervised": ("network_plain", "supervised"),
     "Mean Teacher": ("network_plain", "mean_teacher"),
     "UA-MT": ("network_plain", "ua_mt"),
@@ -54,7 +53,7 @@ def columns_of(host: str, gated_only: bool = False) -> list[str]:
 
 
 def register(options: argparse.Namespace) -> str:
-    """Put the grid among the tables of `accuracy.py`; returns its name, which tells the settings apart."""
+    """Put the grid among the tables of `accuracy.py`; returns its name."""
     name = f"hosts_{options.labeled_patients}_patients_{options.image_size}_{options.iterations}_iterations"
     name += f"_{options.channels[0]}_channels" + ("_adamw" if options.adamw else "")
     shared = {
@@ -74,14 +73,12 @@ def register(options: argparse.Namespace) -> str:
         "cpu_autocast": options.bf16,
     }
     if options.adamw:
-        shared |= {"lr": options.adamw, "optimizer": json.dumps(ADAMW)}
+        shared |= {"lr": options.adamw, "optimizer": ADAMW}
     rows: dict[str, dict[str, object]] = {}
     for host, overlays in HOSTS.items():
         own: dict[str, object] = {key: int(part * options.iterations) for key, part in SCHEDULES.get(host, {}).items()}
         networks = ("network_def#networks#0", "network_def#networks#1") if host == "CPS" else ("network_def",)
         own |= {f"{network}#channels": options.channels for network in networks}
-        if host == "BCP":  # it mixes labelled and unlabelled pixels in every row
-            own["taught_rows"] = "all"
         for column in columns_of(host):
             rows[host + column] = {"overlays": overlays, **own, **COLUMNS[column]}
         if host == "supervised":  # without SKD nothing looks at the unlabelled rows

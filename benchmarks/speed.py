@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hosts import HOSTS, SCHEDULES
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,16 +45,6 @@ PATCH = (112, 112, 80)
 DEVICE = "cpu"  # of the rows of volumes, and the size of the phantom that they are drawn from; benchmarks/memory.py
 PHANTOM_SIZE: int | None = None
 GEMM_SIZE = 2048
-# overlay -> name of the method; their starts, which the overlays give in iterations of a long run, are behind them
-HOSTS = {
-    "supervised": "supervised",
-    "mean_teacher": "Mean Teacher",
-    "ua_mt": "UA-MT",
-    "cps": "CPS",
-    "fixmatch": "FixMatch",
-    "bcp": "BCP",
-}
-SCHEDULES: dict[str, dict[str, int]] = {"mean_teacher": {"consistency_start": 0}, "bcp": {"pretraining_iterations": 0}}
 
 
 def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -> tuple[Any, dict]:
@@ -161,21 +152,24 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
 
 
 def host_step(host: str, **overrides: Any) -> Callable[[], None]:
-    """A late step of a semi-supervised method, as the bundle's overlays of a plain U-Net train it."""
-    network = "network_pair.json" if host == "cps" else "network_plain.json"
-    return step_of(*trainer_of(network, f"{host}.json", **SCHEDULES.get(host, {}), **overrides), True)
+    """A late step of a semi-supervised method, as the bundle's overlays train it, what starts later under way."""
+    begun = dict.fromkeys(SCHEDULES.get(host, {}), 0)
+    return step_of(*trainer_of(*(f"{overlay}.json" for overlay in HOSTS[host]), **begun, **overrides), True)
 
 
 def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
     """Each method without SKD, with it, and with cached embeddings, whose cache the step that warms up fills."""
     rows: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {}
-    for host, title in HOSTS.items():
-        rows[host] = title, partial(host_step, host, use_sam=False)
-        rows[f"{host}_sam"] = f"{title} + SKD", partial(host_step, host)
-        rows[f"{host}_bf16"] = f"{title}, bf16 autocast", partial(host_step, host, use_sam=False, cpu_autocast=True)
-        rows[f"{host}_sam_bf16"] = f"{title} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
-        if host != "bcp":  # it mixes images, and no mixed image comes again
-            rows[f"{host}_cached"] = f"{title} + SKD, cached", partial(host_step, host, sam_encoder="cached")
+    for host, overlays in HOSTS.items():
+        if host == "KnowSAM":  # has rows of its own
+            continue
+        row = overlays[-1]
+        rows[row] = host, partial(host_step, host, use_sam=False)
+        rows[f"{row}_sam"] = f"{host} + SKD", partial(host_step, host)
+        rows[f"{row}_bf16"] = f"{host}, bf16 autocast", partial(host_step, host, use_sam=False, cpu_autocast=True)
+        rows[f"{row}_sam_bf16"] = f"{host} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
+        if host != "BCP":  # it mixes images, and no mixed image comes again
+            rows[f"{row}_cached"] = f"{host} + SKD, cached", partial(host_step, host, sam_encoder="cached")
     return rows
 
 

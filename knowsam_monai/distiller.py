@@ -161,7 +161,7 @@ class SAMDistiller(nn.Module):
         if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, self._ignore_index)
+            check_label(prompt_logits[rows], label, self.ignore_index)
 
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:
@@ -174,7 +174,7 @@ class SAMDistiller(nn.Module):
         if label is not None:
             sam_loss = self._sam_loss(labeled_logits, label)
         target = teacher_logits
-        if self.taught_rows == "unlabeled" and self._ignore_index is None:
+        if self.taught_rows == "unlabeled" and self.ignore_index is None:
             rest = _other_rows(rows, len(image))
             target, taught = target[rest], [view[rest] for view in taught]
         if len(target) > 0:
@@ -206,11 +206,11 @@ class SAMDistiller(nn.Module):
         image = without_meta(image)
         rows = _row_slice(labeled_rows, label, len(image))
         unlabeled = image[_other_rows(rows, len(image))]
-        if len(unlabeled) == 0 and label is not None and self._ignore_index is not None:
+        if len(unlabeled) == 0 and label is not None and self.ignore_index is not None:
             label = without_meta(label)
-            unlabeled = image[rows][(label == self._ignore_index).flatten(1).any(1)]
+            unlabeled = image[rows][(label == self.ignore_index).flatten(1).any(1)]
         if len(unlabeled) == 0:
-            if self._ignore_index is None:
+            if self.ignore_index is None:
                 self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
         else:
             self.gate.measure_agreement(
@@ -218,8 +218,8 @@ class SAMDistiller(nn.Module):
             )
 
     @property
-    def _ignore_index(self) -> int | None:
-        """What the SAM loss takes as a pixel without a label."""
+    def ignore_index(self) -> int | None:
+        """The label value by which the SAM loss knows a pixel without a label; None: there is none."""
         return getattr(self.sam_loss, "ignore_index", None)
 
     def _warn_once(self, what: str) -> None:
@@ -258,7 +258,7 @@ class SAMDistiller(nn.Module):
 
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
-        check_label(logits, label, getattr(loss, "ignore_index", None))
+        check_label(logits, label, self.ignore_index)
         logits = at_least_float32(logits)
         label = label.to(logits.dtype) if logits.shape[1] == 1 else label  # MONAI's Dice of a sigmoid takes floats
         with torch.autocast(logits.device.type, enabled=False):

@@ -1,6 +1,8 @@
-"""What every test shares: no cache of an earlier run, and none left in the user's folder."""
+"""What every test shares: no cache of an earlier run, and none left in the user's folder; logging put back."""
 
 from __future__ import annotations
+
+import logging
 
 import pytest
 
@@ -10,3 +12,13 @@ def cache_of_this_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KNOWSAM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def root_logging_as_it_was():
+    """For what sets up logging, as a program's entry point does."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

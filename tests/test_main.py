@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import subprocess
 import sys
@@ -15,13 +14,7 @@ from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, main, parser
 VERBS = {"phantom": PHANTOM, "check": CHECK, "report": REPORT, "predict": PREDICT}
 
 
-@pytest.fixture(autouse=True)
-def logging_as_it_was():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logging_as_it_was")
 
 
 def test_phantom_is_written_and_its_list_named(tmp_path, capsys):

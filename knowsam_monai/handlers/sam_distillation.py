@@ -137,7 +137,7 @@ class SAMDistillation:
             student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)
             if result.slices is not None:
                 student_logits, label = (result.slices.take(x, labeled) for x in (student_logits, label))
-            ignore_index = getattr(self.distiller.sam_loss, "ignore_index", None)
+            ignore_index = self.distiller.ignore_index
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
 

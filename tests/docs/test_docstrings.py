@@ -28,7 +28,7 @@ PUBLIC = {
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
     "stop_signals": ("StopSignals", "end_on_signals"),
-    "trained_student": ("publish_student", "read_record", "warn_of_phantom"),
+    "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("WatchedLoader",),
     "whole_file": ("remove_parts", "write_csv", "write_whole"),
 }

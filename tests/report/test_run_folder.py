@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import time
 
 import pytest
@@ -15,14 +14,7 @@ from knowsam_monai.report import read_run
 
 from .conftest import TERMS, write_run, write_scalars
 
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logging_as_it_was")
 
 
 def test_run_is_what_its_writers_wrote(run_folder):
