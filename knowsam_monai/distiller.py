@@ -219,7 +219,7 @@ class SAMDistiller(nn.Module):
 
     @property
     def ignore_index(self) -> int | None:
-        """The label value by which the SAM loss knows a pixel without a label; None: there is none."""
+        """The label value by which the SAM loss knows a pixel without a label; None where it knows none."""
         return getattr(self.sam_loss, "ignore_index", None)
 
     def _warn_once(self, what: str) -> None:
