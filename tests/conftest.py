@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+
+from .toys import ToyStudent, ToyTeacher
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,3 +25,15 @@ def root_logging_as_it_was():
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return ToyStudent().double()
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(1)
+    return ToyTeacher().double()

@@ -10,24 +10,7 @@ from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.networks import SliceTeacher
 
-from .toys import ToyStudent, ToyTeacher, toy_batches, with_gradient
-
-
-@pytest.fixture
-def student():
-    torch.manual_seed(0)
-    return ToyStudent().double()
-
-
-@pytest.fixture
-def teacher():
-    torch.manual_seed(1)
-    return ToyTeacher().double()
-
-
-def distiller_of(teacher, **kwargs):
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+from .toys import ToyStudent, ToyTeacher, distiller_of, toy_batches, with_gradient
 
 
 def test_distillation_reaches_the_student_alone_and_only_the_taught_views(student, teacher):

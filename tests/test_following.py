@@ -7,24 +7,7 @@ import torch
 
 from knowsam_monai.distiller import SAMDistiller
 
-from .toys import ToyStudent, ToyTeacher, toy_batches
-
-
-@pytest.fixture
-def student():
-    torch.manual_seed(0)
-    return ToyStudent().double()
-
-
-@pytest.fixture
-def teacher():
-    torch.manual_seed(1)
-    return ToyTeacher().double()
-
-
-def distiller_of(teacher, **kwargs):
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+from .toys import distiller_of, toy_batches
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -6,6 +6,8 @@ import torch
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
+from knowsam_monai.distiller import SAMDistiller
+
 
 class ToyTeacher(nn.Module):
     """A promptable teacher: one convolution of the image plus one of the prompt, row by row."""
@@ -34,6 +36,12 @@ class ToyStudent(nn.Module):
         first, second = self.first(image), self.second(image)
         fused = (first + second) / 2
         return torch.stack([fused, first, second], dim=1) if self.training else fused
+
+
+def distiller_of(teacher: nn.Module, **kwargs) -> SAMDistiller:
+    """Teaches both views of a `ToyStudent`."""
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
 
 
 def toy_batches(
