@@ -18,6 +18,10 @@ SAM-induced knowledge distillation for semi-supervised segmentation, as parts fo
 Training is MONAI's: python -m monai.bundle run --config_file bundles/knowsam_acdc/configs/train.json
 """
 EXIT_CODES = "Exit codes: 0 done, 1 something given is wrong (said in one sentence), 2 wrong usage."
+EXIT_CODES_OF_PREDICT = """\
+Exit codes: 0 done, 1 something given is wrong (said in one sentence) or images could not be segmented (the others are;
+these are listed at the end, a line for each), 2 wrong usage.
+"""
 
 PHANTOM = """\
 Write synthetic patients as NIfTI, with a MONAI data list `dataset.json` beside them. The same arguments give the
@@ -112,6 +116,13 @@ def key_value(text: str) -> str:
     return text
 
 
+def seed(text: str) -> int:
+    """A number that can seed a random generator."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, but is {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
@@ -131,14 +142,14 @@ def parser() -> argparse.ArgumentParser:
     ):
         verb.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"patients {what}; default: {count}")
     verb.add_argument("--size", type=int, metavar="VOXELS", help="largest in plane; default: 128, left atrium 64")
-    verb.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    verb.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     verb.set_defaults(call=phantom)
 
     verb = verbs.add_parser("check", help="is a data list fit to train on?", description=CHECK, **form)
     verb.add_argument("dataset_dir", metavar="DATA", help="a data-list JSON, or a folder of ACDC or left-atrium data")
     verb.add_argument("--num_classes", type=int, metavar="C", help="with the background; default: any label values")
     verb.add_argument("--num_channels", type=int, metavar="N", help="of an image; default: those of the first")
-    verb.add_argument("--labeled_patients", type=int, metavar="N", help="of a folder's published split")
+    verb.add_argument("--labeled_patients", type=int, metavar="N", help="of a folder's published split; not for a JSON")
     verb.set_defaults(call=check)
 
     verb = verbs.add_parser("report", help="one HTML page about runs", description=REPORT, **form)
@@ -146,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
     verb.set_defaults(call=report)
 
+    form["epilog"] = EXIT_CODES_OF_PREDICT
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)
     verb.add_argument("scans", metavar="SCANS", help="a folder of images, or one image")
     verb.add_argument("--bundle", required=True, metavar="FOLDER", help="with configs/inference.json")

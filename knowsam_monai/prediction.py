@@ -4,15 +4,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from ignite.handlers import ProgressBar
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigWorkflow, ReferenceResolver
+from torch.utils.data import DataLoader
 
-from knowsam_monai.trained_student import CONFIG, MODEL, student_options
+from knowsam_monai.preparation import check_writable, is_said_by_this_package, root_cause
+from knowsam_monai.trained_student import CONFIG, MODEL, read_config, student_options
 
 __all__ = ["predict_folder"]
 
@@ -32,6 +35,8 @@ def predict_folder(
     """
     Segment scans by a bundle's ``inference.json``, with a progress bar.
 
+    An image that cannot be read or prepared is left out, and the rest are segmented before the error that lists it.
+
     Args:
         scans: a folder of images, or one image.
         bundle: the bundle's folder. Its configs are code that is run, and so is that of `run`.
@@ -48,9 +53,11 @@ def predict_folder(
         Number of scans.
 
     Raises:
-        FileNotFoundError: when there is no such bundle or run.
-        ValueError: when a key is none of ``inference.json`` or there is no such device; or of the bundle, about the
-            scans.
+        FileNotFoundError: when there is no such bundle, run or file of weights.
+        PermissionError: when `output` cannot be written.
+        ValueError: when a config is damaged, the run is of another bundle, a key is none of ``inference.json``, a value
+            of `overrides` does not work, or there is no such device; of the bundle, about the scans; and at the end,
+            when there are images that could not be segmented, with a line for each.
 
     Example:
         >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
@@ -59,7 +66,7 @@ def predict_folder(
     config_file = next((f for f in sorted((bundle / "configs").glob("inference.*"))), None)
     if config_file is None:
         raise FileNotFoundError(f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json.")
-    known = ConfigParser.load_config_file(str(config_file))
+    known = read_config(config_file, "bundle")
     unknown = [key for key in overrides or {} if key.split("#")[0] not in known]
     if unknown:
         raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
@@ -72,22 +79,97 @@ def predict_folder(
     if run is not None:
         options.update(_options_of_run(Path(run).expanduser(), known))
     if ckpt_path is not None:
-        options["ckpt_path"] = str(ckpt_path)
+        options["ckpt_path"] = str(_existing_weights(Path(ckpt_path).expanduser()))
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
+    check_writable(output, arguments=("output",))
     options.update({key: _value(value) for key, value in (overrides or {}).items()})
 
     _quieten()
-    workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
+    try:
+        number, broken = _segment(
+            ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
+        )
+    except Exception as error:
+        root = root_cause(error)
+        if not overrides or is_said_by_this_package(root):
+            raise
+        values = " ".join(f"{key}={value}" for key, value in overrides.items())
+        raise ValueError(
+            f"`overrides` (--set) must be values that {config_file} works with but {values} ended in {_said(root)}; "
+            "correct them or leave them out."
+        ) from error
+    logger.info("%d segmentations in %s", number, output)
+    if broken:
+        said = [(str(image), _said(root)) for image, root in broken]
+        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in said)
+        raise ValueError(
+            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not; repair "
+            f"or remove:{lines}"
+        )
+    return number
+
+
+class _ReadableBatches:
+    """
+    The batches of a loader without those that cannot be read or prepared, which are kept with their error.
+
+    Args:
+        loader: of a dataset of items with an `image`, in their order.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self.broken: list[tuple[Any, BaseException]] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)  # goes on with the next batch after an error
+        for number in range(len(self.loader)):
+            try:
+                batch = next(batches)
+            except Exception as error:  # every reader and transform has its own
+                size = self.loader.batch_size
+                items = self.loader.dataset.data[number * size : (number + 1) * size]
+                self.broken += [(item["image"], root_cause(error)) for item in items]
+            else:
+                yield batch
+
+
+def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
+    """Number of images that were segmented; those that could not be, each with why."""
+    if "datalist" in workflow.parser:
+        workflow.parser.get_parsed_content("datalist")  # no scans: said before anything about the student
     workflow.initialize()
     evaluator = workflow.evaluator
-    ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
+    batches = evaluator.data_loader = _ReadableBatches(evaluator.data_loader)
+    # fewer batches than the length of the loader: ignite would begin anew
+    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, evaluator.terminate)
+    ProgressBar(desc="Segmenting", persist=True).attach(evaluator, closing_event_name=Events.COMPLETED)
     workflow.run()
     workflow.finalize()
-    number = len(evaluator.data_loader.dataset)
-    logger.info("%d segmentations in %s", number, output)
-    return number
+    broken, number = batches.broken, len(batches.loader.dataset)
+    if len(broken) == number and not any(is_said_by_this_package(root) for _, root in broken):
+        raise broken[0][1]  # not the images, but what is done with them
+    return number - len(broken), broken
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error, with its kind where it is not a sentence of this package."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if is_said_by_this_package(error) else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
+def _existing_weights(path: Path) -> Path:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"`ckpt_path` must be a file of a student's weights but {path} {found}; name the file, such as model.pt."
+        )
+    return path
 
 
 def _value(text: str) -> Any:
@@ -120,4 +202,19 @@ def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     for name in (MODEL, CONFIG):
         if not (run / name).is_file():
             raise FileNotFoundError(f"`run` must be the `output_dir` of a training but {run} has no {name}.")
-    return {**student_options(run / CONFIG, known), "ckpt_path": str(run / MODEL)}
+    options = student_options(run / CONFIG, known)
+    network, own = options.get("network_def"), known.get("network_def")
+    references = [name.split("::")[0] for name in ReferenceResolver.find_refs_in_config(network, "network_def")]
+    unknown = [name for name in references if name not in known]
+    dims = [one.get("spatial_dims") if isinstance(one, Mapping) else None for one in (network, own)]
+    if unknown or (None not in dims and dims[0] != dims[1]):
+        why = (
+            f"needs `{unknown[0]}`, which it does not have"
+            if unknown
+            else f"is in {dims[0]}D and its own in {dims[1]}D"
+        )
+        raise ValueError(
+            f"`run` must be of a training of this bundle but the network of {run / CONFIG} {why}; name the bundle that "
+            "it was trained with, or another run."
+        )
+    return {**options, "ckpt_path": str(run / MODEL)}

@@ -168,12 +168,13 @@ def _linear_error() -> float:
     return max(float((single - double).abs().max() / double.abs().max()) for single, double in pairs)
 
 
-def check_writable(*folders: str | os.PathLike) -> None:
+def check_writable(*folders: str | os.PathLike, arguments: Sequence[str] = ("output_dir", "ckpt_dir")) -> None:
     """
     Make the folders a run will write to and try to write, before the hours of training and not after.
 
     Args:
         folders: made where they are missing.
+        arguments: what names each of them, for the error.
 
     Raises:
         PermissionError: naming the folder that cannot be written and the remedy.
@@ -182,15 +183,15 @@ def check_writable(*folders: str | os.PathLike) -> None:
 
         check_writable("output", "models")
     """
-    for folder in folders:
+    for folder, argument in zip(folders, arguments):
         try:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise PermissionError(
-                f"`output_dir` and `ckpt_dir` must be folders that can be written but {os.fspath(folder)!r} cannot "
-                f"({error.strerror}); name others, as in --output_dir /somewhere/else."
+                f"`{argument}` must be a folder that can be written but {os.fspath(folder)!r} cannot "
+                f"({error.strerror}); name another, as in --{argument} /somewhere/else."
             ) from error
 
 

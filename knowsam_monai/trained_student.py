@@ -7,14 +7,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 
 from knowsam_monai.checkpoint_file import copy_whole
-from knowsam_monai.data.phantom import is_phantom
+from knowsam_monai.data.phantom import LIST_NAME, is_phantom
+from knowsam_monai.preparation import root_cause
 from knowsam_monai.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -92,13 +93,14 @@ def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike
 
     Args:
         ckpt_path: the student's weights; of those without a record beside them nothing is said.
-        dataset_dir: the user's scans; None, which means the phantom's own, is no reason to warn.
+        dataset_dir: the user's scans; those of a phantom, or None, which means the phantom's own, are no reason to
+            warn.
 
     Example:
         >>> warn_of_phantom("models/model.pt", "/data/scans")
     """
     path = Path(ckpt_path)
-    if dataset_dir is None or path.name != MODEL:
+    if dataset_dir is None or path.name != MODEL or _are_of_a_phantom(Path(dataset_dir).expanduser().resolve()):
         return
     try:
         record = read_record(path.parent)
@@ -107,7 +109,7 @@ def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike
     if record["trained_on"] == PHANTOM:
         logger.warning(
             "%s is of the run %s, trained on the %s: it can't segment scans of patients. Train on your own data first, "
-            "or name another student's weights with `ckpt_path`.",
+            "or name another student (--ckpt_path FILE; in `python -m knowsam_monai predict` also --run FOLDER).",
             path,
             record["run"],
             PHANTOM,
@@ -125,11 +127,14 @@ def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str
     Returns:
         The values by key, where a run has such a key; ``network_def`` as it is written, all else evaluated.
 
+    Raises:
+        ValueError: when the file is damaged or one of its values cannot be evaluated.
+
     Example:
         >>> student_options("bundles/knowsam_acdc/models/config.json", ["image_size", "device"])     # doctest: +SKIP
         {'image_size': 64}
     """
-    parser = ConfigParser(ConfigParser.load_config_file(str(config)))
+    parser = ConfigParser(read_config(config, "run"))
     options = {}
     for key in known:
         if key not in parser or key in NOT_OF_THE_STUDENT:
@@ -137,8 +142,47 @@ def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str
         if key == "network_def":
             options[key] = parser[key]
         elif not isinstance(parser[key], dict) and not str(parser[key]).startswith("$@network"):
-            options[key] = parser.get_parsed_content(key)
+            try:
+                options[key] = parser.get_parsed_content(key)
+            except Exception as error:  # whatever its code raises
+                raise ValueError(
+                    f"`run` must have a config that can be evaluated but `{key}` of {config} cannot ({root_cause(error)}); "
+                    "copy it anew from where it was trained."
+                ) from error
     return options
+
+
+def read_config(path: str | os.PathLike, argument: str) -> dict[str, Any]:
+    """
+    Read a config file.
+
+    Args:
+        path: a JSON or YAML file.
+        argument: what named it, for the error.
+
+    Raises:
+        ValueError: when it cannot be read or holds no config.
+
+    Example:
+        >>> read_config("bundles/knowsam_acdc/configs/inference.json", "bundle")["num_classes"]     # doctest: +SKIP
+        4
+    """
+    try:
+        config = ConfigParser.load_config_file(str(path))
+    except Exception as error:  # JSON's, YAML's and the operating system's
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`{argument}` must have a whole config but {path} is damaged ({reason}); copy it anew."
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`{argument}` must have a config of keys and values but {path} has none; copy it anew.")
+    return config
+
+
+def _are_of_a_phantom(scans: Path) -> bool:
+    """Is it a phantom's folder, its data list, a patient's folder in it, or a file of that?"""
+    folders = (scans, *scans.parents[:2])
+    return is_phantom(scans) or any(is_phantom(folder / LIST_NAME) for folder in folders)
 
 
 def _trained_on(config: Path) -> str:

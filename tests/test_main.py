@@ -38,6 +38,7 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
         (["phantom", "{}", "--labeled", "0"], "`num_labeled` must be at least 1"),
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
         (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be a bundle's folder but "),
+        (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )
 def test_mistake_is_one_sentence_on_stderr_and_exit_code_1(tmp_path, capsys, arguments, sentence):
@@ -55,7 +56,14 @@ def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["report"], ["predict", "x"], ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"]],
+    [
+        [],
+        ["train"],
+        ["report"],
+        ["predict", "x"],
+        ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"],
+        ["phantom", "x", "--seed", "-1"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.prediction import predict_folder
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.preparation import is_said_by_this_package, root_cause
 from knowsam_monai.trained_student import PHANTOM, read_record
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "knowsam_acdc"
@@ -132,12 +133,110 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
         ({"device": "cuda:99"}, "`device` must be one of this machine but is 'cuda:99'"),
         ({"device": "gpu"}, "`device` must be one of this machine but is 'gpu'"),
         ({"image_pattern": "*.mha"}, "`dataset_dir` must hold files that match '\\*.mha'"),
-        ({"ckpt_path": "/nowhere.pt"}, "`load_path` must be a trained student but /nowhere.pt does not exist"),
+        ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file of .* weights but /nowhere.pt does not exist"),
+        ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
+        ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
+        ({"overrides": {"image_size": "abc"}}, "--set\\) must be .* but image_size=abc ended in TypeError: "),
+        ({"overrides": {"image_size": "$1/0"}}, "image_size=\\$1/0 ended in ZeroDivisionError: division by zero; "),
+        ({"overrides": {"num_classes": "x"}}, "num_classes=x ended in TypeError: "),
+        ({"overrides": {"slices_per_batch": "0"}}, "slices_per_batch=0 ended in ValueError: range"),
     ],
 )
 def test_mistake_is_one_sentence(scans, run, tmp_path, change, message):
     with pytest.raises(Exception) as error:
         predict_folder(**{"scans": scans, "bundle": BUNDLE, "output": tmp_path, "run": run, "device": "cpu", **change})
     cause = root_cause(error.value)
-    assert isinstance(cause, (ValueError, FileNotFoundError))
-    assert re.search(message, str(cause)), str(cause)
+    assert isinstance(cause, (ValueError, OSError)) and is_said_by_this_package(cause)
+    assert re.search(message, str(cause)) and "\n" not in str(cause), str(cause)
+
+
+@pytest.mark.parametrize(
+    "of_the_run, message",
+    [
+        (
+            {"network_def": {**STUDENT, "channels": "@channels"}},
+            "`run` must be .*needs `channels`, which it does not have",
+        ),
+        (
+            {"network_def": {**STUDENT, "spatial_dims": 3}},
+            "`run` must be .*is in 3D and its own in 2D; name the bundle",
+        ),
+        ({"image_size": "$1/0"}, "`image_size` of .*config.json cannot \\(division by zero\\)"),
+        ("{", "`run` must have a whole config but .*config.json is damaged \\("),
+        ("[]", "`run` must have a config of keys and values but .*config.json has none"),
+    ],
+)
+def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, of_the_run, message):
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    if isinstance(of_the_run, dict):
+        of_the_run = json.dumps(json.loads((run / "config.json").read_text()) | of_the_run)
+    (other / "config.json").write_text(of_the_run)
+    with pytest.raises(ValueError, match=message):
+        predict_folder(scans, BUNDLE, tmp_path / "out", run=other, device="cpu")
+
+
+def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "inference.json").write_text("{")
+    with pytest.raises(ValueError, match="`bundle` must have a whole config but .*inference.json is damaged"):
+        predict_folder(scans, tmp_path, tmp_path / "out")
+
+
+@pytest.fixture
+def mixed(scans, tmp_path):
+    """A cut file, a slice, a good scan, and one with NaN."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    scan = scans / "phantom001_ED.nii.gz"
+    (folder / "a.nii.gz").write_bytes(scan.read_bytes()[:500])
+    nibabel.save(nibabel.Nifti1Image(np.ones((32, 32), np.float32), np.eye(4)), folder / "b.nii.gz")
+    shutil.copy(scan, folder / "c.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.full((32, 32, 3), np.nan, np.float32), np.eye(4)), folder / "d.nii.gz")
+    return folder
+
+
+def test_images_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, run, tmp_path):
+    with pytest.raises(ValueError) as error:
+        predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith("`scans` must be images that can be segmented but 3 of 4 could not; ")
+    assert [sorted(mixed.glob(f"{name}.*"))[0].name in line for name, line in zip("abd", lines)] == [True] * 3
+    assert "a.nii.gz is not: Compressed file ended" in lines[0] and "has 3072 NaN" in lines[2]
+    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["c_seg.nii.gz"]
+    good = nibabel.load(tmp_path / "out" / "c_seg.nii.gz")
+    assert predict_folder(mixed / "c.nii.gz", BUNDLE, tmp_path / "alone", run=run, device="cpu") == 1
+    assert np.array_equal(good.dataobj, nibabel.load(tmp_path / "alone" / "c_seg.nii.gz").dataobj)
+
+
+def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
+    (mixed / "c.nii.gz").unlink()
+    with pytest.raises(ValueError, match="but 3 of 3 could not; "):
+        predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
+
+
+def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(BUNDLE / "configs", bundle / "configs")
+    config = json.loads((bundle / "configs" / "inference.json").read_text())
+    config["preprocessing"]["transforms"][2]["keys"] = "another"
+    (bundle / "configs" / "inference.json").write_text(json.dumps(config))
+    with pytest.raises(KeyError, match="another"):
+        predict_folder(scans, bundle, tmp_path / "out", run=run, device="cpu")
+
+
+def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_phantom(scans, run, tmp_path, caplog):
+    student = tmp_path / "models"
+    shutil.copytree(run, student)
+    hashes = {name: hashlib.sha256((student / name).read_bytes()).hexdigest() for name in ("model.pt", "config.json")}
+    record = {"run": "its_run", "trained_on": PHANTOM, "metrics": {}, "sha256": hashes}
+    (student / "model.json").write_text(json.dumps(record))
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(Exception) as error:
+        predict_folder(tmp_path / "scans", BUNDLE, tmp_path / "out", run=student, device="cpu")
+    assert "must hold files that match" in str(root_cause(error.value)) and not caplog.messages
+    predict_folder(scans / "phantom001_ED.nii.gz", BUNDLE, tmp_path / "out", run=student, device="cpu")
+    assert "its_run" not in caplog.text
+    shutil.copy(scans / "phantom001_ED.nii.gz", tmp_path / "scans")
+    predict_folder(tmp_path / "scans", BUNDLE, tmp_path / "out", run=student, device="cpu")
+    assert "of the run its_run" in caplog.text and "--ckpt_path FILE" in caplog.text and "--run FOLDER" in caplog.text

@@ -85,7 +85,7 @@ def check_datalist(
     orientation differs from its image's; an empty label; a class that no labelled item has; a constant image; one image
     twice in a set; slices among volumes; items without a patient.
 
-    The table is logged. Nothing is raised: that is `DatalistReport.raise_if_wrong`.
+    The table is logged. What is wrong is not raised: that is `DatalistReport.raise_if_wrong`.
 
     Args:
         datalist: `labeled`, `unlabeled`, `validation` and `test` items, as `load_datalist` gives them.
@@ -99,11 +99,19 @@ def check_datalist(
         num_workers: threads that read.
         progress: whether to show a progress bar.
 
+    Raises:
+        ValueError: if `num_classes` is below 2.
+
     Example:
         >>> report = check_datalist({"labeled": [{"image": "a.nii"}], "validation": []}, progress=False)
         >>> report.wrong[0]
         '`label` must be a path but a.nii of `labeled` has none; leave it out or list it as unlabeled.'
     """
+    if num_classes is not None and num_classes < 2:
+        raise ValueError(
+            f"`num_classes` must be at least 2, with the background, but is {num_classes}; leave it out to take any label "
+            "values."
+        )
     start = time.monotonic()
     sets = {name: list(items) for name, items in datalist.items() if len(items) > 0}
     report = DatalistReport()
@@ -119,7 +127,7 @@ def check_datalist(
 
     for is_leak, shared in shared_contents(sets, {name: [f.content for f in facts[name]] for name in facts}):
         (report.wrong if is_leak else report.odd).append(f"{shared}; leave one out.")
-    report.wrong += list(dict.fromkeys(one.fault for one in facts_of_all if one.fault))
+    report.wrong += _faults(items, facts_of_all)
     report.wrong += _wrong_together(sets, facts)
     report.odd += [sentence for name in sets for sentence in _odd(name, sets[name], facts[name])]
     report.odd += _odd_together(sets, facts, num_classes)
@@ -142,18 +150,24 @@ def check_dataset(
 
     Args:
         dataset_dir: a folder of ACDC or of left-atrium data, or a data-list *.json.
-        labeled_patients: None: 7 of ACDC, 8 of the left atrium.
+        labeled_patients: of a folder, None: 7 of ACDC, 8 of the left atrium.
         holdout_patients: see `load_datalist`.
         options: further arguments of `check_datalist`.
 
     Raises:
-        ValueError: if there is no data list to check: an unknown folder, no JSON, an item without an image.
+        ValueError: if there is no data list to check: an unknown folder, no JSON, an item without an image; or
+            `labeled_patients` is given for a JSON, which lists them.
         FileNotFoundError: if a file that is listed does not exist.
 
     Example:
         >>> print(check_dataset("/data/ACDC", num_classes=4))     # doctest: +SKIP
     """
     path = Path(dataset_dir).expanduser()
+    if path.suffix == ".json" and labeled_patients is not None:
+        raise ValueError(
+            f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; the `labeled` items of "
+            f"{path} are the labelled ones."
+        )
     is_left_atrium = path.suffix != ".json" and find_left_atrium(path) is not None
     if is_left_atrium:
         options = {"slice_axis": -1, "map_masks": True, **options}
@@ -176,6 +190,22 @@ def _labels_out_of_place(sets: Mapping[str, list[dict]]) -> Iterator[str]:
                     f"`label` must be a path but {image_paths(item)[0]} of `{name}` has none; leave it out or list it "
                     "as unlabeled."
                 )
+
+
+def _faults(items: Sequence[dict], facts: Sequence[CaseFacts]) -> list[str]:
+    """What is wrong with each file, once; of one complaint about more than three files the first three."""
+    complaints: dict[str, dict[str, None]] = {}
+    for item, one in zip(items, facts):
+        if one.fault:
+            files = image_paths(item) + image_paths(item, "label")
+            # what stands before the file's name is the same for all
+            complaint = min((one.fault.partition(file)[0] for file in files), key=len)
+            complaints.setdefault(complaint, {})[one.fault] = None
+    sentences = []
+    for faults in map(list, complaints.values()):
+        more = f" … and {len(faults) - 3} more." if len(faults) > 3 else ""
+        sentences += [*faults[:2], faults[2] + more] if len(faults) > 2 else faults
+    return sentences
 
 
 def _wrong_together(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:

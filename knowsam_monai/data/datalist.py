@@ -33,7 +33,8 @@ def load_datalist(
             it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
             `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
             path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image.
-        phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`.
+        phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`; "" where there
+            must be one.
         labeled_patients: patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
         holdout_patients: validate on the last so many training patients, see the two data lists.
         phantom: further arguments of `write_phantom`, such as its `anatomy`.
@@ -61,7 +62,7 @@ def load_datalist(
     for find, datalist_of in ((find_acdc, acdc_datalist), (find_left_atrium, left_atrium_datalist)):
         if find(path):
             return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
-    raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS)
+    raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))
 
 
 def _read_json(path: Path) -> dict[str, list[dict]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def listed_names(path: Path) -> list[str]:
         raise ValueError(f"`{path.name}` must be a text file of names but {path} is not. Unpack it again.") from error
 
 
-def unknown_folder(dataset_dir: str | Path, forms: Sequence[str]) -> ValueError:
+def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> ValueError:
     """The error for a `dataset_dir` in which no known form was found; `forms` say what was looked for."""
     root = Path(dataset_dir).expanduser()
     if not root.exists():
@@ -75,7 +76,17 @@ def unknown_folder(dataset_dir: str | Path, forms: Sequence[str]) -> ValueError:
         found = "is a file"
     else:
         found = "holds none of them" if any(root.iterdir()) else "is empty"
+    lists = [path for path in sorted(root.glob("*.json")) if _is_datalist(path)]
+    remedy = f"Give the data list in it, {lists[0]}" if lists else "Give the folder that contains one of these"
+    phantom = ", or no `dataset_dir` for the synthetic phantom" if or_phantom else ""
     return ValueError(
-        f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}. "
-        "Give the folder that contains one of these, or no `dataset_dir` for the synthetic phantom."
+        f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}. {remedy}{phantom}."
     )
+
+
+def _is_datalist(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("labeled"), list)

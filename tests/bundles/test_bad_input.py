@@ -166,7 +166,7 @@ def test_folder_that_cannot_be_written_is_said_before_data_are_read(refused, mon
     monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
     (tmp_path / "file").write_text("root may write everywhere, but no folder below a file")
     folder = tmp_path / "file" / "output"
-    refused(f"must be folders that can be written but '{folder}' cannot", **{key: str(folder)})
+    refused(f"must be a folder that can be written but '{folder}' cannot", **{key: str(folder)})
 
 
 @pytest.mark.parametrize("loss", ["DiceCELoss", "DiceLoss", "torch.nn.CrossEntropyLoss"])

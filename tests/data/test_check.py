@@ -217,6 +217,40 @@ def test_further_faults_are_counted(folder):
         folder.check().raise_if_wrong()
 
 
+def test_of_one_complaint_about_many_files_three_are_named(folder):
+    for name in ("labeled", "validation", "test"):
+        for number in range(2):
+            folder.write(f"{name}{number}_gt.nii.gz", label(4 + number))
+    WRONG["NaN"][0](folder)
+    wrong = folder.check().wrong
+    labels = [sentence for sentence in wrong if sentence.startswith("`label`")]
+    assert len(wrong) == 4 and len(labels) == 3 and "labeled0_gt.nii.gz has 4." in labels[0]
+    assert labels[2].endswith(" … and 3 more.") and "more" not in labels[0] + labels[1]
+
+
+@pytest.mark.parametrize("num_classes", [-1, 0, 1])
+def test_fewer_than_two_classes_are_refused(folder, num_classes):
+    with pytest.raises(ValueError, match=f"`num_classes` must be at least 2, .* but is {num_classes}; "):
+        folder.check(num_classes=num_classes)
+
+
+def test_folder_of_a_data_list_is_told_to_give_the_list(folder):
+    (folder.path / "another.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds none of them. Give the folder that contains one of these.$"):
+        check_dataset(folder.path)
+    (folder.path / "mine.json").write_text(json.dumps(folder.datalist))
+    with pytest.raises(ValueError, match=f"holds none of them. Give the data list in it, {folder.path}/mine.json.$"):
+        check_dataset(folder.path)
+    with pytest.raises(ValueError, match="mine.json, or no `dataset_dir` for the synthetic phantom.$"):
+        load_datalist(folder.path, folder.path / "phantom")
+
+
+def test_labeled_patients_of_a_json_is_refused(folder):
+    (folder.path / "list.json").write_text(json.dumps(folder.datalist))
+    with pytest.raises(ValueError, match="`labeled_patients` must be left out with a data-list JSON but is 7; "):
+        check_dataset(folder.path / "list.json", labeled_patients=7)
+
+
 def test_masks_of_0_and_255_are_wrong_or_read_as_1(folder):
     for name in ("labeled", "validation", "test"):
         for number in range(2):

@@ -85,6 +85,8 @@ def test_what_the_student_was_trained_on_is_its_data_whatever_the_run_is_called(
     record = read_record(tmp_path / "models")
     assert record["trained_on"] == trained_on and str(tmp_path) not in json.dumps(record)
     warn_of_phantom(tmp_path / "models" / "model.pt", None)
+    for scans in ("", "dataset.json", "phantom001", "phantom001/phantom001_ED.nii.gz"):
+        warn_of_phantom(tmp_path / "models" / "model.pt", tmp_path / "made" / scans)
     assert not caplog.messages
     warn_of_phantom(tmp_path / "models" / "model.pt", "scans")
     warned = [f"is of the run {name}, trained on the synthetic phantom" in text for text in caplog.messages]
