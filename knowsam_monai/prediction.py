@@ -105,8 +105,8 @@ def predict_folder(
         said = [(str(image), _said(root)) for image, root in broken]
         lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in said)
         raise ValueError(
-            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not; repair "
-            f"or remove:{lines}"
+            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not; "
+            f"repair or remove:{lines}"
         )
     return number
 
@@ -147,8 +147,8 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
     evaluator = workflow.evaluator
     batches = evaluator.data_loader = _ReadableBatches(evaluator.data_loader)
     # fewer batches than the length of the loader: ignite would begin anew
-    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, evaluator.terminate)
-    ProgressBar(desc="Segmenting", persist=True).attach(evaluator, closing_event_name=Events.COMPLETED)
+    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, evaluator.terminate_epoch)
+    ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
     workflow.run()
     workflow.finalize()
     broken, number = batches.broken, len(batches.loader.dataset)

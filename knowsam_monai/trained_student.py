@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,8 @@ def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str
                 options[key] = parser.get_parsed_content(key)
             except Exception as error:  # whatever its code raises
                 raise ValueError(
-                    f"`run` must have a config that can be evaluated but `{key}` of {config} cannot ({root_cause(error)}); "
-                    "copy it anew from where it was trained."
+                    f"`run` must have a config that can be evaluated but `{key}` of {config} cannot "
+                    f"({root_cause(error)}); copy it anew from where it was trained."
                 ) from error
     return options
 

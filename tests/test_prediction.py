@@ -185,20 +185,21 @@ def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
 
 @pytest.fixture
 def mixed(scans, tmp_path):
-    """A cut file, a slice, a good scan, and one with NaN."""
+    """A cut file, one of two channels, a good scan, and one with NaN."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     scan = scans / "phantom001_ED.nii.gz"
     (folder / "a.nii.gz").write_bytes(scan.read_bytes()[:500])
-    nibabel.save(nibabel.Nifti1Image(np.ones((32, 32), np.float32), np.eye(4)), folder / "b.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.ones((32, 32, 3, 2), np.float32), np.eye(4)), folder / "b.nii.gz")
     shutil.copy(scan, folder / "c.nii.gz")
     nibabel.save(nibabel.Nifti1Image(np.full((32, 32, 3), np.nan, np.float32), np.eye(4)), folder / "d.nii.gz")
     return folder
 
 
-def test_images_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, run, tmp_path):
+def test_images_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, run, tmp_path, capsys):
     with pytest.raises(ValueError) as error:
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
+    assert capsys.readouterr().err.endswith("\n")  # of the bar, before the error
     first, *lines = str(error.value).splitlines()
     assert first.startswith("`scans` must be images that can be segmented but 3 of 4 could not; ")
     assert [sorted(mixed.glob(f"{name}.*"))[0].name in line for name, line in zip("abd", lines)] == [True] * 3

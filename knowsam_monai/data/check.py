@@ -109,8 +109,8 @@ def check_datalist(
     """
     if num_classes is not None and num_classes < 2:
         raise ValueError(
-            f"`num_classes` must be at least 2, with the background, but is {num_classes}; leave it out to take any label "
-            "values."
+            f"`num_classes` must be at least 2, with the background, but is {num_classes}; leave it out to take any "
+            "label values."
         )
     start = time.monotonic()
     sets = {name: list(items) for name, items in datalist.items() if len(items) > 0}
@@ -165,8 +165,8 @@ def check_dataset(
     path = Path(dataset_dir).expanduser()
     if path.suffix == ".json" and labeled_patients is not None:
         raise ValueError(
-            f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; the `labeled` items of "
-            f"{path} are the labelled ones."
+            f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; the `labeled` items "
+            f"of {path} are the labelled ones."
         )
     is_left_atrium = path.suffix != ".json" and find_left_atrium(path) is not None
     if is_left_atrium:
