@@ -147,7 +147,7 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
     evaluator = workflow.evaluator
     batches = evaluator.data_loader = _ReadableBatches(evaluator.data_loader)
     # fewer batches than the length of the loader: ignite would begin anew
-    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, evaluator.terminate_epoch)
+    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
     ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
     workflow.run()
     workflow.finalize()

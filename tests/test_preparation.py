@@ -58,6 +58,10 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match=r"file.*cannot .*--output_dir"):
         check_writable(tmp_path / "file" / "output")
+    with pytest.raises(PermissionError, match="`ckpt_dir` must be a folder that can be written but .*--ckpt_dir"):
+        check_writable(tmp_path / "output", tmp_path / "file" / "models")
+    with pytest.raises(PermissionError, match="`output` must be a folder that can be written but .*--output "):
+        check_writable(tmp_path / "file" / "output", arguments=("output",))
 
 
 def test_last_line_of_a_wrapped_error_is_its_root_cause():
@@ -92,7 +96,7 @@ def test_mistake_is_a_sentence_without_traceback_which_the_log_has(tmp_path, opt
     command = [sys.executable, *options, "-c", SENTENCE, str(tmp_path / "log.txt")]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = result.stderr.strip().splitlines()
-    assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` and `ckpt_dir` must be")
+    assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` must be a folder")
     assert ("Traceback" in result.stderr) == shows_traceback and (len(lines) == 1) != shows_traceback
     log = (tmp_path / "log.txt").read_text()
     assert log.startswith("`output_dir` and `ckpt_dir` must be") and "Failed to evaluate" in log
@@ -125,7 +129,7 @@ def test_sentence_of_this_package_is_the_root_cause_and_not_what_the_system_said
         except PermissionError as sentence:
             raise RuntimeError("Failed to evaluate") from sentence
     assert isinstance(root_cause(error.value), PermissionError)
-    assert str(root_cause(error.value)).startswith("`output_dir` and `ckpt_dir` must be folders")
+    assert str(root_cause(error.value)).startswith("`output_dir` must be a folder")
 
 
 def test_last_cause_is_the_root_of_an_error_from_elsewhere():
