@@ -65,7 +65,8 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
         ckpt_dir: the bundle's ``models``.
 
     Returns:
-        `run`, its name, `trained_on`, `sha256` of ``model.pt`` and ``config.json``, and `metrics`: Dice, 0..1, by name.
+        `run`, its name, `trained_on`, `sha256` of ``model.pt`` and, but in the Model Zoo's zip, of ``config.json``, and
+        `metrics`: Dice, 0..1, by name.
 
     Raises:
         ValueError: when there is no record, or it is of another student or config than those beside it.
@@ -76,7 +77,8 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     folder = Path(ckpt_dir)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        same = record["sha256"] == _hashes(folder) and {"run", "trained_on", "metrics"} <= set(record)
+        hashes = record["sha256"]  # a zip's record is of the weights alone
+        same = MODEL in hashes and hashes == _hashes(folder, hashes) and {"run", "trained_on", "metrics"} <= set(record)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -193,5 +195,5 @@ def _trained_on(config: Path) -> str:
     return Path(dataset_dir).expanduser().resolve().name
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (MODEL, CONFIG)}
+def _hashes(folder: Path, names: Iterable[str] = (MODEL, CONFIG)) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}

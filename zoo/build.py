@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from knowsam_monai.trained_student import RECORD
 from zoo.configs import standalone_configs
 from zoo.scripts import DOTTED_NAME, copies, rename
 from zoo.weights import Training, find_training
@@ -54,6 +55,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
     texts = {path: rename(text) for path, text in texts.items()}
     texts |= {f"scripts/{path}": text for path, text in scripts.items()}
     texts |= {"configs/metadata.json": _metadata(bundle, training), "docs/README.md": _readme(bundle, training)}
+    texts[f"models/{RECORD}"] = _json(training.record)
     files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in TAKEN for path in bundle.glob(name)}
     files["models/model.pt"] = (bundle / "models" / "model.pt").read_bytes()
     files |= {path: text.encode() for path, text in texts.items()}

@@ -20,12 +20,24 @@ class Training(NamedTuple):
         trained_on: the phantom, or a data set by name.
         metrics: of its best validation.
         student: network, classes and sizes of the student, by key of the bundle's configs.
+        sha256: of the weights.
     """
 
     name: str
     trained_on: str
     metrics: dict[str, float]
     student: dict[str, Any]
+    sha256: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``model.json`` says in the zip, without the run's own config, which knows its trainer's paths."""
+        return {
+            "run": self.name,
+            "trained_on": self.trained_on,
+            "sha256": {MODEL: self.sha256},
+            "metrics": self.metrics,
+        }
 
     @property
     def sentence(self) -> str:
@@ -53,9 +65,14 @@ def find_training(bundle: Path) -> Training:
             f"`make train BUNDLE={bundle}`."
         )
     record = read_record(weights.parent)
+    if CONFIG not in record["sha256"]:
+        raise ValueError(
+            f"`bundle` must be one that trained its student, with {CONFIG} of the run, but {bundle} is a zip's; make "
+            "the zip where the student was trained."
+        )
     inference = ConfigParser.load_config_file(bundle / "configs" / "inference.json")
     student = student_options(weights.parent / CONFIG, [*inference, "class_names"])
     parser = ConfigParser({**inference, **student})
     network, num_classes = parser.get_parsed_content("network_def"), parser.get_parsed_content("num_classes")
     StudentLoader(weights, network, num_classes).check()
-    return Training(record["run"], record["trained_on"], record["metrics"], student)
+    return Training(record["run"], record["trained_on"], record["metrics"], student, record["sha256"][MODEL])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ import numpy as np
 
 from knowsam_monai.data.phantom_image import draw_patient
 from knowsam_monai.data.phantom_left_atrium import draw_left_atrium
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["phantom_datalist", "write_phantom"]
 
@@ -40,7 +43,7 @@ def write_phantom(
     in its wall. Place, size, rotation and contrast vary, with bias field, noise, anisotropic spacing and an oblique
     orientation. The same arguments give the same voxels. A whole phantom of the same arguments is left as it is;
     anything else is written beside it first and then put in place, so that an interrupted run leaves nothing half
-    written.
+    written. A phantom of other arguments is replaced, which is warned of, unless files of somebody else lie in it.
 
     Args:
         folder: where to write; new, empty, or holding an earlier phantom.
@@ -54,8 +57,8 @@ def write_phantom(
         anatomy: "short_axis" or "left_atrium".
 
     Raises:
-        ValueError: if a count is negative, no patient is labelled, `anatomy` is neither, or `folder` holds something
-            else.
+        ValueError: if a count is negative, no patient is labelled, `anatomy` is neither, or `folder` holds anything but
+            a phantom.
         PermissionError: if `folder` cannot be written.
 
     Example:
@@ -80,10 +83,7 @@ def write_phantom(
     folder = Path(folder).expanduser()
     if _is_whole(folder, made_from):
         return folder / LIST_NAME
-    if folder.exists() and not is_phantom(folder / LIST_NAME) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"`folder` must be empty or hold an earlier phantom but {folder} holds something else. Name another folder."
-        )
+    _refuse_foreign(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -160,12 +160,30 @@ def _put_in_place(temporary: Path, folder: Path, made_from: dict) -> None:
     if _is_whole(folder, made_from):
         return
     if is_phantom(folder / LIST_NAME):
+        _refuse_foreign(folder)
+        logger.warning("%s held a phantom of other arguments or of another version: it is replaced.", folder)
         shutil.rmtree(folder)
     try:
         os.replace(temporary, folder)
     except OSError:
         if not _is_whole(folder, made_from):
             raise
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder that is replaced must be new or empty, or hold what `write_phantom` wrote and no file more."""
+    own = set()
+    if is_phantom(folder / LIST_NAME):
+        parts = json.loads((folder / LIST_NAME).read_text(encoding="utf-8")).values()
+        items = [item for part in parts if isinstance(part, list) for item in part]
+        own = {LIST_NAME, *(item[key] for item in items for key in ("image", "label") if key in item)}
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not path.is_dir())
+    foreign = next((path for path in files if path.relative_to(folder).as_posix() not in own), None)
+    if foreign is not None:
+        raise ValueError(
+            f"`folder` must be empty or hold an earlier phantom and nothing else but {folder} holds {foreign.name}; "
+            "name another folder."
+        )
 
 
 def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:

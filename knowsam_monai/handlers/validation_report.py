@@ -167,7 +167,7 @@ class ValidationReport:
         if idist.get_rank() != 0:
             return None
         if not self._kept:
-            logger.warning("No validation has run, so there is no validation report; val_interval is too long?")
+            logger.warning("No validation has run, so there is no validation report.")
             return None
         for line in self.table():
             logger.info(line)

@@ -96,7 +96,9 @@ def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     yield "validation", [
         f"{b['epoch']:.0f}, the best of {len(r.validations)}" if b else "–" for r, b in zip(runs, best)
     ]
-    yield "iterations", [str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs]
+    yield "last iteration logged", [
+        str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs
+    ]
 
 
 def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:

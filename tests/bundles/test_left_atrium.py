@@ -145,6 +145,8 @@ def test_windows_slide_by_the_published_strides(split, overlap):
     parser = ConfigParser()
     parser.read_config([str(CONFIGS_3D / n) for n in (("train.json", split) if overlap else (split,))])
     parser.update({"dataset_dir": "/data/LA"})
+    small = ConfigParser({**parser.config, "image_size": [32, 32, 32]})
+    assert small.get_parsed_content("window_overlap") == 0.5
     overlap, size = parser.get_parsed_content("window_overlap"), parser.get_parsed_content("image_size")
     assert [int(s * (1 - o)) for s, o in zip(size, overlap)] == [18, 18, 4]
 

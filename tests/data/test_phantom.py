@@ -83,6 +83,21 @@ def test_phantom_with_a_missing_file_or_of_other_arguments_is_written_anew(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["phantom"]
 
 
+def test_folder_is_not_replaced_while_files_of_somebody_lie_in_it(tmp_path, caplog):
+    arguments = {**SMALL, "num_labeled": 1, "num_test": 0}
+    write_phantom(tmp_path / "phantom", **arguments)
+    mine = tmp_path / "phantom" / "phantom001" / "segmentations" / "mine.nii.gz"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="holds mine.nii.gz; name another folder"):
+        write_phantom(tmp_path / "phantom", **{**arguments, "num_unlabeled": 0})
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert not caplog.records
+    write_phantom(tmp_path / "phantom", **{**arguments, "num_unlabeled": 0})
+    assert "it is replaced" in caplog.text
+
+
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     draw = phantom.draw_patient
 
@@ -108,7 +123,7 @@ def test_several_processes_may_write_the_same_phantom(tmp_path):
 
 def test_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="`folder` must be empty or hold an earlier phantom but"):
+    with pytest.raises(ValueError, match="`folder` must be empty or hold an earlier phantom and nothing else but"):
         write_phantom(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from knowsam_monai.trained_student import read_record
+from knowsam_monai.trained_student import read_record, warn_of_phantom
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
 from zoo.__main__ import main
@@ -86,6 +86,16 @@ def test_weights_are_a_plain_state_dict_named_for_what_they_were_trained_on(host
     assert said.search(metadata["description"]) and said.search((hosted.root / "docs" / "README.md").read_text())
 
 
+def test_zip_knows_that_its_student_is_of_the_phantom(hosted, caplog):
+    record = json.loads((hosted.root / "models" / "model.json").read_text())
+    assert record["run"] == RUN and set(record["sha256"]) == {"model.pt"}  # a run's config would name its paths
+    warn_of_phantom(hosted.root / "models" / "model.pt", "/data/scans")
+    assert f"of the run {RUN}, trained on the synthetic phantom" in caplog.text
+    assert "warn_of_phantom" in (hosted.root / "configs" / "inference.json").read_text()
+    with pytest.raises(ValueError, match="is a zip's; make the zip where the student was trained"):
+        build(hosted.root, hosted.root.parent)
+
+
 def test_figures_are_those_of_the_validation_that_kept_the_weights(hosted):
     metrics = json.loads((hosted.root / "configs" / "metadata.json").read_text())["eval_metrics"]
     rows = (hosted.bundle / "output" / RUN / "results.csv").read_text().splitlines()
@@ -133,7 +143,8 @@ def test_weights_that_are_hosted_elsewhere_are_left_out(listed):
     hash_val = read_record(BUNDLES / "knowsam_acdc" / "models")["sha256"]["model.pt"]
     with zipfile.ZipFile(listed(hash_val)) as archive:
         names = archive.namelist()
-    assert "knowsam_acdc/large_files.yml" in names and not [name for name in names if "/models/" in name]
+    assert "knowsam_acdc/large_files.yml" in names
+    assert [name for name in names if "/models/" in name] == ["knowsam_acdc/models/model.json"]
 
 
 def test_weights_other_than_those_hosted_elsewhere_are_refused(listed):
