@@ -106,7 +106,7 @@ def test_mistake_is_a_sentence_without_traceback_which_the_log_has(tmp_path, opt
     assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` must be a folder")
     assert ("Traceback" in result.stderr) == shows_traceback and (len(lines) == 1) != shows_traceback
     log = (tmp_path / "log.txt").read_text()
-    assert log.startswith("`output_dir` and `ckpt_dir` must be") and "Failed to evaluate" in log
+    assert log.startswith("`output_dir` must be a folder") and "Failed to evaluate" in log
 
 
 def test_fault_of_this_package_s_code_is_no_sentence(tmp_path):
