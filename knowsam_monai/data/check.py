@@ -236,7 +236,9 @@ def _odd(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
             yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
 
     num_labeled = sum(one.label_values is not None for one in facts)
-    as_aligned = "than their image, the voxels are taken as aligned"
+    as_aligned = (
+        "than their image, which is followed where the grids are the same, else the voxels are taken as aligned"
+    )
     oddities = [_differ(one.spacing, one.label_spacing) for one in facts]
     yield from told(f"labels are of another spacing {as_aligned}", oddities, num_labeled, "label")
     turned = [{one.orientation, one.label_orientation} - {None} for one in facts]

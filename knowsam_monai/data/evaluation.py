@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 
-__all__ = ["inference_items", "split_items"]
+__all__ = ["images_root", "inference_items", "split_items"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def inference_items(
         [{"image": path}, ...], sorted by path.
 
     Raises:
-        ValueError: if `dataset_dir` does not exist or nothing in it matches `pattern`.
+        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, or two images would be segmented
+            into one file.
 
     Example:
         >>> inference_items("/data/scans", "*.nii.gz")     # doctest: +SKIP
@@ -50,7 +52,9 @@ def inference_items(
         return [{"image": item["image"]} for item in datalist["test"]]
     folder = os.path.expanduser(dataset_dir)
     if folder.endswith(".json"):
-        return [{"image": item["image"]} for item in _filled(load_datalist(folder, phantom_dir=phantom_dir), "test")]
+        images = [item["image"] for item in _filled(load_datalist(folder, phantom_dir=phantom_dir), "test")]
+        _refuse_same_names(images)
+        return [{"image": image} for image in images]
     if os.path.isfile(folder):
         return [{"image": folder}]
     if not os.path.isdir(folder):
@@ -63,7 +67,47 @@ def inference_items(
             f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "
             "for example --image_pattern '**/*.nii.gz'."
         )
+    _refuse_same_names(paths)
     return [{"image": path} for path in paths]
+
+
+def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) -> str:
+    """The folder below which the images of ``inference_items`` lie: segmentations keep their images' subfolders.
+
+    Args:
+        dataset_dir: as given to ``inference_items``.
+        items: what it returned.
+
+    Returns:
+        `dataset_dir` where that is a folder, of a data list the folder that all its images share, and "" of a single
+        image and of the phantom.
+
+    Example:
+        >>> images_root("list.json", [{"image": "/data/a/mri.nrrd"}, {"image": "/data/b/mri.nrrd"}])
+        '/data'
+    """
+    folder = "" if dataset_dir is None else os.path.expanduser(dataset_dir)
+    if folder.endswith(".json"):
+        return os.path.commonpath([os.path.dirname(os.path.abspath(_first_file(item["image"]))) for item in items])
+    return folder if os.path.isdir(folder) else ""
+
+
+def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
+    """A segmentation is named like its image's first file but for the extension."""
+    firsts: dict[str, str] = {}
+    for image in map(_first_file, images):
+        stem = re.sub(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|h5|hdf5)$", "", image)
+        if stem in firsts:
+            raise ValueError(
+                f"`dataset_dir` must have one image of a name but {firsts[stem]} and {image} would be segmented into "
+                "one file; rename one, or choose by `image_pattern`."
+            )
+        firsts[stem] = image
+
+
+def _first_file(image: str | Sequence[str]) -> str:
+    """Of an image whose channels are files of their own the first."""
+    return str(image) if isinstance(image, (str, PathLike)) else str(image[0])
 
 
 def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -> list[dict]:
@@ -89,6 +133,9 @@ def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -
 
 def _filled(datalist: Mapping[str, list[dict]], split: str) -> list[dict]:
     if not datalist.get(split):
-        filled = ", ".join(key for key, items in datalist.items() if items)
-        raise ValueError(f"`split` must be one of the data list's filled splits, {filled}, but is {split!r}.")
+        filled = ", ".join(key for key, items in datalist.items() if items and items[0].get("label"))
+        none = " (none of its cases is in the folder)" if split in datalist else ""
+        raise ValueError(
+            f"`split` must be one of the data list's splits with labels, {filled}, but is {split!r}{none}."
+        )
     return datalist[split]

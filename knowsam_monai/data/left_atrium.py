@@ -109,6 +109,12 @@ def left_atrium_datalist(
     test = _listed(folder, "test.list") or LEFT_ATRIUM_TEST_CASES
     _check_disjoint({"train.list": training, "val.list": validation, "test.list": test})
     by_rule = 0 if validation or holdout_patients else LEFT_ATRIUM_VALIDATION
+    if labeled_patients in LEFT_ATRIUM_LABELED and by_rule > len(training) - labeled_patients >= 0:
+        raise ValueError(
+            f"`train.list` must have {by_rule} cases more than the {labeled_patients} labelled ones, to validate on, "
+            f"but has {len(training)}; add cases, list those to validate on in a val.list beside it, or set "
+            "`holdout_patients`."
+        )
     labeled, unlabeled, heldout = split_training(
         training, labeled_patients, holdout_patients or by_rule, LEFT_ATRIUM_LABELED
     )
@@ -149,6 +155,8 @@ def _check_disjoint(lists: dict[str, Sequence[str]]) -> None:
     seen: dict[str, str] = {}
     for name, cases in lists.items():
         for case in cases:
+            if seen.get(case) == name:
+                raise ValueError(f"`{name}` must name each case once but names {case} twice. Mend the list.")
             if case in seen:
                 raise ValueError(
                     f"`{name}` must share no case with `{seen[case]}` but both name {case}. Mend the lists."

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from monai.data import NibabelWriter
 from monai.utils import ImageMetaKey
+
+from knowsam_monai.whole_file import write_whole
 
 __all__ = ["NiftiGeometryWriter"]
 
@@ -24,7 +27,8 @@ class NiftiGeometryWriter(NibabelWriter):
     none: nibabel and ITK then disagree with themselves about input and output. Here every reader sees the same
     geometry twice, whichever form it prefers. Nothing else is copied: no description, no extension, no patient.
 
-    An input that is no NIfTI file, or a prediction on another grid, is written the way MONAI does it.
+    An input that is no NIfTI file, or a prediction on another grid, has the affine that MONAI gives it, in mm. A file
+    is there whole or not at all.
 
     Args:
         output_dtype: type of the voxels, uint8 for label maps.
@@ -43,10 +47,15 @@ class NiftiGeometryWriter(NibabelWriter):
         import nibabel
 
         header = _nifti_header(self.source)
-        array = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype).dataobj
+        image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)
+        super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file's name
+        array = image.dataobj
         shape = () if header is None else _same_grid(array.shape, header.get_data_shape())
         if not shape:
-            super().write(filename, verbose=verbose, **obj_kwargs)
+            image.set_qform(image.affine, code=1)
+            image.set_sform(image.affine, code=1)
+            image.header.set_xyzt_units("mm")
+            _save_whole(image, filename)
             return
         is_nifti_2 = isinstance(header, nibabel.Nifti2Header)
         image_class = nibabel.Nifti2Image if is_nifti_2 else nibabel.Nifti1Image
@@ -55,8 +64,13 @@ class NiftiGeometryWriter(NibabelWriter):
         geometry.set_data_shape(shape)
         for field in GEOMETRY_FIELDS:
             geometry[field] = header[field]
-        super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file's name
-        nibabel.save(image_class(array.reshape(shape), None, geometry), filename)
+        _save_whole(image_class(array.reshape(shape), None, geometry), filename)
+
+
+def _save_whole(image: Any, filename: PathLike) -> None:
+    content = image.to_bytes()
+    content = gzip.compress(content, compresslevel=1, mtime=0) if str(filename).endswith(".gz") else content
+    write_whole(filename, lambda file: file.write(content))
 
 
 def _nifti_header(source: Any) -> Any:

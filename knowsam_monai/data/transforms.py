@@ -6,31 +6,39 @@ import logging
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import nibabel
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, ScaleIntensity, SplitDim, Transform
+from monai.transforms import MapTransform, Orientation, ScaleIntensity, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
 __all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
+
+AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # names of the ends of the axes, as nibabel has them
 
 logger = logging.getLogger(__name__)
 
 
 class CheckDatad(Transform):
-    """Refuse a case that would silently train wrong, naming its file.
+    """Refuse a case that would silently train wrong, naming its file, and put its label on the image's grid.
+
+    A label whose header has the image's grid with axes in another order or direction is turned to the image's. One that
+    differs otherwise, as after a tool that lost the header, is taken as aligned voxel by voxel, and gets the image's
+    affine. Either is warned of.
 
     Args:
         image_key: key of the image, channel first.
         label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
         num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
         num_channels: channels that the network takes; None for any number.
+        num_axes: spatial axes that the network takes; None for any number.
         compare_affines: whether a label whose affine differs from its image's is warned of.
 
     Shape:
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has another number of channels, or NaN or infinite values, the label has another
+        ValueError: if the image has another number of channels or axes, NaN or infinite values, the label has another
             spatial shape or more than one channel, or a label value is not an integer from 0 to C - 1.
 
     Example:
@@ -45,6 +53,7 @@ class CheckDatad(Transform):
         num_classes: int = 4,
         num_channels: int | None = None,
         compare_affines: bool = True,
+        num_axes: int | None = None,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
@@ -53,6 +62,7 @@ class CheckDatad(Transform):
         self.num_classes = num_classes
         self.num_channels = num_channels
         self.compare_affines = compare_affines
+        self.num_axes = num_axes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
@@ -61,6 +71,11 @@ class CheckDatad(Transform):
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
                 f"{image.shape[0]}. Set `in_channels` to the channels of the data."
             )
+        if self.num_axes not in (None, image.ndim - 1):
+            raise ValueError(
+                f"`{self.image_key}` must have {self.num_axes} spatial axes but {image_name(image)} has "
+                f"{image.ndim - 1}. Take the bundle for images of that kind, or join slices to a volume."
+            )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
         if not extremes.isfinite().all():
             num_bad = int(image.numel() - torch.isfinite(image).sum())
@@ -68,9 +83,29 @@ class CheckDatad(Transform):
                 f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
                 "Repair or remove the file."
             )
-        if self.label_key in data:
-            self._check_label(image, data[self.label_key])
-        return data
+        if self.label_key not in data:
+            return data
+        label = self._on_grid_of(image, data[self.label_key])
+        self._check_label(image, label)
+        return data if label is data[self.label_key] else {**data, self.label_key: label}
+
+    def _on_grid_of(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        both = (image, label)
+        if not all(isinstance(one, MetaTensor) and one.meta.get("spacing_known", True) for one in both):
+            return label
+        if _is_close(image.affine, label.affine):
+            return label
+        said = "different affines: the voxels are taken as aligned"
+        placed = label.clone()
+        if image.ndim == label.ndim == 4:
+            turned = Orientation(axcodes=nibabel.aff2axcodes(image.affine.numpy()), labels=AXES)(label)
+            if turned.shape[1:] == image.shape[1:] and _is_close(turned.affine, image.affine):
+                said = "axes in another order or direction: the label is turned to the image's"
+                placed = turned
+        placed.affine, placed.applied_operations = image.affine.clone(), []
+        if self.compare_affines:
+            logger.warning("%s and its label have %s.", image_name(image), said)
+        return placed
 
     def _check_label(self, image: torch.Tensor, label: torch.Tensor) -> None:
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
@@ -86,15 +121,6 @@ class CheckDatad(Transform):
             raise ValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
                 f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
-            )
-        affines = (getattr(image, "affine", None), getattr(label, "affine", None))
-        if (
-            self.compare_affines
-            and None not in affines
-            and not torch.allclose(affines[0], affines[1], rtol=0, atol=1e-2)
-        ):
-            logger.warning(
-                "%s and its label have different affines: the voxels are taken as aligned.", image_name(image)
             )
 
 
@@ -166,6 +192,10 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
             {**data, **{key: stack[index].clone() for key, stack in stacks.items()}, "slice": index}
             for index in range(len(stacks[self.image_key]))
         ]
+
+
+def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(affine, other, rtol=0, atol=1e-2)
 
 
 def image_name(image: torch.Tensor) -> str:

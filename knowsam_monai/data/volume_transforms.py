@@ -1,4 +1,4 @@
-"""What a 3D volume goes through before patches are drawn: mask values, spacing, a crop without labels, padding."""
+"""What a 3D volume goes through before patches: mask values, orientation, spacing, a crop without labels, padding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import CropForegroundd, MapTransform, Spacingd, SpatialPadd
+from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacingd, SpatialPadd
 
-from knowsam_monai.data.transforms import image_name
+from knowsam_monai.data.transforms import AXES, image_name
 
-__all__ = ["CropCentred", "MapMaskd", "PadVolumed", "ResampleVolumed"]
+__all__ = ["CropCentred", "MapMaskd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,31 @@ class MapMaskd(MapTransform):
         return case
 
 
+class OrientVolumed(Orientationd):
+    """Turn volumes so that their axes run the same way, those whose geometry is known; h5 packs pass unchanged.
+
+    However a scan was stored, the network and SAM's slices then see it the same way. The inverse turns back.
+
+    Args:
+        keys: keys of image and label; a missing one is skipped.
+        axcodes: where the axes run to. LPS is the order of DICOM's axial slices.
+
+    Example:
+        >>> image = MetaTensor(torch.arange(3.0).reshape(1, 3, 1, 1), affine=torch.eye(4))     # runs to R, A, S
+        >>> OrientVolumed("image")({"image": image})["image"].flatten().tolist()
+        [2.0, 1.0, 0.0]
+    """
+
+    def __init__(self, keys: Any = ("image", "label"), axcodes: str = "LPS") -> None:
+        super().__init__(keys, axcodes=axcodes, labels=AXES, allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        return super().__call__(data, lazy=lazy) if _knows_geometry(self, data) else dict(data)
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        return super().inverse(data) if _knows_geometry(self, data) else dict(data)
+
+
 class ResampleVolumed(Spacingd):
     """Resample volumes to one spacing, those whose spacing is known; h5 packs have lost theirs and pass unchanged.
 
@@ -72,13 +97,10 @@ class ResampleVolumed(Spacingd):
         super().__init__(keys, pixdim=pixdim, mode=mode, allow_missing_keys=True)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
-        return super().__call__(data, lazy=lazy) if self._knows_spacing(data) else dict(data)
+        return super().__call__(data, lazy=lazy) if _knows_geometry(self, data) else dict(data)
 
     def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        return super().inverse(data) if self._knows_spacing(data) else dict(data)
-
-    def _knows_spacing(self, data: Mapping[Hashable, torch.Tensor]) -> bool:
-        return all(_meta(data[key]).get("spacing_known", True) for key in self.key_iterator(data))
+        return super().inverse(data) if _knows_geometry(self, data) else dict(data)
 
 
 class CropCentred(CropForegroundd):
@@ -162,5 +184,6 @@ def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
     return mask
 
 
-def _meta(image: torch.Tensor) -> dict:
-    return image.meta if isinstance(image, MetaTensor) else {}
+def _knows_geometry(transform: MapTransform, data: Mapping[Hashable, torch.Tensor]) -> bool:
+    images = (data[key] for key in transform.key_iterator(data))
+    return all(image.meta.get("spacing_known", True) for image in images if isinstance(image, MetaTensor))

@@ -255,6 +255,32 @@ def test_folder_of_nifti_and_nrrd_files_needs_no_pattern(tmp_path, bundle):
     assert found == ["a.nii.gz", "b.nrrd", "c.nii"]
 
 
+@pytest.mark.parametrize("config", ["inference.json", "train.json"])
+def test_network_sees_a_scan_the_same_way_however_it_was_stored(tmp_path, config):
+    affine = np.diag([-2.0, -2.0, 2.5, 1.0])
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((20, 24, 16), np.float32), affine)
+    label = nibabel.Nifti1Image(np.ones((20, 24, 16), np.uint8), affine)
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS_3D / config))
+    parser.update({"image_size": [16, 16, 16], "spacing": [2.0, 2.0, 2.0], "dataset_dir": str(tmp_path)})
+    preprocessing = parser.get_parsed_content(
+        "preprocessing" if config == "inference.json" else "validate#preprocessing"
+    )
+    seen = []
+    for number, axes in enumerate(("LPS", "RAS", "SPL")):
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(axes)
+        )
+        nibabel.save(image.as_reoriented(turn), tmp_path / f"{number}.nii")
+        item = {"image": str(tmp_path / f"{number}.nii")}
+        if config == "train.json":
+            nibabel.save(label.as_reoriented(turn), tmp_path / f"{number}_gt.nii")
+            item["label"] = str(tmp_path / f"{number}_gt.nii")
+        seen.append(preprocessing(item))
+    for other in seen[1:]:
+        torch.testing.assert_close(other["image"].as_tensor(), seen[0]["image"].as_tensor(), rtol=1e-4, atol=1e-4)
+
+
 META, INFERENCE = (str(CONFIGS_3D / name) for name in ("metadata.json", "inference.json"))
 
 

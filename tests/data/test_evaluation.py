@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from knowsam_monai.data.evaluation import inference_items, split_items
+from knowsam_monai.data.evaluation import images_root, inference_items, split_items
 
 
 def touch(folder, *names):
@@ -41,7 +41,27 @@ def test_a_data_list_gives_its_test_images_without_labels(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({**sections, "test": ["e.nii"]}))
     assert inference_items(tmp_path / "list.json") == [{"image": str(tmp_path / "e.nii")}]
     (tmp_path / "list.json").write_text(json.dumps(sections))
-    with pytest.raises(ValueError, match="filled splits, labeled, validation, but is 'test'"):
+    with pytest.raises(ValueError, match="splits with labels, labeled, validation, but is 'test'"):
+        inference_items(tmp_path / "list.json")
+
+
+def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
+    touch(tmp_path, "a.nii.gz", "a.nrrd", "b.nii")
+    with pytest.raises(ValueError, match=r"a\.nii\.gz and .*a\.nrrd would be segmented into one file; rename one"):
+        inference_items(tmp_path, "*.n*")
+    (tmp_path / "c").mkdir()
+    touch(tmp_path / "c", "b.nii")
+    assert len(inference_items(tmp_path, "**/*.nii")) == 2  # its segmentation is in the folder c
+    touch(tmp_path, "d.nii")
+    one, other = ({"image": name, "label": "d.nii"} for name in ("a.nii.gz", "a.nrrd"))
+    touch(tmp_path / "c", "b.h5")
+    lists = {"labeled": [one], "validation": [other], "test": ["b.nii", "c/b.nii"]}
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    items = inference_items(tmp_path / "list.json")
+    assert len(items) == 2 and images_root(tmp_path / "list.json", items) == str(tmp_path)
+    lists["test"] = [{"image": ["c/b.nii", "b.nii"]}, {"image": ["c/b.h5", "d.nii"]}]  # images of two channels
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    with pytest.raises(ValueError, match="would be segmented into one file"):
         inference_items(tmp_path / "list.json")
 
 
@@ -62,7 +82,7 @@ def test_a_split_must_be_there_filled_and_labelled():
     datalist = {"validation": [{"image": "a", "label": "b"}], "test": [], "unlabeled": [{"image": "c"}]}
     assert split_items(datalist) == datalist["validation"]
     for split in ("test", "training"):
-        with pytest.raises(ValueError, match=f"filled splits, validation, unlabeled, but is '{split}'"):
+        with pytest.raises(ValueError, match=f"splits with labels, validation, but is '{split}'"):
             split_items(datalist, split)
     with pytest.raises(ValueError, match="must have a label for every image but c has none"):
         split_items(datalist, "unlabeled")

@@ -138,7 +138,7 @@ def test_case_in_two_lists_is_refused(small, name, other):
 
 
 def test_list_too_short_for_protocol_and_validation_is_refused(small):
-    with pytest.raises(ValueError, match="from 0 to 2 with 8 labeled patients but is 4"):
+    with pytest.raises(ValueError, match="must have 4 cases more than the 8 labelled ones, .* but has 10; add cases"):
         left_atrium_datalist(small, 8)
     with pytest.raises(ValueError, match="at most the 10 patients"):
         left_atrium_datalist(small, 16)

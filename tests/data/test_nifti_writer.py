@@ -49,7 +49,9 @@ def test_another_grid_is_written_with_its_own_affine(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["volume.h5", "scan.mha"])
-def test_a_source_that_is_no_nifti_file_is_written_as_monai_does(tmp_path, name):
+def test_a_source_that_is_no_nifti_file_is_written_with_monai_s_affine_in_mm(tmp_path, name):
     (tmp_path / name).write_bytes(b"not nifti")
     written = save(MetaTensor(torch.ones(1, 4, 5, 3), affine=AFFINE), tmp_path, filename_or_obj=str(tmp_path / name))
     np.testing.assert_allclose(written.affine, AFFINE)
+    assert all(code == 1 for _, code in (written.get_qform(coded=True), written.get_sform(coded=True)))
+    assert written.header.get_xyzt_units()[0] == "mm" and len(list(tmp_path.iterdir())) == 2  # no part of a file

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, Lambdad
+from monai.transforms import Compose, Lambdad, Orientation
 
 from knowsam_monai.data import CheckDatad, ScaleVolumed, SplitSlicesd
+from knowsam_monai.data.transforms import AXES
 
 
 def volume(*shape: int, name: str = "case.nii.gz", affine=None) -> MetaTensor:
@@ -69,6 +70,28 @@ def test_label_in_another_place_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         CheckDatad()(case)
     assert "case.nii.gz and its label have different affines" in caplog.text
+
+
+def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing():
+    image = volume(1, 4, 5, 3)
+    turned = MetaTensor(label(1, 4, 5, 3).as_tensor(), affine=torch.eye(4))
+    placed = CheckDatad()({"image": image, "label": turned})["label"]
+    assert torch.equal(placed.affine, image.affine) and torch.equal(turned.affine, torch.eye(4).double())
+    torch.testing.assert_close(placed.as_tensor(), turned.as_tensor())
+
+
+@pytest.mark.parametrize("axcodes", ["LAS", "RPI", "SAR", "PIL"])
+def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(caplog, axcodes):
+    image, right = volume(1, 4, 5, 3), label(1, 4, 5, 3)
+    stored = Orientation(axcodes=axcodes, labels=AXES)(right)
+    placed = CheckDatad()({"image": image, "label": stored})["label"]
+    assert torch.equal(placed.as_tensor(), right.as_tensor()) and torch.equal(placed.affine, image.affine)
+    assert not placed.applied_operations and "the label is turned to the image's" in caplog.text
+
+
+def test_slice_for_a_network_of_volumes_is_refused_by_name():
+    with pytest.raises(ValueError, match="`image` must have 3 spatial axes but case.nii.gz has 2"):
+        CheckDatad(num_axes=3)({"image": volume(1, 4, 5)})
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5), (1, 4, 5, 3)])

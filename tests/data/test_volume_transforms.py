@@ -5,8 +5,10 @@ import logging
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Orientation
 
-from knowsam_monai.data import CropCentred, MapMaskd, PadVolumed, ResampleVolumed
+from knowsam_monai.data import CropCentred, MapMaskd, OrientVolumed, PadVolumed, ResampleVolumed
+from knowsam_monai.data.transforms import AXES
 
 
 def volume(array: torch.Tensor, spacing=(1.0, 1.0, 1.0), **meta) -> MetaTensor:
@@ -132,3 +134,21 @@ def test_volume_as_large_as_the_patch_passes_unsaid(caplog):
     image = volume(torch.rand(1, 8, 8, 4))
     assert torch.equal(PadVolumed(spatial_size=(8, 4, 4))({"image": image})["image"], image)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("axcodes", ["LPS", "RAS", "SAR", "PIL"])
+def test_volume_is_seen_the_same_way_however_it_was_stored(axcodes):
+    torch.manual_seed(0)
+    image = volume(torch.rand(1, 4, 5, 3), (1.0, 2.0, 3.0))
+    stored = Orientation(axcodes=axcodes, labels=AXES)(image)
+    orient = OrientVolumed("image")
+    seen = orient({"image": stored})["image"]
+    assert torch.equal(seen.as_tensor(), image.flip(1, 2).as_tensor())  # the identity runs to R, A, S
+    back = orient.inverse({"image": seen})["image"]
+    assert torch.equal(back.as_tensor(), stored.as_tensor()) and torch.equal(back.affine, stored.affine)
+
+
+def test_volume_of_unknown_geometry_is_not_turned():
+    image = volume(torch.rand(1, 4, 5, 3), spacing_known=False)
+    orient = OrientVolumed("image")
+    assert orient({"image": image})["image"] is image and orient.inverse({"image": image})["image"] is image
