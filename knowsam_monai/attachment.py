@@ -145,6 +145,8 @@ class Attachment:
         """Leave student and optimiser as they were, at any time; a watched loader goes on as the bare one."""
         for handle in self._handles:
             handle.remove()
+        if self._handles and self.distiller.optimizer is not None:
+            self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
         self._handles, self._batch = [], None
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
@@ -159,7 +161,7 @@ class Attachment:
                 "`student` must be called on a tensor, its image, but is not; attach to the part of it that is."
             )
         selection = self._selection(without_meta(images[0]))
-        if selection is None or (self.iteration - 1) % self.every:
+        if selection is None or self.iteration % self.every:
             self._accounted = True
             return
         gradient, sam_gradients = self._gradients(logits, *selection)
@@ -227,7 +229,7 @@ class Attachment:
         distiller = self.distiller.train()
         if distiller.gate.weight.device != logits.device:
             distiller.to(logits.device)
-        run = 1 + (self.iteration - 1) // self.every  # of the teacher
+        run = self.iteration // self.every  # of the teacher
         if distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             with _all_in_eval_mode(self.student):
                 distiller.measure_agreement(self._student, sam_image, label, rows, run // self.gate_interval)

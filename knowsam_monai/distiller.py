@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +23,13 @@ from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.views import unstack_views
 
 logger = logging.getLogger(__name__)
+
+# steps without a measurement after which something must be missing; a validation may be a long epoch away
+UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
+MEASURED_BY = {
+    "agreement": "call `measure_agreement` every 50 steps or so",
+    "validation": "add `TeacherValidation` to the evaluator or call `gate.update` after each validation",
+}
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
 
@@ -126,6 +134,7 @@ class SAMDistiller(nn.Module):
         self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
         self.autocast_dtype = autocast_dtype
         self._warned: set[str] = set()
+        self._num_calls, self._asked = 0, False  # of `forward` in training; has the agreement ever been asked for
 
     def train(self, mode: bool = True) -> SAMDistiller:
         """Set the mode of everything but the teacher, which makes targets and so stays in eval mode."""
@@ -182,6 +191,15 @@ class SAMDistiller(nn.Module):
         else:
             self._warn_once("no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'")
             kd_terms = [at_least_float32(view).sum() for view in taught]
+        self._num_calls += self.training
+        if self._num_calls == UNMEASURED_CALLS.get(self.gate.mode) and not (self._asked or self.gate.num_measured):
+            logger.warning(
+                "SKD: the gate %r was not measured in %d steps, and until it is, nothing is taught: %s, or take the "
+                "gate 'none'.",
+                self.gate.mode,
+                self._num_calls,
+                MEASURED_BY[self.gate.mode],
+            )
         factor = self.gate.weight * weight
         return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
@@ -203,18 +221,23 @@ class SAMDistiller(nn.Module):
             image, label, labeled_rows: as in :meth:`forward`.
             turn: which flip or turn to compare with, any integer.
         """
+        self._asked = True
         image = without_meta(image)
         rows = _row_slice(labeled_rows, label, len(image))
         unlabeled = image[_other_rows(rows, len(image))]
         if len(unlabeled) == 0 and label is not None and self.ignore_index is not None:
             label = without_meta(label)
             unlabeled = image[rows][(label == self.ignore_index).flatten(1).any(1)]
-        if len(unlabeled) == 0:
-            if self.ignore_index is None:
-                self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
-        else:
+        counts = len(unlabeled) > 0
+        if not counts and self.ignore_index is None:
+            self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
+        if counts or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             self.gate.measure_agreement(
-                lambda x: _view(unstack_views(student(x), x), self.prompt_view), self.teacher, unlabeled, turn
+                lambda x: _view(unstack_views(student(x), x), self.prompt_view),
+                self.teacher,
+                unlabeled if counts else image[:1],
+                turn,
+                counts,
             )
 
     @property
@@ -333,7 +356,23 @@ def _other_rows(rows: slice, num_rows: int) -> slice | list[int]:
 
 def _row_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:
     if isinstance(labeled_rows, slice):
+        count = len(range(num_rows)[labeled_rows])
+        if label is not None and len(label) not in (count, num_rows):
+            raise ValueError(
+                f"`label` must have as many rows as `labeled_rows` takes ({count}) or as `image` has ({num_rows}) but "
+                f"has {len(label)}."
+            )
         return labeled_rows
+    if labeled_rows is not None:
+        try:
+            labeled_rows = operator.index(labeled_rows)
+        except TypeError:
+            raise TypeError(
+                f"`labeled_rows` must be a number of rows or a slice but is a {type(labeled_rows).__name__}; put the "
+                "labelled rows side by side in the batch."
+            ) from None
+        if labeled_rows < 0:
+            raise ValueError(f"`labeled_rows` must be 0 or more but is {labeled_rows}.")
     count = labeled_rows if labeled_rows is not None else 0 if label is None else len(label)
     if count > num_rows or (label is not None and len(label) not in (count, num_rows)):
         raise ValueError(

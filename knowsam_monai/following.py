@@ -35,6 +35,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
         if found_inf is not None and found_inf:
             teacher_optimizer.zero_grad(set_to_none=True)
+        _fill_where_another_rank_has_gradients(parameters)
         if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
             return
         _average_over_ranks([p.grad for p in parameters if p.grad is not None])
@@ -110,6 +111,17 @@ def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for parameter in parameters:
             torch.distributed.broadcast(parameter.detach(), src=0)
+
+
+def _fill_where_another_rank_has_gradients(parameters: Sequence[Tensor]) -> None:
+    """Zeros, so that all ranks average the same tensors: a rank may have had no labelled row in this step."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and parameters:
+        has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        has_gradient = has_gradient.to(parameters[0].device)
+        torch.distributed.all_reduce(has_gradient, torch.distributed.ReduceOp.MAX)
+        for parameter, somewhere in zip(parameters, has_gradient.tolist()):
+            if somewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _average_over_ranks(gradients: Sequence[Tensor]) -> None:

@@ -78,7 +78,12 @@ class TeacherGate(nn.Module):
 
     @torch.no_grad()
     def measure_agreement(
-        self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor, Tensor], Tensor], image: Tensor, turn: int
+        self,
+        student: Callable[[Tensor], Tensor],
+        teacher: Callable[[Tensor, Tensor], Tensor],
+        image: Tensor,
+        turn: int,
+        is_counted: bool = True,
     ) -> None:
         """
         One measurement of "agreement" on unlabelled images.
@@ -88,6 +93,7 @@ class TeacherGate(nn.Module):
             teacher: ``f(image, student_logits) -> logits``.
             image: (B, channels, *spatial), rows that the teacher does not learn from.
             turn: which orientation to compare with, any integer: flips, and turns in planes that are square.
+            is_counted: False on a rank that has no such row: what it measures counts nothing, and it meets the others.
         """
         turns = _turns(image)
         there, back = turns[turn % len(turns)]
@@ -100,6 +106,7 @@ class TeacherGate(nn.Module):
         num_classes = student_logits.shape[1]
         counts = torch.stack([torch.stack(_class_counts(*pairs[role], num_classes)) for role in ("student", "teacher")])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            counts *= is_counted
             torch.distributed.all_reduce(counts)
         student_counts, teacher_counts = counts
         # a class that either model finds counts for both: a teacher that finds nothing does not agree perfectly

@@ -54,7 +54,7 @@ def test_handler_loop_and_attachment_train_the_same(num_classes, size):
 
 def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_handler():
     options = dict(start=2, every=2, gate_interval=2)
-    ours, expected = (build(num_batches=5, gate="agreement") for _ in range(2))
+    ours, expected = (build(num_batches=6, gate="agreement") for _ in range(2))
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     toy_trainer(expected[0], expected[3], loss, [SAMDistillation(expected[2], **options)], optimizer=expected[1]).run()
     skd = ours[2].attach(ours[0], ours[1], **options)

@@ -301,3 +301,27 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
             weights = torch.load(tmp_path / f"{name}_{rank}.pt")
             torch.testing.assert_close(weights[0], student.state_dict(), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(weights[1], distiller.teacher.state_dict(), rtol=1e-10, atol=1e-12)
+
+
+def train_with_labels_on_the_first_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    student, optimizer, distiller, batches = build(sam_loss=ce_loss, gate="agreement")
+    distiller.follow(optimizer)
+    for i, batch in enumerate(batches):
+        labeled = (rank == 0) == (i % 2 == 0)  # the ranks take turns: all rows have labels, or none
+        label = torch.cat([batch["label"]] * 2)[: len(batch["image"])] if labeled else None
+        distiller.measure_agreement(student, batch["image"], label)
+        optimizer.zero_grad()
+        distiller(batch["image"], student(batch["image"]), label).loss.backward()
+        optimizer.step()
+    torch.save((distiller.teacher.state_dict(), distiller.gate.state_dict()), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_rank_without_labels_or_without_unlabelled_rows_meets_the_other(tmp_path):
+    torch.multiprocessing.spawn(train_with_labels_on_the_first_rank, args=(tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first[1]["num_measured"] > 1
+    start = build(sam_loss=ce_loss)[2].teacher.state_dict()
+    assert all(not torch.equal(value, start[name]) for name, value in first[0].items())

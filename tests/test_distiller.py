@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distiller import UNMEASURED_CALLS, SAMDistiller
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.networks import SliceTeacher
 
@@ -58,6 +58,21 @@ def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(stud
     target = teacher(batch["image"], logits[:, 0])
     torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[chosen], batch["label"][chosen]))
     torch.testing.assert_close(result.teacher_logits, target)
+
+
+@pytest.mark.parametrize(
+    "rows,error,said",
+    [
+        ([0, 3], TypeError, "must be a number of rows or a slice but is a list"),
+        (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labelled rows side by side"),
+        (-2, ValueError, "must be 0 or more but is -2"),
+        (slice(0, 3), ValueError, r"as `labeled_rows` takes \(3\) or as `image` has \(4\) but has 2"),
+    ],
+)
+def test_rows_that_are_no_number_and_no_slice_are_one_clear_error(student, teacher, rows, error, said):
+    batch = toy_batches(1)[0]
+    with pytest.raises(error, match=said):
+        distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"], labeled_rows=rows)
 
 
 @pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
@@ -285,3 +300,18 @@ def test_label_of_another_depth_is_an_error_before_slices_are_taken():
     student, teacher, batch = volume_case(2)
     with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 4, 5, 6\)"):
         distiller_of(teacher)(batch["image"], student(batch["image"]), torch.zeros(2, 1, 4, 5, 8).double())
+
+
+@pytest.mark.parametrize("gate,is_warned", [("agreement", True), ("validation", True), ("none", False)])
+def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypatch, caplog, gate, is_warned):
+    monkeypatch.setitem(UNMEASURED_CALLS, "validation", 3)
+    monkeypatch.setitem(UNMEASURED_CALLS, "agreement", 3)
+    batch = toy_batches(1)[0]
+    image, label, logits = batch["image"], batch["label"], student(batch["image"]).detach()
+    unmeasured, measured = (distiller_of(teacher, gate=gate) for _ in range(2))
+    measured.measure_agreement(student.eval(), image, label)
+    for distiller in (unmeasured, measured):
+        for _ in range(5):
+            distiller(image, logits, label)
+    said = [line for line in caplog.messages if "was not measured in 3 steps" in line]
+    assert len(said) == is_warned

@@ -40,7 +40,7 @@ class SAMDistillation:
         start: first iteration at which the student is taught; the teacher learns from the beginning.
         labeled_rows: rows that SAM learns from, an int n (the first n), a slice, or a callable of the batch that
             returns one of these; None: the first ``len(label)``.
-        every: the teacher runs at every k-th iteration only, the first, the (1 + k)-th and so on. At all others it does
+        every: the teacher runs at every k-th iteration only, the k-th, the 2k-th and so on. At all others it does
             no work and neither learns nor teaches. `weight` is not scaled: on average a k-th of it is left, and k times
             the weight makes up for that.
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
@@ -108,14 +108,14 @@ class SAMDistillation:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        if (iteration - 1) % self.every:
+        if iteration % self.every:
             return
         label, pred = output[Keys.LABEL], self._logits(output[Keys.PRED])
         batch = engine.state.batch
         sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
         image = sam_image_for(output[Keys.IMAGE], sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
-        run = 1 + (iteration - 1) // self.every  # of the teacher
+        run = iteration // self.every  # of the teacher
         if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             engine.network.eval()
             self.distiller.measure_agreement(
@@ -131,7 +131,9 @@ class SAMDistillation:
         output["gate_weight"] = self.distiller.gate.weight.clone()
         if result.slices is None:
             output["teacher_logits"] = result.teacher_logits
-        if iteration % self.log_interval == 0 and label is not None and rows is None:
+        # the first run of the teacher since the last multiple of the interval
+        is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
+        if is_logged and label is not None and rows is None:
             labeled = slice(len(label))
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
             student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)

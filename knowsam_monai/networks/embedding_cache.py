@@ -112,7 +112,7 @@ class EmbeddingCache:
 
     def _follow_encoder(self) -> None:
         """Hash the encoder's values when they may have changed: each change in place counts a tensor's version up."""
-        versions = tuple((p.data_ptr(), p._version) for p in self.encoder.parameters())
+        versions = tuple((x.data_ptr(), x._version) for x in (*self.encoder.parameters(), *self.encoder.buffers()))
         if versions == self._versions:
             return
         content = hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), digest_size=20)
@@ -120,15 +120,15 @@ class EmbeddingCache:
             content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             content.update(_bytes(value.detach().cpu()))
         if content.hexdigest() != self._encoder_hash:
+            if self.folder is not None:
+                self._own_folder(self.folder, content.hexdigest())
             self._encoder_hash = content.hexdigest()
             self._entries.clear()
-            if self.folder is not None:
-                self._own_folder(self.folder)
         self._versions = versions
 
-    def _own_folder(self, folder: Path) -> None:
+    def _own_folder(self, folder: Path, encoder_hash: str) -> None:
         """Write down whose folder this is; refuse one that is another's."""
-        facts = {**self.facts, "encoder": self._encoder_hash, "shape": self.shape, "dtype": DTYPES[self.dtype]}
+        facts = {**self.facts, "encoder": encoder_hash, "shape": self.shape, "dtype": DTYPES[self.dtype]}
         facts = json.loads(json.dumps(facts))
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -129,7 +129,11 @@ class SAMTeacher(nn.Module):
             prompts = self.sam.prompt_encoder
             self.cache = EmbeddingCache(
                 self.sam.image_encoder,
-                facts={"variant": variant, "image_size": self.image_size},
+                facts={
+                    "variant": variant,
+                    "image_size": self.image_size,
+                    "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
+                },
                 shape=(prompts.embed_dim, *prompts.image_embedding_size),
                 folder=cache_dir,
                 dtype=cache_dtype,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import Dataset
 from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
@@ -26,7 +27,7 @@ def build(seed=0, **kwargs):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_three_trainer_steps_equal_hand_written_ones(accumulation):
-    batches = toy_batches(3)
+    batches = toy_batches(5)
     student, teacher, distiller = build()
     other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
@@ -123,14 +124,14 @@ def test_intervals_below_one_are_errors():
 
 
 def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
-    batches = toy_batches(3)
+    batches = toy_batches(5)
     student, teacher, distiller = build()
     other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(None))
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, every=2)]).run()
-    assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 1 and 3
+    assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 2 and 4
 
     other = SAMDistiller(
         other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)
@@ -141,11 +142,11 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
         other.optimizer.zero_grad()
         pred = other_student(batch["image"])
         total = loss(pred, batch["label"])
-        if step != 2:
+        if step % 2 == 0:
             total = total + other(batch["image"], pred, batch["label"]).loss
         total.backward()
         optimizer.step()
-        if step != 2:
+        if step % 2 == 0:
             other.optimizer.step()
     pairs = zip((student, teacher), (other_student, other_teacher))
     for ours, expected in ((a, b) for one, two in pairs for a, b in zip(one.parameters(), two.parameters())):
@@ -156,10 +157,27 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
 def test_step_without_the_teacher_has_no_terms_of_it():
     student, _, distiller = build()
     trainer = toy_trainer(
-        student, toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, every=2)]
+        student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, every=2)]
     )
     trainer.run()
     assert not {"distillation_loss", "sam_loss", "teacher_logits", "gate_weight"} & set(trainer.state.output)
+
+
+@pytest.mark.parametrize("every,expected", [(1, [4, 8]), (2, [4, 8]), (3, [6, 9]), (4, [4, 8])])
+def test_labelled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs(every, expected):
+    logged = []
+    trainer = toy_trainer(
+        build()[0],
+        toy_batches(9),
+        PartiallyLabeledLoss(dice_ce_loss(3)),
+        [SAMDistillation(build()[2], every=every, log_interval=4)],
+    )
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda engine: logged.append(engine.state.iteration) if "teacher_labeled_dice" in engine.state.output else None,
+    )
+    trainer.run()
+    assert logged == expected
 
 
 def test_every_below_one_is_an_error():

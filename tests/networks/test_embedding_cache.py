@@ -199,6 +199,18 @@ def test_value_that_half_precision_cannot_hold_is_an_error():
         cache(images(1), encoder)
 
 
+def test_encoder_that_changes_is_noticed_buffers_too_and_its_folder_refused_each_time(tmp_path):
+    encoder, cache = build(folder=tmp_path)
+    encoder.register_buffer("mean", torch.zeros(1))
+    image = torch.rand(1, 3, 8, 8)
+    for change in (lambda: encoder.mean.add_(1), lambda: None):
+        with torch.no_grad():
+            change()
+        with pytest.raises(ValueError, match="must hold the embeddings of this encoder but"):
+            cache(image, encoder)
+    assert not list(tmp_path.glob("*.npy"))
+
+
 def test_wrong_dtype_is_an_error():
     with pytest.raises(ValueError, match="must be torch.float16 or torch.float32 but is torch.bfloat16"):
         build(dtype=torch.bfloat16)
