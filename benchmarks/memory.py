@@ -5,7 +5,7 @@ Memory and floating-point operations of steps of the bundle of volumes, counted 
     python benchmarks/memory.py la_views la_knowsam --patch 80 80 64
 
 A step runs on torch's "meta" device, where tensors have a shape and no values, so that 2 labelled + 2 unlabelled rows
-of the published patch, which want 14 GiB, are counted on any machine in a minute. Rows are of benchmarks/speed.py.
+of the published patch, which want 15.6 GiB, are counted on any machine in a minute. Rows are of benchmarks/speed.py.
 Memory is the largest sum of all tensors alive at once, weights, gradients and the optimisers' states included. What the
 process itself needs and the scratch space of a convolution's algorithm come on top, whatever the device.
 """

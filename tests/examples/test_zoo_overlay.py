@@ -201,8 +201,11 @@ def test_bundle_runs_without_the_overlay(bundle):
 
 
 @pytest.mark.parametrize("gate", ["agreement", "none"])
-def test_overlay_adds_distillation_and_the_unlabelled_stream(bundle, gate):
+def test_overlay_adds_distillation_and_the_unlabelled_stream(bundle, gate, caplog):
+    caplog.set_level("INFO")
     get, history = run(bundle, OVERLAY, distillation_gate=gate, unlabeled_batch_size=3, **TINY)
+    logged = [line for line in caplog.messages if "distillation_loss: " in line and " loss: " in line]
+    assert len(logged) == 2  # the bundle's own log goes on
     assert len(history) == 2  # one batch shows every unlabelled image once
     assert all({"loss", "distillation_loss", "sam_loss", "gate_weight"} <= set(step) for step in history)
     assert all(torch.isfinite(value) for step in history for value in step.values())
