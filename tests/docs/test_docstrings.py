@@ -11,7 +11,7 @@ SUBPACKAGES = ("data", "handlers", "losses", "networks")
 # the public names of modules that have no __all__
 PUBLIC = {
     "attachment": ("Attachment",),
-    "data.evaluation": ("inference_items", "split_items"),
+    "data.evaluation": ("images_root", "inference_items", "split_items"),
     "data.nifti_writer": ("NiftiGeometryWriter",),
     "distiller": ("Distillation", "SAMDistiller"),
     "ema_student": ("EMAStudent",),
