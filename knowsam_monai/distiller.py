@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai.attachment import Attachment
-from knowsam_monai.following import FollowHandle, Scaler, follow
+from knowsam_monai.following import FollowHandle, Scaler, follow, is_distributed
 from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
@@ -231,7 +231,7 @@ class SAMDistiller(nn.Module):
         counts = len(unlabeled) > 0
         if not counts and self.ignore_index is None:
             self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
-        if counts or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if counts or is_distributed():
             self.gate.measure_agreement(
                 lambda x: _view(unstack_views(student(x), x), self.prompt_view),
                 self.teacher,

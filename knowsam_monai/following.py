@@ -106,16 +106,21 @@ def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
 
 
+def is_distributed() -> bool:
+    """Whether this is one of the processes of a group, which all must meet in each collective."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
     """As DistributedDataParallel does with the student: processes may have been seeded differently."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         for parameter in parameters:
             torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def _fill_where_another_rank_has_gradients(parameters: Sequence[Tensor]) -> None:
     """Zeros, so that all ranks average the same tensors: a rank may have had no labelled row in this step."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and parameters:
+    if is_distributed() and parameters:
         has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         has_gradient = has_gradient.to(parameters[0].device)
         torch.distributed.all_reduce(has_gradient, torch.distributed.ReduceOp.MAX)
@@ -126,6 +131,6 @@ def _fill_where_another_rank_has_gradients(parameters: Sequence[Tensor]) -> None
 
 def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
     """Mean over the processes of a distributed run: the teacher is in no DistributedDataParallel."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         for gradient in gradients:
             torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))

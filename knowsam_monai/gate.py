@@ -9,6 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from knowsam_monai.following import is_distributed
+
 MODES = ("none", "validation", "agreement")
 
 
@@ -105,7 +107,7 @@ class TeacherGate(nn.Module):
         }
         num_classes = student_logits.shape[1]
         counts = torch.stack([torch.stack(_class_counts(*pairs[role], num_classes)) for role in ("student", "teacher")])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             counts *= is_counted
             torch.distributed.all_reduce(counts)
         student_counts, teacher_counts = counts

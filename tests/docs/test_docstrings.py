@@ -21,15 +21,8 @@ PUBLIC = {
     "inferers": ("AutocastInferer",),
     "noisy_passes": ("NoisyPasses",),
     "preparation": (
-        *(
-            "check_student",
-            "check_validations",
-            "check_writable",
-            "explain_errors",
-            "fast_cpu_matmul",
-            "ignore_known_warnings",
-        ),
-        "keep_freed_memory",
+        *("check_student", "check_validations", "check_writable", "explain_errors"),
+        *("fast_cpu_matmul", "ignore_known_warnings", "keep_freed_memory"),
     ),
     "prediction": ("predict_folder",),
     "report": ("read_run", "write_report"),
