@@ -131,6 +131,16 @@ def test_detaching_between_forward_and_backward_leaves_that_backward_alone():
     assert all(p.grad is None for p in distiller.teacher.parameters())
 
 
+def test_detaching_between_backward_and_step_leaves_no_gradient_for_another_attachment():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(iter(skd.watch(batches)))
+    loss_of(student(batch["image"]), batch).backward()
+    assert any(p.grad is not None for p in distiller.teacher.parameters())
+    skd.remove()
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
 def test_deep_copy_of_the_student_is_not_taught_and_copies_no_teacher():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer)
