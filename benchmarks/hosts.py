@@ -55,7 +55,7 @@ def columns_of(host: str, gated_only: bool = False) -> list[str]:
 def register(options: argparse.Namespace) -> str:
     """Put the grid among the tables of `accuracy.py`; returns its name."""
     name = f"hosts_{options.labeled_patients}_patients_{options.image_size}_{options.iterations}_iterations"
-    name += f"_{options.channels[0]}_channels" + ("_adamw" if options.adamw else "")
+    name += f"_{options.channels[0]}_channels" + "_adamw" * bool(options.adamw) + "_bf16" * options.bf16
     shared = {
         "labeled_patients": options.labeled_patients,
         "sam_variant": "vit_t",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from knowsam_monai.data.orientation import check_orientations, is_cached, sam_image_for
-from knowsam_monai.following import Scaler, scaler_now
+from knowsam_monai.following import Scaler, check_scaler, scaler_now
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.watched_loader import WatchedLoader, image_and_label
 
@@ -67,8 +69,9 @@ class Attachment:
 
     Raises:
         ValueError: when an argument is none of the above, or the student's input is not the image of the batch.
-        RuntimeError: when the student is called without a batch, or a second time for one without `select`; when its
-            logits are backpropagated twice; when its optimiser steps and no backward came through them.
+        RuntimeError: when the student has this teacher attached already; when it is called without a batch, or a second
+            time for one without `select`; when its logits are backpropagated twice; when its optimiser steps and no
+            backward came through them, or is stepped by a GradScaler that was not given.
 
     Example::
 
@@ -102,6 +105,9 @@ class Attachment:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in stepped for parameter in student.parameters()):
             raise ValueError("`optimizer` must step parameters of `student` but has none of them; give the student's.")
+        attached = [hook.attachment for hook in student._forward_hooks.values() if isinstance(hook, _StudentCalled)]
+        if any(attachment.distiller is distiller for attachment in attached):
+            raise RuntimeError("`student` must be attached to once but is already; call `remove()` of the former first.")
         self.distiller = distiller
         self.student = student
         self.scaler = scaler
@@ -119,13 +125,7 @@ class Attachment:
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
 
-        @torch.compiler.disable
-        def called(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            # a function and no method, and for this module alone: a deep copy of the student is not taught
-            if module is student and module.training and torch.is_grad_enabled():
-                self._student_called(args, kwargs, output)
-
-        self._handles: list[Any] = [student.register_forward_hook(called, with_kwargs=True)]
+        self._handles: list[Any] = [student.register_forward_hook(_StudentCalled(self), with_kwargs=True)]
         self._handles.append(optimizer.register_step_post_hook(self._student_stepped))  # before the teacher steps
         if distiller.optimizer is not None:
             self._handles.append(distiller.follow(optimizer, scaler))
@@ -193,8 +193,10 @@ class Attachment:
         if not self._accounted:
             raise RuntimeError(
                 "`optimizer` must step after a backward through the student's logits but none came through any; attach "
-                "to the module that the host calls in train mode, and before it is compiled, or detach for this stage."
+                "to the module that the host calls in train mode, and before it is compiled, let `logits_of` pick what "
+                "the host's loss is made of, or detach for this stage."
             )
+        check_scaler(scaler_now(self.scaler))
         self._accounted = False
 
     def _selection(self, image: Tensor) -> Selection | None:
@@ -209,6 +211,11 @@ class Attachment:
             selection = self.select(self._batch, image)
             if selection is None:
                 return None
+            if not isinstance(selection, tuple) or len(selection) != 3:
+                raise TypeError(
+                    "`select` must return (sam_image, label, labeled_rows) or None but returns "
+                    f"{f'{len(selection)} values' if isinstance(selection, tuple) else f'a {type(selection).__name__}'}."
+                )
         elif self._num_calls > 1:
             raise RuntimeError(
                 "`student` must be called once for each batch but is called again; give `select`, which says which "
@@ -220,7 +227,7 @@ class Attachment:
                 logger.warning("SAM learns from all %d rows; if some are unlabelled to you, give `select`.", len(image))
         sam_image, label, rows = selection
         sam_image = sam_image_for(image, None if sam_image is image else sam_image, self.distiller.teacher)
-        return sam_image, label if label is None else label.to(image.device), rows
+        return sam_image, label if label is None else torch.as_tensor(label).to(image.device), rows
 
     def _gradients(
         self, logits: Tensor, sam_image: Tensor, label: Tensor | None, rows: int | slice | None
@@ -263,6 +270,21 @@ class Attachment:
         student = self.student
         output = (student.module if isinstance(student, DistributedDataParallel) else student)(image)
         return output if self.logits_of is None else self.logits_of(output)
+
+
+class _StudentCalled:
+    """The forward hook; where the host copies or saves its student whole, a function that does nothing goes along."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.attachment._student_called(args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # takes anything, needs no package
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from knowsam_monai.networks.views import unstack_views
 
 logger = logging.getLogger(__name__)
 
-# steps without a measurement after which something must be missing; a validation may be a long epoch away
+# steps after which something must be missing where a gate was not measured, as a validation may be a long epoch away
 UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
+UNTAUGHT_CALLS = 100  # and where the teacher saw no label, or did not step
 MEASURED_BY = {
     "agreement": "call `measure_agreement` every 50 steps or so",
     "validation": "add `TeacherValidation` to the evaluator or call `gate.update` after each validation",
@@ -135,6 +136,9 @@ class SAMDistiller(nn.Module):
         self.autocast_dtype = autocast_dtype
         self._warned: set[str] = set()
         self._num_calls, self._asked = 0, False  # of `forward` in training; has the agreement ever been asked for
+        self._saw_label = self._stepped = False  # has the teacher
+        if optimizer is not None:
+            optimizer.register_step_post_hook(self._teacher_stepped)
 
     def train(self, mode: bool = True) -> SAMDistiller:
         """Set the mode of everything but the teacher, which makes targets and so stays in eval mode."""
@@ -166,11 +170,14 @@ class SAMDistiller(nn.Module):
         prompt_logits = _view(views, self.prompt_view).detach()
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
-        rows = _row_slice(labeled_rows, label, len(image))
+        rows = labeled_slice(labeled_rows, label, len(image))
+        if len(range(len(image))[rows]) == 0:
+            label = None
         if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
             check_label(prompt_logits[rows], label, self.ignore_index)
+            self._saw_label = True
 
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:
@@ -191,15 +198,9 @@ class SAMDistiller(nn.Module):
         else:
             self._warn_once("no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'")
             kd_terms = [at_least_float32(view).sum() for view in taught]
-        self._num_calls += self.training
-        if self._num_calls == UNMEASURED_CALLS.get(self.gate.mode) and not (self._asked or self.gate.num_measured):
-            logger.warning(
-                "SKD: the gate %r was not measured in %d steps, and until it is, nothing is taught: %s, or take the "
-                "gate 'none'.",
-                self.gate.mode,
-                self._num_calls,
-                MEASURED_BY[self.gate.mode],
-            )
+        if self.training:
+            self._num_calls += 1
+            self._say_what_is_missing()
         factor = self.gate.weight * weight
         return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
 
@@ -223,7 +224,7 @@ class SAMDistiller(nn.Module):
         """
         self._asked = True
         image = without_meta(image)
-        rows = _row_slice(labeled_rows, label, len(image))
+        rows = labeled_slice(labeled_rows, label, len(image))
         unlabeled = image[_other_rows(rows, len(image))]
         if len(unlabeled) == 0 and label is not None and self.ignore_index is not None:
             label = without_meta(label)
@@ -244,6 +245,25 @@ class SAMDistiller(nn.Module):
     def ignore_index(self) -> int | None:
         """The label value by which the SAM loss knows a pixel without a label; None where it knows none."""
         return getattr(self.sam_loss, "ignore_index", None)
+
+    def _teacher_stepped(self, *_: Any) -> None:
+        self._stepped = True
+
+    def _say_what_is_missing(self) -> None:
+        """Warn, once, of what would otherwise go on teaching nothing to the end of the run."""
+        if self._num_calls == UNMEASURED_CALLS.get(self.gate.mode) and not (self._asked or self.gate.num_measured):
+            logger.warning(
+                "SKD: the gate %r was not measured in %d steps, and until it is, nothing is taught: %s, or take the "
+                "gate 'none'.",
+                self.gate.mode,
+                self._num_calls,
+                MEASURED_BY[self.gate.mode],
+            )
+        if self._num_calls == UNTAUGHT_CALLS and self.optimizer is not None and not self._stepped:
+            reason, remedy = "SAM's optimiser has not stepped", "call `distiller.follow(student_optimizer)` once"
+            if not self._saw_label:
+                reason, remedy = "SAM has not seen a label", "give `label`, or `select` what SAM is to learn from"
+            logger.warning("SKD: %s in %d steps, so that SAM learns nothing: %s.", reason, self._num_calls, remedy)
 
     def _warn_once(self, what: str) -> None:
         if what not in self._warned:
@@ -354,7 +374,23 @@ def _other_rows(rows: slice, num_rows: int) -> slice | list[int]:
     return [row for row in range(num_rows) if row not in labeled]
 
 
-def _row_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:
+def labeled_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:
+    """
+    The rows of a batch that SAM learns from, as a slice.
+
+    Args:
+        labeled_rows, label: as in :meth:`SAMDistiller.forward`.
+        num_rows: of the batch.
+
+    Raises:
+        TypeError: when `labeled_rows` is neither a number nor a slice.
+        ValueError: when it is negative, or `label` has another number of rows.
+
+    Example::
+
+        >>> labeled_slice(None, torch.zeros(2, 1, 8, 8), num_rows=4)
+        slice(0, 2, None)
+    """
     if isinstance(labeled_rows, slice):
         count = len(range(num_rows)[labeled_rows])
         if label is not None and len(label) not in (count, num_rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+MAX_FRAMES_BELOW_SCALER = 16  # between its `step` and the hook: the optimiser's own, schedulers, profilers
 
 Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
 
@@ -23,6 +26,9 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         optimizer: the student's.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
             After a step that it skips, ``optimizer.zero_grad()`` clears the teacher too, ``student.zero_grad()`` not.
+
+    Raises:
+        RuntimeError: at a step that a scaler makes which was not given: gradients would be taken for others.
 
     Example::
 
@@ -40,6 +46,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
             return
         _average_over_ranks([p.grad for p in parameters if p.grad is not None])
         current = scaler_now(scaler)
+        check_scaler(current)
         if current is None:
             teacher_optimizer.step()
         else:
@@ -104,6 +111,33 @@ class _ZeroGrad:
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     """The scaler, where it was given as a callable the one of this moment."""
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
+
+
+def check_scaler(scaler: torch.amp.GradScaler | None) -> None:
+    """
+    Refuse a step of the student's optimiser that another scaler than the given one makes, from within its hook.
+
+    A hook sees neither the scaler nor its factor, but it is called by it.
+
+    Args:
+        scaler: the one that is known of, or None.
+
+    Raises:
+        RuntimeError: when a GradScaler, enabled, that is not `scaler` is among the callers.
+    """
+    frame = sys._getframe(1)
+    for _ in range(MAX_FRAMES_BELOW_SCALER):
+        if frame is None:
+            return
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(caller, torch.amp.GradScaler):
+            if caller is not scaler and caller.is_enabled():
+                raise RuntimeError(
+                    "`scaler` must be the GradScaler that steps the student's optimiser but "
+                    f"{'is None' if scaler is None else 'is another'}; give it to `follow` or `attach`."
+                )
+            return
+        frame = frame.f_back
 
 
 def is_distributed() -> bool:

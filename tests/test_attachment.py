@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from operator import itemgetter
 
 import pytest
@@ -150,7 +151,37 @@ def test_deep_copy_of_the_student_is_not_taught_and_copies_no_teacher():
     assert skd.terms == {} and average._forward_hooks
 
 
+def test_student_saved_whole_while_attached_is_loaded_and_needs_nothing_of_the_attachment(tmp_path):
+    student, optimizer, distiller, batches = build()
+    distiller.attach(student, optimizer)
+    torch.save(student, tmp_path / "student.pt")
+    loaded = torch.load(tmp_path / "student.pt", weights_only=False)
+    image = batches[0]["image"]
+    assert torch.equal(loaded.eval()(image), student.eval()(image))
+    (hook,) = student._forward_hooks.values()
+    assert b"attachment" not in pickle.dumps(hook)
+
+
 # --- what can't be right is one clear error ---------------------------------------------------------------------------
+
+
+def test_second_attachment_of_a_teacher_is_an_error_until_the_first_is_removed():
+    student, optimizer, distiller, _ = build()
+    skd = distiller.attach(student, optimizer)
+    with pytest.raises(RuntimeError, match=r"must be attached to once but is already; call `remove\(\)`"):
+        distiller.attach(student, optimizer)
+    skd.remove()
+    distiller.attach(student, optimizer).remove()
+
+
+@pytest.mark.parametrize(
+    ("selected", "said"), [(lambda batch, image: (image, batch["label"]), "2 values"), (lambda *_: [], "a list")]
+)
+def test_select_of_other_than_three_values_is_an_error(selected, said):
+    student, optimizer, distiller, batches = build()
+    batch = next(iter(distiller.attach(student, optimizer, select=selected).watch(batches)))
+    with pytest.raises(TypeError, match=rf"`select` must return \(sam_image, .* but returns {said}"):
+        student(batch["image"])
 
 
 def test_second_call_for_a_batch_without_select_is_an_error():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.networks import unstack_views
 
 from .attached import assert_same, build, host, loss_of, plain_loop
@@ -201,6 +202,28 @@ def test_gradscaler_and_a_step_that_overflows(device, fused):
     for network, other in ((ours[0], expected[0]), (ours[2].teacher, expected[2].teacher)):
         for parameter, same in zip(network.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(parameter, same, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["None", "another"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_gradscaler_that_skd_is_not_told_of_is_an_error(given, learns):
+    student, optimizer, distiller, batches = build(dtype=torch.float32)
+    if not learns:
+        distiller = SAMDistiller(distiller.teacher, taught_views=(1, 2))
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=2.0**8) for _ in range(2))
+    skd = distiller.attach(student, optimizer, scaler=other if given == "another" else None)
+    batch = next(iter(skd.watch(batches)))
+    scaler.scale(loss_of(student(batch["image"]), batch)).backward()
+    with pytest.raises(RuntimeError, match=f"`scaler` must be the GradScaler .* but is {given}; give it to"):
+        scaler.step(optimizer)
+
+
+def test_disabled_gradscaler_needs_no_telling():
+    student, optimizer, distiller, batches = build(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    scaler.scale(loss_of(student(batch["image"]), batch)).backward()
+    scaler.step(optimizer)
 
 
 # --- what torch puts around a student ---------------------------------------------------------------------------------

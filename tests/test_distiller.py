@@ -315,3 +315,28 @@ def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypat
             distiller(image, logits, label)
     said = [line for line in caplog.messages if "was not measured in 3 steps" in line]
     assert len(said) == is_warned
+
+
+@pytest.mark.parametrize("forgotten", ["nothing", "follow", "label"])
+def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatch, caplog, forgotten):
+    monkeypatch.setattr("knowsam_monai.distiller.UNTAUGHT_CALLS", 3)
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    if forgotten != "follow":
+        distiller.follow(optimizer)
+    for batch in toy_batches(5):
+        label = None if forgotten == "label" else batch["label"]
+        distiller(batch["image"], student(batch["image"]), label).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [line for line in caplog.messages if "SAM learns nothing" in line]
+    remedies = {"nothing": [], "follow": ["call `distiller.follow"], "label": ["has not seen a label"]}
+    assert len(said) == len(remedies[forgotten]) and all(x in line for x, line in zip(remedies[forgotten], said))
+
+
+def test_no_labeled_rows_are_no_label(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"])
+    label = torch.zeros_like(batch["image"][:, :1])
+    ours, expected = (distiller_of(teacher)(batch["image"], logits, *rest) for rest in ((label, 0), ()))
+    assert ours.sam_loss == 0 and torch.equal(ours.distillation_loss, expected.distillation_loss)

@@ -112,3 +112,17 @@ def test_host_s_own_zero_grad_is_put_back(student, teacher):
 def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
     with pytest.raises(RuntimeError, match="`optimizer` of the distiller must be the teacher's but is None"):
         SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
+    scaler.scale(distiller(image, student(image), label).loss).backward()
+    before = copy.deepcopy(teacher.state_dict())
+    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None; give"):
+        scaler.step(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

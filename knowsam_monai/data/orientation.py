@@ -124,7 +124,8 @@ def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: 
         if is_cached(teacher):
             raise ValueError(
                 f"`batch` must have a {SAM_IMAGE!r} for a teacher whose encoder is 'cached' but has none; put "
-                "RandOrientationd first into the augmentation, or take the encoder 'adapted'."
+                "RandOrientationd first into the augmentation, or, where the batch is mixed to new images as by "
+                "BidirectionalCopyPaste, take the encoder 'adapted'."
             )
         return image
     if len(sam_image) != len(image) or sam_image.shape[2:] != image.shape[2:]:
@@ -138,7 +139,8 @@ def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: 
 def check_orientations(loader: Any, label_key: str = "label") -> None:
     """Refuse a pipeline in which a cached teacher would see other images than it can keep, or other than the label's.
 
-    Of random transforms, `RandOrientationd` must come first, once, and no other may move pixels or touch the label.
+    Of random transforms, `RandOrientationd` must come first, once, and no other may move pixels or touch the label or
+    `"sam_image"`.
 
     Args:
         loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`,
@@ -169,7 +171,13 @@ def _check_pipeline(transforms: list[Any], label_key: str) -> None:
             f"has {', '.join(names) or 'no random transform'}; SAM sees the image as RandOrientationd leaves it."
         )
     for name, transform in zip(names[1:], transforms[1:]):
-        if label_key in getattr(transform, "keys", ()):
+        keys = getattr(transform, "keys", ())
+        if SAM_IMAGE in keys:
+            raise ValueError(
+                f"`encoder` 'cached' must see {SAM_IMAGE!r} as RandOrientationd leaves it but {name} changes it each time "
+                f"anew; take {SAM_IMAGE!r} out of its keys."
+            )
+        if label_key in keys:
             raise ValueError(
                 f"`encoder` 'cached' must have no random transform of {label_key!r} but RandOrientationd but {name} is "
                 f"one: SAM would learn from labels that its image does not show. Take {label_key!r} out of its keys."

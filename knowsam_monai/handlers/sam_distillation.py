@@ -11,7 +11,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations, is_cached, sam_image_for
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distiller import SAMDistiller, labeled_slice
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.views import unstack_views
@@ -133,8 +133,9 @@ class SAMDistillation:
             output["teacher_logits"] = result.teacher_logits
         # the first run of the teacher since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
-        if is_logged and label is not None and rows is None:
-            labeled = slice(len(label))
+        labeled = labeled_slice(rows, label, len(image))
+        if is_logged and label is not None and len(range(len(image))[labeled]) > 0:
+            label = label[labeled] if len(label) == len(image) else label
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
             student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)
             if result.slices is not None:

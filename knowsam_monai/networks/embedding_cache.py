@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float16: "float16", torch.float32: "float32"}
 OWNER = "cache.json"  # says whose embeddings a folder holds
+LOOKUPS_WITHOUT_A_HIT = 2000  # after which something must make new images each time
 
 
 class EmbeddingCache:
@@ -29,7 +30,7 @@ class EmbeddingCache:
     own entry, encoded by itself: nothing is turned after the encoder, and all is exact. Images are encoded one at a
     time, without gradient and without autocast, so an entry does not depend on the batch that made it. Weights that
     change in place make a new encoder, with other keys. Use it where images come again, as slices in eight
-    orientations do: with random intensities no image is seen twice, and the cache only grows.
+    orientations do: with random intensities no image is seen twice, and the cache only grows, which is warned of.
 
     Args:
         encoder: the frozen encoder; its values are hashed.
@@ -46,6 +47,7 @@ class EmbeddingCache:
     Raises:
         ValueError: when `dtype` is another, when the folder holds embeddings of another encoder, size or precision, or
             when an embedding is not finite in this precision. A file that is torn is warned of and computed again.
+        NotADirectoryError: when `folder` is a file.
 
     Example::
 
@@ -73,6 +75,7 @@ class EmbeddingCache:
         self._entries: dict[str, torch.Tensor] = {}
         self._versions: tuple[tuple[int, int], ...] = ()
         self._encoder_hash = ""
+        self._num_lookups = self._num_hits = 0
         self._follow_encoder()
 
     def __len__(self) -> int:
@@ -91,6 +94,14 @@ class EmbeddingCache:
     ) -> torch.Tensor:
         key = self._key(pixels)
         kept = self._entries.get(key) if self.folder is None else self._read(key)
+        self._num_lookups += 1
+        self._num_hits += kept is not None
+        if self._num_lookups == LOOKUPS_WITHOUT_A_HIT and self._num_hits == 0:
+            logger.warning(
+                "Of %d images of the cached encoder none came again: look for a random transform before RandOrientationd, "
+                "or take the encoder 'adapted'.",
+                self._num_lookups,
+            )
         if kept is None:
             with torch.autocast(image.device.type, enabled=False):
                 kept = encode(image)[0].to("cpu", self.dtype).contiguous()
@@ -130,7 +141,10 @@ class EmbeddingCache:
         """Write down whose folder this is; refuse one that is another's."""
         facts = {**self.facts, "encoder": encoder_hash, "shape": self.shape, "dtype": DTYPES[self.dtype]}
         facts = json.loads(json.dumps(facts))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(f"`cache_dir` must be a folder but {folder} is or lies in a file.") from None
         try:
             found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         except FileNotFoundError:

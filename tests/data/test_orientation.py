@@ -164,3 +164,9 @@ def test_holes_in_the_label_are_an_error():
     holes = RandCoarseDropoutd(**BOTH, holes=1, spatial_size=2)
     with pytest.raises(ValueError, match="no random transform of 'label' but RandOrientationd but RandCoarseDropoutd"):
         check_orientations(loader(RandOrientationd(**BOTH), holes))
+
+
+def test_noise_on_the_image_for_sam_is_an_error():
+    noise = RandGaussianNoised(["image", "sam_image"])
+    with pytest.raises(ValueError, match="must see 'sam_image' as RandOrientationd leaves it but RandGaussianNoised"):
+        check_orientations(loader(RandOrientationd(**BOTH), noise))

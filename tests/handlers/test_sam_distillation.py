@@ -66,6 +66,20 @@ def test_terms_are_logged_under_their_names_and_detached():
     assert output["teacher_logits"].shape == (4, 3, 8, 8) and not output["teacher_logits"].requires_grad
 
 
+def test_labelled_dice_is_of_the_named_rows_where_all_have_labels():
+    all_labeled = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
+    first_labeled = {**all_labeled, "label": all_labeled["label"][:2]}
+    named = []
+    for batch, rows in ((all_labeled, slice(0, 2)), (first_labeled, None)):
+        student, _, distiller = build()
+        loss = PartiallyLabeledLoss(dice_ce_loss(3))
+        handler = SAMDistillation(distiller, labeled_rows=rows, log_interval=1)
+        trainer = toy_trainer(student, [batch], loss, [handler])
+        trainer.run()
+        named.append([trainer.state.output[f"{who}_labeled_dice"] for who in ("teacher", "student")])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*named, strict=True))
+
+
 def test_shut_gate_leaves_the_students_step_exactly_as_without_distillation():
     batches = toy_batches(3)
     student, _, distiller = build(gate="validation")  # no validation yet: weight 0

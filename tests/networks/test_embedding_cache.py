@@ -220,3 +220,19 @@ def test_owner_of_a_folder_is_plain_json(tmp_path):
     build(folder=tmp_path)
     facts = json.loads((tmp_path / "cache.json").read_text())
     assert set(facts) == {"variant", "image_size", "encoder", "shape", "dtype"} and facts["shape"] == [6, 2, 2]
+
+
+@pytest.mark.parametrize("num_again", [0, 1])
+def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, num_again):
+    monkeypatch.setattr("knowsam_monai.networks.embedding_cache.LOOKUPS_WITHOUT_A_HIT", 4)
+    encoder, cache = build()
+    cache(torch.cat((images(4 - num_again), images(num_again), images(9)[4:])), encoder)
+    said = [message for message in caplog.messages if "Of 4 images of the cached encoder none came again" in message]
+    assert len(said) == (num_again == 0)
+
+
+@pytest.mark.parametrize("path", ["file", "file/inside"])
+def test_folder_that_is_a_file_is_an_error(tmp_path, path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is or lies in a file"):
+        build(folder=tmp_path / path)
