@@ -118,8 +118,8 @@ class PartiallyLabeledLoss(nn.Module):
         if len(weights) != len(views):
             raise ValueError(
                 f"`view_weights` must be one weight for each of the {len(views)} views but are {weights}. "
-                "A plain network has one view, MultiViewNet three: fused, unet, vnet. In a bundle the overlay of a "
-                "method comes after that of its network, network_plain.json."
+                "A plain network has one view, MultiViewNet three: fused, unet, vnet; in a bundle, network_plain.json "
+                "is the plain network."
             )
         labeled_views = [at_least_float32(view[: len(label)]) for view in views]
         if labeled_views[0].shape[1] == 1:

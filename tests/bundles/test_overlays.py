@@ -13,7 +13,7 @@ from monai.utils import set_determinism
 
 from knowsam_monai.networks import StackedNetworks, UNet
 
-from .conftest import CONFIGS, Training
+from .conftest import CONFIGS, CONFIGS_3D, Training
 
 SAM = {"sam_loss", "distillation_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
 QUICK = {
@@ -151,6 +151,15 @@ def test_pair_of_cross_pseudo_supervision_is_the_network_overlay_s():
     pair, method = (json.loads((CONFIGS / name).read_text()) for name in ("network_pair.json", "cps.json"))
     keys = ("network_def", "prompt_view", "taught_views")
     assert [pair[key] for key in keys] == [method[key] for key in keys]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bundle", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+def test_overlays_of_network_and_method_set_different_keys(bundle, method):
+    """So that their order on the command line is nobody's concern."""
+    network, method = (json.loads((bundle / f"{name}.json").read_text()) for name in ("network_plain", method))
+    own_network = {"network_def", "prompt_view", "taught_views"} if method["method"] == "cps" else set()
+    assert set(network) & set(method) == own_network
 
 
 PUBLISHED = {"max_iterations": 30000, "lr": 0.01, "lr_power": 0.9, "labeled_batch_size": 12, "view_weights": [0.5]}

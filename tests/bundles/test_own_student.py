@@ -2,9 +2,9 @@
 A student of one's own in train.json, by `--network_def`, under SKD and mixing.
 
 Each is what a user types after ``python -m monai.bundle run --config_file bundles/knowsam_acdc/configs/train.json``.
-Co-training, the first handler, needs the two views of MultiViewNet: it is switched off. `view_weights` are one for each
-tensor that the network stacks in train mode: none for a plain network, main output and supervised heads for DynUNet,
-of which the main one, number 0, is taught.
+Co-training, the first handler, needs the two views of MultiViewNet: it is switched off. `view_weights`, where they are not
+all 1, are one for each tensor that the network stacks in train mode: for DynUNet main output and supervised heads, of
+which the main one, number 0, is taught.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from knowsam_monai.preparation import root_cause
 
 BASIC_UNET = """
     --network_def '{"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 4}'
-    --view_weights '$None' --train#handlers#0#_disabled_ True
+    --train#handlers#0#_disabled_ True
 """
 DYN_UNET = """
     --network_def '{"_target_": "DynUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 4,
@@ -31,7 +31,7 @@ DYN_UNET = """
 SWIN_UNETR = """
     --network_def '{"_target_": "SwinUNETR", "spatial_dims": 2, "in_channels": 1, "out_channels": 4,
         "feature_size": 12}'
-    --view_weights '$None' --train#handlers#0#_disabled_ True
+    --train#handlers#0#_disabled_ True
 """
 NARROW = {"BasicUNet": {"features": [4, 4, 8, 8, 8, 4]}, "DynUNet": {"filters": [4, 8, 8, 8]}}
 

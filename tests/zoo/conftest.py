@@ -20,7 +20,6 @@ BRIEF = {
     "network_def": None,
     "use_sam": False,
     "mixing_weight": 0,
-    "view_weights": [1.0, 1.0, 1.0],
     "lr": 0.05,
 }
 # a data list is a data set, for which the configs have the published student
