@@ -31,7 +31,6 @@ OUTPUT = ROOT / "benchmarks" / "output"
 UNET = {"_target_": "knowsam_monai.networks.UNet", "in_channels": "@in_channels", "out_channels": "@num_classes"}
 PLAIN_UNET: dict[str, object] = {
     "network_def": json.dumps(UNET),
-    "view_weights": "$None",
     "train#handlers#0#_disabled_": True,  # no co-training of two views
     "mixing_weight": 0,
 }
@@ -175,11 +174,12 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "optimizer": ADAMW,
             "distillation_gate": "agreement",
             "distillation_dice_weight": 1.0,
-            "distillation_start": 100,
+            "distillation_start": 300,
             "taught_rows": "unlabeled",
-            "max_iterations": 400,
-            "epoch_length": 100,
+            "max_iterations": 1200,
+            "epoch_length": 300,
             "num_workers": 0,
+            "cpu_autocast": True,
         },
         LEFT_ATRIUM_ON_A_CPU,
     ),
