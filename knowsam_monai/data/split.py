@@ -27,7 +27,7 @@ def split_training(
         >>> split_training("abcdef", labeled_patients=2, holdout_patients=1, protocols=(2, 3))
         (['a', 'b'], ['c', 'd', 'e'], ['f'])
     """
-    if isinstance(labeled_patients, bool) or labeled_patients not in protocols:
+    if type(labeled_patients) is not int or labeled_patients not in protocols:
         raise ValueError(
             f"`labeled_patients` must be one of {list(protocols)} but is {labeled_patients!r}. "
             "Other selections can be written as a data-list JSON."
@@ -38,7 +38,7 @@ def split_training(
             f"but is {labeled_patients}."
         )
     most = len(training) - labeled_patients
-    if not 0 <= holdout_patients <= most:
+    if type(holdout_patients) is not int or not 0 <= holdout_patients <= most:
         raise ValueError(
             f"`holdout_patients` must be from 0 to {most} with {labeled_patients} labeled patients "
             f"but is {holdout_patients}."

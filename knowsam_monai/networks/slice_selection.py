@@ -45,7 +45,8 @@ class SliceSelection(NamedTuple):
 
 def draw_axis(axes: Sequence[int], seed: int, iteration: int) -> int:
     """One of several axes for the whole batch, a function of (seed, iteration)."""
-    return axes[np.random.RandomState(derive_seed(seed, iteration)).randint(len(axes))]
+    # the last number: another stream than the slices of any row
+    return axes[np.random.RandomState(derive_seed(seed, iteration, 0, 1)).randint(len(axes))]
 
 
 def draw_uniform(size: int, num_slices: int, num_rows: int, seed: int, iteration: int) -> Tensor:

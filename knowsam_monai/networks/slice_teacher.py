@@ -64,8 +64,8 @@ class SliceTeacher(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if slices is not None and slices < 1:
-            raise ValueError(f"`slices` must be at least 1, or None for all, but is {slices}.")
+        if slices is not None and (type(slices) is not int or slices < 1):
+            raise ValueError(f"`slices` must be a number of slices, 1 or more, or None for all, but is {slices!r}.")
         if sampling not in SAMPLINGS:
             raise ValueError(f"`sampling` must be one of {', '.join(SAMPLINGS)} but is {sampling!r}.")
         if getattr(sam_teacher, "encoder", "adapted") == "cached":

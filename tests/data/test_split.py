@@ -13,13 +13,13 @@ def test_first_are_labeled_and_last_are_held_out():
     assert split_training(SIX, 6, 0, (2, 6)) == (SIX, [], [])
 
 
-@pytest.mark.parametrize("labeled", [0, 3, True, "2", None])
+@pytest.mark.parametrize("labeled", [0, 3, True, "2", None, 2.0])
 def test_unpublished_number_of_labeled_patients_is_refused(labeled):
     with pytest.raises(ValueError, match=r"`labeled_patients` must be one of \[1, 2\] but is"):
         split_training(SIX, labeled, 0, (1, 2))
 
 
-@pytest.mark.parametrize("holdout", [-1, 5])
+@pytest.mark.parametrize("holdout", [-1, 5, 1.0])
 def test_more_held_out_than_unlabeled_is_refused(holdout):
     with pytest.raises(ValueError, match=f"from 0 to 4 with 2 labeled patients but is {holdout}"):
         split_training(SIX, 2, holdout, (2,))
