@@ -179,7 +179,6 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "max_iterations": 1200,
             "epoch_length": 300,
             "num_workers": 0,
-            "cpu_autocast": True,
         },
         LEFT_ATRIUM_ON_A_CPU,
     ),
