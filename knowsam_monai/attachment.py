@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,9 @@ class Attachment:
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
         self._batch: Any = None
+        self._uncalled_images: list[weakref.ref[Tensor]] = []  # of batches taken before, but for the student's calls
+        self._has_stepped = False  # the student, since it was called on this batch
+        self._said_all_rows = False
         self._num_calls = 0  # of the student, for this batch
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
@@ -138,7 +142,12 @@ class Attachment:
 
     def next_batch(self, batch: Any) -> None:
         """Name the batch that the student is called on next."""
-        self._batch, self._num_calls = batch, 0
+        former_image = _image_of(self._batch)
+        if self._num_calls:
+            self._uncalled_images.clear()
+        elif former_image is not None:
+            self._uncalled_images.append(weakref.ref(former_image))
+        self._batch, self._num_calls, self._has_stepped = batch, 0, False
         self.iteration += 1
 
     def remove(self) -> None:
@@ -148,6 +157,7 @@ class Attachment:
         if self._handles and self.distiller.optimizer is not None:
             self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
         self._handles, self._batch = [], None
+        self._uncalled_images.clear()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
         logits = output if self.logits_of is None else self.logits_of(output)
@@ -160,11 +170,12 @@ class Attachment:
             raise TypeError(
                 "`student` must be called on a tensor, its image, but is not; attach to the part of it that is."
             )
-        selection = self._selection(without_meta(images[0]))
+        image = without_meta(images[0])
+        selection = self._selection(image)
         if selection is None or self.iteration % self.every:
             self._accounted = True
             return
-        gradient, sam_gradients = self._gradients(logits, *selection)
+        gradient, sam_gradients = self._gradients(logits, image, *selection)
         arrivals_before = self._num_arrivals
         arrived = False
 
@@ -179,13 +190,17 @@ class Attachment:
                 )
             if self._num_arrivals == arrivals_before and all(p.grad is None for p in self.student.parameters()):
                 # the host skipped a step and cleared its gradients by `student.zero_grad()`
-                for parameter in self._sam_parameters():
-                    parameter.grad = None
+                self._take_back()
             arrived = self._accounted = True
             self._num_arrivals += 1
             for parameter, sam_gradient in sam_gradients:
+                brought = self.distiller.brought.setdefault(parameter, {})
+                if parameter.grad is None:
+                    brought.clear()
                 parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
-            return host_gradient + gradient.to(host_gradient.dtype)
+                is_alone = brought.keys() <= {id(self)}
+                brought[id(self)] = parameter.grad if is_alone else brought.get(id(self), 0) + sam_gradient
+            return host_gradient if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
         logits.register_hook(backpropagated)
 
@@ -197,7 +212,16 @@ class Attachment:
                 "the host's loss is made of, or detach for this stage."
             )
         check_scaler(scaler_now(self.scaler))
-        self._accounted = False
+        self._accounted, self._has_stepped = False, True
+        for brought in self.distiller.brought.values():
+            brought.pop(id(self), None)
+
+    def _take_back(self) -> None:
+        """Leave SAM the gradients that other students brought, whose teacher it may be too."""
+        for parameter, brought in self.distiller.brought.items():
+            mine = brought.pop(id(self), None)
+            if mine is not None and parameter.grad is not None:
+                parameter.grad = parameter.grad - mine if brought else None
 
     def _selection(self, image: Tensor) -> Selection | None:
         """SAM's image, label and labelled rows for a call of the student; None: it is not taught."""
@@ -207,6 +231,7 @@ class Attachment:
                 "that, or call `next_batch(batch)` before each step."
             )
         self._num_calls += 1
+        selection: Selection | None = None
         if self.select is not None:
             selection = self.select(self._batch, image)
             if selection is None:
@@ -216,30 +241,45 @@ class Attachment:
                     "`select` must return (sam_image, label, labeled_rows) or None but returns "
                     f"{f'{len(selection)} values' if isinstance(selection, tuple) else f'a {type(selection).__name__}'}."
                 )
-        elif self._num_calls > 1:
+        if self._has_stepped:
+            raise RuntimeError(
+                "`student` must be called on a new batch after its step but is called on the one before; let the host "
+                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came from it, "
+                "or call `next_batch(batch)` before each step."
+            )
+        is_of_former = any(_begins_with(image, former()) for former in self._uncalled_images)
+        if is_of_former and not _begins_with(image, _image_of(self._batch)):
+            raise RuntimeError(
+                "`student` must be called on the batch that was taken last but is called on one before: batches are "
+                "fetched ahead. Call `next_batch(batch)` before each step, or `watch` what the host iterates over."
+            )
+        if selection is None and self._num_calls > 1:
             raise RuntimeError(
                 "`student` must be called once for each batch but is called again; give `select`, which says which "
                 "calls are taught. Where the whole student is under activation checkpointing, checkpoint its blocks."
             )
-        else:
+        if selection is None:
             selection = (*image_and_label(self._batch, image), None)
-            if self.iteration == 1 and selection[1] is not None and len(selection[1]) == len(image):
+            if not self._said_all_rows and selection[1] is not None and len(selection[1]) == len(image):
+                self._said_all_rows = True
                 logger.warning("SAM learns from all %d rows; if some are unlabelled to you, give `select`.", len(image))
         sam_image, label, rows = selection
         sam_image = sam_image_for(image, None if sam_image is image else sam_image, self.distiller.teacher)
         return sam_image, label if label is None else torch.as_tensor(label).to(image.device), rows
 
     def _gradients(
-        self, logits: Tensor, sam_image: Tensor, label: Tensor | None, rows: int | slice | None
-    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
-        """What SKD would bring to the logits and to SAM's parameters, were it in the host's loss."""
+        self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: int | slice | None
+    ) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
+        """What SKD would bring to the logits and to SAM's parameters, were it in the host's loss; None: nothing."""
         distiller = self.distiller.train()
         if distiller.gate.weight.device != logits.device:
             distiller.to(logits.device)
         run = self.iteration // self.every  # of the teacher
         if distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             with _all_in_eval_mode(self.student):
-                distiller.measure_agreement(self._student, sam_image, label, rows, run // self.gate_interval)
+                distiller.measure_agreement(
+                    self._student, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
+                )
         weight = self.weight(self.iteration) if callable(self.weight) else self.weight
         weight = weight if self.iteration >= self.start else 0.0
         leaf = at_least_float32(logits.detach()).requires_grad_()
@@ -251,6 +291,8 @@ class Attachment:
             "sam_loss": result.sam_loss.detach(),
             "gate_weight": distiller.gate.weight.clone(),
         }
+        if not result.loss.requires_grad:  # not taught yet, and no row that SAM learns from
+            return None, []
         scaler = scaler_now(self.scaler)
         loss = result.loss / self.accumulation_steps
         parameters = self._sam_parameters()
@@ -270,6 +312,21 @@ class Attachment:
         student = self.student
         output = (student.module if isinstance(student, DistributedDataParallel) else student)(image)
         return output if self.logits_of is None else self.logits_of(output)
+
+
+def _image_of(batch: Any) -> Tensor | None:
+    """The image of a batch that is a mapping or a sequence, where it is a tensor."""
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    if isinstance(batch, Sequence) and len(batch) > 0:
+        image = batch[0]
+    return image if isinstance(image, Tensor) else None
+
+
+def _begins_with(image: Tensor, first: Tensor | None) -> bool:
+    """Whether a student's input has these rows first, value for value."""
+    if first is None or first.shape[1:] != image.shape[1:] or not 0 < len(first) <= len(image):
+        return False
+    return torch.equal(without_meta(first).to(image), image[: len(first)])
 
 
 class _StudentCalled:

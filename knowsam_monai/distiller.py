@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,6 +134,7 @@ class SAMDistiller(nn.Module):
         self.taught_rows = taught_rows
         self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
         self.autocast_dtype = autocast_dtype
+        self.brought: dict[nn.Parameter, dict[int, Tensor]] = {}  # what each attachment, by its id, added to gradients
         self._warned: set[str] = set()
         self._num_calls, self._asked = 0, False  # of `forward` in training; has the agreement ever been asked for
         self._saw_label = self._stepped = False  # has the teacher
@@ -193,16 +194,18 @@ class SAMDistiller(nn.Module):
         if self.taught_rows == "unlabeled" and self.ignore_index is None:
             rest = _other_rows(rows, len(image))
             target, taught = target[rest], [view[rest] for view in taught]
-        if len(target) > 0:
-            kd_terms = [self.distillation_loss(view, target) for view in taught]
-        else:
+        distillation_loss = sam_loss.new_zeros(())
+        if len(target) == 0:
             self._warn_once("no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'")
-            kd_terms = [at_least_float32(view).sum() for view in taught]
+        elif weight != 0:
+            # what a shut gate keeps out may not be finite, and 0 times that is not 0
+            target = target if self.gate.mode == "none" else torch.where(self.gate.weight > 0, target, 0)
+            kd_terms = [self.distillation_loss(view, target) for view in taught]
+            distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
         if self.training:
             self._num_calls += 1
             self._say_what_is_missing()
-        factor = self.gate.weight * weight
-        return Distillation(factor * torch.stack(kd_terms).sum(), sam_loss, teacher_logits, slices)
+        return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
     def measure_agreement(
         self,
@@ -211,6 +214,7 @@ class SAMDistiller(nn.Module):
         label: Tensor | None = None,
         labeled_rows: int | slice | None = None,
         turn: int = 0,
+        sam_image: Tensor | None = None,
     ) -> None:
         """
         One measurement of the "agreement" gate, on the rows that the teacher does not learn from, if there are any.
@@ -219,27 +223,37 @@ class SAMDistiller(nn.Module):
 
         Args:
             student: ``f(image) -> logits`` or stacked views, in eval mode.
-            image, label, labeled_rows: as in :meth:`forward`.
+            image: (B, channels, *spatial), what the student sees.
+            label, labeled_rows: as in :meth:`forward`.
             turn: which flip or turn to compare with, any integer.
+            sam_image: what the teacher sees, row for row; None: `image`.
         """
         self._asked = True
         image = without_meta(image)
+        sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
-        unlabeled = image[_other_rows(rows, len(image))]
-        if len(unlabeled) == 0 and label is not None and self.ignore_index is not None:
-            label = without_meta(label)
-            unlabeled = image[rows][(label == self.ignore_index).flatten(1).any(1)]
-        counts = len(unlabeled) > 0
+        judging = torch.arange(len(image), device=image.device)[_other_rows(rows, len(image))]
+        if len(judging) == 0 and label is not None and self.ignore_index is not None:
+            has_holes = (without_meta(label) == self.ignore_index).flatten(1).any(1)
+            judging = torch.arange(len(image), device=image.device)[rows][has_holes]
+        counts = len(judging) > 0
         if not counts and self.ignore_index is None:
             self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
         if counts or is_distributed():
             self.gate.measure_agreement(
                 lambda x: _view(unstack_views(student(x), x), self.prompt_view),
-                self.teacher,
-                unlabeled if counts else image[:1],
+                self.ask_teacher,
+                image[judging] if counts else image[:1],
                 turn,
                 counts,
+                sam_image[judging] if counts else sam_image[:1],
             )
+
+    @torch.no_grad()
+    def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
+        """The teacher's logits (B, C, *spatial) of whole images or volumes, as it teaches them, without a graph."""
+        with self._autocast(image.device.type):
+            return self.teacher(image, prompt_logits)
 
     @property
     def ignore_index(self) -> int | None:
@@ -280,12 +294,7 @@ class SAMDistiller(nn.Module):
         """Teacher logits of all rows (detached) and of the labelled rows (with the graph SAM's loss needs)."""
         labeled = range(len(image))[rows]
         learns = self.training and torch.is_grad_enabled() and self.optimizer is not None and len(labeled) > 0
-        autocast = (
-            nullcontext()
-            if self.autocast_dtype is None
-            else torch.autocast(image.device.type, dtype=self.autocast_dtype)
-        )
-        with autocast:
+        with self._autocast(image.device.type):
             if not learns:
                 with torch.no_grad():
                     logits = teacher(image, prompt_logits)
@@ -298,6 +307,10 @@ class SAMDistiller(nn.Module):
                 with torch.no_grad():
                     logits[rest] = teacher(image[rest], prompt_logits[rest])
         return logits, labeled_logits
+
+    def _autocast(self, device_type: str) -> AbstractContextManager:
+        """That of `autocast_dtype`; without one the caller's stays as it is."""
+        return nullcontext() if self.autocast_dtype is None else torch.autocast(device_type, dtype=self.autocast_dtype)
 
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss

@@ -86,6 +86,7 @@ class TeacherGate(nn.Module):
         image: Tensor,
         turn: int,
         is_counted: bool = True,
+        sam_image: Tensor | None = None,
     ) -> None:
         """
         One measurement of "agreement" on unlabelled images.
@@ -96,14 +97,15 @@ class TeacherGate(nn.Module):
             image: (B, channels, *spatial), rows that the teacher does not learn from.
             turn: which orientation to compare with, any integer: flips, and turns in planes that are square.
             is_counted: False on a rank that has no such row: what it measures counts nothing, and it meets the others.
+            sam_image: (B, channels of the teacher's, *spatial), what the teacher sees of them; None: the same.
         """
+        sam_image = image if sam_image is None else sam_image
         turns = _turns(image)
         there, back = turns[turn % len(turns)]
-        turned_image = there(image)
-        student_logits, turned_logits = student(image), student(turned_image)
+        student_logits, turned_logits = student(image), student(there(image))
         pairs = {
             "student": (student_logits, back(turned_logits)),
-            "teacher": (teacher(image, student_logits), back(teacher(turned_image, turned_logits))),
+            "teacher": (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
         }
         num_classes = student_logits.shape[1]
         counts = torch.stack([torch.stack(_class_counts(*pairs[role], num_classes)) for role in ("student", "teacher")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,11 +67,16 @@ def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
             "A watched batch must be a mapping with 'image' and 'label' or a pair (image, label) but is a "
             f"{type(batch).__name__}; give `select`."
         )
+    if not isinstance(batch_image, (Tensor, np.ndarray)):
+        raise ValueError(
+            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; where a batch is made "
+            "of several, `watch` the loader of the labelled ones and give `select`."
+        )
     batch_image = without_meta(torch.as_tensor(batch_image))
     if batch_image.shape != image.shape or not torch.equal(batch_image.to(image), image):
         raise ValueError(
             f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
-            f"{tuple(batch_image.shape)}, but differs: it was changed in the step, or batches are fetched ahead; give "
-            "`select`, or call `next_batch(batch)` before each step."
+            f"{tuple(batch_image.shape)}, but differs: where it is changed in the step, give `select`; where batches are "
+            "fetched ahead, call `next_batch(batch)` before each step."
         )
     return sam_image, label

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from operator import itemgetter
 
@@ -240,7 +241,7 @@ def test_call_without_a_batch_is_an_error_and_in_eval_mode_or_without_gradient_n
     ("change", "message"),
     [
         (lambda image: image[:3], r"of shape \(3, 1, 8, 8\), must be the image of the watched batch, of shape \(4, 1"),
-        (lambda image: image + 0.01, "but differs: it was changed in the step, or batches are fetched ahead"),
+        (lambda image: image + 0.01, "but differs: where it is changed in the step, give `select`"),
     ],
 )
 def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
@@ -250,11 +251,49 @@ def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
         student(change(batch["image"]))
 
 
-def test_batches_fetched_ahead_are_an_error():
+def all_labels(batch, image):
+    """As hosts have it that carry labels for every row."""
+    return image, batch["label"], len(batch["label"])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("select", [None, all_labels])
+def test_batches_fetched_ahead_are_an_error(select, depth):
+    student, optimizer, distiller, batches = build(num_batches=4)
+    skd = distiller.attach(student, optimizer, select=select)
+    iterator = iter(skd.watch(batches))
+    fetched = [next(iterator) for _ in range(depth + 1)]
+    with pytest.raises(RuntimeError, match="on the batch that was taken last but is called on one before"):
+        host(student, optimizer, fetched[:1])
+
+
+def test_batches_that_are_left_out_are_none():
+    student, optimizer, distiller, batches = build(num_batches=4)
+    host(student, optimizer, list(distiller.attach(student, optimizer, select=all_labels).watch(batches))[3:])
+
+
+def test_batch_that_comes_again_past_the_watched_loader_is_an_error():
+    student, optimizer, distiller, batches = build(num_batches=2)
+    skd = distiller.attach(student, optimizer, select=all_labels)
+    with pytest.raises(RuntimeError, match="on a new batch after its step .* not from `itertools.cycle`"):
+        host(student, optimizer, itertools.islice(itertools.cycle(skd.watch(batches)), 3))
+    assert skd.iteration == 2
+
+
+def test_call_after_the_step_that_is_not_taught_is_let_be():
     student, optimizer, distiller, batches = build()
-    fetched = list(distiller.attach(student, optimizer).watch(batches))
-    with pytest.raises(ValueError, match="batches are fetched ahead"):
-        host(student, optimizer, fetched)
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if x is b["image"] else None)
+    for batch in skd.watch(batches):
+        host(student, optimizer, [batch])
+        student(batch["image"] + 0)
+
+
+def test_batch_of_batches_is_an_error():
+    student, optimizer, distiller, batches = build()
+    pairs = [(list(batches[0].values()), list(batches[1].values()))]
+    (pair,) = distiller.attach(student, optimizer).watch(pairs)
+    with pytest.raises(ValueError, match="image of a watched batch must be a tensor but is a list; .* give `select`"):
+        student(pair[0][0])
 
 
 def test_batch_that_is_neither_mapping_nor_pair_is_an_error():

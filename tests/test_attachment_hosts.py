@@ -92,6 +92,36 @@ def test_host_that_calls_its_student_twice_says_which_call_is_taught(backwards):
     assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("clears_by", ["optimizer", "student"])
+def test_two_students_of_one_teacher_bring_it_the_gradients_of_both(clears_by):
+    """Cross pseudo supervision as SSL4MIS writes it: two networks, two optimisers, one backward."""
+    gradients = []
+    for is_attached in (True, False):
+        student, optimizer, distiller, batches = build(num_batches=2)
+        pair = [(student, optimizer)]
+        other = copy.deepcopy(student)
+        for parameter in other.parameters():
+            parameter.data.mul_(0.9)
+        pair.append((other, torch.optim.SGD(other.parameters(), lr=0.1)))
+        watched = batches
+        for network, its_optimizer in pair if is_attached else ():
+            watched = distiller.attach(network, its_optimizer).watch(watched)
+        for step, batch in enumerate(watched):
+            loss = 0
+            for network, its_optimizer in pair:
+                (network if clears_by == "student" else its_optimizer).zero_grad()
+                logits = network(batch["image"])
+                loss = loss + loss_of(logits, batch)
+                if not is_attached:
+                    loss = loss + distiller(batch["image"], logits, batch["label"]).loss
+            if not is_attached:  # the step before was skipped
+                distiller.optimizer.zero_grad()
+            loss.backward()
+        gradients.append([p.grad for p in distiller.teacher.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("num_labeled", [2, 4])  # of four rows, two a call
 @pytest.mark.parametrize("backwards", [1, 2])
 def test_host_that_calls_its_student_on_two_halves_has_both_taught(backwards, num_labeled):

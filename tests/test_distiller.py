@@ -75,6 +75,18 @@ def test_rows_that_are_no_number_and_no_slice_are_one_clear_error(student, teach
         distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"], labeled_rows=rows)
 
 
+@pytest.mark.parametrize("shut_by", ["weight", "gate"])
+def test_teacher_that_overflows_leaves_a_student_that_is_not_taught_alone(student, teacher, shut_by):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"])
+    kwargs = {"gate": "validation"} if shut_by == "gate" else {}
+    teacher.forward = lambda image, prompt: prompt / 0
+    distiller = SAMDistiller(teacher, **kwargs)
+    loss = distiller(batch["image"], logits, weight=float(shut_by == "gate")).distillation_loss
+    (loss + 0 * logits.sum()).backward()
+    assert loss == 0 and all(torch.all(p.grad == 0) for p in student.parameters())
+
+
 @pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
 def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
     batch = toy_batches(1, num_labeled=4 if rows else 2, num_unlabeled=0 if rows else 2)[0]

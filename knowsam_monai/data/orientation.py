@@ -109,7 +109,7 @@ def is_cached(teacher: Any) -> bool:
     return getattr(teacher, "encoder", "adapted") == "cached"
 
 
-def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: Any) -> torch.Tensor:
+def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: Any = None) -> torch.Tensor:
     """What a teacher sees: the batch's own image for it, on the student's device, or without one the student's.
 
     Args:

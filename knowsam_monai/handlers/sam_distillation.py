@@ -113,18 +113,24 @@ class SAMDistillation:
         label, pred = output[Keys.LABEL], self._logits(output[Keys.PRED])
         batch = engine.state.batch
         sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
-        image = sam_image_for(output[Keys.IMAGE], sam_image, self.distiller.teacher)
+        image = without_meta(output[Keys.IMAGE])
+        sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # of the teacher
         if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             engine.network.eval()
             self.distiller.measure_agreement(
-                lambda x: self._logits(engine.inferer(x, engine.network)), image, label, rows, run // self.gate_interval
+                lambda x: self._logits(engine.inferer(x, engine.network)),
+                image,
+                label,
+                rows,
+                turn=run // self.gate_interval,
+                sam_image=sam_image,
             )
             engine.network.train()
 
         weight = self.weight(iteration) if callable(self.weight) else self.weight
-        result = self.distiller(image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
+        result = self.distiller(sam_image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()
         output["sam_loss"] = result.sam_loss.detach()

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.data.orientation import SAM_IMAGE, sam_image_for
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.losses.class_logits import without_meta
 
@@ -15,7 +18,8 @@ class TeacherValidation:
     """
     Let the teacher segment the validation volumes too, prompted by the student, and set the "validation" gate.
 
-    The evaluator's own inferer brings slices or windows to the teacher as it does to the student. The teacher's logits
+    The evaluator's own inferer brings slices or windows to the teacher as it does to the student; a batch with a
+    `"sam_image"` has that shown to the teacher. The teacher's logits
     are ``engine.state.output["teacher_pred"]``: name that key in the postprocessing beside ``pred``, and in a metric.
 
     Args:
@@ -54,12 +58,14 @@ class TeacherValidation:
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
-        image, pred = engine.state.output[Keys.IMAGE], engine.state.output[Keys.PRED]
+        pred, batch = engine.state.output[Keys.PRED], engine.state.batch
+        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
+        image = sam_image_for(engine.state.output[Keys.IMAGE], sam_image)
         channels = image.shape[1]
 
         def teacher(x: torch.Tensor) -> torch.Tensor:
             x = without_meta(x)
-            return self.distiller.teacher(x[:, :channels], x[:, channels:])
+            return self.distiller.ask_teacher(x[:, :channels], x[:, channels:])
 
         engine.state.output[TEACHER_PRED] = engine.inferer(torch.cat([image, pred], dim=1), teacher)
 
