@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from knowsam_monai.data.orientation import check_orientations, is_cached, sam_image_for
-from knowsam_monai.following import Scaler, check_scaler, scaler_now
+from knowsam_monai.following import Scaler, check_scaler, is_distributed, scaler_now
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.watched_loader import WatchedLoader, image_and_label
+from knowsam_monai.wrappers import plain_network, plain_optimizer
 
 if TYPE_CHECKING:
     from knowsam_monai.distiller import SAMDistiller
@@ -49,7 +49,7 @@ class Attachment:
         distiller: the core, with teacher, optimiser and gate.
         student: the module that the host calls; where it is wrapped (DistributedDataParallel, torch.compile), the
             wrapper.
-        optimizer: the student's; torch's own, where the host wraps it.
+        optimizer: the student's.
         scaler: the GradScaler of the host's backward, or a callable that returns it (or None) at the time. A hook can't
             see it, nor the next one.
         accumulation_steps: k, what the host divides its loss by; 1 where it adds up undivided.
@@ -103,6 +103,7 @@ class Attachment:
         ).items():
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1 but is {number}.")
+        optimizer = plain_optimizer(optimizer)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in stepped for parameter in student.parameters()):
             raise ValueError("`optimizer` must step parameters of `student` but has none of them; give the student's.")
@@ -276,7 +277,7 @@ class Attachment:
             distiller.to(logits.device)
         run = self.iteration // self.every  # of the teacher
         if distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
-            with _all_in_eval_mode(self.student):
+            with all_in_eval_mode(self.student):
                 distiller.measure_agreement(
                     self._student, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
                 )
@@ -309,8 +310,7 @@ class Attachment:
 
     def _student(self, image: Tensor) -> Tensor:
         """The student's logits, not by way of DistributedDataParallel, which would be at its next step then."""
-        student = self.student
-        output = (student.module if isinstance(student, DistributedDataParallel) else student)(image)
+        output = (plain_network(self.student) if is_distributed() else self.student)(image)
         return output if self.logits_of is None else self.logits_of(output)
 
 
@@ -345,7 +345,7 @@ class _StudentCalled:
 
 
 @contextmanager
-def _all_in_eval_mode(network: nn.Module) -> Iterator[None]:
+def all_in_eval_mode(network: nn.Module) -> Iterator[None]:
     """Eval mode for a while; what the host keeps in eval mode (frozen normalisation) stays in it afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from knowsam_monai.attachment import Attachment
+from knowsam_monai.attachment import Attachment, all_in_eval_mode
 from knowsam_monai.following import FollowHandle, Scaler, follow, is_distributed
 from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
@@ -222,7 +222,7 @@ class SAMDistiller(nn.Module):
         Those are rows without a label, and rows whose label has pixels of the SAM loss's `ignore_index`.
 
         Args:
-            student: ``f(image) -> logits`` or stacked views, in eval mode.
+            student: ``f(image) -> logits`` or stacked views; a network is in eval mode meanwhile.
             image: (B, channels, *spatial), what the student sees.
             label, labeled_rows: as in :meth:`forward`.
             turn: which flip or turn to compare with, any integer.
@@ -240,14 +240,15 @@ class SAMDistiller(nn.Module):
         if not counts and self.ignore_index is None:
             self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
         if counts or is_distributed():
-            self.gate.measure_agreement(
-                lambda x: _view(unstack_views(student(x), x), self.prompt_view),
-                self.ask_teacher,
-                image[judging] if counts else image[:1],
-                turn,
-                counts,
-                sam_image[judging] if counts else sam_image[:1],
-            )
+            with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
+                self.gate.measure_agreement(
+                    lambda x: _view(unstack_views(student(x), x), self.prompt_view),
+                    self.ask_teacher,
+                    image[judging] if counts else image[:1],
+                    turn,
+                    counts,
+                    sam_image[judging] if counts else sam_image[:1],
+                )
 
     @torch.no_grad()
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from ignite.engine import Engine, Events
 from monai.networks.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.wrappers import plain_network, plain_optimizer
 
 BUFFERS = ("copy", "average")
 MODES = ("eval", "dropout", "train")
@@ -39,7 +39,7 @@ class EMAStudent:
     networks share them; the averaging here is torch's ``AveragedModel``.
 
     Args:
-        network: the student. DistributedDataParallel and torch.compile around it are taken off.
+        network: the student. DistributedDataParallel, DataParallel and torch.compile around it are taken off.
         optimizer: the student's.
         decay: alpha, 0..1; SSL4MIS and BCP have 0.99.
         warm_up: whether alpha starts low (the equation; Mean Teacher). False: alpha throughout (BCP).
@@ -67,8 +67,7 @@ class EMAStudent:
             raise ValueError(f"`decay` must be between 0 and 1 but is {decay}; the published one is 0.99.")
         if buffers not in BUFFERS:
             raise ValueError(f"`buffers` must be one of {', '.join(BUFFERS)} but is {buffers!r}.")
-        network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper, which shares its parameters
-        student = network.module if isinstance(network, DistributedDataParallel) else network
+        student, optimizer = plain_network(network), plain_optimizer(optimizer)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in stepped for parameter in student.parameters()):
             raise ValueError("`optimizer` must step parameters of `network` but has none of them; give the student's.")
@@ -98,6 +97,11 @@ class EMAStudent:
         if self.average.n_averaged == 0:  # nothing averaged or loaded yet: begin with the student as it is now
             self.average.update_parameters(self._student)
         self._handle = self.optimizer.register_step_post_hook(self._student_stepped)
+
+    def restart(self) -> None:
+        """Forget the average: it begins with the student as it is when it is followed next."""
+        self.unfollow()
+        self.average.n_averaged.zero_()
 
     def unfollow(self) -> None:
         """Leave the student's optimiser as it was; the average stays."""

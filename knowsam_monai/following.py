@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from knowsam_monai.wrappers import plain_optimizer
+
 MAX_FRAMES_BELOW_SCALER = 16  # between its `step` and the hook: the optimiser's own, schedulers, profilers
 
 Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
@@ -23,17 +25,19 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
 
     Args:
         teacher_optimizer: steps after each step of the other one.
-        optimizer: the student's.
+        optimizer: the student's; of a wrapper as Accelerate's and Lightning's the one inside is followed.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
             After a step that it skips, ``optimizer.zero_grad()`` clears the teacher too, ``student.zero_grad()`` not.
 
     Raises:
+        TypeError: when `optimizer` is none.
         RuntimeError: at a step that a scaler makes which was not given: gradients would be taken for others.
 
     Example::
 
         handle = follow(teacher_optimizer, student_optimizer)
     """
+    optimizer = plain_optimizer(optimizer)
     parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
     _take_from_first_rank(parameters)
 

@@ -346,6 +346,15 @@ def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatc
     assert len(said) == len(remedies[forgotten]) and all(x in line for x, line in zip(remedies[forgotten], said))
 
 
+def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(student, teacher):
+    image = toy_batches(1)[0]["image"].float()
+    seen = []
+    student.float().train().register_forward_hook(lambda m, args, out: seen.append(m.training))
+    teacher.float().register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    SAMDistiller(teacher, gate="agreement", autocast_dtype=torch.bfloat16).measure_agreement(student, image)
+    assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
+
+
 def test_no_labeled_rows_are_no_label(student, teacher):
     batch = toy_batches(1)[0]
     logits = student(batch["image"])

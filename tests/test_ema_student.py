@@ -195,6 +195,9 @@ def test_wrappers_are_taken_off():
     assert ema_student.network.state_dict().keys() == student.state_dict().keys()
     compiled = EMAStudent(torch.compile(student), torch.optim.SGD(student.parameters(), lr=0.1))
     assert compiled.network.state_dict().keys() == student.state_dict().keys()
+    both = nn.DataParallel(torch.compile(student))
+    nested = EMAStudent(both, torch.optim.SGD(student.parameters(), lr=0.1))
+    assert nested.network.state_dict().keys() == student.state_dict().keys()
 
 
 def test_evaluator_may_judge_the_average_and_configs_name_it():

@@ -59,6 +59,23 @@ def test_equivariant_teacher_opens_the_agreement_gate():
     assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
 
 
+def test_each_model_is_measured_on_its_own_image():
+    gate = TeacherGate("agreement")
+    seen = {"student": [], "teacher": []}
+
+    def student(x):
+        seen["student"].append(x)
+        return threshold_student(x)
+
+    def teacher(x, prompt):
+        seen["teacher"].append(x)
+        return prompt
+
+    gate.measure_agreement(student, teacher, images(), 0, sam_image=10 * images().expand(-1, 3, -1, -1))
+    for ours, theirs in zip(*seen.values(), strict=True):
+        assert torch.equal(10 * ours.expand(-1, 3, -1, -1), theirs)
+
+
 def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     gate = TeacherGate("agreement")
     gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from monai.transforms import (
 from monai.transforms.traits import LazyTrait
 
 __all__ = ["SAM_IMAGE", "RandOrientationd", "check_orientations", "is_cached", "orient", "sam_image_for"]
+
+logger = logging.getLogger(__name__)
 
 SAM_IMAGE = "sam_image"
 NUM_ORIENTATIONS = 8
@@ -140,7 +143,7 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
     """Refuse a pipeline in which a cached teacher would see other images than it can keep, or other than the label's.
 
     Of random transforms, `RandOrientationd` must come first, once, and no other may move pixels or touch the label or
-    `"sam_image"`.
+    `"sam_image"`. What is not random and comes after it must move `"sam_image"` too.
 
     Args:
         loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`,
@@ -155,6 +158,8 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
     """
     for transforms in _pipelines(loader):
         _check_pipeline([t for t in transforms if isinstance(t, Randomizable)], label_key)
+        oriented = next(i for i, transform in enumerate(transforms) if isinstance(transform, RandOrientationd))
+        _check_later(transforms[oriented + 1 :], label_key)
 
 
 def _check_pipeline(transforms: list[Any], label_key: str) -> None:
@@ -184,6 +189,21 @@ def _check_pipeline(transforms: list[Any], label_key: str) -> None:
             )
 
 
+def _check_later(transforms: list[Any], label_key: str) -> None:
+    """Of transforms that are not random: what moves or scales the image must do so with SAM's."""
+    for name, transform in ((type(t).__name__, t) for t in transforms if not isinstance(t, Randomizable)):
+        keys = getattr(transform, "keys", ())
+        if SAM_IMAGE in keys or not {"image", label_key} & set(keys):
+            continue
+        if _moves_pixels(transform):
+            raise ValueError(
+                f"`encoder` 'cached' must see what {name} makes of the image but it comes after RandOrientationd and leaves "
+                f"{SAM_IMAGE!r} out; put it before, or {SAM_IMAGE!r} among its keys."
+            )
+        if type(transform).__module__.startswith("monai.transforms.intensity."):
+            logger.warning("%s comes after RandOrientationd, so that SAM sees the image without it.", name)
+
+
 def _pipelines(loader: Any, outer: list[Any] | None = None) -> Iterator[list[Any]]:
     """The transforms of every dataset of a loader, those of the datasets around it after its own."""
     transform = getattr(loader, "transform", None)
@@ -207,7 +227,8 @@ def _leaves(transform: Any) -> Iterator[Any]:
 def _moves_pixels(transform: Any) -> bool:
     """Whether a random transform is one of MONAI's spatial ones or crops, or says itself that it resamples."""
     module = type(transform).__module__
-    spatial = module.startswith(("monai.transforms.spatial.", "monai.transforms.croppad.")) or isinstance(
+    places = ("spatial", "croppad", "regularization")  # the last mixes images
+    spatial = module.startswith(tuple(f"monai.transforms.{place}." for place in places)) or isinstance(
         transform, LazyTrait
     )
     deforms = type(transform).__name__.startswith("RandSmoothDeform")

@@ -117,7 +117,7 @@ class BidirectionalCopyPaste:
         )
         box_mask = self.box_mask(image, iteration)
         if iteration <= self.pretraining + 1:
-            self.ema_student.unfollow()  # the average begins when pre-training ends, with the student as it is then
+            self.ema_student.restart()  # the average begins when pre-training ends, with the student as it is then
         if iteration <= self.pretraining:
             engine.state.batch = self.mix_labeled(image, label, box_mask)
             return

@@ -6,12 +6,13 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
+from knowsam_monai.following import is_distributed
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import PseudoLabelLoss
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.wrappers import plain_network
 
 IMAGE_STRONG = "image_strong"
 
@@ -65,14 +66,13 @@ class FixMatch:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = self.weight(iteration) if callable(self.weight) else self.weight
+        rows = unlabeled_rows(output)
+        image = self.strong_image(engine, rows)  # one that is missing is missed at the first step already
         if iteration <= self.start or not weight:
             return
-        rows = unlabeled_rows(output)
         weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
-        image = self.strong_image(engine, rows)
-        network = engine.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module  # the wrapper reckons with one forward a backward; its hooks see the sum of both
+        # DistributedDataParallel reckons with one forward a backward; its hooks see the sum of both
+        network = plain_network(engine.network) if is_distributed() else engine.network
         strong_logits = unstack_views(engine.inferer(image, network), image)[0]
         term = weight * self.loss(strong_logits, weak_logits)
         output[Keys.LOSS] = output[Keys.LOSS] + term

@@ -65,7 +65,8 @@ class SAMTeacher(nn.Module):
         cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
-        - image: (B, channels, H, W), 0..1; SAM's scale, mean and deviation are applied here
+        - image: (B, channels, H, W), 0..1 (another range is warned of once); SAM's scale, mean and deviation are
+          applied here
         - prompt_logits: (B, C, H, W)
         - output: (B, C, H, W), float32 (float64 for a float64 teacher)
 
@@ -116,6 +117,7 @@ class SAMTeacher(nn.Module):
         add_adapters(self.sam, encoder=encoder == "adapted")
         self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
         self._freeze(trainable)
+        self._saw_image = False
         self.eval()
         if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
             logger.warning(
@@ -190,6 +192,9 @@ class SAMTeacher(nn.Module):
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """SAM's embedding of images: (B, channels, H, W) to (B, D, h, w), h x w being the token grid."""
         rgb = self._three_channels(without_meta(image))
+        if not self._saw_image and not rgb.is_meta:
+            self._saw_image = True
+            _warn_of_range(rgb)
         if self.cache is None:
             return self._encode(rgb)
         if rgb.shape[2] != rgb.shape[3]:
@@ -240,3 +245,15 @@ class SAMTeacher(nn.Module):
                 f"{tuple(rgb.shape)}; choose a channel index or 'mean' for images that are not RGB."
             )
         return rgb
+
+
+def _warn_of_range(rgb: torch.Tensor) -> None:
+    """Augmented intensities may be somewhat out of 0..1; those of CT, or normalised ones, are far out."""
+    low, high = rgb.aminmax()
+    if low < -1 or high > 2:
+        logger.warning(
+            "SAM expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable that does "
+            "(IntensityWindow for CT).",
+            low,
+            high,
+        )

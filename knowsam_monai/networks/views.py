@@ -21,6 +21,7 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         One tensor (B, C, *spatial) for each view, the view of the deployed student first.
 
     Raises:
+        TypeError: when ``pred`` is not one tensor.
         ValueError: when ``pred`` has neither as many dimensions as ``reference`` nor one more.
 
     Example::
@@ -29,6 +30,11 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         >>> tuple(fused.shape)
         (2, 4, 32, 32)
     """
+    if not isinstance(pred, torch.Tensor):
+        raise TypeError(
+            f"`pred` must be logits or stacked views, one tensor, but is a {type(pred).__name__}; wrap the network in one "
+            "that returns its logits in train mode, or name them where there is a `logits_of`."
+        )
     if pred.ndim == reference.ndim:
         return (pred,)
     if pred.ndim == reference.ndim + 1:

@@ -5,6 +5,8 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.transforms import (
     CenterSpatialCropd,
+    Flipd,
+    MixUpd,
     Compose,
     OneOf,
     Rand2DElasticd,
@@ -170,3 +172,16 @@ def test_noise_on_the_image_for_sam_is_an_error():
     noise = RandGaussianNoised(["image", "sam_image"])
     with pytest.raises(ValueError, match="must see 'sam_image' as RandOrientationd leaves it but RandGaussianNoised"):
         check_orientations(loader(RandOrientationd(**BOTH), noise))
+
+
+@pytest.mark.parametrize("transform", [Flipd(["image", "label"], 0), MixUpd("image", batch_size=1)])
+def test_what_is_not_random_and_leaves_the_image_for_sam_behind_is_an_error(transform):
+    with pytest.raises(ValueError, match=f"{type(transform).__name__}"):
+        check_orientations(loader(RandOrientationd(**BOTH), transform))
+
+
+def test_flip_of_the_image_for_sam_too_is_accepted_and_intensities_without_it_are_warned_of(caplog):
+    check_orientations(loader(RandOrientationd(**BOTH), Flipd(["image", "label", "sam_image"], 0)))
+    assert not caplog.messages
+    check_orientations(loader(RandOrientationd(**BOTH), ScaleIntensityd("image")))
+    assert "ScaleIntensityd comes after RandOrientationd, so that SAM sees the image without it." in caplog.messages

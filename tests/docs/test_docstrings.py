@@ -13,7 +13,7 @@ PUBLIC = {
     "attachment": ("Attachment",),
     "data.evaluation": ("images_root", "inference_items", "split_items"),
     "data.nifti_writer": ("NiftiGeometryWriter",),
-    "distiller": ("Distillation", "SAMDistiller"),
+    "distiller": ("Distillation", "SAMDistiller", "labeled_slice"),
     "ema_student": ("EMAStudent",),
     "following": ("FollowHandle", "follow"),
     "gate": ("TeacherGate",),
@@ -31,6 +31,7 @@ PUBLIC = {
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("WatchedLoader",),
     "whole_file": ("remove_parts", "write_csv", "write_whole"),
+    "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
 METHODS = ("losses", "networks", "handlers", "distiller", "ema_student")
@@ -46,7 +47,7 @@ OWN = {
         "EmbeddingCache",
         "IntensityWindow",
     ),
-    *("SliceSelection", "SliceTeacher", "unstack_views", "Distillation"),
+    *("SliceSelection", "SliceTeacher", "unstack_views", "Distillation", "labeled_slice"),
 }
 SECTION = r"^\s*(?:{}):(?::|\s|$)"
 

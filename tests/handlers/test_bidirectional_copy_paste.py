@@ -117,6 +117,17 @@ def test_pseudo_label_keeps_the_largest_component_of_each_class(depth):
     assert torch.equal(sigmoid[0, 0], (kept == 1).to(torch.uint8))
 
 
+def test_average_begins_at_the_end_of_pretraining_whoever_else_attaches_it():
+    averages = []
+    for is_listed in (False, True):
+        student, batches, _ = toy_host(3, (8, 8))
+        optimizer, loss, handler = build(student, pretraining=2)
+        handlers = [handler.ema_student, handler] if is_listed else [handler]
+        toy_trainer(student, batches, loss, handlers, optimizer=optimizer).run()
+        averages.append(handler.ema_student.network)
+    assert all(torch.equal(a, b) for a, b in zip(*(network.parameters() for network in averages), strict=True))
+
+
 def test_sam_learns_from_pixels_of_true_label_alone():
     torch.manual_seed(0)
     student, teacher = ToyStudent().double(), ToyTeacher().double()

@@ -97,9 +97,10 @@ def test_distributed_student_steps_as_a_single_one_with_one_forward_of_the_wrapp
     assert seen == [4, 4, 4]
 
 
-def test_batch_without_strong_images_is_one_clear_error():
+@pytest.mark.parametrize("start", [0, 1000])
+def test_batch_without_strong_images_is_one_clear_error_at_the_first_step(start):
     student = toy_host(2, (8, 8))[0]
-    trainer = toy_trainer(student, toy_batches(1, num_classes=2), no_loss, [FixMatch()])
+    trainer = toy_trainer(student, toy_batches(1, num_classes=2), no_loss, [FixMatch(start=start)])
     with pytest.raises(ValueError, match="`image_strong` must be in the batch but is not; add a copy of `image`"):
         trainer.run()
 

@@ -41,6 +41,18 @@ def test_teacher_sees_each_slice_with_the_students_logits_as_prompt():
         torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., k], expected)
 
 
+def test_teacher_sees_the_batch_s_own_image_for_it():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().eval(), ToyTeacher()
+    image, sam_image = torch.rand(2, 1, 1, 8, 8, 3)
+    evaluator = evaluator_of(SAMDistiller(teacher), student)
+    evaluator.state.output = {"image": image, "pred": evaluator.inferer(image, student)}
+    evaluator.state.batch = {"image": image, "sam_image": sam_image}
+    TeacherValidation(SAMDistiller(teacher))(evaluator)
+    expected = teacher(sam_image[..., 1], student(image[..., 1]))
+    torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., 1], expected)
+
+
 def test_teacher_of_slices_sees_the_windows_of_a_3d_student_whole():
     torch.manual_seed(0)
     student, teacher = ToyStudent(spatial_dims=3).eval(), SliceTeacher(ToyTeacher(), slices=2)

@@ -398,3 +398,12 @@ def test_cached_encoder_of_unequal_sides_is_an_error(weights):
         cached_teacher(weights)(*toy_batch(size=(32, 24)))
     with pytest.raises(ValueError, match="`encoder` must be 'adapted' or 'cached' but is 'frozen'"):
         toy_teacher(encoder="frozen")
+
+
+@pytest.mark.parametrize(("low", "high", "is_warned"), [(0, 1, False), (-0.4, 1.5, False), (-1000, 1200, True)])
+def test_images_far_out_of_range_are_warned_of_once(caplog, low, high, is_warned):
+    teacher = toy_teacher()
+    image, logits = toy_batch()
+    for _ in range(2):
+        teacher(low + (high - low) * (image - image.min()) / (image.max() - image.min()), logits)
+    assert sum("SAM expects images in 0..1" in message for message in caplog.messages) == is_warned

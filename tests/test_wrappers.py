@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+from knowsam_monai.wrappers import plain_network, plain_optimizer
+
+from .attached import build, host
+
+
+class Wrapped(torch.optim.Optimizer):
+    """In the manner of Accelerate's: a subclass that never calls its base class."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("wrap", [DataParallel, torch.compile, lambda n: DataParallel(torch.compile(DataParallel(n)))])
+def test_network_is_taken_out_of_whatever_is_around_it(wrap):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3))
+    assert plain_network(wrap(network)) is network
+
+
+def test_teacher_follows_the_optimizer_inside_of_a_wrapper():
+    trained = []
+    for wrap in (lambda optimizer: optimizer, Wrapped, lambda optimizer: Wrapped(Wrapped(optimizer))):
+        student, optimizer, distiller, batches = build()
+        optimizer = wrap(optimizer)
+        skd = distiller.attach(student, optimizer)
+        host(student, optimizer, skd.watch(batches))
+        skd.remove()
+        assert "zero_grad" not in vars(plain_optimizer(optimizer))
+        trained.append([*student.parameters(), *distiller.teacher.parameters()])
+    assert all(torch.equal(a, b) for other in trained[1:] for a, b in zip(trained[0], other, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [object(), Wrapped(None)])
+def test_what_has_no_optimizer_inside_is_an_error(optimizer):
+    student, _, distiller, _ = build()
+    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer but is a (object|Wrapped); give"):
+        distiller.attach(student, optimizer)
+    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer"):
+        distiller.follow(optimizer)
