@@ -109,7 +109,9 @@ class Attachment:
             raise ValueError("`optimizer` must step parameters of `student` but has none of them; give the student's.")
         attached = [hook.attachment for hook in student._forward_hooks.values() if isinstance(hook, _StudentCalled)]
         if any(attachment.distiller is distiller for attachment in attached):
-            raise RuntimeError("`student` must be attached to once but is already; call `remove()` of the former first.")
+            raise RuntimeError(
+                "`student` must be attached to once but is already; call `remove()` of the former first."
+            )
         self.distiller = distiller
         self.student = student
         self.scaler = scaler

@@ -152,7 +152,7 @@ def check_dataset(
         dataset_dir: a folder of ACDC or of left-atrium data, or a data-list *.json.
         labeled_patients: of a folder, None: 7 of ACDC, 8 of the left atrium.
         holdout_patients: see `load_datalist`.
-        options: further arguments of `check_datalist`.
+        options: further arguments of `check_datalist`. With two classes `map_masks` is on unless it is given.
 
     Raises:
         ValueError: if there is no data list to check: an unknown folder, no JSON, an item without an image; or
@@ -170,7 +170,9 @@ def check_dataset(
         )
     is_left_atrium = path.suffix != ".json" and find_left_atrium(path) is not None
     if is_left_atrium:
-        options = {"slice_axis": -1, "map_masks": True, **options}
+        options = {"slice_axis": -1, **options}
+    if is_left_atrium or options.get("num_classes") == 2:
+        options = {"map_masks": True, **options}
     if labeled_patients is None:
         labeled_patients = 8 if is_left_atrium else 7
     datalist = load_datalist(path, phantom_dir="", labeled_patients=labeled_patients, holdout_patients=holdout_patients)

@@ -59,9 +59,14 @@ def load_datalist(
     path = Path(dataset_dir).expanduser()
     if path.suffix == ".json":
         return _read_json(path)
-    for find, datalist_of in ((find_acdc, acdc_datalist), (find_left_atrium, left_atrium_datalist)):
+    known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
+    for name, (find, datalist_of) in known.items():
         if find(path):
-            return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
+            logger.info("%s is read as a folder of %s.", path, name)
+            try:
+                return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
+            except ValueError as error:
+                raise ValueError(f"In {path}, a folder of {name}: {error}") from None
     raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))
 
 

@@ -108,11 +108,12 @@ class CropCentred(CropForegroundd):
 
     Air and lungs are dark, so that the centre of brightness of an axial chest scan lies in the mediastinum. The left
     atrium, about 100 mm wide with its veins, stays inside 200 mm when that centre is 50 mm off. An axis shorter than
-    the cube stays whole; a volume of unknown spacing, from an h5 pack, too. The inverse pads with 0.
+    the cube stays whole; a volume of unknown spacing, from an h5 pack, too. A crop that cuts into the label is warned
+    of, with the file. The inverse pads with 0.
 
     Args:
         keys: keys to crop alike; a missing one is skipped.
-        size: edge of the cube, mm.
+        size: edge of the cube, mm; None crops nothing.
         source_key: key of the image.
 
     Raises:
@@ -126,9 +127,9 @@ class CropCentred(CropForegroundd):
         ((1, 3, 3), [[0, 1, 1]])
     """
 
-    def __init__(self, keys: Any = ("image", "label"), size: float = 200.0, source_key: str = "image") -> None:
-        if not size > 0:
-            raise ValueError(f"`size` must be a length above 0 mm but is {size}.")
+    def __init__(self, keys: Any = ("image", "label"), size: float | None = 200.0, source_key: str = "image") -> None:
+        if size is not None and not size > 0:
+            raise ValueError(f"`size` must be a length above 0 mm, or None, but is {size}.")
         super().__init__(
             keys,
             source_key=source_key,
@@ -137,6 +138,29 @@ class CropCentred(CropForegroundd):
             start_coord_key=None,
             end_coord_key=None,
         )
+        self.size = size
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        if self.size is None:
+            return dict(data)
+        case = super().__call__(data, lazy)
+        for key in self.key_iterator(case):
+            if key == self.source_key:
+                continue
+            before, after = ((x[key] > 0).sum().item() for x in (data, case))
+            if after < before:
+                logger.warning(
+                    "%s has %d of its %d labelled voxels outside of the %g mm around its image's centre of brightness, "
+                    "which is all that is kept; set `crop_size` larger, or to null.",
+                    image_name(data[key]),
+                    before - after,
+                    before,
+                    self.size,
+                )
+        return case
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return dict(data) if self.size is None else super().inverse(data)
 
 
 class PadVolumed(SpatialPadd):

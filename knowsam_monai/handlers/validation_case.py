@@ -15,6 +15,7 @@ from monai.utils import CommonKeys as Keys
 from monai.utils import ImageMetaKey
 from torch import Tensor
 
+NAMES_OF_ALL = ("lgemri", "mri_norm2")
 # None: neither image nor label knows its spacing; "meta": take it from there
 Spacing = Sequence[float] | str | None
 
@@ -108,11 +109,15 @@ def class_dice(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
 
 def case_names(paths: Sequence[str]) -> list[str]:
-    """File names without folder and extension; the folder stays where two files would otherwise be one name."""
+    """
+    File names without folder and extension.
+
+    The folder stays where two files would otherwise be one name, or all cases have the same, as the left atrium's do.
+    """
     stems = [os.path.basename(path).split(".nii")[0] for path in paths]
     stems = [os.path.splitext(stem)[0] if stem == os.path.basename(path) else stem for stem, path in zip(stems, paths)]
     folders = [os.path.basename(os.path.dirname(path)) for path in paths]
-    return [f"{f}/{s}" if stems.count(s) > 1 and f else s for f, s in zip(folders, stems)]
+    return [f"{f}/{s}" if f and (stems.count(s) > 1 or s in NAMES_OF_ALL) else s for f, s in zip(folders, stems)]
 
 
 def _label_map(x: Tensor, num_classes: int, key: str) -> Tensor:

@@ -37,7 +37,9 @@ class ValidationReport:
         output_dir: folder of the files, made when missing.
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
-        keep: "best" keeps the validation of the highest mean Dice, "last" the last.
+        keep: "best" keeps the validation of the highest key metric of the evaluator, by which checkpoints are chosen
+            too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose label
+            is empty, the table counts one in which something was found as 0.
         teacher_key: the teacher's label map in the evaluator's output.
         student_name: heading of the student's column.
         teacher_name: heading of the teacher's.
@@ -75,7 +77,7 @@ class ValidationReport:
         self.keep = keep
         self.pred_keys = ("pred", teacher_key)
         self.column_names = (student_name, teacher_name)
-        self.mean_dice = float("-inf")
+        self.score = float("-inf")  # of the validation that is kept
         self._num_validations = 0
         self._kept: dict[str, Any] = {}
         self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
@@ -109,9 +111,9 @@ class ValidationReport:
             return
         dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
         self._last = dice["pred"]
-        mean_dice = self._last[-1]
-        if self.keep == "last" or not self._kept or mean_dice > self.mean_dice:
-            self.mean_dice = mean_dice
+        score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
+        if self.keep == "last" or not self._kept or score > self.score:
+            self.score = float(score)
             self._kept = {
                 "dice": dice,
                 "cases": {key: {path: d.tolist() for path, d in rows.items()} for key, rows in self._dice.items()},
@@ -128,11 +130,11 @@ class ValidationReport:
             for view in (view._replace(dice=view.dice.tolist()) for view in self._kept.get("views", []))
         ]
         kept = {**self._kept, "views": views}
-        return {"kept": kept, "last": self._last, "mean_dice": self.mean_dice, "num": self._num_validations}
+        return {"kept": kept, "last": self._last, "score": self.score, "num": self._num_validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what another report has kept."""
-        self.mean_dice, self._num_validations, self._kept = state["mean_dice"], state["num"], dict(state["kept"])
+        self.score, self._num_validations, self._kept = state["score"], state["num"], dict(state["kept"])
         self._last = list(state["last"])
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
         views = [view._replace(dice=np.asarray(view.dice)) for view in views]

@@ -258,6 +258,10 @@ def test_masks_of_0_and_255_are_wrong_or_read_as_1(folder):
     assert "has 255" in folder.check(num_classes=2).wrong[0]
     assert not folder.check(num_classes=2, map_masks=True).wrong
     assert "0 255" in str(folder.check(num_classes=None))
+    path, options = folder.path / "list.json", {"cache_dir": folder.path / "cache", "progress": False}
+    path.write_text(json.dumps(folder.datalist))
+    assert not check_dataset(path, num_classes=2, **options).wrong  # as the bundle of volumes reads them
+    assert check_dataset(path, num_classes=3, **options).wrong
 
 
 @pytest.fixture

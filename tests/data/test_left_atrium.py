@@ -138,7 +138,10 @@ def test_case_in_two_lists_is_refused(small, name, other):
 
 
 def test_list_too_short_for_protocol_and_validation_is_refused(small):
-    with pytest.raises(ValueError, match="must have 4 cases more than the 8 labelled ones, .* but has 10; add cases"):
+    with pytest.raises(
+        ValueError,
+        match="must have 4 cases more than the 8 labelled ones, .* but has 10; give fewer `labeled_patients`",
+    ):
         left_atrium_datalist(small, 8)
     with pytest.raises(ValueError, match="at most the 10 patients"):
         left_atrium_datalist(small, 16)

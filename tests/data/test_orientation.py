@@ -5,9 +5,9 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.transforms import (
     CenterSpatialCropd,
+    Compose,
     Flipd,
     MixUpd,
-    Compose,
     OneOf,
     Rand2DElasticd,
     RandAffined,

@@ -115,8 +115,24 @@ def test_crop_goes_back_to_the_whole_grid_with_zeros_around():
     torch.testing.assert_close(back.affine, image.affine)
 
 
+@pytest.mark.parametrize(("place", "is_cut"), [((11, 9, 3), False), ((0, 0, 0), True)])
+def test_crop_that_cuts_into_the_label_is_warned_of_with_the_file(caplog, place, is_cut):
+    image, label = volume(bright_at((10, 10, 3))), volume(bright_at(place, (10, 10, 2)))
+    label.meta["filename_or_obj"] = "case07_seg.nii.gz"
+    CropCentred(size=8)({"image": image, "label": label})
+    said = [message for message in caplog.messages if "labelled voxels outside" in message]
+    assert len(said) == is_cut
+    assert not is_cut or "case07_seg.nii.gz has 1 of its 2 labelled voxels outside of the 8 mm" in said[0]
+
+
+def test_without_a_size_nothing_is_cropped():
+    case = {"image": volume(bright_at((0, 0, 0)))}
+    crop = CropCentred(size=None)
+    assert crop(case)["image"] is case["image"] and crop.inverse(case)["image"] is case["image"]
+
+
 def test_cube_must_have_a_size():
-    with pytest.raises(ValueError, match="`size` must be a length above 0 mm but is 0"):
+    with pytest.raises(ValueError, match="`size` must be a length above 0 mm, or None, but is 0"):
         CropCentred(size=0)
 
 

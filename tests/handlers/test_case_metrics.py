@@ -253,7 +253,7 @@ def _evaluate_on_a_rank(rank, folder):
     report.attach(engine)
     engine.run(outputs)
     assert (report.write() is None) == (rank > 0)
-    assert report.mean_dice == pytest.approx((1 + 0.75 + 0.5) / 3)
+    assert report.score == pytest.approx((1 + 0.75 + 0.5) / 3)
 
 
 @pytest.mark.slow

@@ -68,6 +68,19 @@ def test_best_or_last_validation_is_reported(tmp_path, keep, first_class):
     assert first_class in report.table()[3]
 
 
+def test_best_is_that_of_the_evaluators_key_metric(tmp_path):
+    """MONAI's Dice leaves out a case whose label is empty, and by it the checkpoint is chosen."""
+    report = ValidationReport(tmp_path, NAMES)
+    engine = Engine(lambda engine, output: output)
+    engine.state.key_metric_name = "val_mean_dice"
+    report.attach(engine)
+    for number, (offset, score) in enumerate(((0, 0.5), (2, 0.9), (1, 0.7)), start=1):
+        engine.state.metrics["val_mean_dice"] = score
+        engine.run([[item("a", offset)]])
+        engine.state.key_metric_name = "val_mean_dice"
+    assert report._kept["validation"] == 2 and report.score == 0.9
+
+
 def test_last_stands_beside_the_best_and_survives_a_resume(tmp_path):
     report = validate(ValidationReport(tmp_path, NAMES), [item("a", 0, 2)], [item("a", 3, 0)])
     lines = report.table()
