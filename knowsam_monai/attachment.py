@@ -240,14 +240,15 @@ class Attachment:
             if selection is None:
                 return None
             if not isinstance(selection, tuple) or len(selection) != 3:
+                is_tuple = isinstance(selection, tuple)
+                returned = f"{len(selection)} values" if is_tuple else f"a {type(selection).__name__}"
                 raise TypeError(
-                    "`select` must return (sam_image, label, labeled_rows) or None but returns "
-                    f"{f'{len(selection)} values' if isinstance(selection, tuple) else f'a {type(selection).__name__}'}."
+                    f"`select` must return (sam_image, label, labeled_rows) or None but returns {returned}."
                 )
         if self._has_stepped:
             raise RuntimeError(
                 "`student` must be called on a new batch after its step but is called on the one before; let the host "
-                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came from it, "
+                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came of it, "
                 "or call `next_batch(batch)` before each step."
             )
         is_of_former = any(_begins_with(image, former()) for former in self._uncalled_images)

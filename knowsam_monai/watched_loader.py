@@ -69,14 +69,14 @@ def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     if not isinstance(batch_image, (Tensor, np.ndarray)):
         raise ValueError(
-            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; where a batch is made "
-            "of several, `watch` the loader of the labelled ones and give `select`."
+            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; where a batch is "
+            "made of several, `watch` the loader of the labelled ones and give `select`."
         )
     batch_image = without_meta(torch.as_tensor(batch_image))
     if batch_image.shape != image.shape or not torch.equal(batch_image.to(image), image):
         raise ValueError(
             f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
-            f"{tuple(batch_image.shape)}, but differs: where it is changed in the step, give `select`; where batches are "
-            "fetched ahead, call `next_batch(batch)` before each step."
+            f"{tuple(batch_image.shape)}, but differs: where it is changed in the step, give `select`; where batches "
+            "are fetched ahead, call `next_batch(batch)` before each step."
         )
     return sam_image, label

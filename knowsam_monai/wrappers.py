@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 def plain_network(network: nn.Module) -> nn.Module:
     """
-    The network inside torch.compile, DistributedDataParallel and DataParallel, in whatever order; parameters are shared.
+    The network inside torch.compile, DistributedDataParallel and DataParallel, in whatever order.
 
     Args:
         network: wrapped or not.
@@ -51,7 +51,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
         raise TypeError(
-            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; give the one inside of it, "
-            "which has the hooks."
+            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; give the one inside "
+            "of it, which has the hooks."
         )
     return inner

@@ -112,8 +112,8 @@ def left_atrium_datalist(
     if labeled_patients in LEFT_ATRIUM_LABELED and by_rule > len(training) - labeled_patients >= 0:
         raise ValueError(
             f"`train.list` must have {by_rule} cases more than the {labeled_patients} labelled ones, to validate on, "
-            f"but has {len(training)}; give fewer `labeled_patients` (to evaluate, those of the training), add cases, list "
-            "those to validate on in a val.list beside it, or set `holdout_patients`."
+            f"but has {len(training)}; give fewer `labeled_patients` (to evaluate, those of the training), add cases, "
+            "list those to validate on in a val.list beside it, or set `holdout_patients`."
         )
     labeled, unlabeled, heldout = split_training(
         training, labeled_patients, holdout_patients or by_rule, LEFT_ATRIUM_LABELED

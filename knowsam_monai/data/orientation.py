@@ -179,8 +179,8 @@ def _check_pipeline(transforms: list[Any], label_key: str) -> None:
         keys = getattr(transform, "keys", ())
         if SAM_IMAGE in keys:
             raise ValueError(
-                f"`encoder` 'cached' must see {SAM_IMAGE!r} as RandOrientationd leaves it but {name} changes it each time "
-                f"anew; take {SAM_IMAGE!r} out of its keys."
+                f"`encoder` 'cached' must see {SAM_IMAGE!r} as RandOrientationd leaves it but {name} changes it each "
+                f"time anew; take {SAM_IMAGE!r} out of its keys."
             )
         if label_key in keys:
             raise ValueError(
@@ -197,8 +197,8 @@ def _check_later(transforms: list[Any], label_key: str) -> None:
             continue
         if _moves_pixels(transform):
             raise ValueError(
-                f"`encoder` 'cached' must see what {name} makes of the image but it comes after RandOrientationd and leaves "
-                f"{SAM_IMAGE!r} out; put it before, or {SAM_IMAGE!r} among its keys."
+                f"`encoder` 'cached' must see what {name} makes of the image but it comes after RandOrientationd and "
+                f"leaves {SAM_IMAGE!r} out; put it before, or {SAM_IMAGE!r} among its keys."
             )
         if type(transform).__module__.startswith("monai.transforms.intensity."):
             logger.warning("%s comes after RandOrientationd, so that SAM sees the image without it.", name)

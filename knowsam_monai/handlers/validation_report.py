@@ -38,8 +38,8 @@ class ValidationReport:
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
         keep: "best" keeps the validation of the highest key metric of the evaluator, by which checkpoints are chosen
-            too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose label
-            is empty, the table counts one in which something was found as 0.
+            too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose
+            label is empty, the table counts one in which something was found as 0.
         teacher_key: the teacher's label map in the evaluator's output.
         student_name: heading of the student's column.
         teacher_name: heading of the teacher's.

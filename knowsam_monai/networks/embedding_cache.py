@@ -98,8 +98,8 @@ class EmbeddingCache:
         self._num_hits += kept is not None
         if self._num_lookups == LOOKUPS_WITHOUT_A_HIT and self._num_hits == 0:
             logger.warning(
-                "Of %d images of the cached encoder none came again: look for a random transform before RandOrientationd, "
-                "or take the encoder 'adapted'.",
+                "Of %d images of the cached encoder none came again: look for a random transform before "
+                "RandOrientationd, or take the encoder 'adapted'.",
                 self._num_lookups,
             )
         if kept is None:

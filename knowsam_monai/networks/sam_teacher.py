@@ -252,8 +252,8 @@ def _warn_of_range(rgb: torch.Tensor) -> None:
     low, high = rgb.aminmax()
     if low < -1 or high > 2:
         logger.warning(
-            "SAM expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable that does "
-            "(IntensityWindow for CT).",
+            "SAM expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable that "
+            "does (IntensityWindow for CT).",
             low,
             high,
         )

@@ -32,8 +32,8 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
     """
     if not isinstance(pred, torch.Tensor):
         raise TypeError(
-            f"`pred` must be logits or stacked views, one tensor, but is a {type(pred).__name__}; wrap the network in one "
-            "that returns its logits in train mode, or name them where there is a `logits_of`."
+            f"`pred` must be logits or stacked views, one tensor, but is a {type(pred).__name__}; wrap the network in "
+            "one that returns its logits in train mode, or name them where there is a `logits_of`."
         )
     if pred.ndim == reference.ndim:
         return (pred,)

@@ -2,8 +2,8 @@
 A student of one's own in train.json, by `--network_def`, under SKD and mixing.
 
 Each is what a user types after ``python -m monai.bundle run --config_file bundles/knowsam_acdc/configs/train.json``.
-Co-training, the first handler, needs the two views of MultiViewNet: it is switched off. `view_weights`, where they are not
-all 1, are one for each tensor that the network stacks in train mode: for DynUNet main output and supervised heads, of
+Co-training, the first handler, needs the two views of MultiViewNet: it is switched off. `view_weights`, where not all
+are 1, are one for each tensor that the network stacks in train mode: for DynUNet main output and supervised heads, of
 which the main one, number 0, is taught.
 """
 
