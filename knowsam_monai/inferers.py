@@ -72,6 +72,6 @@ def _check_depth(name: str, convolution: nn.Conv3d, inputs: tuple[Tensor, ...]) 
     # found by comparing with float32, for kernels of 3, 5 and 7 and inputs of 1 to 8 voxels
     if 1 < size[0] < kernel[0] or size[1] < kernel[1] // 2:
         raise ValueError(
-            f"`image_size` must leave `{name}`, a convolution of {kernel}, an input of its depth or more in bfloat16 on "
-            f"a CPU, where torch's gradient is wrong otherwise, but leaves {size}; take larger patches, or no autocast."
+            f"`image_size` must leave `{name}`, a convolution of {kernel}, an input of its depth or more in bfloat16 "
+            f"on a CPU, where torch's gradient is wrong otherwise, but leaves {size}; take a larger one, or no autocast."
         )
