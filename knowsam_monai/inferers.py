@@ -73,5 +73,5 @@ def _check_depth(name: str, convolution: nn.Conv3d, inputs: tuple[Tensor, ...]) 
     if 1 < size[0] < kernel[0] or size[1] < kernel[1] // 2:
         raise ValueError(
             f"`image_size` must leave `{name}`, a convolution of {kernel}, an input of its depth or more in bfloat16 "
-            f"on a CPU, where torch's gradient is wrong otherwise, but leaves {size}; take a larger one, or no autocast."
+            f"on a CPU, where torch's gradient is wrong otherwise, but leaves {size}; take larger, or no autocast."
         )
