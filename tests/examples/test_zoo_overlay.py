@@ -1,7 +1,8 @@
-"""examples/zoo_overlay.json over a small supervised bundle in the Model Zoo's usual form."""
+"""The overlays of examples/ over a small supervised bundle in the Model Zoo's usual form."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from monai.utils import set_determinism
 from knowsam_monai.handlers import scalar_terms
 
 OVERLAY = Path(__file__).parents[2] / "examples" / "zoo_overlay.json"
+VOLUMES = OVERLAY.with_name("zoo_overlay_volumes.json")
 BOTH = ["image", "label"]
 
 
@@ -153,11 +155,22 @@ TINY = {"sam_variant": "vit_t", "sam_checkpoint": "$None", "sam_image_size": 32,
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo_bundle")
+    return write_bundle(tmp_path_factory.mktemp("zoo_bundle"), SUPERVISED, shape=(48, 40))
+
+
+@pytest.fixture(scope="module")
+def bundle_of_volumes(tmp_path_factory):
+    config = copy.deepcopy(SUPERVISED)
+    config["network_def"]["spatial_dims"] = 3
+    config["train"]["preprocessing"]["transforms"][3]["spatial_size"] = [32, 32, 8]
+    return write_bundle(tmp_path_factory.mktemp("zoo_bundle_of_volumes"), config, shape=(48, 40, 10))
+
+
+def write_bundle(folder, config, shape):
     random = np.random.default_rng(0)
     for kind, count in (("imagesTr", 4), ("unlabeled", 3)):
         for index in range(count):
-            label = np.zeros((48, 40), np.uint8)
+            label = np.zeros(shape, np.uint8)
             row, column = random.integers(4, 20, 2)
             label[row : row + 16, column : column + 14] = 1
             image = label * 100 + random.normal(0, 10, label.shape)
@@ -166,7 +179,7 @@ def bundle(tmp_path_factory):
                     (folder / "data" / name).mkdir(parents=True, exist_ok=True)
                     path = folder / "data" / name / f"case{index}.nii.gz"
                     nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)), path)
-    (folder / "train.json").write_text(json.dumps(SUPERVISED))
+    (folder / "train.json").write_text(json.dumps(config))
     return folder
 
 
@@ -214,6 +227,20 @@ def test_overlay_adds_distillation_and_the_unlabelled_stream(bundle, gate, caplo
     assert output["image"].shape == (7, 1, 32, 32) and output["label"].shape == (4, 1, 32, 32)
     assert get("distiller").optimizer.state  # SAM has learned too
     assert get("validate#evaluator").state.metrics["val_mean_dice"] >= 0  # validation is the bundle's own
+
+
+def test_overlay_of_volumes_has_sam_teach_slices(bundle_of_volumes):
+    tiny = {**TINY, "spatial_size": [32, 32, 8], "sam_slices": 2, "distillation_gate": "none"}
+    get, history = run(bundle_of_volumes, OVERLAY, VOLUMES, unlabeled_batch_size=3, **tiny)
+    assert all(step["distillation_loss"] > 0 and step["sam_loss"] > 0 for step in history)
+    assert type(get("distiller").teacher).__name__ == "SliceTeacher" and get("distiller").teacher.slices == 2
+    assert get("train#trainer").state.output["image"].shape == (7, 1, 32, 32, 8)
+    assert get("distiller").optimizer.state and get("teacher").num_classes == 2
+
+
+def test_without_sam_no_slices_are_taught_either(bundle_of_volumes):
+    get, history = run(bundle_of_volumes, OVERLAY, VOLUMES, use_sam=False, spatial_size=[32, 32, 8])
+    assert get("distiller") is None and all(set(step) == {"loss"} for step in history)
 
 
 def test_without_sam_only_the_unlabelled_stream_is_left(bundle):
