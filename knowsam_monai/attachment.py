@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from knowsam_monai.data.orientation import check_orientations, is_cached, sam_image_for
 from knowsam_monai.following import Scaler, check_scaler, is_distributed, scaler_now
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
-from knowsam_monai.watched_loader import WatchedLoader, image_and_label
+from knowsam_monai.watched_loader import CurrentBatch, WatchedLoader, image_and_label
 from knowsam_monai.wrappers import plain_network, plain_optimizer
 
 if TYPE_CHECKING:
@@ -124,11 +123,8 @@ class Attachment:
         self.gate_interval = gate_interval
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
-        self._batch: Any = None
-        self._uncalled_images: list[weakref.ref[Tensor]] = []  # of batches taken before, but for the student's calls
-        self._has_stepped = False  # the student, since it was called on this batch
+        self._batch = CurrentBatch()
         self._said_all_rows = False
-        self._num_calls = 0  # of the student, for this batch
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
 
@@ -145,12 +141,7 @@ class Attachment:
 
     def next_batch(self, batch: Any) -> None:
         """Name the batch that the student is called on next."""
-        former_image = _image_of(self._batch)
-        if self._num_calls:
-            self._uncalled_images.clear()
-        elif former_image is not None:
-            self._uncalled_images.append(weakref.ref(former_image))
-        self._batch, self._num_calls, self._has_stepped = batch, 0, False
+        self._batch.take(batch)
         self.iteration += 1
 
     def remove(self) -> None:
@@ -159,8 +150,7 @@ class Attachment:
             handle.remove()
         if self._handles and self.distiller.optimizer is not None:
             self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
-        self._handles, self._batch = [], None
-        self._uncalled_images.clear()
+        self._handles, self._batch = [], CurrentBatch()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
         logits = output if self.logits_of is None else self.logits_of(output)
@@ -215,7 +205,7 @@ class Attachment:
                 "the host's loss is made of, or detach for this stage."
             )
         check_scaler(scaler_now(self.scaler))
-        self._accounted, self._has_stepped = False, True
+        self._accounted, self._batch.is_over = False, True
         for brought in self.distiller.brought.values():
             brought.pop(id(self), None)
 
@@ -228,15 +218,10 @@ class Attachment:
 
     def _selection(self, image: Tensor) -> Selection | None:
         """SAM's image, label and labelled rows for a call of the student; None: it is not taught."""
-        if self._batch is None:
-            raise RuntimeError(
-                "`student` must be called on a batch of `watch(loader)` but none was taken; let the host iterate over "
-                "that, or call `next_batch(batch)` before each step."
-            )
-        self._num_calls += 1
+        num_calls = self._batch.count_call()
         selection: Selection | None = None
         if self.select is not None:
-            selection = self.select(self._batch, image)
+            selection = self.select(self._batch.batch, image)
             if selection is None:
                 return None
             if not isinstance(selection, tuple) or len(selection) != 3:
@@ -245,25 +230,14 @@ class Attachment:
                 raise TypeError(
                     f"`select` must return (sam_image, label, labeled_rows) or None but returns {returned}."
                 )
-        if self._has_stepped:
-            raise RuntimeError(
-                "`student` must be called on a new batch after its step but is called on the one before; let the host "
-                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came of it, "
-                "or call `next_batch(batch)` before each step."
-            )
-        is_of_former = any(_begins_with(image, former()) for former in self._uncalled_images)
-        if is_of_former and not _begins_with(image, _image_of(self._batch)):
-            raise RuntimeError(
-                "`student` must be called on the batch that was taken last but is called on one before: batches are "
-                "fetched ahead. Call `next_batch(batch)` before each step, or `watch` what the host iterates over."
-            )
-        if selection is None and self._num_calls > 1:
+        self._batch.check(image)
+        if selection is None and num_calls > 1:
             raise RuntimeError(
                 "`student` must be called once for each batch but is called again; give `select`, which says which "
                 "calls are taught. Where the whole student is under activation checkpointing, checkpoint its blocks."
             )
         if selection is None:
-            selection = (*image_and_label(self._batch, image), None)
+            selection = (*image_and_label(self._batch.batch, image), None)
             if not self._said_all_rows and selection[1] is not None and len(selection[1]) == len(image):
                 self._said_all_rows = True
                 logger.warning("SAM learns from all %d rows; if some are unlabelled to you, give `select`.", len(image))
@@ -315,21 +289,6 @@ class Attachment:
         """The student's logits, not by way of DistributedDataParallel, which would be at its next step then."""
         output = (plain_network(self.student) if is_distributed() else self.student)(image)
         return output if self.logits_of is None else self.logits_of(output)
-
-
-def _image_of(batch: Any) -> Tensor | None:
-    """The image of a batch that is a mapping or a sequence, where it is a tensor."""
-    image = batch.get("image") if isinstance(batch, Mapping) else None
-    if isinstance(batch, Sequence) and len(batch) > 0:
-        image = batch[0]
-    return image if isinstance(image, Tensor) else None
-
-
-def _begins_with(image: Tensor, first: Tensor | None) -> bool:
-    """Whether a student's input has these rows first, value for value."""
-    if first is None or first.shape[1:] != image.shape[1:] or not 0 < len(first) <= len(image):
-        return False
-    return torch.equal(without_meta(first).to(image), image[: len(first)])
 
 
 class _StudentCalled:

@@ -29,7 +29,7 @@ PUBLIC = {
     "run_record": ("open_log", "write_record"),
     "stop_signals": ("StopSignals", "end_on_signals"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
-    "watched_loader": ("WatchedLoader",),
+    "watched_loader": ("CurrentBatch", "WatchedLoader"),
     "whole_file": ("remove_parts", "write_csv", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
