@@ -31,7 +31,9 @@ def plain_network(network: nn.Module) -> nn.Module:
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     """
-    Torch's own optimiser inside a wrapper that has it as `optimizer`, as Accelerate's and Lightning's do.
+    The optimiser that has the hooks, inside a wrapper that has it as `optimizer`, as Accelerate's and Lightning's do.
+
+    An optimiser that is built on another (Lookahead) and has hooks of its own is taken as it is.
 
     Args:
         optimizer: wrapped or not.
@@ -47,7 +49,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
         True
     """
     inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+    while isinstance(getattr(inner, "optimizer", None), Optimizer) and not _has_hooks_of_its_own(inner):
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
         raise TypeError(
@@ -55,3 +57,8 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
             "of it, which has the hooks."
         )
     return inner
+
+
+def _has_hooks_of_its_own(optimizer: Optimizer) -> bool:
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    return hooks is not None and hooks is not getattr(optimizer.optimizer, "_optimizer_step_post_hooks", None)

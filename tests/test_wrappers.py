@@ -42,6 +42,21 @@ def test_teacher_follows_the_optimizer_inside_of_a_wrapper():
     assert all(torch.equal(a, b) for other in trained[1:] for a, b in zip(trained[0], other, strict=True))
 
 
+class SharedHooks(Wrapped):
+    """In the manner of Lightning's: the wrapper has what the optimiser has."""
+
+    def __init__(self, optimizer):
+        self.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
+        self.optimizer = optimizer
+
+
+def test_optimizer_built_on_another_is_taken_as_it_is():
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    outer = torch.optim.SGD(inner.param_groups[0]["params"], lr=0.1)
+    outer.optimizer = inner
+    assert plain_optimizer(outer) is outer and plain_optimizer(SharedHooks(inner)) is inner
+
+
 @pytest.mark.parametrize("optimizer", [object(), Wrapped(None)])
 def test_what_has_no_optimizer_inside_is_an_error(optimizer):
     student, _, distiller, _ = build()
