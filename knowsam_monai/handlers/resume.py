@@ -155,9 +155,12 @@ class Resume:
         self._waits_for_batch = waits
 
     def _asked_to_stop(self) -> bool:
-        if idist.get_world_size() > 1 and self.saves:
-            self.signals.received = int(idist.all_reduce(self.signals.received or 0, "MAX")) or None
-        return self.signals.received is not None
+        if idist.get_world_size() == 1 or not self.saves:
+            return self.signals.received is not None
+        asked = int(idist.all_reduce(self.signals.received or 0, "MAX"))
+        if asked:  # else a signal that came meanwhile stays, for the next time
+            self.signals.received = asked
+        return asked > 0
 
     def _stop(self, engine: Engine) -> None:
         self.signals.give_back()

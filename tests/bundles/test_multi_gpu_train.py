@@ -80,10 +80,19 @@ def test_process_that_dies_ends_the_run_with_an_error(small_phantom, tmp_path):
 class Ranks:
     """Two processes of a tiny training with configs over train.json, the last of them multi_gpu_train.json."""
 
-    def __init__(self, folder: Path, dataset: Path, overlays: tuple[str, ...] = (), configs: Path = CONFIGS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dataset: Path,
+        overlays: tuple[str, ...] = (),
+        configs: Path = CONFIGS,
+        max_iterations: int = 6,
+    ) -> None:
         self.folder = folder
+        self.last = folder / f"resume_{max_iterations}.pt"
         folder.mkdir()
-        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "labeled_batch_size": 4}
+        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "labeled_batch_size": 4}
+        options["max_iterations"] = max_iterations
         if "network_plain.json" in overlays and configs == CONFIGS:
             options["network_def"] = SMALL_UNET
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), device=None)
@@ -103,17 +112,17 @@ class Ranks:
         return "".join((self.folder / f"rank{rank}.log").read_text()[-3000:] for rank in (0, 1))
 
     def result(self) -> dict:
-        return torch.load(self.folder / "resume_6.pt", weights_only=True)
+        return torch.load(self.last, weights_only=True)
 
 
 @pytest.mark.slow
 def test_ranks_stop_at_the_same_step_and_go_on_to_the_same_bits(small_phantom, tmp_path):
     overlays = ("network_plain.json", "mean_teacher.json")
-    whole = Ranks(tmp_path / "whole", small_phantom, overlays)
+    whole = Ranks(tmp_path / "whole", small_phantom, overlays, max_iterations=40)
     assert whole.run() == [0, 0], whole.log()
-    broken = Ranks(tmp_path / "broken", small_phantom, overlays)
+    broken = Ranks(tmp_path / "broken", small_phantom, overlays, max_iterations=40)
     assert broken.run(stop=(broken.folder / "resume_2.pt").exists) == [143, 143], broken.log()
-    assert not (broken.folder / "resume_6.pt").exists() and broken.run() == [0, 0], broken.log()
+    assert not broken.last.exists() and broken.run() == [0, 0], broken.log()
     assert len(broken.result()["random"]) == 2
     assert_same_bits(broken.result(), whole.result())
 

@@ -318,3 +318,16 @@ def test_nothing_is_written_when_it_only_reads(tmp_path):
     trainer, _, handler = training(tmp_path, save=False)
     assert run(trainer) and not handler.files() and not handler.signals._previous
     assert copy.copy(handler.objects).keys() == {"network", "optimizer"}
+
+
+def test_signal_that_comes_while_processes_ask_each_other_is_kept_for_the_next_time(monkeypatch, tmp_path):
+    resume = Resume({"network": torch.nn.Linear(1, 1)}, output_dir=tmp_path)
+
+    def signal_comes_meanwhile(value, op):
+        resume.signals.received = signal.SIGTERM
+        return value
+
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("ignite.distributed.all_reduce", signal_comes_meanwhile)
+    assert not resume._asked_to_stop() and resume.signals.received == signal.SIGTERM
+    assert resume._asked_to_stop()
