@@ -175,7 +175,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "distillation_gate": "agreement",
             "distillation_dice_weight": 1.0,
             "distillation_start": 300,
-            "mixing_start": 900,  # of 1,200: from a quarter on it held a young student back on held-out cases
+            "mixing_start": 900,  # of 1,200: from a quarter on, as published, it held a young student back
             "taught_rows": "unlabeled",
             "max_iterations": 1200,
             "epoch_length": 300,
