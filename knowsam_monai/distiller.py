@@ -232,10 +232,11 @@ class SAMDistiller(nn.Module):
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
-        judging = torch.arange(len(image), device=image.device)[_other_rows(rows, len(image))]
+        all_rows = torch.arange(len(image), device=image.device)
+        judging = all_rows[_other_rows(rows, len(image))]
         if len(judging) == 0 and label is not None and self.ignore_index is not None:
             has_holes = (without_meta(label) == self.ignore_index).flatten(1).any(1)
-            judging = torch.arange(len(image), device=image.device)[rows][has_holes]
+            judging = all_rows[rows][has_holes]
         counts = len(judging) > 0
         if not counts and self.ignore_index is None:
             self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")

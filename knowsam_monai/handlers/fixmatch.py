@@ -66,9 +66,12 @@ class FixMatch:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = self.weight(iteration) if callable(self.weight) else self.weight
+        has_term = iteration > self.start and bool(weight)
+        if not has_term and iteration > 1:
+            return
         rows = unlabeled_rows(output)
-        image = self.strong_image(engine, rows)  # one that is missing is missed at the first step already
-        if iteration <= self.start or not weight:
+        image = self.strong_image(engine, rows)
+        if not has_term:  # the first step, which misses strong images long before they are wanted
             return
         weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
         # DistributedDataParallel reckons with one forward a backward; its hooks see the sum of both

@@ -10,6 +10,7 @@ from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from knowsam_monai.attachment import all_in_eval_mode
 from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations, is_cached, sam_image_for
 from knowsam_monai.distiller import SAMDistiller, labeled_slice
 from knowsam_monai.handlers.supervision import check_supervision
@@ -118,16 +119,15 @@ class SAMDistillation:
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # of the teacher
         if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
-            engine.network.eval()
-            self.distiller.measure_agreement(
-                lambda x: self._logits(engine.inferer(x, engine.network)),
-                image,
-                label,
-                rows,
-                turn=run // self.gate_interval,
-                sam_image=sam_image,
-            )
-            engine.network.train()
+            with all_in_eval_mode(engine.network):
+                self.distiller.measure_agreement(
+                    lambda x: self._logits(engine.inferer(x, engine.network)),
+                    image,
+                    label,
+                    rows,
+                    turn=run // self.gate_interval,
+                    sam_image=sam_image,
+                )
 
         weight = self.weight(iteration) if callable(self.weight) else self.weight
         result = self.distiller(sam_image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
