@@ -1,0 +1,1 @@
+"""What a bundle's run does besides training: checking values, preparing, recording, resuming, reporting."""
