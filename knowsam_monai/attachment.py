@@ -59,7 +59,8 @@ class Attachment:
             :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label), and *all* labels are learned from.
         logits_of: picks the logits among the student's outputs, as ``operator.itemgetter(0)``; None: all it returns.
         weight: factor of the distillation loss, a number or a function of `iteration`.
-        start: first iteration at which the student is taught; the teacher learns from the beginning.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
+            learns from the beginning, whatever it is.
         every: the teacher runs at every k-th iteration only, see :class:`knowsam_monai.handlers.SAMDistillation`.
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.wrappers import plain_network, plain_optimizer
+
+logger = logging.getLogger(__name__)
 
 BUFFERS = ("copy", "average")
 MODES = ("eval", "dropout", "train")
@@ -78,6 +81,7 @@ class EMAStudent:
         self.average.requires_grad_(False).eval()
         self._student = student
         self._handle: RemovableHandle | None = None
+        self._said_no_dropout = False
 
     @property
     def network(self) -> nn.Module:
@@ -108,6 +112,23 @@ class EMAStudent:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    def check_mode(self, mode: str) -> None:
+        """
+        Warn, once, when `mode` is "dropout" and the network has no dropout layers, so that nothing is drawn.
+
+        Raises:
+            ValueError: when `mode` is none of those of :meth:`logits`.
+        """
+        if mode not in MODES:
+            raise ValueError(f"`ema_mode` must be one of {', '.join(MODES)} but is {mode!r}.")
+        if mode == "dropout" and not self._said_no_dropout and not any(map(_draws, self.network.modules())):
+            self._said_no_dropout = True
+            logger.warning(
+                "%s has no dropout layers, so ema_mode='dropout' draws nothing and is the same as 'eval'. Give the "
+                "network dropout, or set ema_mode='eval' if noise on the image is enough.",
+                type(self.network).__name__,
+            )
 
     @torch.no_grad()
     def logits(
@@ -154,12 +175,12 @@ class EMAStudent:
 
     @contextmanager
     def _in_mode(self, mode: str) -> Iterator[None]:
-        check_mode(mode)
+        self.check_mode(mode)
         buffers = list(self.network.buffers()) if mode == "train" else []
         before = [buffer.clone() for buffer in buffers]
         self.network.train(mode == "train")
         for module in self.network.modules():
-            if mode == "dropout" and isinstance(module, (_DropoutNd, DropPath)):
+            if mode == "dropout" and _draws(module):
                 module.train()
         try:
             yield
@@ -169,7 +190,6 @@ class EMAStudent:
                 buffer.copy_(value)
 
 
-def check_mode(mode: str) -> None:
-    """Raise a ValueError when `mode` is none of :meth:`EMAStudent.logits`'."""
-    if mode not in MODES:
-        raise ValueError(f"`ema_mode` must be one of {', '.join(MODES)} but is {mode!r}.")
+def _draws(module: nn.Module) -> bool:
+    """Whether a module is dropout or drop-path of a probability above 0."""
+    return isinstance(module, _DropoutNd) and module.p > 0 or isinstance(module, DropPath) and module.drop_prob > 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai.data.sampling import derive_seed
-from knowsam_monai.ema_student import EMAStudent, check_mode
+from knowsam_monai.ema_student import EMAStudent
 
 
 class NoisyPasses:
@@ -53,7 +53,7 @@ class NoisyPasses:
         seed: int = 0,
         passes_at_once: int | None = None,
     ) -> None:
-        check_mode(mode)
+        ema_student.check_mode(mode)
         if noise_std < 0 or noise_clip < 0:
             raise ValueError(f"`noise_std` and `noise_clip` must be at least 0 but are {noise_std} and {noise_clip}.")
         if passes_at_once is not None and passes_at_once < 1:

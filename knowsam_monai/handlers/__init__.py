@@ -1,4 +1,8 @@
-"""Ignite handlers for MONAI's unmodified trainers and evaluators, one method or duty a file."""
+"""Ignite handlers for MONAI's unmodified trainers and evaluators, one method or duty a file.
+
+Every `start` is the first iteration with the term, counted from 1 as ``engine.state.iteration`` is; 0 and 1 both mean
+from the beginning.
+"""
 
 from .bidirectional_copy_paste import BidirectionalCopyPaste
 from .case_metrics import CaseMetrics

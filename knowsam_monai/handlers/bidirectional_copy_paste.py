@@ -47,7 +47,8 @@ class BidirectionalCopyPaste:
         ema_student: the averaged student; BCP: ``EMAStudent(network, optimizer, warm_up=False, buffers="average")``.
         loss: the trainer's own, ``f(pred, label)`` on all rows, which leaves `ignore_index` out:
             ``PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))``.
-        pretraining: iterations of pre-training; published: 10,000 of 40,000 (ACDC), 2,000 of 17,000 (LA).
+        pretraining: iterations of pre-training, 0 for none; self-training begins with the one after. Published: 10,000
+            of 40,000 (ACDC), 2,000 of 17,000 (LA).
         weight: w, of the unlabelled pixels; published: 0.5.
         box_fraction: part of each axis that the box takes up; published: 2/3.
         ignore_index: label of the pixels without a true one.
@@ -82,6 +83,7 @@ class BidirectionalCopyPaste:
             raise ValueError(f"`box_fraction` must be between 0 and 1 but is {box_fraction}; published: 2/3.")
         if pretraining < 0:
             raise ValueError(f"`pretraining` must be 0 iterations or more but is {pretraining}.")
+        ema_student.check_mode(ema_mode)
         self.ema_student = ema_student
         self.loss = loss
         self.pretraining = pretraining

@@ -34,7 +34,7 @@ class FixMatch:
     Args:
         weight: w, a number or a function of the iteration; the paper has 1.
         threshold: tau, 0..1; the paper has 0.95.
-        start: iterations before the first with the term.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning.
         average: what N counts, "all" pixels (the paper) or the "sure" ones.
 
     Raises:
@@ -66,7 +66,7 @@ class FixMatch:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = self.weight(iteration) if callable(self.weight) else self.weight
-        has_term = iteration > self.start and bool(weight)
+        has_term = iteration >= self.start and bool(weight)
         if not has_term and iteration > 1:
             return
         rows = unlabeled_rows(output)

@@ -29,7 +29,8 @@ class UncertaintyGuidedMixing:
 
     Args:
         loss: ``f(pred, label)`` on the mixed rows, the trainer's supervised loss as a rule.
-        start: iterations before the first mixing; the authors' code: 12,000 of 50,000.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning; the authors'
+            code: 12,000 of 50,000.
         weight: factor of the loss.
         grid_size: cells along each spatial axis, one number for all axes or one for each; 4.
         num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
@@ -82,7 +83,7 @@ class UncertaintyGuidedMixing:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # a grid that does not fit is an error now and not thousands of steps later
-        if engine.state.iteration <= self.start:
+        if engine.state.iteration < self.start:
             return
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()

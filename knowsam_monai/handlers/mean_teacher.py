@@ -33,7 +33,8 @@ class MeanTeacher:
     Args:
         ema_student: the averaged student; it is attached with the handler.
         weight: w, a number or a function of the iteration. SSL4MIS: ``SigmoidRampUp(max_iterations, max=0.1)``.
-        start: iterations before the first with the term; SSL4MIS: 1,000 of 30,000. Averaging starts at once.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The default is
+            SSL4MIS's 1,000 of 30,000, whose first term is one iteration later. Averaging starts at once.
         rows: "unlabeled" or "all".
         ema_mode: "dropout", "eval" (no dropout) or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
@@ -80,7 +81,7 @@ class MeanTeacher:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = self.weight(iteration) if callable(self.weight) else self.weight
-        if iteration <= self.start or not weight:
+        if iteration < self.start or not weight:
             return
         rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
         image = without_meta(output[Keys.IMAGE])[rows]

@@ -38,7 +38,8 @@ class SAMDistillation:
     Args:
         distiller: the core, with teacher, optimiser and gate.
         weight: factor of the distillation loss, a number or a function of ``engine.state.iteration``.
-        start: first iteration at which the student is taught; the teacher learns from the beginning.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
+            learns from the beginning, whatever it is.
         labeled_rows: rows that SAM learns from, an int n (the first n), a slice, or a callable of the batch that
             returns one of these; None: the first ``len(label)``.
         every: the teacher runs at every k-th iteration only, the k-th, the 2k-th and so on. At all others it does

@@ -41,7 +41,8 @@ class UncertaintyAwareMeanTeacher:
         ema_student: the averaged student; it is attached with the handler.
         max_iterations: t_max, the length of the run.
         weight: w, a number or a function of the iteration. SSL4MIS: ``SigmoidRampUp(max_iterations, max=0.1)``.
-        start: iterations before the first with the term. Averaging starts at once.
+        start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. Averaging starts
+            at once.
         num_passes: T, 1 or more.
         passes_at_once: how many of the T + 1 passes run as one batch; None: all. Fewer need less memory.
         num_classes: C of threshold and divisor; None: the student's.
@@ -102,7 +103,7 @@ class UncertaintyAwareMeanTeacher:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = self.weight(iteration) if callable(self.weight) else self.weight
-        if iteration <= self.start or not weight:
+        if iteration < self.start or not weight:
             return
         rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
         image = without_meta(output[Keys.IMAGE])[rows]

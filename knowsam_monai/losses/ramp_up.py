@@ -14,7 +14,8 @@ class SigmoidRampUp:
     Args:
         num_iterations: the iteration at which the maximum is reached; the run's length gives eq. 12's lambda_m.
         max: the largest weight.
-        start: the first iteration with a weight; the curve is the same whatever it is.
+        start: first iteration with a weight, counted from 1; 0 and 1 both mean from the beginning. The curve is the
+            same whatever it is.
 
     Raises:
         ValueError: when ``num_iterations`` is not positive.

@@ -1,4 +1,4 @@
-"""The convolution with batch normalisation that U-Net and aggregation are made of."""
+"""The convolution with batch normalization that U-Net and aggregation are made of."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def channels_last(spatial_dims: int) -> torch.memory_format:
 
 
 class ConvNormAct(Convolution):
-    """Conv-BatchNorm-LeakyReLU, in which the normalisation costs nothing at inference.
+    """Conv-BatchNorm-LeakyReLU, in which the normalization costs nothing at inference.
 
-    In eval mode it is a fixed scale and shift of each channel, and is folded into weights and bias
-    of the convolution: the same result up to rounding. The convolution has no bias, which the normalisation would take
-    away again, and the activation is in place, since a normalisation does not need its output for its gradient.
+    A normalization in eval mode is a fixed scale and shift of each channel. It is then folded into the convolution's
+    weights and bias: the same result up to rounding. Dropout follows its own mode, so dropout alone may be in train
+    mode (Monte Carlo dropout). The convolution has no bias, which the normalization would take away again, and the
+    activation is in place, since a normalization does not need its output for its gradient.
 
     Args:
         spatial_dims: 2 or 3.
@@ -55,16 +56,17 @@ class ConvNormAct(Convolution):
             kernel_size=kernel_size,
             norm="batch",
             act=("leakyrelu", {"negative_slope": negative_slope, "inplace": True}),
-            dropout=dropout or None,
+            dropout=dropout,
             dropout_dim=1,
             bias=False,
         )
         self.scale_shape = (out_channels,) + (1,) * (spatial_dims + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            return self.adn(self.conv(x))
         norm = self.adn.N
+        if norm.training:
+            return self.adn(self.conv(x))
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.conv.weight * scale.view(self.scale_shape)
-        return self.adn.A(self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale))
+        x = self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
+        return self.adn.A(self.adn.D(x))

@@ -24,7 +24,7 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     other, other_distiller = copy.deepcopy((student, distiller))
     threshold = 0.8 if num_classes == 2 else 0.6
     weight, loss = SigmoidRampUp(3, max=2.0), PartiallyLabeledLoss(dice_ce_loss(num_classes))
-    handler = FixMatch(weight, threshold=threshold, start=1, average=average)
+    handler = FixMatch(weight, threshold=threshold, start=2, average=average)
     handlers = [handler, SAMDistillation(distiller)] if with_sam else [handler]
     trainer = toy_trainer(student, batches, loss, handlers)
     trainer.run()
@@ -62,7 +62,7 @@ def test_one_more_forward_of_the_unlabeled_rows_alone():
     student, batches, _ = toy_host(2, (8, 8))
     seen = []
     student.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(2)), [FixMatch(start=2)]).run()
+    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(2)), [FixMatch(start=3)]).run()
     assert seen == [4, 4, 4, 2]
 
 

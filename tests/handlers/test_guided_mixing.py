@@ -73,7 +73,7 @@ def test_own_backward_adds_the_gradient_of_one_joint_backward(size, cells):
     student = ToyStudent(spatial_dims=len(size)).double()
     other = copy.deepcopy(student)
     batches, loss = toy_batches(3, size=size), PartiallyLabeledLoss(dice_ce_loss(3))
-    mixing = UncertaintyGuidedMixing(loss, start=1, weight=0.5, **cells)
+    mixing = UncertaintyGuidedMixing(loss, start=2, weight=0.5, **cells)
     trainer = toy_trainer(student, batches, loss, [mixing], accumulation_steps=2)
     trainer.run()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -156,7 +156,7 @@ def test_nothing_is_mixed_before_the_start():
         ToyStudent().double(),
         toy_batches(2),
         PartiallyLabeledLoss(dice_ce_loss(3)),
-        [UncertaintyGuidedMixing(None, start=2)],
+        [UncertaintyGuidedMixing(None, start=3)],
     )
     trainer.run()
     assert "mixing_loss" not in trainer.state.output

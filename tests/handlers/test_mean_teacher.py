@@ -27,7 +27,7 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     student, batches, distiller = toy_host(num_classes, size)
     other, other_distiller = copy.deepcopy((student, distiller))
     weight, loss = SigmoidRampUp(3, max=20.0), PartiallyLabeledLoss(dice_ce_loss(num_classes))
-    optimizer, handler = build(student, weight=weight, start=1, rows=rows)
+    optimizer, handler = build(student, weight=weight, start=2, rows=rows)
     handlers = [handler, SAMDistillation(distiller)] if with_sam else [handler]
     trainer = toy_trainer(student, batches, loss, handlers, optimizer=optimizer)
     trainer.run()
@@ -61,7 +61,7 @@ def test_gradient_reaches_view_0_of_the_student_alone():
     assert all(p.grad is None and not p.requires_grad for p in handler.ema_student.network.parameters())
 
 
-@pytest.mark.parametrize("options", [{"start": 3}, {"start": 0, "weight": 0.0}])
+@pytest.mark.parametrize("options", [{"start": 4}, {"start": 0, "weight": 0.0}])
 def test_nothing_but_averaging_happens_before_the_start_or_without_weight(options):
     student, batches, _ = toy_host(2, (8, 8))
     alone = copy.deepcopy(student)
