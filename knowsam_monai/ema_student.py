@@ -139,9 +139,10 @@ class EMAStudent:
 
         Args:
             image: (B, channels, *spatial).
-            mode: "eval"; "dropout", where dropout and drop-path layers alone are in train mode, so that normalisation
-                uses its running statistics and leaves them as they are; or "train", the whole network (batch
-                statistics, as SSL4MIS has it), after which the buffers are put back.
+            mode: "eval"; "dropout", where dropout and drop-path layers alone are in train mode, so that normalization
+                uses its running statistics and leaves them as they are (a network without such layers is named in a
+                warning); or "train", the whole network (batch statistics, as SSL4MIS has it), after which the buffers
+                are put back.
             inferer: how the network is called, a trainer's own as a rule; None calls it.
 
         Returns:

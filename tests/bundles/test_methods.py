@@ -146,6 +146,7 @@ def test_the_terms_and_who_learns_from_them(bundle, network, method):
     assert all(step[name] > 0 for step in terms for name in names)
     assert all(step[name] < 1 for step in terms for name in names if name == "sure_fraction")
     assert with_gradient(built.network) == learners(built, network, method)
+    assert not built.optimizer._optimizer_step_post_hooks
     if built.ema_student is None:
         return
     averaged = built.ema_student.network

@@ -151,17 +151,6 @@ def test_teacher_labels_as_far_as_its_gate_lets_it(gate_weight, expected):
     assert (one_channel > 0).item() == (expected == 2)
 
 
-def test_nothing_is_mixed_before_the_start():
-    trainer = toy_trainer(
-        ToyStudent().double(),
-        toy_batches(2),
-        PartiallyLabeledLoss(dice_ce_loss(3)),
-        [UncertaintyGuidedMixing(None, start=3)],
-    )
-    trainer.run()
-    assert "mixing_loss" not in trainer.state.output
-
-
 def test_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, of a grid of 4 x 4 x 4 cells"):
         UncertaintyGuidedMixing(None, num_cells=64)  # too many in 3D too

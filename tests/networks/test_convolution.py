@@ -32,12 +32,15 @@ def test_training_is_convolution_batch_norm_and_leaky_relu(spatial_dims, kernel_
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_folded_inference_equals_the_unfolded_one(spatial_dims):
+@pytest.mark.parametrize("is_dropout_on", [False, True])
+def test_folded_inference_equals_the_unfolded_one_with_dropout_on_and_off(spatial_dims, is_dropout_on):
     block = trained(ConvNormAct(spatial_dims, 2, 3, dropout=0.5)).eval()
+    block.adn.D.train(is_dropout_on)
     x = torch.randn(2, 2, *([6] * spatial_dims), dtype=torch.float64)
     results = []
     for forward in (lambda x: block.adn(block.conv(x)), block, torch.jit.script(block)):
         block.zero_grad()
+        torch.manual_seed(0)
         y = forward(x)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in block.parameters())])
@@ -55,11 +58,13 @@ def test_training_without_autograd_takes_the_batch_statistics_and_dropout():
         assert torch.equal(block(x), expected)
 
 
-def test_normalisation_runs_in_training_alone():
+def test_normalization_runs_when_it_is_in_train_mode_itself():
     block, calls = ConvNormAct(2, 2, 3), []
-    block.adn.N.register_forward_hook(lambda *args: calls.append(block.training))
+    block.adn.N.register_forward_hook(lambda module, *args: calls.append(module.training))
     block.eval()(torch.rand(2, 2, 6, 6))
     block.train()(torch.rand(2, 2, 6, 6))
+    block.adn.N.eval()  # frozen, in a network that trains
+    block(torch.rand(2, 2, 6, 6))
     assert calls == [True]
 
 
