@@ -150,6 +150,11 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
             "in a batch, and each label has its image."
         )
+    if label.shape[1:] == logits.shape[2:]:
+        raise ValueError(
+            f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
+            f"{tuple(label.shape)}; give `label[:, None]`."
+        )
     if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
         raise ValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
