@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai.data.orientation import check_orientations, is_cached, sam_image_for
-from knowsam_monai.following import Scaler, call_after_step, check_apart, is_distributed, scaler_now
+from knowsam_monai.following import Scaler, ScalerCheck, call_after_step, check_apart, is_distributed, scaler_now
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.watched_loader import CurrentBatch, WatchedLoader, image_and_label
 from knowsam_monai.wrappers import plain_network, plain_optimizer
@@ -81,7 +81,7 @@ class Attachment:
             is not the image of the batch, or every row has a label and nobody says that all are labeled.
         RuntimeError: when the student has this teacher attached already; when it is called without a batch, or a second
             time for one without `select`; when its logits are backpropagated twice; when its optimizer steps and no
-            backward came through them.
+            backward came through them, or is stepped by a GradScaler although none was given.
 
     Example::
 
@@ -158,6 +158,8 @@ class Attachment:
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # before the teacher steps
         if distiller.optimizer is not None:
             self._handles.append(distiller.follow(optimizer, scaler))
+        elif scaler is None:
+            self._handles.append(ScalerCheck(optimizer))
         weakref.finalize(self, _remove_all, self._handles).atexit = False
         distiller.wiring.attachments.append(self)
         if loader is not None:

@@ -31,6 +31,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     Raises:
         TypeError: when `optimizer` is none.
         ValueError: when `optimizer` is the teacher's, or both step the same parameters.
+        RuntimeError: at a step that a GradScaler makes although none was given.
 
     Example::
 
@@ -40,6 +41,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     check_apart(teacher_optimizer, optimizer)
     parameters = _parameters(teacher_optimizer)
     _take_from_first_rank(parameters)
+    removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook is before the teacher's
 
     def step_teacher(*_) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips GradScaler's overflows inside
@@ -61,7 +63,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
     zero_grad.teachers.append(teacher_optimizer)
     forget = partial(_forget, weakref.ref(zero_grad), weakref.ref(optimizer), teacher_optimizer)
-    return FollowHandle(optimizer.register_step_post_hook(step_teacher), forget)
+    return FollowHandle([*removals, optimizer.register_step_post_hook(step_teacher).remove, forget])
 
 
 def check_apart(teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
@@ -122,8 +124,7 @@ class FollowHandle:
     """Undoes :func:`follow`, which returns it.
 
     Args:
-        step_handle: of the hook after the student optimizer's step.
-        forget: ends the clearing of the teacher's gradients; once more does nothing.
+        removals: functions that each undo a part, and do nothing when called once more.
 
     Example::
 
@@ -132,13 +133,67 @@ class FollowHandle:
         handle.remove()
     """
 
-    def __init__(self, step_handle: RemovableHandle, forget: Callable[[], None]) -> None:
-        self._step_handle, self._forget = step_handle, forget
+    def __init__(self, removals: Sequence[Callable[[], None]]) -> None:
+        self._removals = removals
 
     def remove(self) -> None:
         """Leave the student's optimizer as it was; once more does nothing."""
+        for remove in self._removals:
+            remove()
+
+
+class ScalerCheck:
+    """
+    Notices at the first steps a GradScaler that was not given: it leaves its marks on the student's gradients.
+
+    Between backward and step it divides them by its scale, a power of two. A fused optimizer, which does that itself, is
+    lent the scale meanwhile. The check ends with the first step that has gradients.
+
+    Args:
+        optimizer: the student's.
+
+    Raises:
+        RuntimeError: at a step whose gradients were divided by a power of two of at least 128.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        trained = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
+        self._parameter = min(trained, key=Tensor.numel, default=None)
+        self._gradient: Tensor | None = None
+        self._step_handle = optimizer.register_step_post_hook(self._check)
+        self._gradient_handle: Any = None
+        if self._parameter is not None:
+            self._gradient_handle = self._parameter.register_post_accumulate_grad_hook(self._remember)
+
+    def remove(self) -> None:
+        """Leave optimizer and parameter as they were; once more does nothing."""
         self._step_handle.remove()
-        self._forget()
+        self._end()
+
+    def _end(self) -> None:
+        if self._gradient_handle is not None:
+            self._gradient_handle.remove()
+        self._gradient = self._parameter = None
+
+    def _remember(self, parameter: Tensor) -> None:
+        self._gradient = None if parameter.grad is None else parameter.grad.detach().clone()
+
+    def _check(self, optimizer: Optimizer, *_: Any) -> None:
+        is_scaled = getattr(optimizer, "grad_scale", None) is not None
+        before, now = self._gradient, None if self._parameter is None else self._parameter.grad
+        if not is_scaled and before is not None and now is not None:
+            nonzero_mask = now != 0
+            if not nonzero_mask.any():
+                return
+            mantissa, exponent = torch.frexp(before[nonzero_mask].double() / now[nonzero_mask].double())
+            is_scaled = bool((mantissa == 0.5).all() and (exponent == exponent[0]).all() and exponent[0] > 7)
+        if is_scaled:
+            raise RuntimeError(
+                "`scaler` must be the GradScaler that steps the student's optimizer but none was given; give it to "
+                "`follow` or `attach`, or GradScaler(enabled=False) where the host divides its gradients by itself."
+            )
+        if before is not None and now is not None:
+            self._end()
 
 
 class _ZeroGrad:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from functools import partial
 from operator import itemgetter
 
 import pytest
@@ -166,6 +167,20 @@ def test_student_saved_whole_while_attached_is_loaded_and_needs_nothing_of_the_a
 # --- what can't be right is one clear error ---------------------------------------------------------------------------
 
 
+def test_optimizer_of_sam_in_the_place_of_the_student_s_is_an_error():
+    student, optimizer, distiller, _ = build()
+    together = torch.optim.SGD([*student.parameters(), *distiller.teacher.parameters()], lr=0.1)
+    for mixed_up in (distiller.optimizer, together):
+        for way in (distiller.follow, partial(distiller.attach, student)):
+            with pytest.raises(ValueError, match="`optimizer` must (be the student's but is|step no parameters of)"):
+                way(mixed_up)
+    with pytest.raises(ValueError, match="`optimizer` must be the student's but is the distiller's own"):
+        toy_trainer(student, [], None, [SAMDistillation(distiller)], optimizer=distiller.optimizer).run()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `teacher` but has none"):
+        SAMDistiller(distiller.teacher, optimizer)
+    assert not student._forward_hooks and not optimizer._optimizer_step_post_hooks
+
+
 def test_second_attachment_of_a_teacher_is_an_error_until_the_first_is_removed():
     student, optimizer, distiller, _ = build()
     skd = distiller.attach(student, optimizer)
@@ -315,7 +330,7 @@ def test_label_without_a_channel_is_an_error():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"][:, 0], 2))
     batch = next(iter(skd.watch(batches)))
-    with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but is \(2, 8, 8\); give `label\[:, None\]`"):
         student(batch["image"])
 
 
@@ -357,9 +372,10 @@ def test_intervals_below_one_are_errors(name):
 
 
 def test_optimizer_of_another_network_is_an_error():
-    student, _, distiller, _ = build()
-    with pytest.raises(ValueError, match="`optimizer` must step parameters of `student` but has none"):
-        distiller.attach(student, distiller.optimizer)
+    student, optimizer, distiller, _ = build()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `student` .*, not to an averaged copy"):
+        distiller.attach(copy.deepcopy(student), optimizer)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_teacher_that_does_not_learn_only_teaches():

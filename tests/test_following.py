@@ -86,7 +86,8 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
 
 def test_host_that_wraps_zero_grad_afterwards_is_rid_of_the_teacher_too(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    handle = distiller_of(teacher).follow(optimizer)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
     ours, calls = optimizer.zero_grad, []
     optimizer.zero_grad = lambda *args, **kwargs: (calls.append("host"), ours(*args, **kwargs))
     handle.remove()
@@ -101,7 +102,8 @@ def test_host_s_own_zero_grad_is_put_back(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     calls = []
     own = optimizer.zero_grad = lambda **kwargs: calls.append(kwargs)
-    handle = distiller_of(teacher).follow(optimizer)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
     optimizer.zero_grad(set_to_none=False)
     assert calls == [{"set_to_none": False}] and optimizer.zero_grad is not own
     handle.remove()
