@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from knowsam_monai.wrappers import plain_network, plain_optimizer
 
 if TYPE_CHECKING:
     from knowsam_monai.distiller import Rows, SAMDistiller
+
+logger = logging.getLogger(__name__)
 
 UNTAUGHT_BATCHES = 50  # in a row, after which there must be a reason
 
@@ -44,7 +47,7 @@ class Attachment:
     before each step (a callback, an event) calls ``next_batch(batch)``. The student is called once for each batch, on
     the batch's own image; `select` says where it is not so.
 
-    The distiller and a watched loader keep an attachment alive. When all three are deleted, its hooks are removed.
+    Keep the attachment, or the watched loader, which keeps it: when both are deleted, the hooks are removed.
 
     Args:
         distiller: the core, with teacher, optimizer and gate.
@@ -149,7 +152,7 @@ class Attachment:
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
         self._batch = CurrentBatch()
-        self._watching: list[list[Callable[[Any], None]]] = []  # what the watched loaders tell
+        self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
         self._num_untaught = 0  # batches in a row of which no call was taught
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
@@ -160,8 +163,9 @@ class Attachment:
             self._handles.append(distiller.follow(optimizer, scaler))
         elif scaler is None:
             self._handles.append(ScalerCheck(optimizer))
-        weakref.finalize(self, _remove_all, self._handles).atexit = False
-        distiller.wiring.attachments.append(self)
+        self._deletion = weakref.finalize(self, _deleted, self._handles, self._batch)
+        self._deletion.atexit = False
+        distiller.wiring.attachments.add(self)
         if loader is not None:
             self._watch(loader)
 
@@ -184,13 +188,14 @@ class Attachment:
     def remove(self) -> None:
         """Leave student and optimizer as they were, at any time; a watched loader goes on as the bare one."""
         if self._handles:
-            self.distiller.wiring.attachments.remove(self)
+            self._deletion.detach()
+            self.distiller.wiring.attachments.discard(self)
             if self.distiller.optimizer is not None:
                 self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
-        for watched_by in self._watching:
-            watched_by.remove(self.next_batch)
+            for loader in self._watching:
+                loader.watched_by.remove(self.next_batch)
         _remove_all(self._handles)
-        self._watching, self._batch = [], CurrentBatch()
+        self._batch = CurrentBatch()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
         logits = output if self.logits_of is None else self.logits_of(output)
@@ -242,7 +247,7 @@ class Attachment:
         if is_cached(self.distiller.teacher):
             check_orientations(loader)
         loader.watched_by.append(self.next_batch)
-        self._watching.append(loader.watched_by)
+        self._watching.add(loader)
 
     def _warn_of_untaught(self) -> None:
         why = (
@@ -360,6 +365,16 @@ class _StudentCalled:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # takes anything, needs no package
+
+
+def _deleted(handles: list[Any], batch: CurrentBatch) -> None:
+    """The end of an attachment that was not removed."""
+    if handles and batch.num_calls == 0:
+        logger.warning(
+            "SKD: an attachment was deleted before the student was called on its batch, and teaches no more: keep what "
+            "`attach` returns, and let the host iterate over its `watch(loader)`."
+        )
+    _remove_all(handles)
 
 
 def _remove_all(handles: list[Any]) -> None:

@@ -32,17 +32,17 @@ class Wiring:
     A copy of a distiller, or one that is loaded, begins anew and is attached to no student.
 
     Attributes:
-        attachments: those that are not removed.
+        attachments: those that are not removed; the host keeps them, or their watched loaders.
         asked: whether the agreement of the teacher was ever asked for.
 
     Example::
 
-        >>> Wiring().attachments
-        []
+        >>> len(Wiring().attachments)
+        0
     """
 
     def __init__(self) -> None:
-        self.attachments: list[Attachment] = []
+        self.attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self.asked = False
         self._num_calls = 0
         self._saw_label = False

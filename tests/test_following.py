@@ -116,15 +116,33 @@ def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
         SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))
 
 
-def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher):
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fused):
     student, teacher = student.float(), teacher.float()
     distiller = distiller_of(teacher)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
     distiller.follow(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
     scaler.scale(distiller(image, student(image), label).loss).backward()
     before = copy.deepcopy(teacher.state_dict())
-    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None; give"):
+    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"):
         scaler.step(optimizer)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("host", ["clips", "accumulates", "halves", "gives a disabled scaler"])
+def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, host):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer, torch.amp.GradScaler(enabled=False) if host.startswith("gives") else None)
+    factors = {"accumulates": 1 / 100, "halves": 1 / 64, "gives a disabled scaler": 1 / 1024}
+    for batch in toy_batches(3):
+        optimizer.zero_grad()
+        distiller(batch["image"], student(batch["image"]), batch["label"]).loss.backward()
+        for parameter in student.parameters():
+            parameter.grad *= factors.get(host, 1.0)
+        if host == "clips":
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-4)
+        optimizer.step()
+    assert all(parameter._post_accumulate_grad_hooks in (None, {}) for parameter in student.parameters())
