@@ -14,6 +14,7 @@ from knowsam_monai.attachment import Attachment
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from knowsam_monai.watched_loader import WatchedLoader
 
 from .attached import assert_same, build, host, loss_of, plain_loop
 from .hosts import CASES
@@ -100,6 +101,46 @@ def test_output_that_is_no_tensor_is_an_error(attached):
     batches = distiller.attach(student, optimizer).watch(batches) if attached else batches
     with pytest.raises(TypeError, match="tuple; .*`logits_of`"):
         toy_trainer(student, batches, lambda pred, label: pred[1], handlers, optimizer=optimizer).run()
+
+
+def test_loader_made_before_the_optimizer_is_given_to_attach():
+    ours, expected = build(), build()
+    loader = WatchedLoader(ours[3])
+    skd = ours[2].attach(ours[0], ours[1], loader=loader)
+    host(ours[0], ours[1], loader)
+    plain_loop(*expected)
+    assert_same(ours, expected)
+    skd.remove()
+    assert skd.iteration == 3 and loader.watched_by == []
+    with pytest.raises(TypeError, match=r"`loader` must be a WatchedLoader but is a list; give .*WatchedLoader\(loader"):
+        ours[2].attach(ours[0], ours[1], loader=ours[3])
+
+
+def test_select_is_given_the_batch_itself_where_it_is_on_the_student_s_device():
+    student, optimizer, distiller, batches = build()
+    seen = []
+
+    def select(batch, image):
+        seen.append(batch)
+        return (image, batch["label"], None) if torch.equal(image, batch["image"]) else None
+
+    host(student, optimizer, distiller.attach(student, optimizer, select=select).watch(batches))
+    assert all(given is batch for given, batch in zip(seen, batches, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_select_compares_images_where_the_loader_s_batch_is_on_another_device():
+    student, optimizer, distiller, batches = build()
+    student.cuda()
+    seen = []
+
+    def select(batch, image):
+        seen.append(torch.equal(image, batch["image"]))
+        return image, batch["label"], None
+
+    for batch in distiller.attach(student, optimizer, select=select).watch(batches):
+        host(student, optimizer, [{name: tensor.cuda() for name, tensor in batch.items()}])
+    assert seen == [True] * 3
 
 
 # --- detaching --------------------------------------------------------------------------------------------------------
