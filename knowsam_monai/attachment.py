@@ -251,11 +251,11 @@ class Attachment:
 
     def _warn_of_untaught(self) -> None:
         why = (
-            "`select` returned None for each call of the student. Let it return (sam_image, label, labeled_rows) for one "
-            "call a batch; compare images by value, as by `torch.equal(image, batch['image'])`"
+            "`select` returned None for each call of the student. Let it return (sam_image, label, labeled_rows) for "
+            "one call a batch; compare images by value, as by `torch.equal(image, batch['image'])`"
             if self._batch.num_calls > 0
-            else "the student was not called in train mode with gradients. Attach to the module that the host trains, not "
-            "to an averaged copy, and attach again when the host has built a new one"
+            else "the student was not called in train mode with gradients. Attach to the module that the host trains, "
+            "not to an averaged copy, and attach again when the host has built a new one"
         )
         self.distiller.wiring.warn(f"nothing was taught in {UNTAUGHT_BATCHES} batches, as {why}.")
 

@@ -426,8 +426,8 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
         except TypeError:
             given = repr(labeled_rows) if isinstance(labeled_rows, str) else f"a {type(labeled_rows).__name__}"
             raise TypeError(
-                f"`labeled_rows` must be a number of rows, a slice or 'all' but is {given}; put the labeled rows side by "
-                "side in the batch."
+                f"`labeled_rows` must be a number of rows, a slice or 'all' but is {given}; put the labeled rows side "
+                "by side in the batch."
             ) from None
         if labeled_rows < 0:
             raise ValueError(f"`labeled_rows` must be 0 or more but is {labeled_rows}.")

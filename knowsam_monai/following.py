@@ -146,8 +146,8 @@ class ScalerCheck:
     """
     Notices at the first steps a GradScaler that was not given: it leaves its marks on the student's gradients.
 
-    Between backward and step it divides them by its scale, a power of two. A fused optimizer, which does that itself, is
-    lent the scale meanwhile. The check ends with the first step that has gradients.
+    Between backward and step it divides them by its scale, a power of two. A fused optimizer, which does that itself,
+    has the scale as an attribute meanwhile. The check ends with the first step that has gradients.
 
     Args:
         optimizer: the student's.

@@ -35,6 +35,9 @@ class Wiring:
         attachments: those that are not removed; the host keeps them, or their watched loaders.
         asked: whether the agreement of the teacher was ever asked for.
 
+    Raises:
+        RuntimeError: when a host distills by itself whose student is attached to.
+
     Example::
 
         >>> len(Wiring().attachments)

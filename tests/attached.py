@@ -43,7 +43,9 @@ def host(student, optimizer, batches, accumulation_steps=1):
             optimizer.step()
 
 
-def plain_loop(student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1, labeled_rows=None):
+def plain_loop(
+    student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1, labeled_rows=None
+):
     """The same with SKD's two lines; steps 1.. in `skipped` are not made."""
     distiller.follow(optimizer)
     for t, batch in enumerate(batches, start=1):

@@ -112,7 +112,9 @@ def test_loader_made_before_the_optimizer_is_given_to_attach():
     assert_same(ours, expected)
     skd.remove()
     assert skd.iteration == 3 and loader.watched_by == []
-    with pytest.raises(TypeError, match=r"`loader` must be a WatchedLoader but is a list; give .*WatchedLoader\(loader"):
+    with pytest.raises(
+        TypeError, match=r"`loader` must be a WatchedLoader but is a list; give .*WatchedLoader\(loader"
+    ):
         ours[2].attach(ours[0], ours[1], loader=ours[3])
 
 

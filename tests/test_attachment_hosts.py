@@ -142,7 +142,9 @@ def test_host_that_calls_its_student_on_two_halves_has_both_taught(backwards, nu
             losses = [loss_of(first, {"label": label[:2]}), second.square().mean()]
             if not is_attached:
                 losses[0] = losses[0] + distiller(image[:2], first, label[:2], 2).loss
-                losses[1] = losses[1] + distiller(image[2:], second, label[2:] if num_labeled == 4 else None, "all").loss
+                losses[1] = (
+                    losses[1] + distiller(image[2:], second, label[2:] if num_labeled == 4 else None, "all").loss
+                )
             optimizer.zero_grad()
             for loss in losses if backwards == 2 else [sum(losses)]:
                 loss.backward()

@@ -126,7 +126,9 @@ def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fu
     image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
     scaler.scale(distiller(image, student(image), label).loss).backward()
     before = copy.deepcopy(teacher.state_dict())
-    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"):
+    with pytest.raises(
+        RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"
+    ):
         scaler.step(optimizer)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 

@@ -251,7 +251,9 @@ def test_deleted_distillers_are_freed_and_their_hooks_removed(way, is_broken_off
     alive = [ref for _ in range(3) for ref in attach_and_forget()]
     gc.collect()
     assert [ref() for ref in alive] == [None] * 6
-    assert not optimizer._optimizer_step_post_hooks and not student._forward_hooks and "zero_grad" not in vars(optimizer)
+    assert (
+        not optimizer._optimizer_step_post_hooks and not student._forward_hooks and "zero_grad" not in vars(optimizer)
+    )
     assert not any(sam_optimizer._optimizer_step_post_hooks for sam_optimizer in sam_optimizers)
 
 

@@ -53,8 +53,8 @@ class SAMDistillation:
 
     Raises:
         ValueError: when an interval is below 1; at a step when the teacher needs a `"sam_image"` that is not there or
-            does not fit, when classes and rows of student, teacher and labels do not agree, or when every row has a label
-            and nobody says that all are labeled; at the start when both optimizers step the same parameters.
+            does not fit, when classes and rows of student, teacher and labels do not agree, or when every row has a
+            label and nobody says that all are labeled; at the start when both optimizers step the same parameters.
         RuntimeError: at a step when the distiller is attached to a student besides.
 
     Example::
