@@ -30,6 +30,7 @@ PUBLIC = {
     "stop_signals": ("StopSignals", "end_on_signals"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
+    "wiring": ("Wiring",),
     "whole_file": ("remove_parts", "write_csv", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
