@@ -81,7 +81,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), "a number, 0 or more and below 1"
 Between = Annotated[float, Field(gt=0, lt=1), "a number between 0 and 1"]
 Probability = Annotated[float, Field(ge=0, le=1), "a number, 0 to 1"]
 Text = Annotated[str, Field(min_length=1), "text"]
-FileName = Annotated[str, Field(pattern=r"^[^/\\\0]+$"), "text without a slash"]
+FileName = Annotated[str, Field(pattern=r"^[^/\\]+$"), "text without a slash"]
 Path = Annotated[str, Field(min_length=1), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
 Device = Annotated[Any, PlainValidator(_device), "a device of this machine, such as cpu"]
@@ -131,9 +131,7 @@ Widths = Annotated[
 ]
 Overlap = Annotated[
     BelowOne
-    | Annotated[
-        list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3), BeforeValidator(_listed)
-    ],
+    | Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3), BeforeValidator(_listed)],
     "a number, 0 or more and below 1, or a list of three",
 ]
 Grid = Annotated[
@@ -170,6 +168,8 @@ class Everywhere(BaseModel):
     device: Device = _about("where it runs")
     in_channels: Channels = _about("channels of an image")
     num_classes: Classes = _about("classes with the background; in training it follows from class_names")
+    prompt_view: View = _about("the view of the student that prompts SAM")
+    taught_views: Views = _about("the views of the student that SAM teaches")
 
 
 class Training(Everywhere):
@@ -228,8 +228,6 @@ class Training(Everywhere):
     distillation_every: Count = _about("iterations between two lessons")
     distillation_gate: Literal["none", "validation", "agreement"] = _about("what decides how much the teacher counts")
     distillation_gate_tolerance: Positive = _about("Dice that the teacher may be behind before the gate is shut")
-    prompt_view: View = _about("the view that prompts SAM")
-    taught_views: Views = _about("the views that SAM teaches")
     taught_rows: Literal["all", "unlabeled"] = _about("the rows that SAM teaches")
 
 
@@ -338,25 +336,37 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: `use_sam` must be True or False but is 'false'; write True or False, without quotes.
     """
     models = _models(config)
-    fields = {name: field for model in models for name, field in model.model_fields.items()}
-    values = {key: value for key, value in plain_values(config).items() if key in fields}
-    checked, mistakes = dict(values), []
-    for model in models:
-        try:
-            found = model.model_validate(values)
-        except ValidationError as error:
-            keys = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_context=False))
-            mistakes += [_sentence(key, fields[key], values[key]) for key in keys]
-        else:
-            checked |= {key: getattr(found, key) for key in found.model_fields_set}
-    mistakes += _unknown_keys(config, models)
-    if not mistakes:
-        mistakes += _broken_expressions(config, fields, values)
-    if not mistakes:
-        mistakes += _contradictions(checked, is_training="train" in config and "split" not in config)
+    unknown = dict(_unknown_keys(config, models))
+    fields = {name: field for model in models for name, field in model.model_fields.items() if name not in unknown}
+    settled: dict[str, Any] = {}
+    while True:  # what is derived from a value in another form is right once that has the config's own
+        current = {**config, **settled}
+        values = {key: value for key, value in plain_values(current).items() if key in fields}
+        checked, wrong = _validated(models, values)
+        changed = {key: value for key, value in checked.items() if _differs(value, values[key])}
+        if not changed:
+            break
+        settled |= {key: value for key, value in changed.items() if not referred_keys(current[key]) & set(changed)}
+    causes = [key for key in wrong if not referred_keys(current[key]) & wrong]
+    mistakes = [_sentence(key, fields[key], values[key]) for key in causes] + list(unknown.values())
+    mistakes = mistakes or list(_contradictions(checked, is_training="train" in config and "split" not in config))
+    mistakes = mistakes or list(_broken_expressions(current, fields, values))
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return {key: value for key, value in checked.items() if _differs(value, values[key])}
+    return settled
+
+
+def _validated(models: tuple[type[BaseModel], ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The right values by key, and the keys of the wrong ones."""
+    checked, wrong = {}, set()
+    for model in models:
+        try:
+            model.model_validate(values)
+        except ValidationError as error:
+            wrong |= {str(detail["loc"][0]) for detail in error.errors()}
+        found = model.model_validate({key: value for key, value in values.items() if key not in wrong})
+        checked |= {key: getattr(found, key) for key in found.model_fields_set}
+    return checked, wrong
 
 
 def _models(config: Mapping[str, Any]) -> tuple[type[BaseModel], ...]:
@@ -395,8 +405,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]) -> Iterator[str]:
-    """Keys that no config of this bundle has and nothing in this one refers to."""
+def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]) -> Iterator[tuple[str, str]]:
+    """Keys that no config of this bundle has and nothing in this one refers to, each with a sentence."""
     own = set(models[0].model_fields) | set(PARTS)
     known = own | {name for model in models for name in model.model_fields}
     used = set().union(*(referred_keys(part) for key, part in config.items()))
@@ -404,11 +414,11 @@ def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]
         if key in SECTIONS or key in own or key in used:
             continue
         if key in known:
-            yield f"`{key}` must be left out but is given: nothing in this config uses it; add the overlay that does."
+            yield key, f"`{key}` must be left out but is given: nothing here uses it; add the overlay that does."
             continue
-        close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1)
+        close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1, cutoff=0.75)
         meant = f"did you mean `{close[0]}`?" if close else "leave it out."
-        yield f"`{key}` must be a key of this config but is none, and nothing in it refers to it; {meant}"
+        yield key, f"`{key}` must be a key of this config but is none, and nothing in it refers to it; {meant}"
 
 
 def _broken_expressions(
@@ -444,11 +454,6 @@ def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[st
                 )
     if not is_training or not {"max_iterations", "epoch_length", "val_interval"} <= set(values):
         return
-    if get("num_classes") is not None and get("class_names") and values["num_classes"] != len(values["class_names"]) + 1:
-        yield (
-            f"`class_names` must name {values['num_classes'] - 1} classes, `num_classes` without the background, but "
-            f"is {values['class_names']}; give the names alone, `num_classes` follows from them."
-        )
     last, epoch = values["max_iterations"], values["epoch_length"]
     if epoch > last:
         yield f"`epoch_length` must be at most {last}, the run's `max_iterations`, but is {epoch}; lower it."
