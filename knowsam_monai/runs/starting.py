@@ -86,7 +86,7 @@ def _join_processes(device: torch.device, timeout: float) -> None:
         except ValueError as error:  # what torchrun sets in the environment is missing
             raise RuntimeError(
                 f"`process_timeout` must be None for a process that torchrun has not started but is {timeout}; start "
-                "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`, or leave it out."
+                "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`."
             ) from error
     idist.sync()
     if device.type == "cuda":

@@ -440,21 +440,28 @@ def _broken_expressions(
 
 def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[str]:
     """Settings that do not fit together, each of them right in itself."""
-    get = values.get
-    if not str(get("dataset_dir") or ".json").endswith(".json"):
-        if "labeled_patients" in values and get("labeled_patients") is None:
-            yield "`labeled_patients` must be a number of patients for a folder of data but is None; give one, such as 8."
-    else:
-        data = "the synthetic phantom" if get("dataset_dir") is None else f"the data list {values['dataset_dir']}"
-        for key in ("labeled_patients", "holdout_patients"):
-            if get(key):
-                yield (
-                    f"`{key}` must be left out with {data} but is {values[key]}: it chooses patients in a folder of "
-                    "ACDC or of left atria, and has no effect here."
-                )
-    if not is_training or not {"max_iterations", "epoch_length", "val_interval"} <= set(values):
+    yield from _of_the_data(values)
+    if is_training and {"max_iterations", "epoch_length", "val_interval"} <= set(values):
+        yield from _of_the_length(values)
+        yield from _of_the_parts(values)
+
+
+def _of_the_data(values: Mapping[str, Any]) -> Iterator[str]:
+    data = values.get("dataset_dir")
+    if data is not None and not data.endswith(".json"):
+        if values.get("labeled_patients", 1) is None:
+            yield "`labeled_patients` must be a number of patients of a folder of data but is None; give one, such as 8."
         return
-    last, epoch = values["max_iterations"], values["epoch_length"]
+    for key in ("labeled_patients", "holdout_patients"):
+        if values.get(key):
+            yield (
+                f"`{key}` must be left out with {'the synthetic phantom' if data is None else f'the data list {data}'} "
+                f"but is {values[key]}; it chooses patients in a folder of ACDC or of left atria."
+            )
+
+
+def _of_the_length(values: Mapping[str, Any]) -> Iterator[str]:
+    last, epoch, steps = values["max_iterations"], values["epoch_length"], values.get("accumulation_steps", 1)
     if epoch > last:
         yield f"`epoch_length` must be at most {last}, the run's `max_iterations`, but is {epoch}; lower it."
         return
@@ -462,9 +469,9 @@ def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[st
     if values["val_interval"] > epochs:
         yield (
             f"`val_interval` must be 1 to {epochs}, the epochs of this run, of {epoch} iterations each "
-            f"(`epoch_length`), but is {values['val_interval']}; to validate every n iterations set `epoch_length` to n."
+            f"(`epoch_length`), but is {values['val_interval']}; to validate every n iterations set `epoch_length` to "
+            "n."
         )
-    steps = get("accumulation_steps", 1)
     if steps > epoch:
         yield f"`accumulation_steps` must be at most {epoch}, the `epoch_length`, but is {steps}; lower it."
     elif last % epoch % steps:
@@ -472,30 +479,39 @@ def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[st
             f"`max_iterations` must end with a step of the optimizer, {steps} iterations each (`accumulation_steps`), "
             f"but is {last}; make it a multiple of `epoch_length`, {epoch}."
         )
-    starts = {"mixing_start": get("mixing_weight"), "distillation_start": get("use_sam")}
-    starts |= {"consistency_start": get("consistency_weight"), "pseudo_label_start": get("pseudo_label_weight")}
-    starts |= {"pretraining_iterations": get("unlabeled_pixel_weight")}
-    for key, weight in starts.items():
-        if weight and get(key, 0) >= last:
+
+
+def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
+    last = values["max_iterations"]
+    switches = {
+        "mixing_start": "mixing_weight",
+        "distillation_start": "use_sam",
+        "consistency_start": "consistency_weight",
+        "pseudo_label_start": "pseudo_label_weight",
+        "pretraining_iterations": "unlabeled_pixel_weight",
+    }
+    for key, switch in switches.items():
+        if values.get(switch) and values.get(key, 0) >= last:
             yield f"`{key}` must be below {last}, the run's `max_iterations`, but is {values[key]}; lower it."
-    if get("use_sam") and get("distillation_every", 1) > last:
+    if values.get("use_sam") and values.get("distillation_every", 1) > last:
         yield (
             f"`distillation_every` must be at most {last}, the run's `max_iterations`, but is "
             f"{values['distillation_every']}; to train without SAM write --use_sam False."
         )
-    if get("mixing_weight") and get("mixing_grid_size") and get("mixing_num_cells"):
-        grid = values["mixing_grid_size"]
-        axes = len(values["image_size"]) if isinstance(get("image_size"), list) else 2
-        if isinstance(grid, list) and len(grid) != axes:
-            yield f"`mixing_grid_size` must have {axes} numbers, one for each axis of an image, but is {grid}."
-        cells = math.prod(grid) if isinstance(grid, list) else grid**axes
-        if values["mixing_num_cells"] >= cells:
-            yield (
-                f"`mixing_num_cells` must be below {cells}, the cells of the grid (`mixing_grid_size`), but is "
-                f"{values['mixing_num_cells']}; lower it."
-            )
-    if get("sam_cache_dir") is not None and get("sam_encoder") != "cached":
+    if values.get("sam_cache_dir") is not None and values.get("sam_encoder") != "cached":
         yield (
             "`sam_cache_dir` must be left out unless `sam_encoder` is 'cached' but is "
             f"{values['sam_cache_dir']!r}; add --sam_encoder cached."
         )
+    size, grid = values.get("image_size"), values.get("mixing_grid_size")
+    if values.get("mixing_weight") and size and grid:
+        axes = len(size) if isinstance(size, list) else 2
+        if isinstance(grid, list) and len(grid) != axes:
+            yield f"`mixing_grid_size` must have {axes} numbers, one for each axis, but is {grid}; give one number."
+            return
+        cells = math.prod(grid) if isinstance(grid, list) else grid**axes
+        if values.get("mixing_num_cells", 1) >= cells:
+            yield (
+                f"`mixing_num_cells` must be below {cells}, the cells of the grid (`mixing_grid_size`), but is "
+                f"{values['mixing_num_cells']}; lower it."
+            )

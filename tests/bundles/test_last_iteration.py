@@ -19,7 +19,7 @@ class SignalBefore:
         self.iteration = iteration
 
     def attach(self, engine) -> None:
-        engine.add_event_handler(Events.ITERATION_STARTED(once=self.iteration), self)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED(once=self.iteration - 1), self)  # not in the preflight
 
     def __call__(self, engine) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
