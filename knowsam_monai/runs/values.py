@@ -110,7 +110,9 @@ ViewWeights = Annotated[
     | None,
     "a list of numbers, 0 or more, one for each view and one of them above 0, or None",
 ]
-Side = Annotated[int, BeforeValidator(_side), Field(ge=1, le=8192), "one whole number, 1 to 8192: slices are square"]
+Side = Annotated[
+    int, BeforeValidator(_side), Field(ge=1, le=8192), "a whole number, 1 to 8192, the side of a square slice"
+]
 Sides = Annotated[
     list[Annotated[int, Field(ge=1, le=2048)]],
     Field(min_length=3, max_length=3),
@@ -118,10 +120,10 @@ Sides = Annotated[
     "a list of three whole numbers, 1 to 2048",
 ]
 Spacing = Annotated[
-    list[Annotated[float, Field(gt=0, le=1000)]],
+    list[Annotated[float, Field(ge=0, le=1000)]],
     Field(min_length=3, max_length=3),
     BeforeValidator(_listed),
-    "a list of three numbers above 0, in mm",
+    "a list of three numbers, 0 to 1000",
 ]
 Widths = Annotated[
     list[Annotated[int, Field(ge=1, le=65536)]],
@@ -241,7 +243,7 @@ class Volumes(BaseModel):
     """Keys of all configs of the bundle of volumes."""
 
     image_size: Sides = _about("size of a patch, in voxels")
-    spacing: Spacing = _about("distance of voxels along each axis, mm")
+    spacing: Spacing = _about("distance of voxels along each axis, mm; 0 keeps an axis as it is")
     crop_size: PositiveOrNone = _about("edge of the cube that an image is cropped to, mm; None crops nothing")
     channels: Widths = _about("channels of each level of the student")
     aggregation_channels: Annotated[
@@ -450,7 +452,7 @@ def _of_the_data(values: Mapping[str, Any]) -> Iterator[str]:
     data = values.get("dataset_dir")
     if data is not None and not data.endswith(".json"):
         if values.get("labeled_patients", 1) is None:
-            yield "`labeled_patients` must be a number of patients of a folder of data but is None; give one, such as 8."
+            yield "`labeled_patients` must be a number of patients of that folder but is None; give one, such as 8."
         return
     for key in ("labeled_patients", "holdout_patients"):
         if values.get(key):
@@ -502,6 +504,12 @@ def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "`sam_cache_dir` must be left out unless `sam_encoder` is 'cached' but is "
             f"{values['sam_cache_dir']!r}; add --sam_encoder cached."
+        )
+    frozen = values.get("sam_trainable") == "adapters" or values.get("sam_encoder") == "cached"
+    if values.get("use_sam") and frozen and values.get("sam_checkpoint", "") is None:
+        yield (
+            "`sam_checkpoint` must be a file of SAM's weights where they are frozen but is None; name the file, or "
+            "train random ones with --sam_trainable all --sam_encoder adapted."
         )
     size, grid = values.get("image_size"), values.get("mixing_grid_size")
     if values.get("mixing_weight") and size and grid:

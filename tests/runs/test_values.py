@@ -143,13 +143,13 @@ WRONG = [
 ]
 WRONG_OF_SLICES = [
     *(
-        (TRAIN, "image_size", value, "slices are square")
+        (TRAIN, "image_size", value, "the side of a square slice")
         for value in ([64, 32], [64], [64, 64, 64], 0, 64.5, "64", HUGE)
     ),
     *((TRAIN, "augmentation_shift", value, "0 or more") for value in (-1, "far")),
     *((TRAIN, "sam_encoder", value, "one of 'adapted', 'cached'") for value in ("frozen", None)),
     *((TRAIN, "sam_cache_dir", value, "a path, or None") for value in ("", 1)),
-    (INFERENCE, "image_size", [64, 32], "slices are square"),
+    (INFERENCE, "image_size", [64, 32], "the side of a square slice"),
     *((INFERENCE, "slices_per_batch", value, "1 or more") for value in (0, 1.5)),
 ]
 WRONG_OF_VOLUMES = [
@@ -157,12 +157,12 @@ WRONG_OF_VOLUMES = [
         (TRAIN, "image_size", value, "three whole numbers")
         for value in (64, [64, 64], [64, 64, 0], [64, 64, 0.5], "64", [])
     ),
-    *((TRAIN, "spacing", value, "three numbers above 0") for value in (1.0, [1, 1], [1, 1, 0], [1, 1, INF])),
+    *((TRAIN, "spacing", value, "three numbers, 0 to 1000") for value in (1.0, [1, 1], [1, 1, -1], [1, 1, INF])),
     *((TRAIN, "crop_size", value, "above 0, or None") for value in (0, -1, [200] * 3)),
     *((TRAIN, "channels", value, "a list of whole numbers") for value in ([], [16, 0], 16, [1.5])),
     *((TRAIN, "aggregation_channels", value, "three whole numbers") for value in ([16, 16], [0] * 3)),
     *((TRAIN, "window_overlap", value, "below 1, or a list of three") for value in (1, -0.1, [0.5, 0.5], "half")),
-    *((TRAIN, "sam_image_size", value, "slices are square") for value in (0, [64, 32])),
+    *((TRAIN, "sam_image_size", value, "the side of a square slice") for value in (0, [64, 32])),
     *((TRAIN, "sam_axes", value, "an axis, -3 to 2") for value in (3, [0, 0], [], "z")),
     *((TRAIN, "sam_slices", value, "1 or more, or None") for value in (0, 1.5)),
     *((TRAIN, "sam_slice_sampling", value, "one of 'uniform', 'entropy'") for value in ("all", None)),
@@ -196,6 +196,7 @@ CONTRADICTIONS = [
     (overlay("bcp"), {**TWO_EPOCHS, "pretraining_iterations": 8}, "`pretraining_iterations` must be below 8"),
     (TRAIN, {"mixing_num_cells": 4, "mixing_grid_size": [2, 2, 1]}, "`mixing_"),
     (TRAIN, {"mixing_num_cells": 64}, "`mixing_num_cells` must be below"),
+    (TRAIN, {"sam_checkpoint": None, "sam_trainable": "adapters"}, "`sam_checkpoint` must be a file of SAM's weights"),
     (TRAIN, {"labeled_patients": 7}, "`labeled_patients` must be left out with the synthetic phantom but is 7"),
     (TRAIN, {"dataset_dir": LIST, "labeled_patients": 7}, f"must be left out with the data list {LIST} but is 7"),
     (TRAIN, {"dataset_dir": LIST, "holdout_patients": 2}, "`holdout_patients` must be left out"),
@@ -275,7 +276,7 @@ RIGHT = [
     (LA, TRAIN, {"image_size": [64.0, 64, 32]}, {"image_size": [64, 64, 32]}),
     (LA, TRAIN, {"image_size": (64, 64, 32)}, {"image_size": [64, 64, 32]}),
     (LA, TRAIN, {"sam_image_size": [64, 64], "sam_axes": (0, -1)}, {"sam_image_size": 64, "sam_axes": [0, -1]}),
-    (LA, TRAIN, {"spacing": [1, 1, 2], "crop_size": None, "sam_slices": None, "window_overlap": [0.5, 0.5, 0]}, {}),
+    (LA, TRAIN, {"spacing": [0, 1, 2], "crop_size": None, "sam_slices": None, "window_overlap": [0.5, 0.5, 0]}, {}),
     (ACDC, TRAIN, {"max_iterations": 1e4}, {"max_iterations": 10000}),
     (ACDC, TRAIN, {"device": "cpu"}, {"device": torch.device("cpu")}),
     (ACDC, INFERENCE, {"device": "cpu"}, {"device": torch.device("cpu")}),
