@@ -511,15 +511,26 @@ def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
             "`sam_checkpoint` must be a file of SAM's weights where they are frozen but is None; name the file, or "
             "train random ones with --sam_trainable all --sam_encoder adapted."
         )
-    size, grid = values.get("image_size"), values.get("mixing_grid_size")
-    if values.get("mixing_weight") and size and grid:
-        axes = len(size) if isinstance(size, list) else 2
-        if isinstance(grid, list) and len(grid) != axes:
-            yield f"`mixing_grid_size` must have {axes} numbers, one for each axis, but is {grid}; give one number."
-            return
-        cells = math.prod(grid) if isinstance(grid, list) else grid**axes
-        if values.get("mixing_num_cells", 1) >= cells:
+    if values.get("image_size"):
+        yield from _of_the_axes(values)
+
+
+def _of_the_axes(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is given along each axis of an image, by one number for all or by a list."""
+    size = values["image_size"] if isinstance(values["image_size"], list) else [values["image_size"]] * 2
+    lists = {}
+    for key, switch in {"augmentation_hole": True, "mixing_grid_size": values.get("mixing_weight")}.items():
+        if switch and values.get(key):
+            lists[key] = values[key] if isinstance(values[key], list) else [values[key]] * len(size)
+    for key, numbers in lists.items():
+        if len(numbers) != len(size) or any(number > side for number, side in zip(numbers, size)):
             yield (
-                f"`mixing_num_cells` must be below {cells}, the cells of the grid (`mixing_grid_size`), but is "
-                f"{values['mixing_num_cells']}; lower it."
+                f"`{key}` must be at most the image's size {size}, one number for each axis, but is {values[key]}; "
+                "give one number."
             )
+    cells = math.prod(lists.get("mixing_grid_size", [math.inf]))
+    if values.get("mixing_num_cells", 1) >= cells:
+        yield (
+            f"`mixing_num_cells` must be below {cells}, the cells of the grid (`mixing_grid_size`), but is "
+            f"{values['mixing_num_cells']}; lower it."
+        )
