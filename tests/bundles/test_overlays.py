@@ -133,7 +133,7 @@ def test_trained_student_is_taken_by_evaluation_and_inference_with_the_network_o
             workflow_type="train" if folder == "eval" else "inference",
             output_dir=str(tmp_path / folder),
             dataset_dir=data,
-            image_pattern="*/*[!t].nii.gz",
+            **({"image_pattern": "*/*[!t].nii.gz"} if folder == "infer" else {}),
             **common,
         )
         workflow.initialize()
