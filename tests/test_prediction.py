@@ -119,6 +119,14 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["phantom001_ED_mask.nii.gz"]
 
 
+def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
+    (tmp_path / "run").symlink_to(run)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert predict_folder(scans / "phantom001_ED.nii.gz", BUNDLE, "~/out", run="~/run", device="cpu") == 1
+    assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 1 and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
