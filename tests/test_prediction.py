@@ -150,7 +150,7 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
             "`image_size` must be an expression that can be evaluated but '\\$1/0' cannot",
         ),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
-        ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more but is 0"),
+        ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more, .* but is 0"),
     ],
 )
 def test_mistake_is_one_sentence(scans, run, tmp_path, change, message):

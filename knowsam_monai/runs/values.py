@@ -66,9 +66,9 @@ def _device(value: Any) -> torch.device:
 # Each type ends with the words that an error has for it.
 Whole = Annotated[int, BeforeValidator(_whole)]
 Switch = Annotated[bool, "True or False"]
-Count = Annotated[Whole, Field(ge=1, le=10**9), "a whole number, 1 or more"]
+Count = Annotated[Whole, Field(ge=1, le=10**9), "a whole number, 1 or more, at most 10^9"]
 CountOrNone = Annotated[Count | None, "a whole number, 1 or more, or None"]
-CountOrZero = Annotated[Whole, Field(ge=0, le=10**9), "a whole number, 0 or more"]
+CountOrZero = Annotated[Whole, Field(ge=0, le=10**9), "a whole number, 0 or more, at most 10^9"]
 Workers = Annotated[Whole, Field(ge=0, le=1024), "a number of processes, 0 to 1024"]
 Classes = Annotated[Whole, Field(ge=2, le=1000), "a number of classes, 2 to 1000, with the background"]
 Channels = Annotated[Whole, Field(ge=1, le=1000), "a number of channels, 1 to 1000"]
