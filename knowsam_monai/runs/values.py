@@ -320,7 +320,7 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
     Check the settings in a config.
 
     Args:
-        config: a merged config of a bundle, see :func:`knowsam_monai.runs.config.running_config`.
+        config: a merged config of a bundle.
 
     Returns:
         The settings that are right but not in the form that the config needs, in that form, by key: of
