@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,8 @@ def predict_folder(
     """
     Segment scans by a bundle's ``inference.json``, with a progress bar.
 
-    An image that cannot be read or prepared is left out, and the rest are segmented before the error that lists it.
+    An image that cannot be read, prepared, segmented or written is left out, and the rest are segmented before the
+    error that lists it.
 
     Args:
         scans: a folder of images, or one image.
@@ -48,7 +50,8 @@ def predict_folder(
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
-            text.
+            text; an expression, which a config would run, is refused. A JSON object with a ``_target_`` builds that
+            class.
 
     Returns:
         Number of scans.
@@ -85,7 +88,7 @@ def predict_folder(
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
     check_writable(output, arguments=("output",))
-    options.update({key: _value(value) for key, value in (overrides or {}).items()})
+    options.update({key: _value(key, value) for key, value in (overrides or {}).items()})
 
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
@@ -115,30 +118,49 @@ def predict_folder(
 
 class _ReadableBatches:
     """
-    The batches of a loader without those that cannot be read or prepared, which are kept with their error.
+    The batches of a loader, each once however often it is iterated over, without those that cannot be read or prepared.
 
     Args:
         loader: of a dataset of items with an `image`, in their order.
+
+    Attributes:
+        broken: the images that were left out, each with why.
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.broken: list[tuple[Any, BaseException]] = []
+        self._batches = iter(loader)
+        self._num_taken = 0
+        self._items: list[Any] = []  # of the batch that was given last
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)  # goes on with the next batch after an error
-        for number in range(len(self.loader)):
+        while self.num_left:
+            size = self.loader.batch_size
+            self._items = self.loader.dataset.data[self._num_taken * size : (self._num_taken + 1) * size]
+            self._num_taken += 1
             try:
-                batch = next(batches)
+                batch = next(self._batches)  # goes on with the next batch after an error
             except Exception as error:  # every reader and transform has its own
-                size = self.loader.batch_size
-                items = self.loader.dataset.data[number * size : (number + 1) * size]
-                self.broken += [(item["image"], root_cause(error)) for item in items]
+                self.leave_out(error)
             else:
                 yield batch
+        self._items = []
+
+    @property
+    def num_left(self) -> int:
+        """Batches that were not taken yet."""
+        return len(self.loader) - self._num_taken
+
+    def leave_out(self, error: BaseException) -> None:
+        """Note the images of the batch that was given last as broken; without one, raise the error."""
+        if not self._items:
+            raise error
+        self.broken += [(item["image"], root_cause(error)) for item in self._items]
+        self._items = []
 
 
 def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
@@ -151,7 +173,10 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
     # fewer batches than the length of the loader: ignite would begin anew
     evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
     ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
+    evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: batches.leave_out(error))
     workflow.run()
+    while batches.num_left:  # a step of one image has failed: the others go on
+        workflow.run()
     workflow.finalize()
     broken, number = batches.broken, len(batches.loader.dataset)
     if len(broken) == number and not any(is_said_by_this_package(root) for _, root in broken):
@@ -174,12 +199,32 @@ def _existing_weights(path: Path) -> Path:
     return path
 
 
-def _value(text: str) -> Any:
-    """A number, list, true, false or null as JSON has them; anything else is text."""
+def _value(key: str, text: str) -> Any:
+    """A number, list, true, false or null as JSON has them; anything else is text, and nothing is code."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if _is_code(value):
+        raise ValueError(
+            f"`overrides` (--set) must be JSON or text but {key}={text} would be run as code by the config; write such "
+            "a value into a config of your own, and run that with `python -m monai.bundle run`."
+        )
+    if key.split("#")[-1].startswith("output_") and key != "output_dir" and re.search(r"[/\\]", str(value)):
+        raise ValueError(
+            f"`overrides` (--set) must leave every segmentation in `output` but {key}={text} names another folder; give "
+            "a part of a file's name."
+        )
+    return value
+
+
+def _is_code(value: Any, in_component: bool = False) -> bool:
+    """Whether a config would evaluate a value, or put something else in its place."""
+    if isinstance(value, Mapping):
+        return any(_is_code(part, "_target_" in value) for part in value.values())
+    if isinstance(value, list):
+        return any(_is_code(part, in_component) for part in value)
+    return isinstance(value, str) and value.startswith(("$", "%") if in_component else ("$", "%", "@"))
 
 
 def _checked(device: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -145,10 +146,16 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
         ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
+        ({"overrides": {"image_size": "$1/0"}}, "must be JSON or text but image_size=\\$1/0 would be run as code"),
+        ({"overrides": {"class_names": '["$1"]'}}, "`class_names` must be a key of"),
+        ({"overrides": {"image_pattern": '["a", "@run"]'}}, "must be JSON or text but .* would be run as code"),
         (
-            {"overrides": {"image_size": "$1/0"}},
-            "`image_size` must be an expression that can be evaluated but '\\$1/0' cannot",
+            {"overrides": {"network_def": '{"_target_": "UNet", "dim": "$1"}'}},
+            "must be JSON or text but .* run as code",
         ),
+        ({"overrides": {"output_postfix": "../.."}}, "must leave every segmentation in `output` but output_postfix="),
+        ({"image_pattern": "../*.json"}, "`image_pattern` must match files below `dataset_dir`, .* matches "),
+        ({"image_pattern": __file__}, "`image_pattern` must match files below `dataset_dir`, "),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
         ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more, .* but is 0"),
     ],
@@ -219,6 +226,49 @@ def test_images_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mi
     good = nibabel.load(tmp_path / "out" / "c_seg.nii.gz")
     assert predict_folder(mixed / "c.nii.gz", BUNDLE, tmp_path / "alone", run=run, device="cpu") == 1
     assert np.array_equal(good.dataobj, nibabel.load(tmp_path / "alone" / "c_seg.nii.gz").dataobj)
+
+
+@pytest.fixture(params=["short_axis", "left_atrium"])
+def bundle_and_scans(request, tmp_path):
+    """A bundle with its own student, and three scans a, b and c for it."""
+    counts = {"num_labeled": 1, "num_unlabeled": 0, "num_validation": 0, "num_test": 0, "max_size": 32}
+    write_phantom(tmp_path / "phantom", anatomy=request.param, **counts)
+    image = next(
+        (tmp_path / "phantom" / "phantom001").glob("*_ED.nii.gz" if request.param == "short_axis" else "*_LGE*")
+    )
+    (tmp_path / "scans").mkdir()
+    for name in "abc":
+        shutil.copy(image, tmp_path / "scans" / f"{name}.nii.gz")
+    return BUNDLE.with_name("knowsam_acdc" if request.param == "short_axis" else "knowsam_la"), tmp_path / "scans"
+
+
+def nan_in_the_affine(scan, output):
+    raw = bytearray(gzip.decompress(scan.read_bytes()))
+    raw[292:296] = np.float32("nan").tobytes()  # srow_x[3]
+    scan.write_bytes(gzip.compress(bytes(raw)))
+
+
+def link_to_nothing(scan, output):
+    scan.unlink()
+    scan.symlink_to("nowhere.nii.gz")
+
+
+def empty_file(scan, output):
+    scan.write_bytes(b"")
+
+
+def no_place_for_the_segmentation(scan, output):
+    (output / f"{scan.name[0]}_seg.nii.gz").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("spoil", [nan_in_the_affine, link_to_nothing, empty_file, no_place_for_the_segmentation])
+def test_one_broken_scan_stops_no_other_whatever_step_breaks(bundle_and_scans, tmp_path, spoil):
+    (bundle, scans), output = bundle_and_scans, tmp_path / "out"
+    spoil(scans / "b.nii.gz", output)
+    with pytest.raises(ValueError, match="but 1 of 3 could not; .*\n.*b.nii.gz") as error:
+        predict_folder(scans, bundle, output, device="cpu")
+    assert len(str(error.value).splitlines()) == 2
+    assert sorted(path.name for path in output.iterdir() if path.is_file()) == ["a_seg.nii.gz", "c_seg.nii.gz"]
 
 
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):

@@ -36,8 +36,8 @@ def inference_items(
         [{"image": path}, ...], sorted by path.
 
     Raises:
-        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, or two images would be segmented
-            into one file.
+        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, something outside of it does, or
+            two images would be segmented into one file.
 
     Example:
         >>> inference_items("/data/scans", "*.nii.gz")     # doctest: +SKIP
@@ -59,9 +59,15 @@ def inference_items(
         return [{"image": folder}]
     if not os.path.isdir(folder):
         raise ValueError(f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist.")
-    paths = sorted(
-        p for p in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if os.path.isfile(p)
-    )
+    # a link to nothing matches too, so that it is said of it
+    found = glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
+    paths = sorted(path for path in found if not os.path.isdir(path))
+    outside = next((path for path in paths if os.path.relpath(path, folder).split(os.sep)[0] == os.pardir), None)
+    if outside is not None:
+        raise ValueError(
+            f"`image_pattern` must match files below `dataset_dir`, {folder}, but {pattern!r} matches {outside}, whose "
+            "segmentation would lie outside of the output folder; name the folder that holds both as `dataset_dir`."
+        )
     if not paths:
         raise ValueError(
             f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "
