@@ -1,0 +1,45 @@
+"""SKD in somebody's script, whose student, optimizer and loader are locals of its `train()`: no line of it is edited.
+
+What builds the three is wrapped. The student is the network whose parameters the optimizer steps. Importing the script
+skips its `__main__` block: whatever that does before it calls `train`, such as setting seeds, belongs at the end here.
+"""
+
+from types import SimpleNamespace
+
+import somebodys_train as script
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.networks import SAMTeacher
+from knowsam_monai.watched_loader import WatchedLoader
+
+# a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"
+teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")
+distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), gate="agreement")
+network_of, attached, build_network, build_loader = {}, [], script.net_factory, script.DataLoader
+
+
+def net_factory(*args, **kwargs):
+    network = build_network(*args, **kwargs)
+    network_of.update(dict.fromkeys(network.parameters(), network))
+    return network
+
+
+class SGD(torch.optim.SGD):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        attached.append(distiller.attach(network_of[self.param_groups[0]["params"][0]], self, select=select))
+
+
+def select(batch, image):  # labels (B, H, W) of all rows, of which the first `labeled_bs` may be learned from
+    return image, batch["label"][:, None], script.args.labeled_bs
+
+
+def data_loader(*args, **kwargs):
+    told = attached if "batch_sampler" in kwargs else []  # of validation batches nobody
+    return WatchedLoader(build_loader(*args, **kwargs), lambda batch: [skd.next_batch(batch) for skd in told])
+
+
+script.net_factory, script.optim, script.DataLoader = net_factory, SimpleNamespace(SGD=SGD), data_loader
+if __name__ == "__main__":
+    script.train(script.args)
