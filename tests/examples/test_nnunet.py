@@ -167,8 +167,7 @@ def test_half_of_the_training_cases_have_a_label(folder):
     "configuration, name, host",
     [
         ("2d", "Tiny", "nnUNetTrainer"),
-        ("3d_fullres", "Tiny", "nnUNetTrainer"),
-        ("2d", "Flat", "nnUNetTrainerNoDeepSupervision"),
+        ("3d_fullres", "Flat", "nnUNetTrainerNoDeepSupervision"),
     ],
 )
 def test_skd_reaches_the_student_and_the_inference_of_nnunet_knows_nothing_of_it(
