@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,17 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai.data.orientation import check_orientations, is_cached, sam_image_for
-from knowsam_monai.following import Scaler, check_scaler, is_distributed, scaler_now
+from knowsam_monai.following import Scaler, ScalerCheck, call_after_step, check_apart, is_distributed, scaler_now
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.watched_loader import CurrentBatch, WatchedLoader, image_and_label
 from knowsam_monai.wrappers import plain_network, plain_optimizer
 
 if TYPE_CHECKING:
-    from knowsam_monai.distiller import SAMDistiller
+    from knowsam_monai.distiller import Rows, SAMDistiller
 
 logger = logging.getLogger(__name__)
 
-Selection = tuple[Tensor, Tensor | None, int | slice | None]
+UNTAUGHT_BATCHES = 50  # in a row, after which there must be a reason
+
+Selection = tuple[Tensor, Tensor | None, "Rows"]
 
 
 class Attachment:
@@ -37,48 +40,61 @@ class Attachment:
     z are the student's logits, g the gradients of SAM's parameters, s the scaler's scale, k `accumulation_steps`. When
     the student is called in train mode the teacher runs at once, under the host's autocast, on a detached copy of the
     logits in float32 or better. Both gradients wait until the host's own backward comes to z: a forward that is never
-    backpropagated teaches nobody. The teacher's optimiser follows the student's. Calls in eval mode or without a graph
-    are let be.
+    backpropagated teaches nobody. The teacher's optimizer follows the student's. Calls in eval mode or without a graph
+    stay as they are.
 
     Labels come with the batch: the host iterates over ``watch(loader)`` instead of its loader, or something that runs
     before each step (a callback, an event) calls ``next_batch(batch)``. The student is called once for each batch, on
-    the batch's very image; whatever is otherwise is said by `select`.
+    the batch's own image; `select` says where it is not so.
+
+    Keep the attachment, or the watched loader, which keeps it: when both are deleted, the hooks are removed.
 
     Args:
-        distiller: the core, with teacher, optimiser and gate.
+        distiller: the core, with teacher, optimizer and gate.
         student: the module that the host calls; where it is wrapped (DistributedDataParallel, torch.compile), the
             wrapper.
         optimizer: the student's.
-        scaler: the GradScaler of the host's backward, or a callable that returns it (or None) at the time. A hook can't
-            see it, nor the next one.
-        accumulation_steps: k, what the host divides its loss by; 1 where it adds up undivided.
-        select: ``f(batch, image) -> (sam_image, label, labeled_rows)``, or None for a call that is not taught. `image`
-            is what the student was called on, `sam_image` what SAM sees of it, row for row; `label` (B_l, 1, *spatial)
-            or None; `labeled_rows` as in :meth:`knowsam_monai.distiller.SAMDistiller.forward`. Several calls for a
+        scaler: the GradScaler of the host's backward, or a callable that returns it (or None) at the time. Hooks cannot
+            see loss scaling, so pass it explicitly.
+        accumulation_steps: k, what the host divides its loss by; 1 where it adds up undivided. Hooks cannot see it
+            either.
+        select: ``f(batch, image) -> (sam_image, label, labeled_rows)``, or None for a call that is not taught. `batch`
+            has its tensors on the device of `image`, which is what the student was called on; `sam_image` is what SAM
+            sees of it, row for row; `label` is (B_l, 1, *spatial) or None; `labeled_rows` is as in
+            :meth:`knowsam_monai.distiller.SAMDistiller.forward`, and where it is None, as below. Several calls for a
             batch may be taught. Default: a batch is a mapping with "image", "label" (and "sam_image", see
-            :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label), and *all* labels are learned from.
+            :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label).
+        labeled_rows: rows whose labels SAM learns from: an int n (the first n), a slice, a callable of the batch (as
+            the host took it) that returns one of these, or "all" labels there are. None: the first ``len(label)``,
+            which must not be all rows.
         logits_of: picks the logits among the student's outputs, as ``operator.itemgetter(0)``; None: all it returns.
         weight: factor of the distillation loss, a number or a function of `iteration`.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             learns from the beginning, whatever it is.
         every: the teacher runs at every k-th iteration only, see :class:`knowsam_monai.handlers.SAMDistillation`.
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
+        loader: a :class:`knowsam_monai.watched_loader.WatchedLoader` that the host was given before there was an
+            optimizer to attach with; it is watched from now on.
 
     Attributes:
         iteration: batches so far. Set it when a run goes on.
         terms: distillation_loss, sam_loss and gate_weight of the last call that was taught, detached.
 
     Raises:
-        ValueError: when an argument is none of the above, or the student's input is not the image of the batch.
+        ValueError: when an argument is none of the above, both optimizers step the same parameters, the student's input
+            is not the image of the batch, or every row has a label and nobody says that all are labeled.
         RuntimeError: when the student has this teacher attached already; when it is called without a batch, or a second
-            time for one without `select`; when its logits are backpropagated twice; when its optimiser steps and no
-            backward came through them, or is stepped by a GradScaler that was not given.
+            time for one without `select`; when its logits are backpropagated twice; when its optimizer steps and no
+            backward came through them, or is stepped by a GradScaler although none was given.
 
     Example::
 
         skd = distiller.attach(student, optimizer)
         somebody_elses_training(student, optimizer, skd.watch(loader))
         skd.remove()
+
+        loader = WatchedLoader(loader)                    # made before the optimizer
+        skd = distiller.attach(student, optimizer, loader=loader)
 
         def select(batch, image):                         # SSL4MIS: labels (B, H, W) for every row, and a labeled_bs
             return image, batch["label"][:, None], labeled_bs
@@ -97,18 +113,29 @@ class Attachment:
         start: int = 0,
         every: int = 1,
         gate_interval: int = 50,
+        labeled_rows: Rows | Callable[[Any], Rows] = None,
+        loader: WatchedLoader | None = None,
     ) -> None:
         for name, number in dict(
             accumulation_steps=accumulation_steps, every=every, gate_interval=gate_interval
         ).items():
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1 but is {number}.")
+        if loader is not None and type(loader) is not WatchedLoader:
+            raise TypeError(
+                f"`loader` must be a WatchedLoader but is a {type(loader).__name__}; give the host "
+                "`WatchedLoader(loader)`, or what `watch(loader)` of this attachment returns."
+            )
         optimizer = plain_optimizer(optimizer)
+        if distiller.optimizer is not None:
+            check_apart(distiller.optimizer, optimizer)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in stepped for parameter in student.parameters()):
-            raise ValueError("`optimizer` must step parameters of `student` but has none of them; give the student's.")
-        attached = [hook.attachment for hook in student._forward_hooks.values() if isinstance(hook, _StudentCalled)]
-        if any(attachment.distiller is distiller for attachment in attached):
+            raise ValueError(
+                "`optimizer` must step parameters of `student` but has none of them; give the student's, and attach to "
+                "the student that it trains, not to an averaged copy."
+            )
+        if any(attachment.student is student for attachment in distiller.wiring.attachments):
             raise RuntimeError(
                 "`student` must be attached to once but is already; call `remove()` of the former first."
             )
@@ -117,6 +144,7 @@ class Attachment:
         self.scaler = scaler
         self.accumulation_steps = accumulation_steps
         self.select = select
+        self.labeled_rows = labeled_rows
         self.logits_of = logits_of
         self.weight = weight
         self.start = start
@@ -125,33 +153,50 @@ class Attachment:
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
         self._batch = CurrentBatch()
-        self._said_all_rows = False
+        self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
+        self._num_untaught = 0  # batches in a row of which no call was taught
         self._num_arrivals = 0  # backwards that came through the student's logits
         self._accounted = False  # whether one did, or was not to, since the last step
 
         self._handles: list[Any] = [student.register_forward_hook(_StudentCalled(self), with_kwargs=True)]
-        self._handles.append(optimizer.register_step_post_hook(self._student_stepped))  # before the teacher steps
+        self._handles.append(call_after_step(optimizer, self._student_stepped))  # before the teacher steps
         if distiller.optimizer is not None:
             self._handles.append(distiller.follow(optimizer, scaler))
+        elif scaler is None:
+            self._handles.append(ScalerCheck(optimizer))
+        self._deletion = weakref.finalize(self, _deleted, self._handles, self._batch)
+        self._deletion.atexit = False
+        distiller.wiring.attachments.add(self)
+        if loader is not None:
+            self._watch(loader)
 
     def watch(self, loader: Iterable) -> WatchedLoader:
         """The host's loader as it is, of which each batch is remembered when the host takes it."""
-        if is_cached(self.distiller.teacher):
-            check_orientations(loader)
-        return WatchedLoader(loader, self.next_batch)
+        watched_loader = WatchedLoader(loader)
+        self._watch(watched_loader)
+        return watched_loader
 
     def next_batch(self, batch: Any) -> None:
         """Name the batch that the student is called on next."""
+        if not self._handles:
+            return
+        if self._num_untaught == UNTAUGHT_BATCHES:
+            self._warn_of_untaught()
+        self._num_untaught += 1
         self._batch.take(batch)
         self.iteration += 1
 
     def remove(self) -> None:
-        """Leave student and optimiser as they were, at any time; a watched loader goes on as the bare one."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles and self.distiller.optimizer is not None:
-            self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
-        self._handles, self._batch = [], CurrentBatch()
+        """Leave student and optimizer as they were, at any time; a watched loader goes on as the bare one."""
+        if self._handles:
+            self._deletion.detach()
+            self.distiller.wiring.attachments.discard(self)
+            if self.distiller.optimizer is not None:
+                self.distiller.optimizer.zero_grad(set_to_none=True)  # of a step that was not taken
+            for loader in self._watching:
+                loader.watched_by.remove(self.next_batch)
+        _remove_all(self._handles)
+        self._batch = CurrentBatch()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
         logits = output if self.logits_of is None else self.logits_of(output)
@@ -166,6 +211,7 @@ class Attachment:
             )
         image = without_meta(images[0])
         selection = self._selection(image)
+        self._num_untaught = self._num_untaught if selection is None else 0
         if selection is None or self.iteration % self.every:
             self._accounted = True
             return
@@ -198,14 +244,29 @@ class Attachment:
 
         logits.register_hook(backpropagated)
 
-    def _student_stepped(self, *_: Any) -> None:
+    def _watch(self, loader: WatchedLoader) -> None:
+        if is_cached(self.distiller.teacher):
+            check_orientations(loader)
+        loader.watched_by.append(self.next_batch)
+        self._watching.add(loader)
+
+    def _warn_of_untaught(self) -> None:
+        why = (
+            "`select` returned None for each call of the student. Let it return (sam_image, label, labeled_rows) for "
+            "one call a batch; compare images by value, as by `torch.equal(image, batch['image'])`"
+            if self._batch.num_calls > 0
+            else "the student was not called in train mode with gradients. Attach to the module that the host trains, "
+            "not to an averaged copy, and attach again when the host has built a new one"
+        )
+        self.distiller.wiring.warn(f"nothing was taught in {UNTAUGHT_BATCHES} batches, as {why}.")
+
+    def _student_stepped(self) -> None:
         if not self._accounted:
             raise RuntimeError(
                 "`optimizer` must step after a backward through the student's logits but none came through any; attach "
-                "to the module that the host calls in train mode, and before it is compiled, let `logits_of` pick what "
-                "the host's loss is made of, or detach for this stage."
+                "to the module that the host calls in train mode, not to an averaged copy, and before it is compiled, "
+                "let `logits_of` pick what the host's loss is made of, or call `remove()` for this stage."
             )
-        check_scaler(scaler_now(self.scaler))
         self._accounted, self._batch.is_over = False, True
         for brought in self.distiller.brought.values():
             brought.pop(id(self), None)
@@ -218,11 +279,11 @@ class Attachment:
                 parameter.grad = parameter.grad - mine if brought else None
 
     def _selection(self, image: Tensor) -> Selection | None:
-        """SAM's image, label and labelled rows for a call of the student; None: it is not taught."""
+        """SAM's image, label and labeled rows for a call of the student; None: it is not taught."""
         num_calls = self._batch.count_call()
         selection: Selection | None = None
         if self.select is not None:
-            selection = self.select(self._batch.batch, image)
+            selection = self.select(self._batch.on(image.device), image)
             if selection is None:
                 return None
             if not isinstance(selection, tuple) or len(selection) != 3:
@@ -239,15 +300,14 @@ class Attachment:
             )
         if selection is None:
             selection = (*image_and_label(self._batch.batch, image), None)
-            if not self._said_all_rows and selection[1] is not None and len(selection[1]) == len(image):
-                self._said_all_rows = True
-                logger.warning("SAM learns from all %d rows; if some are unlabelled to you, give `select`.", len(image))
         sam_image, label, rows = selection
+        if rows is None:
+            rows = self.labeled_rows(self._batch.batch) if callable(self.labeled_rows) else self.labeled_rows
         sam_image = sam_image_for(image, None if sam_image is image else sam_image, self.distiller.teacher)
         return sam_image, label if label is None else torch.as_tensor(label).to(image.device), rows
 
     def _gradients(
-        self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: int | slice | None
+        self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: Rows
     ) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """What SKD would bring to the logits and to SAM's parameters, were it in the host's loss; None: nothing."""
         distiller = self.distiller.train()
@@ -296,15 +356,32 @@ class _StudentCalled:
     """The forward hook; where the host copies or saves its student whole, a function that does nothing goes along."""
 
     def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+        self._attachment = weakref.ref(attachment)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            self.attachment._student_called(args, kwargs, output)
+        attachment = self._attachment()
+        if attachment is not None and module.training and torch.is_grad_enabled():
+            attachment._student_called(args, kwargs, output)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # takes anything, needs no package
+
+
+def _deleted(handles: list[Any], batch: CurrentBatch) -> None:
+    """The end of an attachment that was not removed."""
+    if handles and batch.num_calls == 0:
+        logger.warning(
+            "SKD: an attachment was deleted before the student was called on its batch, and teaches no more: keep what "
+            "`attach` returns, and let the host iterate over its `watch(loader)`."
+        )
+    _remove_all(handles)
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 @contextmanager

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai.attachment import Attachment, all_in_eval_mode
-from knowsam_monai.following import FollowHandle, Scaler, follow, is_distributed
+from knowsam_monai.following import FollowHandle, Scaler, call_after_step, follow, is_distributed
 from knowsam_monai.gate import TeacherGate
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.views import unstack_views
-
-logger = logging.getLogger(__name__)
-
-# steps after which something must be missing where a gate was not measured, as a validation may be a long epoch away
-UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
-UNTAUGHT_CALLS = 100  # and where the teacher saw no label, or did not step
-MEASURED_BY = {
-    "agreement": "call `measure_agreement` every 50 steps or so",
-    "validation": "add `TeacherValidation` to the evaluator or call `gate.update` after each validation",
-}
+from knowsam_monai.wiring import Wiring
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
+Rows = int | slice | Literal["all"] | None
 
 
 class Distillation(NamedTuple):
@@ -40,7 +32,7 @@ class Distillation(NamedTuple):
 
     Args:
         distillation_loss: weighted and gated, a scalar; its gradient reaches the student alone.
-        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labelled rows.
+        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labeled rows.
         teacher_logits: (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume.
         slices: the slices of each volume that both losses are about; None where they are about all there is.
 
@@ -64,22 +56,23 @@ class Distillation(NamedTuple):
 
 class SAMDistiller(nn.Module):
     """
-    A promptable teacher (SAM) that learns from the labelled rows of a batch and teaches a student on all rows.
+    A promptable teacher (SAM) that learns from the labeled rows of a batch and teaches a student on all rows.
 
     .. math::
         L_{kd} = w \\, g \\sum_{v} T^2 \\, KL(p_{sam}^T \\| p_v^T), \\qquad L_{sam} = CE + Dice(Y_{sam}, y)
 
     The sum runs over the taught views of the student, g is the teacher gate. The student's detached logits are the
-    teacher's mask prompt. Only the labelled rows build a graph through the teacher.
+    teacher's mask prompt. Only the labeled rows build a graph through the teacher.
 
     Args:
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), one row independent of the
             others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
             :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
-        optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
+        optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), which steps nothing of the student. None keeps
+            the teacher as it is.
         distillation_loss: ``f(student_logits, teacher_logits)``; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
+        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, with a sigmoid for one channel.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
@@ -94,7 +87,9 @@ class SAMDistiller(nn.Module):
         image: (B, channels, *spatial). logits: (B, C, *spatial) or (B, V, C, *spatial). label: (B_l, 1, *spatial).
 
     Raises:
-        ValueError: when an argument is not one of the above, or class counts and rows do not agree.
+        ValueError: when an argument is not one of the above, class counts and rows do not agree, or every row has a
+            label and nobody says that all are labeled.
+        RuntimeError: when the distiller is called in training while it is attached to a student.
 
     Example::
 
@@ -125,6 +120,13 @@ class SAMDistiller(nn.Module):
             raise ValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
         if taught_rows not in ("all", "unlabeled"):
             raise ValueError(f"`taught_rows` must be 'all' or 'unlabeled' but is {taught_rows!r}.")
+        if optimizer is not None:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if not any(id(parameter) in stepped for parameter in teacher.parameters()):
+                raise ValueError(
+                    "`optimizer` must step parameters of `teacher` but has none of them; build it from "
+                    "`teacher.parameters()`, or give None for a teacher that stays as it is."
+                )
         self.teacher = teacher.eval()
         self.optimizer = optimizer
         self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
@@ -135,11 +137,10 @@ class SAMDistiller(nn.Module):
         self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
         self.autocast_dtype = autocast_dtype
         self.brought: dict[nn.Parameter, dict[int, Tensor]] = {}  # what each attachment, by its id, added to gradients
-        self._warned: set[str] = set()
-        self._num_calls, self._asked = 0, False  # of `forward` in training; has the agreement ever been asked for
-        self._saw_label = self._stepped = False  # has the teacher
+        self.wiring = Wiring()
         if optimizer is not None:
-            optimizer.register_step_post_hook(self._teacher_stepped)
+            handle = call_after_step(optimizer, self.wiring.stepped)
+            weakref.finalize(self, handle.remove).atexit = False
 
     def train(self, mode: bool = True) -> SAMDistiller:
         """Set the mode of everything but the teacher, which makes targets and so stays in eval mode."""
@@ -152,7 +153,7 @@ class SAMDistiller(nn.Module):
         image: Tensor,
         logits: Tensor,
         label: Tensor | None = None,
-        labeled_rows: int | slice | None = None,
+        labeled_rows: Rows = None,
         weight: float = 1.0,
         iteration: int | None = None,
     ) -> Distillation:
@@ -161,11 +162,15 @@ class SAMDistiller(nn.Module):
             image: (B, channels, *spatial), what the teacher sees: what the student saw, or the same before its
                 intensities were augmented.
             logits: the student's raw output for it, (B, C, *spatial) or its stacked views.
-            label: (B_l, 1, *spatial) class indices of the labelled rows, or of all rows with `labeled_rows` given.
+            label: (B_l, 1, *spatial) class indices of the labeled rows, or of all rows with `labeled_rows` given.
             labeled_rows: which rows SAM learns from: an int n (the first n), a slice, or None: the first len(label).
+                Where every row has a label it must be given, as hosts carry labels that they never show to their
+                student; "all" takes all labels there are. A SAM loss with an `ignore_index` needs none.
             weight: factor of the distillation loss at this step.
             iteration: what a teacher that draws slices draws by; None: it counts its draws.
         """
+        if self.training:
+            self.wiring.check_once(logits)
         image, logits = without_meta(image), without_meta(logits)
         views = unstack_views(logits, image)
         prompt_logits = _view(views, self.prompt_view).detach()
@@ -178,7 +183,10 @@ class SAMDistiller(nn.Module):
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
             check_label(prompt_logits[rows], label, self.ignore_index)
-            self._saw_label = True
+            if labeled_rows is None:
+                self._check_not_all(label, len(image))
+        if self.training:
+            self.wiring.called(self, image, _view(views, self.prompt_view), label is not None)
 
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:
@@ -196,15 +204,15 @@ class SAMDistiller(nn.Module):
             target, taught = target[rest], [view[rest] for view in taught]
         distillation_loss = sam_loss.new_zeros(())
         if len(target) == 0:
-            self._warn_once("no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'")
+            self.wiring.warn(
+                "no row is taught: all of this batch have labels and `taught_rows` is 'unlabeled'; say with "
+                "`labeled_rows` or `select` which rows have them."
+            )
         elif weight != 0:
             # what a shut gate keeps out may not be finite, and 0 times that is not 0
             target = target if self.gate.mode == "none" else torch.where(self.gate.weight > 0, target, 0)
             kd_terms = [self.distillation_loss(view, target) for view in taught]
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
-        if self.training:
-            self._num_calls += 1
-            self._say_what_is_missing()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
     def measure_agreement(
@@ -212,7 +220,7 @@ class SAMDistiller(nn.Module):
         student: Callable[[Tensor], Tensor],
         image: Tensor,
         label: Tensor | None = None,
-        labeled_rows: int | slice | None = None,
+        labeled_rows: Rows = None,
         turn: int = 0,
         sam_image: Tensor | None = None,
     ) -> None:
@@ -228,7 +236,7 @@ class SAMDistiller(nn.Module):
             turn: which flip or turn to compare with, any integer.
             sam_image: what the teacher sees, row for row; None: `image`.
         """
-        self._asked = True
+        self.wiring.asked = True
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
@@ -239,7 +247,10 @@ class SAMDistiller(nn.Module):
             judging = all_rows[rows][has_holes]
         counts = len(judging) > 0
         if not counts and self.ignore_index is None:
-            self._warn_once("the gate 'agreement' was not measured: all rows of this batch have labels")
+            self.wiring.warn(
+                "the gate 'agreement' was not measured: all rows of this batch have labels; say with `labeled_rows` or "
+                "`select` which rows have them."
+            )
         if counts or is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
@@ -262,30 +273,6 @@ class SAMDistiller(nn.Module):
         """The label value by which the SAM loss knows a pixel without a label; None where it knows none."""
         return getattr(self.sam_loss, "ignore_index", None)
 
-    def _teacher_stepped(self, *_: Any) -> None:
-        self._stepped = True
-
-    def _say_what_is_missing(self) -> None:
-        """Warn, once, of what would otherwise go on teaching nothing to the end of the run."""
-        if self._num_calls == UNMEASURED_CALLS.get(self.gate.mode) and not (self._asked or self.gate.num_measured):
-            logger.warning(
-                "SKD: the gate %r was not measured in %d steps, and until it is, nothing is taught: %s, or take the "
-                "gate 'none'.",
-                self.gate.mode,
-                self._num_calls,
-                MEASURED_BY[self.gate.mode],
-            )
-        if self._num_calls == UNTAUGHT_CALLS and self.optimizer is not None and not self._stepped:
-            reason, remedy = "SAM's optimiser has not stepped", "call `distiller.follow(student_optimizer)` once"
-            if not self._saw_label:
-                reason, remedy = "SAM has not seen a label", "give `label`, or `select` what SAM is to learn from"
-            logger.warning("SKD: %s in %d steps, so that SAM learns nothing: %s.", reason, self._num_calls, remedy)
-
-    def _warn_once(self, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning("SKD: %s; say with `labeled_rows` or `select` which rows have them.", what)
-
     def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
         """The slices of each volume that this step is about, and the teacher of these; None: all there is."""
         draw = getattr(self.teacher, "draw_slices", None)
@@ -293,7 +280,7 @@ class SAMDistiller(nn.Module):
         return (self.teacher, None) if slices is None else (partial(self.teacher, axes=slices.axis), slices)
 
     def _teach(self, teacher: Teacher, image: Tensor, prompt_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Teacher logits of all rows (detached) and of the labelled rows (with the graph SAM's loss needs)."""
+        """Teacher logits of all rows (detached) and of the labeled rows (with the graph SAM's loss needs)."""
         labeled = range(len(image))[rows]
         learns = self.training and torch.is_grad_enabled() and self.optimizer is not None and len(labeled) > 0
         with self._autocast(image.device.type):
@@ -322,6 +309,16 @@ class SAMDistiller(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return loss(logits, label)
 
+    def _check_not_all(self, label: Tensor, num_rows: int) -> None:
+        """Labels of rows that are unlabeled to the student must not leak to it by way of SAM."""
+        learns = self.training and torch.is_grad_enabled() and self.optimizer is not None
+        if learns and len(label) == num_rows and self.ignore_index is None:
+            raise ValueError(
+                f"`label` must be of the labeled rows alone but is of all {num_rows}, so that SAM would learn labels "
+                "which the student may not see; give `labeled_rows`, how many rows come with their labels to the "
+                'student, or "all" if all do.'
+            )
+
     def _check_shapes(self, image: Tensor, prompt_logits: Tensor) -> None:
         if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
             raise ValueError(
@@ -337,7 +334,7 @@ class SAMDistiller(nn.Module):
 
     def follow(self, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
         """
-        Let the teacher's optimiser follow the student's: it steps after each step, its gradients are cleared with it.
+        Let the teacher's optimizer follow the student's: it steps after each step, its gradients are cleared with it.
 
         A step that the scaler skips, accumulation and its flush are thereby right without a word about them. In a
         distributed run every process starts with the first one's teacher and steps with the mean of all gradients: move
@@ -346,13 +343,20 @@ class SAMDistiller(nn.Module):
         Args:
             optimizer: the student's.
             scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
+                Hooks cannot see loss scaling, so pass it explicitly.
 
         Returns:
-            A handle; ``handle.remove()`` leaves the student's optimiser as it was.
+            A handle; ``handle.remove()`` leaves the student's optimizer as it was, and so does deleting the distiller.
+
+        Raises:
+            RuntimeError: when the teacher has no optimizer.
+            ValueError: when `optimizer` is the teacher's own, or both step the same parameters.
         """
         if self.optimizer is None:
             raise RuntimeError("`optimizer` of the distiller must be the teacher's but is None: nothing can follow.")
-        return follow(self.optimizer, optimizer, scaler)
+        handle = follow(self.optimizer, optimizer, scaler)
+        weakref.finalize(self, handle.remove).atexit = False
+        return handle
 
     def attach(self, student: nn.Module, optimizer: Optimizer, **options: Any) -> Attachment:
         """
@@ -361,7 +365,7 @@ class SAMDistiller(nn.Module):
         Args:
             student: the module that the code calls.
             optimizer: the student's.
-            **options: `scaler`, `accumulation_steps`, `select` and the others of
+            **options: `scaler`, `accumulation_steps`, `labeled_rows`, `select` and the others of
                 :class:`knowsam_monai.attachment.Attachment`.
 
         Returns:
@@ -382,14 +386,14 @@ def _view(views: Sequence[Tensor], index: int) -> Tensor:
 
 
 def _other_rows(rows: slice, num_rows: int) -> slice | list[int]:
-    """The rows that are not labelled; where the labelled ones come first, a slice, which copies nothing."""
+    """The rows that are not labeled; where the labeled ones come first, a slice, which copies nothing."""
     labeled = range(num_rows)[rows]
     if labeled == range(len(labeled)):
         return slice(len(labeled), None)
     return [row for row in range(num_rows) if row not in labeled]
 
 
-def labeled_slice(labeled_rows: int | slice | None, label: Tensor | None, num_rows: int) -> slice:
+def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> slice:
     """
     The rows of a batch that SAM learns from, as a slice.
 
@@ -398,7 +402,7 @@ def labeled_slice(labeled_rows: int | slice | None, label: Tensor | None, num_ro
         num_rows: of the batch.
 
     Raises:
-        TypeError: when `labeled_rows` is neither a number nor a slice.
+        TypeError: when `labeled_rows` is neither a number nor a slice nor "all".
         ValueError: when it is negative, or `label` has another number of rows.
 
     Example::
@@ -406,6 +410,8 @@ def labeled_slice(labeled_rows: int | slice | None, label: Tensor | None, num_ro
         >>> labeled_slice(None, torch.zeros(2, 1, 8, 8), num_rows=4)
         slice(0, 2, None)
     """
+    if isinstance(labeled_rows, str) and labeled_rows == "all":
+        labeled_rows = None
     if isinstance(labeled_rows, slice):
         count = len(range(num_rows)[labeled_rows])
         if label is not None and len(label) not in (count, num_rows):
@@ -418,16 +424,17 @@ def labeled_slice(labeled_rows: int | slice | None, label: Tensor | None, num_ro
         try:
             labeled_rows = operator.index(labeled_rows)
         except TypeError:
+            given = repr(labeled_rows) if isinstance(labeled_rows, str) else f"a {type(labeled_rows).__name__}"
             raise TypeError(
-                f"`labeled_rows` must be a number of rows or a slice but is a {type(labeled_rows).__name__}; put the "
-                "labelled rows side by side in the batch."
+                f"`labeled_rows` must be a number of rows, a slice or 'all' but is {given}; put the labeled rows side "
+                "by side in the batch."
             ) from None
         if labeled_rows < 0:
             raise ValueError(f"`labeled_rows` must be 0 or more but is {labeled_rows}.")
     count = labeled_rows if labeled_rows is not None else 0 if label is None else len(label)
     if count > num_rows or (label is not None and len(label) not in (count, num_rows)):
         raise ValueError(
-            f"`label` must have as many rows as are labelled ({count}) or as `image` has ({num_rows}) but has "
-            f"{0 if label is None else len(label)}; name the labelled rows with `labeled_rows`."
+            f"`label` must have as many rows as are labeled ({count}) or as `image` has ({num_rows}) but has "
+            f"{0 if label is None else len(label)}; name the labeled rows with `labeled_rows`."
         )
     return slice(0, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,43 +14,44 @@ from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai.wrappers import plain_optimizer
 
-MAX_FRAMES_BELOW_SCALER = 16  # between its `step` and the hook: the optimiser's own, schedulers, profilers
-
 Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
 
 
 def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
     """
-    Let a teacher's optimiser follow a student's, see :meth:`knowsam_monai.distiller.SAMDistiller.follow`.
+    Let a teacher's optimizer follow a student's, see :meth:`knowsam_monai.distiller.SAMDistiller.follow`.
 
     Args:
         teacher_optimizer: steps after each step of the other one.
         optimizer: the student's; of a wrapper as Accelerate's and Lightning's the one inside is followed.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
-            After a step that it skips, ``optimizer.zero_grad()`` clears the teacher too, ``student.zero_grad()`` not.
+            Hooks cannot see loss scaling, so pass it explicitly. After a step that it skips, ``optimizer.zero_grad()``
+            clears the teacher too, ``student.zero_grad()`` does not.
 
     Raises:
         TypeError: when `optimizer` is none.
-        RuntimeError: at a step that a scaler makes which was not given: gradients would be taken for others.
+        ValueError: when `optimizer` is the teacher's, or both step the same parameters.
+        RuntimeError: at a step that a GradScaler makes although none was given.
 
     Example::
 
         handle = follow(teacher_optimizer, student_optimizer)
     """
     optimizer = plain_optimizer(optimizer)
-    parameters = [p for group in teacher_optimizer.param_groups for p in group["params"]]
+    check_apart(teacher_optimizer, optimizer)
+    parameters = _parameters(teacher_optimizer)
     _take_from_first_rank(parameters)
+    removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook is before the teacher's
 
     def step_teacher(*_) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips GradScaler's overflows inside
         if found_inf is not None and found_inf:
             teacher_optimizer.zero_grad(set_to_none=True)
         _fill_where_another_rank_has_gradients(parameters)
-        if all(p.grad is None for p in parameters):  # GradScaler raises on an optimiser without gradients
+        if all(p.grad is None for p in parameters):  # GradScaler raises on an optimizer without gradients
             return
         _average_over_ranks([p.grad for p in parameters if p.grad is not None])
         current = scaler_now(scaler)
-        check_scaler(current)
         if current is None:
             teacher_optimizer.step()
         else:
@@ -61,16 +62,69 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     if not isinstance(zero_grad, _ZeroGrad):
         zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
     zero_grad.teachers.append(teacher_optimizer)
-    forget = partial(zero_grad.forget, teacher_optimizer, optimizer)
-    return FollowHandle(optimizer.register_step_post_hook(step_teacher), forget)
+    forget = partial(_forget, weakref.ref(zero_grad), weakref.ref(optimizer), teacher_optimizer)
+    return FollowHandle([*removals, optimizer.register_step_post_hook(step_teacher).remove, forget])
+
+
+def check_apart(teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
+    """
+    Refuse optimizers that step the same parameters.
+
+    Args:
+        teacher_optimizer: SAM's.
+        optimizer: the student's.
+
+    Raises:
+        ValueError: when they are one, or share parameters.
+    """
+    if plain_optimizer(teacher_optimizer) is optimizer:
+        raise ValueError(
+            "`optimizer` must be the student's but is the distiller's own, which steps SAM; give SAM an optimizer of "
+            "its own parameters, and here the one that steps the student."
+        )
+    shared = set(map(id, _parameters(optimizer))) & set(map(id, _parameters(teacher_optimizer)))
+    if shared:
+        raise ValueError(
+            f"`optimizer` must step no parameters of the distiller's optimizer but shares {len(shared)} with it; build "
+            "the distiller's from `teacher.parameters()` and the student's from `student.parameters()`."
+        )
+
+
+def call_after_step(optimizer: Optimizer, method: Callable[[], None]) -> RemovableHandle:
+    """
+    Call a bound method after each step of an optimizer, which does not keep the method's object alive.
+
+    Args:
+        optimizer: has the hook.
+        method: takes nothing.
+    """
+    weak_method = weakref.WeakMethod(method)
+
+    def stepped(*_: Any) -> None:
+        alive_method = weak_method()
+        if alive_method is not None:
+            alive_method()
+
+    return optimizer.register_step_post_hook(stepped)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _forget(
+    weak_zero_grad: weakref.ref[_ZeroGrad], weak_optimizer: weakref.ref[Optimizer], teacher_optimizer: Optimizer
+) -> None:
+    zero_grad, optimizer = weak_zero_grad(), weak_optimizer()
+    if zero_grad is not None and optimizer is not None:
+        zero_grad.forget(teacher_optimizer, optimizer)
 
 
 class FollowHandle:
     """Undoes :func:`follow`, which returns it.
 
     Args:
-        step_handle: of the hook after the student optimiser's step.
-        forget: ends the clearing of the teacher's gradients; once more does nothing.
+        removals: functions that each undo a part, and do nothing when called once more.
 
     Example::
 
@@ -79,13 +133,67 @@ class FollowHandle:
         handle.remove()
     """
 
-    def __init__(self, step_handle: RemovableHandle, forget: Callable[[], None]) -> None:
-        self._step_handle, self._forget = step_handle, forget
+    def __init__(self, removals: Sequence[Callable[[], None]]) -> None:
+        self._removals = removals
 
     def remove(self) -> None:
-        """Leave the student's optimiser as it was; once more does nothing."""
+        """Leave the student's optimizer as it was; once more does nothing."""
+        for remove in self._removals:
+            remove()
+
+
+class ScalerCheck:
+    """
+    Notices at the first steps a GradScaler that was not given: it leaves its marks on the student's gradients.
+
+    Between backward and step it divides them by its scale, a power of two. A fused optimizer, which does that itself,
+    has the scale as an attribute meanwhile. The check ends with the first step that has gradients.
+
+    Args:
+        optimizer: the student's.
+
+    Raises:
+        RuntimeError: at a step whose gradients were divided by a power of two of at least 128.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        trained = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
+        self._parameter = min(trained, key=Tensor.numel, default=None)
+        self._gradient: Tensor | None = None
+        self._step_handle = optimizer.register_step_post_hook(self._check)
+        self._gradient_handle: Any = None
+        if self._parameter is not None:
+            self._gradient_handle = self._parameter.register_post_accumulate_grad_hook(self._remember)
+
+    def remove(self) -> None:
+        """Leave optimizer and parameter as they were; once more does nothing."""
         self._step_handle.remove()
-        self._forget()
+        self._end()
+
+    def _end(self) -> None:
+        if self._gradient_handle is not None:
+            self._gradient_handle.remove()
+        self._gradient = self._parameter = None
+
+    def _remember(self, parameter: Tensor) -> None:
+        self._gradient = None if parameter.grad is None else parameter.grad.detach().clone()
+
+    def _check(self, optimizer: Optimizer, *_: Any) -> None:
+        is_scaled = getattr(optimizer, "grad_scale", None) is not None
+        before, now = self._gradient, None if self._parameter is None else self._parameter.grad
+        if not is_scaled and before is not None and now is not None:
+            nonzero_mask = now != 0
+            if not nonzero_mask.any():
+                return
+            mantissa, exponent = torch.frexp(before[nonzero_mask].double() / now[nonzero_mask].double())
+            is_scaled = bool((mantissa == 0.5).all() and (exponent == exponent[0]).all() and exponent[0] > 7)
+        if is_scaled:
+            raise RuntimeError(
+                "`scaler` must be the GradScaler that steps the student's optimizer but none was given; give it to "
+                "`follow` or `attach`, or GradScaler(enabled=False) where the host divides its gradients by itself."
+            )
+        if before is not None and now is not None:
+            self._end()
 
 
 class _ZeroGrad:
@@ -117,33 +225,6 @@ def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
 
 
-def check_scaler(scaler: torch.amp.GradScaler | None) -> None:
-    """
-    Refuse a step of the student's optimiser that another scaler than the given one makes, from within its hook.
-
-    A hook sees neither the scaler nor its factor, but it is called by it.
-
-    Args:
-        scaler: the one that is known of, or None.
-
-    Raises:
-        RuntimeError: when a GradScaler, enabled, that is not `scaler` is among the callers.
-    """
-    frame = sys._getframe(1)
-    for _ in range(MAX_FRAMES_BELOW_SCALER):
-        if frame is None:
-            return
-        caller = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-        if isinstance(caller, torch.amp.GradScaler):
-            if caller is not scaler and caller.is_enabled():
-                raise RuntimeError(
-                    "`scaler` must be the GradScaler that steps the student's optimiser but "
-                    f"{'is None' if scaler is None else 'is another'}; give it to `follow` or `attach`."
-                )
-            return
-        frame = frame.f_back
-
-
 def is_distributed() -> bool:
     """Whether this is one of the processes of a group, which all must meet in each collective."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -157,7 +238,7 @@ def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
 
 
 def _fill_where_another_rank_has_gradients(parameters: Sequence[Tensor]) -> None:
-    """Zeros, so that all ranks average the same tensors: a rank may have had no labelled row in this step."""
+    """Zeros, so that all ranks average the same tensors: a rank may have had no labeled row in this step."""
     if is_distributed() and parameters:
         has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         has_gradient = has_gradient.to(parameters[0].device)

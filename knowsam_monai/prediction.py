@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow, ReferenceResolver
 from torch.utils.data import DataLoader
 
 from knowsam_monai.preparation import check_writable, is_said_by_this_package, root_cause
+from knowsam_monai.runs.config_check import expand_path
 from knowsam_monai.trained_student import CONFIG, MODEL, read_config, student_options
 
 __all__ = ["predict_folder"]
@@ -62,7 +63,7 @@ def predict_folder(
     Example:
         >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
     """
-    bundle = Path(bundle).expanduser()
+    bundle = Path(expand_path(bundle, "bundle"))
     config_file = next((f for f in sorted((bundle / "configs").glob("inference.*"))), None)
     if config_file is None:
         raise FileNotFoundError(f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json.")
@@ -71,15 +72,16 @@ def predict_folder(
     if unknown:
         raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
 
-    options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(scans), "output_dir": str(output)}
+    scans, output = expand_path(scans, "scans"), expand_path(output, "output")
+    options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": scans, "output_dir": output}
     if image_pattern is not None:
         options["image_pattern"] = image_pattern
     if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
         run = bundle / "models"
     if run is not None:
-        options.update(_options_of_run(Path(run).expanduser(), known))
+        options.update(_options_of_run(Path(expand_path(run, "run")), known))
     if ckpt_path is not None:
-        options["ckpt_path"] = str(_existing_weights(Path(ckpt_path).expanduser()))
+        options["ckpt_path"] = str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path"))))
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
     check_writable(output, arguments=("output",))

@@ -168,30 +168,6 @@ def _linear_error() -> float:
     return max(float((single - double).abs().max() / double.abs().max()) for single, double in pairs)
 
 
-def check_validations(val_interval: int, epoch_length: int, max_iterations: int) -> None:
-    """
-    See before the first step that a run validates at all: without a validation it would keep no student.
-
-    Args:
-        val_interval: epochs between two validations.
-        epoch_length: iterations of an epoch.
-        max_iterations: of the run, rounded up to whole epochs.
-
-    Raises:
-        ValueError: when the run ends before its first validation.
-
-    Example::
-
-        >>> check_validations(val_interval=1, epoch_length=500, max_iterations=50000)
-    """
-    num_epochs = -(-max_iterations // epoch_length)
-    if not 1 <= val_interval <= num_epochs:
-        raise ValueError(
-            f"`val_interval` must be 1 to {num_epochs}, the epochs of this run, of {epoch_length} iterations each "
-            f"(`epoch_length`), but is {val_interval}; to validate every n iterations set `epoch_length` to n."
-        )
-
-
 def check_writable(*folders: str | os.PathLike, arguments: Sequence[str] = ("output_dir", "ckpt_dir")) -> None:
     """
     Make the folders a run will write to and try to write, before the hours of training and not after.

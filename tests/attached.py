@@ -43,13 +43,16 @@ def host(student, optimizer, batches, accumulation_steps=1):
             optimizer.step()
 
 
-def plain_loop(student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1):
+def plain_loop(
+    student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1, labeled_rows=None
+):
     """The same with SKD's two lines; steps 1.. in `skipped` are not made."""
     distiller.follow(optimizer)
     for t, batch in enumerate(batches, start=1):
         logits = student(batch["image"])
         loss = loss_of(logits, batch)
-        loss = loss + distiller(batch["image"], logits, batch["label"], weight=weight(t), iteration=t).loss
+        result = distiller(batch["image"], logits, batch["label"], labeled_rows, weight=weight(t), iteration=t)
+        loss = loss + result.loss
         if (t - 1) % accumulation_steps == 0:
             optimizer.zero_grad()
         (loss / accumulation_steps).backward()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from functools import partial
 from operator import itemgetter
 
 import pytest
@@ -13,6 +14,7 @@ from knowsam_monai.attachment import Attachment
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from knowsam_monai.watched_loader import WatchedLoader
 
 from .attached import assert_same, build, host, loss_of, plain_loop
 from .hosts import CASES
@@ -101,6 +103,48 @@ def test_output_that_is_no_tensor_is_an_error(attached):
         toy_trainer(student, batches, lambda pred, label: pred[1], handlers, optimizer=optimizer).run()
 
 
+def test_loader_made_before_the_optimizer_is_given_to_attach():
+    ours, expected = build(), build()
+    loader = WatchedLoader(ours[3])
+    skd = ours[2].attach(ours[0], ours[1], loader=loader)
+    host(ours[0], ours[1], loader)
+    plain_loop(*expected)
+    assert_same(ours, expected)
+    skd.remove()
+    assert skd.iteration == 3 and loader.watched_by == []
+    with pytest.raises(
+        TypeError, match=r"`loader` must be a WatchedLoader but is a list; give .*WatchedLoader\(loader"
+    ):
+        ours[2].attach(ours[0], ours[1], loader=ours[3])
+
+
+def test_select_is_given_the_batch_itself_where_it_is_on_the_student_s_device():
+    student, optimizer, distiller, batches = build()
+    seen = []
+
+    def select(batch, image):
+        seen.append(batch)
+        return (image, batch["label"], None) if torch.equal(image, batch["image"]) else None
+
+    host(student, optimizer, distiller.attach(student, optimizer, select=select).watch(batches))
+    assert all(given is batch for given, batch in zip(seen, batches, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_select_compares_images_where_the_loader_s_batch_is_on_another_device():
+    student, optimizer, distiller, batches = build()
+    student.cuda()
+    seen = []
+
+    def select(batch, image):
+        seen.append(torch.equal(image, batch["image"]))
+        return image, batch["label"], None
+
+    for batch in distiller.attach(student, optimizer, select=select).watch(batches):
+        host(student, optimizer, [{name: tensor.cuda() for name, tensor in batch.items()}])
+    assert seen == [True] * 3
+
+
 # --- detaching --------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +168,7 @@ def test_detaching_between_forward_and_backward_leaves_that_backward_alone():
     student, optimizer, distiller, batches = build()
     alone = copy.deepcopy(student)
     skd = distiller.attach(student, optimizer)
-    batch = next(iter(skd.watch(batches)))
+    batch = next(skd.watch(batches))
     loss = loss_of(student(batch["image"]), batch)
     skd.remove()
     loss.backward()
@@ -136,7 +180,7 @@ def test_detaching_between_forward_and_backward_leaves_that_backward_alone():
 def test_detaching_between_backward_and_step_leaves_no_gradient_for_another_attachment():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer)
-    batch = next(iter(skd.watch(batches)))
+    batch = next(skd.watch(batches))
     loss_of(student(batch["image"]), batch).backward()
     assert any(p.grad is not None for p in distiller.teacher.parameters())
     skd.remove()
@@ -146,7 +190,7 @@ def test_detaching_between_backward_and_step_leaves_no_gradient_for_another_atta
 def test_deep_copy_of_the_student_is_not_taught_and_copies_no_teacher():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer)
-    batch = next(iter(skd.watch(batches)))
+    batch = next(skd.watch(batches))
     average = copy.deepcopy(student)
     loss_of(average(batch["image"]), batch).backward()
     assert skd.terms == {} and average._forward_hooks
@@ -154,16 +198,31 @@ def test_deep_copy_of_the_student_is_not_taught_and_copies_no_teacher():
 
 def test_student_saved_whole_while_attached_is_loaded_and_needs_nothing_of_the_attachment(tmp_path):
     student, optimizer, distiller, batches = build()
-    distiller.attach(student, optimizer)
+    skd = distiller.attach(student, optimizer)
     torch.save(student, tmp_path / "student.pt")
     loaded = torch.load(tmp_path / "student.pt", weights_only=False)
     image = batches[0]["image"]
     assert torch.equal(loaded.eval()(image), student.eval()(image))
     (hook,) = student._forward_hooks.values()
     assert b"attachment" not in pickle.dumps(hook)
+    skd.remove()
 
 
 # --- what can't be right is one clear error ---------------------------------------------------------------------------
+
+
+def test_optimizer_of_sam_in_the_place_of_the_student_s_is_an_error():
+    student, optimizer, distiller, batches = build()
+    together = torch.optim.SGD([*student.parameters(), *distiller.teacher.parameters()], lr=0.1)
+    for mixed_up in (distiller.optimizer, together):
+        for way in (distiller.follow, partial(distiller.attach, student)):
+            with pytest.raises(ValueError, match="`optimizer` must (be the student's but is|step no parameters of)"):
+                way(mixed_up)
+    with pytest.raises(ValueError, match="`optimizer` must be the student's but is the distiller's own"):
+        toy_trainer(student, batches, None, [SAMDistillation(distiller)], optimizer=distiller.optimizer).run()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `teacher` but has none"):
+        SAMDistiller(distiller.teacher, optimizer)
+    assert not student._forward_hooks and not optimizer._optimizer_step_post_hooks
 
 
 def test_second_attachment_of_a_teacher_is_an_error_until_the_first_is_removed():
@@ -180,14 +239,16 @@ def test_second_attachment_of_a_teacher_is_an_error_until_the_first_is_removed()
 )
 def test_select_of_other_than_three_values_is_an_error(selected, said):
     student, optimizer, distiller, batches = build()
-    batch = next(iter(distiller.attach(student, optimizer, select=selected).watch(batches)))
+    skd = distiller.attach(student, optimizer, select=selected)
+    batch = next(skd.watch(batches))
     with pytest.raises(TypeError, match=rf"`select` must return \(sam_image, .* but returns {said}"):
         student(batch["image"])
 
 
 def test_second_call_for_a_batch_without_select_is_an_error():
     student, optimizer, distiller, batches = build()
-    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
     student(batch["image"])
     with pytest.raises(RuntimeError, match="must be called once for each batch but is called again; give `select`"):
         student(batch["image"])
@@ -195,7 +256,8 @@ def test_second_call_for_a_batch_without_select_is_an_error():
 
 def test_second_backward_through_the_same_logits_is_an_error():
     student, optimizer, distiller, batches = build()
-    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
     loss = loss_of(student(batch["image"]), batch)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="must be backpropagated once but are a second time"):
@@ -204,7 +266,8 @@ def test_second_backward_through_the_same_logits_is_an_error():
 
 def test_step_without_a_backward_through_the_logits_is_an_error():
     student, optimizer, distiller, batches = build()
-    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
     student(batch["image"])
     student.first.weight.square().sum().backward()
     with pytest.raises(RuntimeError, match="must step after a backward through the student's logits but none came"):
@@ -229,12 +292,13 @@ def test_student_compiled_and_called_before_it_was_attached_to_is_taught_or_an_e
 
 def test_call_without_a_batch_is_an_error_and_in_eval_mode_or_without_gradient_none():
     student, optimizer, distiller, batches = build()
-    distiller.attach(student, optimizer)
+    skd = distiller.attach(student, optimizer)
     with torch.no_grad():
         student(batches[0]["image"])
     student.eval()(batches[0]["image"])
     with pytest.raises(RuntimeError, match=r"must be called on a batch of `watch\(loader\)` but none was taken"):
         student.train()(batches[0]["image"])
+    assert skd.iteration == 0
 
 
 @pytest.mark.parametrize(
@@ -246,7 +310,8 @@ def test_call_without_a_batch_is_an_error_and_in_eval_mode_or_without_gradient_n
 )
 def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
     student, optimizer, distiller, batches = build()
-    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
     with pytest.raises(ValueError, match=message):
         student(change(batch["image"]))
 
@@ -269,7 +334,9 @@ def test_batches_fetched_ahead_are_an_error(select, depth):
 
 def test_batches_that_are_left_out_are_none():
     student, optimizer, distiller, batches = build(num_batches=4)
-    host(student, optimizer, list(distiller.attach(student, optimizer, select=all_labels).watch(batches))[3:])
+    skd = distiller.attach(student, optimizer, select=all_labels)
+    host(student, optimizer, list(skd.watch(batches))[3:])
+    assert set(skd.terms) == {"distillation_loss", "sam_loss", "gate_weight"}
 
 
 def test_batch_that_comes_again_past_the_watched_loader_is_an_error():
@@ -291,14 +358,16 @@ def test_call_after_the_step_that_is_not_taught_is_let_be():
 def test_batch_of_batches_is_an_error():
     student, optimizer, distiller, batches = build()
     pairs = [(list(batches[0].values()), list(batches[1].values()))]
-    (pair,) = distiller.attach(student, optimizer).watch(pairs)
+    skd = distiller.attach(student, optimizer)
+    (pair,) = skd.watch(pairs)
     with pytest.raises(ValueError, match="image of a watched batch must be a tensor but is a list; .* give `select`"):
         student(pair[0][0])
 
 
 def test_batch_that_is_neither_mapping_nor_pair_is_an_error():
     student, optimizer, distiller, batches = build()
-    image = next(iter(distiller.attach(student, optimizer).watch([batches[0]["image"]])))
+    skd = distiller.attach(student, optimizer)
+    image = next(skd.watch([batches[0]["image"]]))
     with pytest.raises(ValueError, match="a mapping with 'image' and 'label' or a pair .* but is a Tensor"):
         student(image)
 
@@ -306,7 +375,7 @@ def test_batch_that_is_neither_mapping_nor_pair_is_an_error():
 def test_image_for_sam_of_other_rows_is_an_error():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image[:3], batch["label"], None))
-    batch = next(iter(skd.watch(batches)))
+    batch = next(skd.watch(batches))
     with pytest.raises(ValueError, match="`sam_image` must have the rows and the size of the image"):
         student(batch["image"])
 
@@ -314,8 +383,8 @@ def test_image_for_sam_of_other_rows_is_an_error():
 def test_label_without_a_channel_is_an_error():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"][:, 0], 2))
-    batch = next(iter(skd.watch(batches)))
-    with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 8, 8\)"):
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but is \(2, 8, 8\); give `label\[:, None\]`"):
         student(batch["image"])
 
 
@@ -343,7 +412,8 @@ def test_student_that_is_not_called_on_a_tensor_is_an_error():
 
     student, optimizer, distiller, batches = build()
     student = OfBatches(student)
-    batch = next(iter(distiller.attach(student, optimizer).watch(batches)))
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
     with pytest.raises(TypeError, match="`student` must be called on a tensor, its image"):
         student(batch)
 
@@ -357,9 +427,10 @@ def test_intervals_below_one_are_errors(name):
 
 
 def test_optimizer_of_another_network_is_an_error():
-    student, _, distiller, _ = build()
-    with pytest.raises(ValueError, match="`optimizer` must step parameters of `student` but has none"):
-        distiller.attach(student, distiller.optimizer)
+    student, optimizer, distiller, _ = build()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `student` .*, not to an averaged copy"):
+        distiller.attach(copy.deepcopy(student), optimizer)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_teacher_that_does_not_learn_only_teaches():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
-from knowsam_monai.distiller import UNMEASURED_CALLS, SAMDistiller
+from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.networks import SliceTeacher
+from knowsam_monai.wiring import UNMEASURED_CALLS
 
 from .toys import ToyStudent, ToyTeacher, distiller_of, toy_batches, with_gradient
 
@@ -63,8 +64,9 @@ def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(stud
 @pytest.mark.parametrize(
     "rows,error,said",
     [
-        ([0, 3], TypeError, "must be a number of rows or a slice but is a list"),
-        (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labelled rows side by side"),
+        ([0, 3], TypeError, "must be a number of rows, a slice or 'all' but is a list"),
+        ("both", TypeError, "must be a number of rows, a slice or 'all' but is 'both'"),
+        (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labeled rows side by side"),
         (-2, ValueError, "must be 0 or more but is -2"),
         (slice(0, 3), ValueError, r"as `labeled_rows` takes \(3\) or as `image` has \(4\) but has 2"),
     ],
@@ -104,8 +106,8 @@ def test_without_unlabeled_rows_nothing_is_left_to_teach_and_it_is_said_once(stu
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
     distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement")
     for _ in range(2):
-        result = distiller(batch["image"], student(batch["image"]), batch["label"])
-        distiller.measure_agreement(student, batch["image"], batch["label"])
+        result = distiller(batch["image"], student(batch["image"]), batch["label"], "all")
+        distiller.measure_agreement(student, batch["image"], batch["label"], "all")
     assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0 and distiller.gate.num_measured == 0
     assert len(caplog.messages) == 2 and "no row is taught" in caplog.messages[0]
     assert "the gate 'agreement' was not measured" in caplog.messages[1]
@@ -331,7 +333,7 @@ def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypat
 
 @pytest.mark.parametrize("forgotten", ["nothing", "follow", "label"])
 def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatch, caplog, forgotten):
-    monkeypatch.setattr("knowsam_monai.distiller.UNTAUGHT_CALLS", 3)
+    monkeypatch.setattr("knowsam_monai.wiring.UNTAUGHT_CALLS", 3)
     distiller = distiller_of(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     if forgotten != "follow":

@@ -56,7 +56,7 @@ def test_both_losses(case, num_views, all_labeled, label_dtype):
     logits = views[0] if num_views == 1 else torch.stack(views, dim=1)
     logits = logits.detach().clone().requires_grad_()
     distiller = build(case, taught_views=(1, 2) if num_views == 3 else (0,))
-    found = distiller(image, logits, label, labeled_rows=num_labeled if all_labeled else None, weight=0.5)
+    found = distiller(image, logits, label, labeled_rows=num_labeled if all_labeled else "all", weight=0.5)
 
     teacher_logits = distiller.teacher(image.double(), views[0].double()).detach()
     taught = views[1:] if num_views == 3 else views

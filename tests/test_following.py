@@ -86,7 +86,8 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
 
 def test_host_that_wraps_zero_grad_afterwards_is_rid_of_the_teacher_too(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    handle = distiller_of(teacher).follow(optimizer)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
     ours, calls = optimizer.zero_grad, []
     optimizer.zero_grad = lambda *args, **kwargs: (calls.append("host"), ours(*args, **kwargs))
     handle.remove()
@@ -101,7 +102,8 @@ def test_host_s_own_zero_grad_is_put_back(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     calls = []
     own = optimizer.zero_grad = lambda **kwargs: calls.append(kwargs)
-    handle = distiller_of(teacher).follow(optimizer)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
     optimizer.zero_grad(set_to_none=False)
     assert calls == [{"set_to_none": False}] and optimizer.zero_grad is not own
     handle.remove()
@@ -114,15 +116,35 @@ def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
         SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))
 
 
-def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher):
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fused):
     student, teacher = student.float(), teacher.float()
     distiller = distiller_of(teacher)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
     distiller.follow(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
     scaler.scale(distiller(image, student(image), label).loss).backward()
     before = copy.deepcopy(teacher.state_dict())
-    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None; give"):
+    with pytest.raises(
+        RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"
+    ):
         scaler.step(optimizer)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("host", ["clips", "accumulates", "halves", "gives a disabled scaler"])
+def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, host):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer, torch.amp.GradScaler(enabled=False) if host.startswith("gives") else None)
+    factors = {"accumulates": 1 / 100, "halves": 1 / 64, "gives a disabled scaler": 1 / 1024}
+    for batch in toy_batches(3):
+        optimizer.zero_grad()
+        distiller(batch["image"], student(batch["image"]), batch["label"]).loss.backward()
+        for parameter in student.parameters():
+            parameter.grad *= factors.get(host, 1.0)
+        if host == "clips":
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-4)
+        optimizer.step()
+    assert all(parameter._post_accumulate_grad_hooks in (None, {}) for parameter in student.parameters())

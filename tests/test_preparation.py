@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from knowsam_monai import preparation
-from knowsam_monai.preparation import check_student, check_validations, check_writable, fast_cpu_matmul, root_cause
+from knowsam_monai.preparation import check_student, check_writable, fast_cpu_matmul, root_cause
 
 
 @pytest.fixture
@@ -62,13 +62,6 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
         check_writable(tmp_path / "output", tmp_path / "file" / "models")
     with pytest.raises(PermissionError, match="`output` must be a folder that can be written but .*--output "):
         check_writable(tmp_path / "file" / "output", arguments=("output",))
-
-
-@pytest.mark.parametrize("val_interval", [0, 3])
-def test_run_that_would_never_validate_is_refused(val_interval):
-    check_validations(val_interval=2, epoch_length=500, max_iterations=501)
-    with pytest.raises(ValueError, match=rf"`val_interval` must be 1 to 2, .* 500 .* but is {val_interval}; .*n\."):
-        check_validations(val_interval, epoch_length=500, max_iterations=501)
 
 
 def test_last_line_of_a_wrapped_error_is_its_root_cause():

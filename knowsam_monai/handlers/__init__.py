@@ -9,6 +9,7 @@ from .case_metrics import CaseMetrics
 from .co_training import MultiViewCoTraining
 from .fixmatch import FixMatch
 from .guided_mixing import UncertaintyGuidedMixing
+from .last_iteration import LastIteration
 from .loss_terms import LossTerms, scalar_terms
 from .mean_teacher import MeanTeacher
 from .preflight import Preflight
@@ -27,6 +28,7 @@ __all__ = [
     "BidirectionalCopyPaste",
     "CaseMetrics",
     "FixMatch",
+    "LastIteration",
     "LossTerms",
     "MeanTeacher",
     "MultiViewCoTraining",

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.handlers.last_iteration import last_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Preflight:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch >= engine.state.max_epochs:  # a run that went on from its end
+        if engine.state.iteration >= last_iteration(engine):  # a run that went on from its end
             return
         seconds = self._seconds_per_iteration(engine)
         if idist.get_rank() == 0:  # the trial iterations are made on every rank: they wait for each other
@@ -71,7 +72,7 @@ class Preflight:
 
     def report(self, engine: Engine, seconds: float) -> list[str]:
         """The lines of the table, for `seconds` an iteration."""
-        remaining = engine.state.max_epochs * engine.state.epoch_length - engine.state.iteration
+        remaining = last_iteration(engine) - engine.state.iteration
         finish = timedelta(seconds=round(seconds * remaining))
         if torch.device(engine.state.device).type == "cuda":
             memory = torch.cuda.max_memory_allocated(engine.state.device) / 2**30
@@ -125,7 +126,7 @@ class Preflight:
         batch = next(iter(engine.data_loader))
         if hasattr(engine.data_loader, "set_iteration"):  # a loader that knows its place goes back to it
             engine.data_loader.set_iteration(state.iteration)
-        iteration, last = state.iteration, state.max_epochs * state.epoch_length
+        iteration, last = state.iteration, last_iteration(engine)
         times = []
         for trial in (1, 1, last // 2, last):  # the first warms up
             state.iteration, state.batch = max(trial, 1), batch

@@ -15,6 +15,7 @@ from monai.handlers import CheckpointSaver
 
 from knowsam_monai.checkpoint_file import save_checkpoint
 from knowsam_monai.fingerprint import fingerprint as fingerprint_of
+from knowsam_monai.handlers.last_iteration import last_iteration
 from knowsam_monai.random_state import random_state, set_random_state
 from knowsam_monai.stop_signals import StopSignals
 from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
@@ -123,7 +124,8 @@ class Resume:
         epoch_length, steps = engine.state.epoch_length or math.inf, getattr(engine, "accumulation_steps", 1)
         place = (engine.state.iteration - 1) % epoch_length + 1  # in its epoch, whose end has its validation first
         every = steps * (RANKS_ASK_EVERY if idist.get_world_size() > 1 else 1)
-        if place % every == 0 and place != epoch_length and self._asked_to_stop():  # between two optimiser steps
+        ends = place == epoch_length or engine.state.iteration == last_iteration(engine)
+        if place % every == 0 and not ends and self._asked_to_stop():  # between two optimiser steps
             self._save(engine)
             self._stop(engine)
 
@@ -225,6 +227,8 @@ class Resume:
         for name, item in self.objects.items():
             _inner(item).load_state_dict(state[name])
         engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
+        if engine.state.iteration >= last_iteration(engine):  # at the end of an epoch that is cut short
+            engine.state.epoch = engine.state.max_epochs
         if engine.scaler is not None and "scaler" in state:
             engine.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None and state["best"]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from knowsam_monai.attachment import all_in_eval_mode
 from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations, is_cached, sam_image_for
-from knowsam_monai.distiller import SAMDistiller, labeled_slice
+from knowsam_monai.distiller import Rows, SAMDistiller, labeled_slice
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.views import unstack_views
@@ -23,10 +24,10 @@ class SAMDistillation:
     Attach SAM-induced knowledge distillation to a MONAI trainer: ``loss + L_kd + L_sam``, nothing else changes.
 
     Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits, or have them as a part
-    (`logits_of`). The teacher's optimiser follows the trainer's, under AMP and gradient accumulation too. Every step
+    (`logits_of`). The teacher's optimizer follows the trainer's, under AMP and gradient accumulation too. Every step
     writes `distillation_loss`, `sam_loss` and `gate_weight` (detached) and `teacher_logits` into
     ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
-    foreground Dice on the labelled rows, which the teacher learns from and which therefore does not judge it.
+    foreground Dice on the labeled rows, which the teacher learns from and which therefore does not judge it.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.networks.SliceTeacher`) draws by the iteration. Terms
     and Dice are then those of the slices, and there are no `teacher_logits`, which are of whole images or none.
@@ -36,23 +37,26 @@ class SAMDistillation:
     when the run starts. A handler that replaces the image must replace or remove `"sam_image"` too.
 
     Args:
-        distiller: the core, with teacher, optimiser and gate.
+        distiller: the core, with teacher, optimizer and gate.
         weight: factor of the distillation loss, a number or a function of ``engine.state.iteration``.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             learns from the beginning, whatever it is.
-        labeled_rows: rows that SAM learns from, an int n (the first n), a slice, or a callable of the batch that
-            returns one of these; None: the first ``len(label)``.
+        labeled_rows: rows whose labels SAM learns from: an int n (the first n), a slice, a callable of the batch that
+            returns one of these, or "all" labels there are. None: the first ``len(label)``, which must not be all
+            rows where the SAM loss has no `ignore_index`.
         every: the teacher runs at every k-th iteration only, the k-th, the 2k-th and so on. At all others it does
             no work and neither learns nor teaches. `weight` is not scaled: on average a k-th of it is left, and k times
             the weight makes up for that.
         gate_interval: runs of the teacher between two measurements of the "agreement" gate.
-        log_interval: iterations between two logs of the labelled Dice.
+        log_interval: iterations between two logs of the labeled Dice.
         logits_of: picks the logits, (B, C, *spatial) or stacked views, from what the network returns, as
             ``operator.itemgetter(0)`` from a tuple; None: they are all of it. The trainer's loss sees all.
 
     Raises:
         ValueError: when an interval is below 1; at a step when the teacher needs a `"sam_image"` that is not there or
-            does not fit, or when classes and rows of student, teacher and labels do not agree.
+            does not fit, when classes and rows of student, teacher and labels do not agree, or when every row has a
+            label and nobody says that all are labeled; at the start when both optimizers step the same parameters.
+        RuntimeError: at a step when the distiller is attached to a student besides.
 
     Example::
 
@@ -66,7 +70,7 @@ class SAMDistillation:
         distiller: SAMDistiller,
         weight: float | Callable[[int], float] = 1.0,
         start: int = 0,
-        labeled_rows: int | slice | Callable[[Any], int | slice] | None = None,
+        labeled_rows: Rows | Callable[[Any], Rows] = None,
         gate_interval: int = 50,
         log_interval: int = 50,
         every: int = 1,
@@ -94,16 +98,17 @@ class SAMDistillation:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        """Move the teacher to the trainer's device and let it follow the trainer's optimiser."""
+        """Move the teacher to the trainer's device and let it follow the trainer's optimizer."""
         self.completed(engine)
         if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()
         if self.distiller.optimizer is not None:
-            self._handle = self.distiller.follow(engine.optimizer, lambda: engine.scaler if engine.amp else None)
+            trainer = weakref.proxy(engine)  # its optimizer must not keep it, and thereby the distiller, alive
+            self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
 
     def completed(self, engine: Engine) -> None:
-        """Leave the trainer's optimiser as it was."""
+        """Leave the trainer's optimizer as it was."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

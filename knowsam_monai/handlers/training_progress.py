@@ -6,6 +6,8 @@ from typing import Any
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from knowsam_monai.handlers.last_iteration import last_iteration
+
 
 class TrainingProgress:
     """
@@ -47,7 +49,7 @@ class TrainingProgress:
         state = engine.state
         self.bar = tqdm(
             desc="Training",
-            total=state.max_epochs * state.epoch_length,
+            total=last_iteration(engine),
             initial=state.iteration,
             mininterval=0.2 if sys.stderr.isatty() else 60,
             dynamic_ncols=True,

@@ -112,6 +112,9 @@ class PartiallyLabeledLoss(nn.Module):
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         label = without_meta(label)
+        if label.ndim > 1 and label.shape[1] != 1:  # where it is 1, the prediction may be views of one channel
+            _check_channel(label, pred.shape[2:])
+            _check_channel(label, pred.shape[3:])
         views = unstack_views(without_meta(pred), label)
         check_label(views[0], label, ignore_index=getattr(self.loss, "ignore_index", None))
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
@@ -150,6 +153,7 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
             "in a batch, and each label has its image."
         )
+    _check_channel(label, logits.shape[2:])
     if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
         raise ValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
@@ -168,6 +172,14 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             raise ValueError(
                 f'`label` must be class numbers but has {broken:g}. Resize and turn labels with mode "nearest".'
             )
+
+
+def _check_channel(label: torch.Tensor, spatial_shape: torch.Size) -> None:
+    if label.shape[1:] == spatial_shape:
+        raise ValueError(
+            f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, spatial_shape))}) but is "
+            f"{tuple(label.shape)}; give `label[:, None]`."
+        )
 
 
 def check_loss_takes(

@@ -48,6 +48,7 @@ class EmbeddingCache:
         ValueError: when `dtype` is another, when the folder holds embeddings of another encoder, size or precision, or
             when an embedding is not finite in this precision. A file that is torn is warned of and computed again.
         NotADirectoryError: when `folder` is a file.
+        PermissionError: when `folder` cannot be made.
 
     Example::
 
@@ -145,6 +146,10 @@ class EmbeddingCache:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise NotADirectoryError(f"`cache_dir` must be a folder but {folder} is or lies in a file.") from None
+        except OSError as error:
+            raise PermissionError(
+                f"`cache_dir` must be a folder that can be written but {folder} cannot ({error.strerror}); name another."
+            ) from error
         try:
             found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         except FileNotFoundError:

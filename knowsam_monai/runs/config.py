@@ -14,6 +14,16 @@ SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  
 def running_config() -> dict[str, Any] | None:
     """
     The config whose parser is building what this was called from, with overlays and command line; None outside of one.
+    """
+    parser = running_parser()
+    if parser is None:
+        return None
+    return {key: value for key, value in parser.config.items() if key != parser.meta_key}
+
+
+def running_parser() -> ConfigParser | None:
+    """
+    The parser that is building what this was called from; None outside of one.
 
     MONAI gives a component of a config what it refers to and never the config, so the parser is looked for among the
     callers.
@@ -22,7 +32,7 @@ def running_config() -> dict[str, Any] | None:
     while frame is not None:
         parser = frame.f_locals.get("self")
         if isinstance(parser, ConfigParser):
-            return {key: value for key, value in parser.config.items() if key != parser.meta_key}
+            return parser
         frame = frame.f_back
     return None
 

@@ -93,6 +93,8 @@ class Ranks:
         folder.mkdir()
         options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "labeled_batch_size": 4}
         options["max_iterations"] = max_iterations
+        if "mean_teacher.json" in overlays:  # batch statistics of the averaged student are each rank's own at first
+            options["consistency_start"] = max_iterations - 2
         if "network_plain.json" in overlays and configs == CONFIGS:
             options["network_def"] = SMALL_UNET
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), device=None)

@@ -264,7 +264,10 @@ def test_bfloat16_on_the_cpu_trains_both_networks_with_finite_terms(training):
     assert run["distiller"].autocast_dtype == run["train#inferer"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("key,term", [("entropy_weight", "entropy_loss"), ("distillation_weight", "distillation_loss")])
+@pytest.mark.parametrize(
+    "key,term",
+    [("train#handlers#0#entropy_weight", "entropy_loss"), ("train#handlers#1#weight", "distillation_loss")],
+)
 def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_written(training, key, term):
     run = training(whole=True, distillation_gate="none", **{key: float("nan")})
     with pytest.raises(RuntimeError) as error:
@@ -274,7 +277,7 @@ def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_writ
 
 
 def test_step_that_leaves_weights_that_are_not_finite_reaches_no_checkpoint_though_its_loss_is(training):
-    run = training(whole=True, max_iterations=1, lr=float("inf"))
+    run = training(whole=True, max_iterations=1, **{"optimizer#lr": float("inf")})
     with pytest.raises(RuntimeError) as error:
         run.run()
     assert "Weights must be finite in a checkpoint but unet." in str(root_cause(error.value))

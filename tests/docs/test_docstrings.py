@@ -21,22 +21,35 @@ PUBLIC = {
     "inferers": ("AutocastInferer",),
     "noisy_passes": ("NoisyPasses",),
     "preparation": (
-        *("check_student", "check_validations", "check_writable", "explain_errors"),
+        *("check_student", "check_writable", "explain_errors"),
         *("fast_cpu_matmul", "ignore_known_warnings", "keep_freed_memory"),
     ),
     "prediction": ("predict_folder",),
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
+    "runs.config_check": ("check_config", "expand_path"),
+    "runs.starting": ("seed_ranks", "start_run"),
+    "runs.values": ("check_values",),
     "stop_signals": ("StopSignals", "end_on_signals"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
+    "wiring": ("Wiring",),
     "whole_file": ("remove_parts", "write_csv", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
 METHODS = ("losses", "networks", "handlers", "distiller", "ema_student")
 OWN = {
-    *("CaseMetrics", "LossTerms", "Preflight", "Resume", "TeacherValidation", "TrainingProgress", "ValidationHistory"),
+    *(
+        "CaseMetrics",
+        "LastIteration",
+        "LossTerms",
+        "Preflight",
+        "Resume",
+        "TeacherValidation",
+        "TrainingProgress",
+        "ValidationHistory",
+    ),
     *(
         "ValidationReport",
         "RunRecord",

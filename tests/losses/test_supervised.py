@@ -131,10 +131,13 @@ def test_label_that_does_not_fit_is_an_error(shape, message, views):
         PartiallyLabeledLoss()(torch.zeros(4, *views, 3, 6, 6), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("spatial", [(6, 6), (6, 6, 6)])
-def test_label_without_a_channel_is_an_error_and_not_taken_for_a_view(spatial):
-    with pytest.raises(ValueError, match="`label` must be of shape .* Load it with one channel of class indices"):
-        PartiallyLabeledLoss()(torch.zeros(4, 3, *spatial), torch.zeros(2, *spatial))
+@pytest.mark.parametrize("views", [(), (2,)])
+@pytest.mark.parametrize("spatial", [(6, 8), (6, 8, 4)])
+def test_label_without_a_channel_is_an_error_and_not_taken_for_a_view(spatial, views):
+    size = ", ".join(map(str, spatial))
+    said = rf"`label` must be of shape \(labeled rows, 1, {size}\) but is \(2, {size}\); give `label\[:, None\]`"
+    with pytest.raises(ValueError, match=said):
+        PartiallyLabeledLoss()(torch.zeros(4, *views, 3, *spatial), torch.zeros(2, *spatial))
 
 
 @pytest.mark.parametrize(

@@ -236,3 +236,8 @@ def test_folder_that_is_a_file_is_an_error(tmp_path, path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is or lies in a file"):
         build(folder=tmp_path / path)
+
+
+def test_folder_that_cannot_be_made_is_an_error():
+    with pytest.raises(PermissionError, match="`cache_dir` must be a folder that can be written but /proc/cache cannot"):
+        build(folder="/proc/cache")

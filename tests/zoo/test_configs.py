@@ -71,7 +71,8 @@ def test_evaluation_leaves_nothing_of_the_package_to_training_s_config(bundle, s
         **{key: evaluation[key] for key in ("initialize", "run", *student) if key in own},
     }
     assert [one for one in evaluation["imports"] if "knowsam" in one] == [
-        "$import knowsam_monai.preparation as preparation"
+        "$import knowsam_monai.preparation as preparation",
+        "$import knowsam_monai.runs.config_check as config_check",
     ]
 
 

@@ -1,0 +1,94 @@
+"""How a training starts, in one process or in several: the part of `initialize` that all its configs share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from monai.utils import set_determinism
+
+from knowsam_monai.preparation import check_writable, fast_cpu_matmul, ignore_known_warnings, keep_freed_memory
+from knowsam_monai.run_record import open_log
+from knowsam_monai.stop_signals import end_on_signals
+
+
+def start_run(
+    output_dir: str | os.PathLike,
+    ckpt_dir: str | os.PathLike,
+    device: torch.device,
+    seed: int,
+    resume: bool = True,
+    preflight: bool = False,
+    fast_matmul: bool = False,
+    process_timeout: float | None = None,
+) -> None:
+    """
+    Get ready to train: processes that know each other, folders that can be written, a log, a seed.
+
+    Call it after :func:`knowsam_monai.runs.config_check.check_config`, and before anything is built.
+
+    Args:
+        output_dir: folder of the run.
+        ckpt_dir: folder that the best student is copied to.
+        device: of this process.
+        seed: of all that is drawn; the same in every process, see :func:`seed_ranks`.
+        resume: add to the log of the run before.
+        preflight: write no log.
+        fast_matmul: see :func:`knowsam_monai.preparation.fast_cpu_matmul`; on a CPU only.
+        process_timeout: seconds that processes wait for each other; None for one process.
+
+    Raises:
+        PermissionError: when a folder cannot be written.
+        RuntimeError: when several processes are asked for and ``torchrun`` has not started this one.
+
+    Example::
+
+        start_run("output", "models", torch.device("cpu"), seed=0)
+    """
+    ignore_known_warnings()
+    end_on_signals()
+    keep_freed_memory()
+    if process_timeout is not None:
+        _join_processes(device, process_timeout)
+    check_writable(output_dir, ckpt_dir)
+    if idist.get_rank() == 0:
+        open_log(output_dir, resume, not preflight)
+    if fast_matmul and device.type == "cpu":
+        fast_cpu_matmul()
+    set_determinism(seed=seed)
+
+
+def seed_ranks(seed: int) -> None:
+    """
+    Let each of several processes draw its own random numbers; one process alone goes on with those it has.
+
+    Args:
+        seed: of the run.
+
+    Example::
+
+        seed_ranks(0)     # after networks are built, which must be the same in all
+    """
+    if idist.get_world_size() > 1:
+        torch.manual_seed(seed + idist.get_rank())
+
+
+def _join_processes(device: torch.device, timeout: float) -> None:
+    """Meet the processes that torchrun has started, and leave logging to the first."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except ValueError as error:  # what torchrun sets in the environment is missing
+            raise RuntimeError(
+                f"`process_timeout` must be None for a process that torchrun has not started but is {timeout}; start "
+                "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`."
+            ) from error
+    idist.sync()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    logging.getLogger().setLevel(logging.ERROR if idist.get_rank() > 0 else logging.INFO)

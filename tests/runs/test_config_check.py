@@ -1,0 +1,191 @@
+"""The check of a running config: wherever a value is from, before anything is read or written; paths in full."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigWorkflow
+
+from knowsam_monai.preparation import root_cause
+from knowsam_monai.runs.config_check import PATHS, check_config, expand_path
+
+from ..bundles.conftest import BUNDLES
+from ..bundles.test_resolution import files
+from ..processes import finish, start_ranks
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
+RUNS = (("train",), ("train", "network_plain", "ua_mt"), ("train", "evaluate"), ("inference",))
+
+
+@pytest.fixture(autouse=True)
+def hooks_as_they_were(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.fixture(params=[path.name for path in sorted(BUNDLES.iterdir())])
+def bundle(request):
+    return request.param
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def started(bundle, names, **override):
+    """The parser of a workflow after its check, the first line of its `initialize`."""
+    workflow = ConfigWorkflow(
+        files(bundle, names), logging_file=False, meta_file=None, workflow_type="train", **override
+    )
+    assert workflow.parser["initialize"][0] == "$config_check.check_config()"
+    workflow.parser["initialize"] = workflow.parser["initialize"][:1]
+    workflow.initialize()
+    return workflow.parser
+
+
+@pytest.mark.parametrize("source", ["override", "args_file.json", "args_file.yaml", "overlay.json", "overlay.yaml"])
+@pytest.mark.parametrize("names", RUNS, ids="+".join)
+def test_wrong_value_ends_before_anything_is_read_or_written(bundle, names, source, tmp_path, monkeypatch):
+    for name in ("load_datalist", "evaluation.inference_items"):
+        monkeypatch.setattr(f"knowsam_monai.data.{name}", lambda *args, **kwargs: pytest.fail("data was read"))
+    written = {"in_channels": "1", "output_dir": str(tmp_path / "output")}
+    arguments, config_file = {}, files(bundle, names)
+    if source == "override":
+        arguments = written
+    elif source.startswith("args"):
+        dump = json.dumps if source.endswith("json") else yaml.safe_dump
+        (tmp_path / source).write_text(dump({"config_file": config_file, **written}))
+        config_file, arguments = None, {"args_file": str(tmp_path / source)}
+    else:
+        (tmp_path / source).write_text((json.dumps if source.endswith("json") else yaml.safe_dump)(written))
+        config_file = [*config_file, str(tmp_path / source)]
+    with pytest.raises(RuntimeError) as error:
+        monai.bundle.run(config_file=config_file, logging_file=False, **arguments)
+    cause = root_cause(error.value)
+    assert isinstance(cause, ValueError) and str(cause).startswith("`in_channels` must be a number of channels")
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "bundle, names", [("knowsam_acdc", ("train.json", "multi_gpu_train.json")), ("knowsam_la", ("inference.json",))]
+)
+def test_command_line_ends_with_the_sentence_and_exit_code_1(bundle, names, tmp_path):
+    configs = [str(BUNDLES / bundle / "configs" / name) for name in names]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs), "--dataset_dri", "/data"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "output").exists()
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: `dataset_dri` must be a key") and last.endswith("did you mean `dataset_dir`?")
+
+
+def run_wrong(folder):
+    monai.bundle.run(
+        config_file=files("knowsam_acdc", ("train", "multi_gpu_train")),
+        logging_file=False,
+        val_interval=10,
+        max_iterations=4,
+        epoch_length=2,
+        output_dir=f"{folder}/output",
+        device="cpu",
+    )
+
+
+def test_both_of_two_ranks_end_where_one_process_would(tmp_path):
+    ranks = start_ranks(tmp_path, 2, run_wrong, str(tmp_path))
+    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
+    assert [finish(process, log, seconds=60) for process, log in zip(ranks, logs)] == [1, 1]
+    assert all("`val_interval` must be 1 to 2, the epochs of this run" in log.read_text() for log in logs)
+    assert not (tmp_path / "output").exists()
+
+
+def test_all_training_configs_start_the_same_way(bundle):
+    for path in (BUNDLES / bundle / "configs").glob("*.json"):
+        if path.stem not in ("train", "evaluate", "inference"):
+            assert "initialize" not in json.loads(path.read_text()), path
+
+
+def test_values_reach_the_components_in_the_config_s_own_form():
+    parser = started("knowsam_acdc", ("train",), image_size=[32.0, 32], device="cpu", max_iterations=10.0)
+    assert parser.get_parsed_content("device") == torch.device("cpu") and parser["image_size"] == 32
+    assert parser.get_parsed_content("validate#inferer").roi_size == [32, 32]
+    assert parser.get_parsed_content("mutual_ramp_up_iterations") == 10
+    assert parser["lr"].startswith("$")  # what was right stays as it was written
+
+
+@pytest.mark.parametrize("names", RUNS, ids="+".join)
+def test_every_path_is_expanded_wherever_it_is_from(bundle, names, home, tmp_path):
+    known = [key for key in PATHS if key in started(bundle, names).config]
+    assert len(known) >= 4
+    for number, (given, expanded) in enumerate(
+        [
+            ("~/a b", home / "a b"),
+            ("$SCRATCH/a", home.parent / "scratch" / "a"),
+            ("/x/${SCRATCH}", f"/x/{home.parent}/scratch"),
+        ]
+    ):
+        overlay = tmp_path / f"{number}.json"
+        cached = {"sam_encoder": "cached"} if "sam_cache_dir" in known else {}
+        overlay.write_text(json.dumps({**cached, **{key: given for key in known}}))
+        workflow = ConfigWorkflow(
+            [*files(bundle, names), str(overlay)], logging_file=False, meta_file=None, workflow_type="train"
+        )
+        workflow.parser["initialize"] = workflow.parser["initialize"][:1]
+        workflow.initialize()
+        assert {workflow.parser.get_parsed_content(key) for key in known} == {str(expanded)}
+    assert not list(tmp_path.rglob("~*"))
+
+
+def test_path_that_is_derived_follows(bundle, home):
+    parser = started(bundle, ("train",), bundle_root="~/bundle")
+    assert parser.get_parsed_content("output_dir") == f"{home}/bundle/output/knowsam_phantom_seed0"
+    assert parser.get_parsed_content("ckpt_dir") == f"{home}/bundle/models"
+    assert parser.get_parsed_content("datalist#phantom_dir") == f"{home}/bundle/data/phantom"
+
+
+def test_path_object_is_a_path(tmp_path):
+    assert started("knowsam_acdc", ("train",), output_dir=tmp_path / "a")["output_dir"] == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("~nosuch/x", "begins with '~nosuch', the home folder of nobody here; .* ./~nosuch"),
+        ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH of /data/\$NO_SUCH/x is not"),
+        ("/data/${NO_SUCH}", r"environment variables that are set but \$\{NO_SUCH\}"),
+    ],
+)
+def test_path_that_cannot_be_expanded_is_said(bundle, home, path, said):
+    with pytest.raises(ValueError, match=f"^`output_dir` must .*{said}"):
+        expand_path(path, "output_dir")
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, ("train",), output_dir=path)
+    assert str(root_cause(error.value)).startswith("`output_dir` must")
+
+
+def test_folder_with_a_dollar_in_its_name_is_taken_as_it_is(tmp_path):
+    (tmp_path / "US$HOME").mkdir()
+    assert expand_path(tmp_path / "US$HOME", "dataset_dir") == str(tmp_path / "US$HOME")
+
+
+def test_without_pydantic_paths_are_expanded_and_nothing_is_checked(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "knowsam_monai.runs.values", raising=False)
+    parser = started("knowsam_acdc", ("inference",), output_dir="~/out", in_channels="1")
+    assert parser["output_dir"] == f"{home}/out"
+
+
+def test_check_outside_of_a_config_is_said():
+    with pytest.raises(RuntimeError, match="`check_config` must be called by a config"):
+        check_config()

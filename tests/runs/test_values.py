@@ -1,0 +1,303 @@
+"""Settings of both bundles: what is wrong is said in a sentence, what is right in another form is turned into it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from knowsam_monai.runs import values as models
+from knowsam_monai.runs.config import SECTIONS
+from knowsam_monai.runs.values import PARTS, Inference, Overlays, Slices, Volumes, check_values
+
+from ..bundles.test_resolution import RUNS, files
+
+ACDC, LA = "knowsam_acdc", "knowsam_la"
+TRAIN, INFERENCE, EVALUATE = ("train",), ("inference",), ("train", "evaluate")
+FOLDER, LIST = "/data/folder", "/data/list.json"
+NAN, INF, HUGE = math.nan, math.inf, 10**30
+
+
+def merged(bundle, names, **override):
+    parser = ConfigParser()
+    parser.read_config(files(bundle, names))
+    parser.update(override)
+    return parser.config
+
+
+def overlay(method):
+    return ("train", "network_plain", method)
+
+
+@pytest.mark.parametrize("data", [None, FOLDER, LIST])
+@pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
+def test_shipped_values_are_right_and_stay_as_they_are(bundle, names, data):
+    assert check_values(merged(bundle, names, dataset_dir=data)) == {}
+
+
+@pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
+def test_every_key_of_every_config_is_listed(bundle, names):
+    listed = {field for model in (*models._models(merged(bundle, names)), Overlays) for field in model.model_fields}
+    assert {key.lstrip("+").split("#")[0] for key in merged(bundle, names)} <= listed | {*PARTS, *SECTIONS}
+
+
+def test_every_setting_has_a_meaning_and_words_for_errors():
+    every = [model for model in vars(models).values() if isinstance(model, type) and hasattr(model, "model_fields")]
+    fields = [(name, field) for model in every for name, field in model.model_fields.items()]
+    assert len({name for name, _ in fields}) > 80
+    for name, field in fields:
+        sentence = models._sentence(name, field, object())
+        assert field.description and re.match(rf"`{name}` must be \w.* but is <object", sentence), sentence
+    assert {Inference, Slices, Volumes} <= set(every)
+
+
+# configs, key, value, what the sentence says
+SWITCHES = ("use_sam", "resume", "amp", "cpu_autocast", "fast_cpu_matmul", "preflight")
+WRONG = [
+    *((TRAIN, key, "false", "True or False but is 'false'; write True or False") for key in SWITCHES),
+    *((TRAIN, key, value, "True or False") for key, value in zip(SWITCHES, ("no", 1, 0, None, "True", []))),
+    *((TRAIN, "lr", value, "a number above 0") for value in (0, -0.1, "abc", None, True, NAN, INF, HUGE, [0.1])),
+    *((TRAIN, "momentum", value, "below 1") for value in (2, 1, -0.1, "0.9", NAN)),
+    *((TRAIN, "weight_decay", value, "below 1") for value in (-1e-4, 1, "1e-4")),
+    *((TRAIN, "lr_power", value, "0 or more") for value in (-1, "linear", INF)),
+    *((TRAIN, "sam_lr", value, "above 0") for value in (0, -1, "adam")),
+    *((TRAIN, "seed", value, "a whole number, 0 to 4294967295") for value in (-1, 2**32, 0.5, "0", None)),
+    *((TRAIN, "max_iterations", value, "a whole number, 1 or more") for value in (0, -5, 2.5, "100", None, HUGE)),
+    *((TRAIN, "epoch_length", value, "a whole number, 1 or more") for value in (0, 1.5, False)),
+    *((TRAIN, "val_interval", value, "a whole number, 1 or more") for value in (0, 0.5)),
+    *((TRAIN, "log_interval", value, "a whole number, 1 or more") for value in (0, "ten")),
+    *((TRAIN, "accumulation_steps", value, "a whole number, 1 or more") for value in (0, 1.5)),
+    *((TRAIN, "labeled_batch_size", value, "a whole number, 1 or more") for value in (0, -2, 2.5, "2")),
+    *((TRAIN, "unlabeled_batch_size", value, "a whole number, 0 or more") for value in (-1, 0.5, None)),
+    *((TRAIN, "num_workers", value, "a number of processes") for value in (-1, 0.5, "two", 10**6)),
+    *((TRAIN, "cache_workers", value, "a number of processes") for value in (-1, 1.5)),
+    *((TRAIN, "in_channels", value, "a number of channels") for value in (0, 1.5, "1", HUGE)),
+    *((TRAIN, "num_classes", value, "a number of classes") for value in (1, -4, "4", 10**9)),
+    *((TRAIN, "labeled_patients", value, "a whole number, 1 or more, or None") for value in (0, -3, 3.5, "all")),
+    *((TRAIN, "holdout_patients", value, "a whole number, 0 or more") for value in (-1, 0.5)),
+    *(
+        (TRAIN, "class_names", value, "a list of names")
+        for value in ([], ["a", "a"], "a", ["a", 1], [" "], None, {"a": 1})
+    ),
+    *((TRAIN, "dataset_dir", value, "a path, or None") for value in ("", 5, ["a.json"], False)),
+    *(
+        (TRAIN, key, value, "a path but")
+        for key in ("output_dir", "ckpt_dir", "bundle_root")
+        for value in ("", None, 7)
+    ),
+    *((TRAIN, "run_name", value, "text without a slash") for value in ("", "a/b", 2024)),
+    *((TRAIN, "method", value, "text but") for value in ("", 3)),
+    *((TRAIN, "device", value, "a device of this machine") for value in ("gpu", "cuda:99", None, "", 99)),
+    *((TRAIN, "amp_dtype", value, "one of 'bfloat16', 'float16'") for value in ("float32", None, 16)),
+    (TRAIN, "amp_dtype", "bfloat", "did you mean 'bfloat16'?"),
+    *((TRAIN, "process_timeout", value, "above 0, or None") for value in (0, -1, "10 min")),
+    *((TRAIN, "mutual_weight", value, "0 or more") for value in (-1, "high", NAN)),
+    *((TRAIN, "mutual_ramp_up_iterations", value, "1 or more") for value in (0, -10, 1.5)),
+    *((TRAIN, "mutual_target", value, "one of 'hard', 'soft'") for value in ("firm", True)),
+    (TRAIN, "entropy_weight", -0.9, "0 or more"),
+    *((TRAIN, "view_weights", value, "a list of numbers") for value in ([], [0, 0, 0], [1, -1], 1.0, ["a"], [NAN])),
+    *((TRAIN, "augmentation_hole", value, "1 or more") for value in (0, -1, 2.5)),
+    *((TRAIN, "mixing_weight", value, "0 or more") for value in (-0.5, None)),
+    *((TRAIN, "mixing_start", value, "a whole number, 0 or more") for value in (-1, 0.24)),
+    *((TRAIN, "mixing_grid_size", value, "2 or more, or a list") for value in (0, 1, 2.5, [4], "4")),
+    *((TRAIN, "mixing_num_cells", value, "1 or more") for value in (0, 2.5)),
+    *((TRAIN, "mixing_pseudo_label", value, "'teacher', 'student'") for value in ("sam", 0)),
+    (TRAIN, "mixing_pseudo_label", "techer", "did you mean 'teacher'?"),
+    *((TRAIN, "sam_variant", value, "one of 'vit_t', 'vit_b', 'vit_l', 'vit_h'") for value in ("sam2", None)),
+    (TRAIN, "sam_variant", "vitb", "did you mean 'vit_b'?"),
+    *((TRAIN, "sam_checkpoint", value, "a path, or None") for value in ("", 0, True)),
+    *((TRAIN, "sam_trainable", value, "'adapters', 'all'") for value in ("none", None)),
+    *((TRAIN, "sam_input", value, "the number of a channel, 'mean' or 'rgb'") for value in (-1, "red", 0.5)),
+    *((TRAIN, "distillation_weight", value, "0 or more") for value in (-1, "1")),
+    *((TRAIN, "distillation_temperature", value, "above 0") for value in (0, -2, INF)),
+    *((TRAIN, "distillation_dice_weight", value, "0 or more") for value in (-1,)),
+    *((TRAIN, "distillation_start", value, "0 or more") for value in (-1, 1.5)),
+    *((TRAIN, "distillation_every", value, "1 or more") for value in (0, 1.5)),
+    *((TRAIN, "distillation_gate", value, "one of 'none', 'validation', 'agreement'") for value in (None, "off")),
+    (TRAIN, "distillation_gate", "validaton", "did you mean 'validation'?"),
+    *((TRAIN, "distillation_gate_tolerance", value, "above 0") for value in (0, -0.1)),
+    *((TRAIN, "prompt_view", value, "the number of a view") for value in (-1, 0.5, "fused")),
+    *((TRAIN, "taught_views", value, "a list of numbers of views") for value in ([], [1, 1], [-1], 1, ["vnet"])),
+    *((TRAIN, "taught_rows", value, "one of 'all', 'unlabeled'") for value in ("labeled", [0])),
+    (TRAIN, "taught_rows", "unlabelled", "did you mean 'unlabeled'?"),
+    *((overlay("mean_teacher"), "ema_decay", value, "below 1") for value in (1, -0.1, "slow")),
+    *((overlay("mean_teacher"), "consistency_weight", value, "0 or more") for value in (-1, NAN)),
+    (overlay("ua_mt"), "num_passes", 0, "1 or more"),
+    (overlay("ua_mt"), "passes_at_once", 0, "1 or more, or None"),
+    *((overlay("fixmatch"), "pseudo_label_threshold", value, "a number, 0 to 1") for value in (95, -0.1)),
+    *((overlay("bcp"), "box_fraction", value, "between 0 and 1") for value in (0, 1, 2)),
+    (overlay("bcp"), "unlabeled_pixel_weight", -0.5, "0 or more"),
+    (("train", "network_pair", "cps"), "mutual_rows", "labeled", "one of 'all', 'unlabeled'"),
+    (("train", "multi_gpu_train"), "sync_batchnorm", "false", "True or False"),
+    *((EVALUATE, "split", value, "one of 'labeled', 'validation', 'test'") for value in ("train", None, 0)),
+    (EVALUATE, "split", "tests", "did you mean 'test'?"),
+    *((EVALUATE, "ckpt_path", value, "a path but") for value in ("", None)),
+    *((INFERENCE, "ckpt_path", value, "a path but") for value in ("", None)),
+    *((INFERENCE, "image_pattern", value, "text but") for value in ("", 5)),
+    *((INFERENCE, "output_postfix", value, "text without a slash") for value in ("../x", None)),
+    (INFERENCE, "largest_component", "yes", "True or False"),
+    (INFERENCE, "num_classes", 1, "a number of classes"),
+]
+WRONG_OF_SLICES = [
+    *(
+        (TRAIN, "image_size", value, "the side of a square slice")
+        for value in ([64, 32], [64], [64, 64, 64], 0, 64.5, "64", HUGE)
+    ),
+    *((TRAIN, "augmentation_shift", value, "0 or more") for value in (-1, "far")),
+    *((TRAIN, "sam_encoder", value, "one of 'adapted', 'cached'") for value in ("frozen", None)),
+    *((TRAIN, "sam_cache_dir", value, "a path, or None") for value in ("", 1)),
+    (INFERENCE, "image_size", [64, 32], "the side of a square slice"),
+    *((INFERENCE, "slices_per_batch", value, "1 or more") for value in (0, 1.5)),
+]
+WRONG_OF_VOLUMES = [
+    *(
+        (TRAIN, "image_size", value, "three whole numbers")
+        for value in (64, [64, 64], [64, 64, 0], [64, 64, 0.5], "64", [])
+    ),
+    *((TRAIN, "spacing", value, "three numbers, 0 to 1000") for value in (1.0, [1, 1], [1, 1, -1], [1, 1, INF])),
+    *((TRAIN, "crop_size", value, "above 0, or None") for value in (0, -1, [200] * 3)),
+    *((TRAIN, "channels", value, "a list of whole numbers") for value in ([], [16, 0], 16, [1.5])),
+    *((TRAIN, "aggregation_channels", value, "three whole numbers") for value in ([16, 16], [0] * 3)),
+    *((TRAIN, "window_overlap", value, "below 1, or a list of three") for value in (1, -0.1, [0.5, 0.5], "half")),
+    *((TRAIN, "sam_image_size", value, "the side of a square slice") for value in (0, [64, 32])),
+    *((TRAIN, "sam_axes", value, "an axis, -3 to 2") for value in (3, [0, 0], [], "z")),
+    *((TRAIN, "sam_slices", value, "1 or more, or None") for value in (0, 1.5)),
+    *((TRAIN, "sam_slice_sampling", value, "one of 'uniform', 'entropy'") for value in ("all", None)),
+    (EVALUATE, "window_overlap", 1.5, "below 1"),
+    (INFERENCE, "window_overlap", [0.5], "below 1"),
+    (INFERENCE, "windows_per_batch", 0, "1 or more"),
+]
+CASES = [(bundle, *case) for bundle in (ACDC, LA) for case in WRONG]
+CASES += [(ACDC, *case) for case in WRONG_OF_SLICES] + [(LA, *case) for case in WRONG_OF_VOLUMES]
+
+
+@pytest.mark.parametrize("bundle, names, key, value, said", CASES)
+def test_wrong_value_is_one_sentence_with_the_key(bundle, names, key, value, said):
+    with pytest.raises(ValueError) as error:
+        check_values(merged(bundle, names, **{key: value}))
+    sentence = str(error.value)
+    assert re.fullmatch(rf"`{key}` must be [^\n]+ but is [^\n]+; [^\n]+[.?]", sentence) and said in sentence, sentence
+
+
+TWO_EPOCHS = {"max_iterations": 8, "epoch_length": 4, "mixing_start": 0}
+CONTRADICTIONS = [
+    (TRAIN, {**TWO_EPOCHS, "epoch_length": 9}, "`epoch_length` must be at most 8"),
+    (TRAIN, {**TWO_EPOCHS, "val_interval": 3}, "`val_interval` must be 1 to 2"),
+    (TRAIN, {**TWO_EPOCHS, "accumulation_steps": 5}, "`accumulation_steps` must be at most 4"),
+    (TRAIN, {**TWO_EPOCHS, "max_iterations": 9, "accumulation_steps": 2}, "`max_iterations` must end with a step"),
+    (TRAIN, {**TWO_EPOCHS, "mixing_start": 8}, "`mixing_start` must be below 8"),
+    (TRAIN, {**TWO_EPOCHS, "distillation_start": 100}, "`distillation_start` must be below 8"),
+    (TRAIN, {**TWO_EPOCHS, "distillation_every": 9}, "`distillation_every` must be at most 8"),
+    (overlay("mean_teacher"), {**TWO_EPOCHS, "consistency_start": 8}, "`consistency_start` must be below 8"),
+    (overlay("fixmatch"), {**TWO_EPOCHS, "pseudo_label_start": 8}, "`pseudo_label_start` must be below 8"),
+    (overlay("bcp"), {**TWO_EPOCHS, "pretraining_iterations": 8}, "`pretraining_iterations` must be below 8"),
+    (TRAIN, {"mixing_num_cells": 4, "mixing_grid_size": [2, 2, 1]}, "`mixing_"),
+    (TRAIN, {"mixing_grid_size": 500}, "`mixing_grid_size` must be at most the image's size"),
+    (TRAIN, {"augmentation_hole": 500}, "`augmentation_hole` must be at most the image's size"),
+    (TRAIN, {"augmentation_hole": [3] * 4}, "one number for each axis, but is [3, 3, 3, 3]"),
+    (TRAIN, {"mixing_num_cells": 64}, "`mixing_num_cells` must be below"),
+    (TRAIN, {"sam_checkpoint": None, "sam_trainable": "adapters"}, "`sam_checkpoint` must be a file of SAM's weights"),
+    (TRAIN, {"labeled_patients": 7}, "`labeled_patients` must be left out with the synthetic phantom but is 7"),
+    (TRAIN, {"dataset_dir": LIST, "labeled_patients": 7}, f"must be left out with the data list {LIST} but is 7"),
+    (TRAIN, {"dataset_dir": LIST, "holdout_patients": 2}, "`holdout_patients` must be left out"),
+    (TRAIN, {"dataset_dir": FOLDER, "labeled_patients": None}, "`labeled_patients` must be a number of patients"),
+    (EVALUATE, {"dataset_dir": LIST, "labeled_patients": 3}, "`labeled_patients` must be left out"),
+]
+
+
+@pytest.mark.parametrize("bundle", [ACDC, LA])
+@pytest.mark.parametrize("names, override, said", CONTRADICTIONS)
+def test_settings_that_do_not_fit_together_are_said(bundle, names, override, said):
+    with pytest.raises(ValueError) as error:
+        check_values(merged(bundle, names, **override))
+    assert said in str(error.value)
+
+
+def test_cache_folder_of_an_encoder_that_is_not_cached_is_said():
+    with pytest.raises(ValueError, match="`sam_cache_dir` must be left out .*; add --sam_encoder cached"):
+        check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache"))
+    assert check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache", sam_encoder="cached")) == {}
+
+
+UNKNOWN = [
+    (TRAIN, "labeld_patients", "did you mean `labeled_patients`?"),
+    (TRAIN, "dataset_dri", "did you mean `dataset_dir`?"),
+    (TRAIN, "sam_checkpiont", "did you mean `sam_checkpoint`?"),
+    (TRAIN, "networkdef", "did you mean `network_def`?"),
+    (TRAIN, "xyzzy", "leave it out."),
+    (TRAIN, "ema_decay", "nothing here uses it; add the overlay that does"),
+    (TRAIN, "split", "nothing here uses it"),
+    (TRAIN, "image_pattern", "nothing in it refers to it"),
+    (INFERENCE, "max_iterations", "nothing in it refers to it"),
+    (INFERENCE, "output_postfx", "did you mean `output_postfix`?"),
+    (EVALUATE, "ckpt_pth", "did you mean `ckpt_path`?"),
+]
+
+
+@pytest.mark.parametrize("bundle", [ACDC, LA])
+@pytest.mark.parametrize("names, key, said", UNKNOWN)
+def test_key_that_nothing_knows_is_said(bundle, names, key, said):
+    with pytest.raises(ValueError) as error:
+        check_values(merged(bundle, names, **{key: 1}))
+    assert re.match(rf"`{key}` must be [^\n]+$", str(error.value)) and said in str(error.value)
+
+
+@pytest.mark.parametrize("bundle, key", [(ACDC, "spacing"), (LA, "augmentation_shift")])
+def test_key_of_the_other_bundle_is_said(bundle, key):
+    with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is none"):
+        check_values(merged(bundle, TRAIN, **{key: 1}))
+
+
+def test_all_mistakes_of_a_start_are_said_together():
+    with pytest.raises(ValueError) as error:
+        check_values(merged(ACDC, TRAIN, lr=0, use_sam="false", labeld_patients=3))
+    lines = str(error.value).splitlines()
+    assert sorted(line.split("`")[1] for line in lines) == ["labeld_patients", "lr", "use_sam"]
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("lr", "@lrr", "`lr` must refer to keys of this config but refers to `@lrr`, which is none; did you mean `@lr"),
+        ("lr", "$0.01 *", r"`lr` must be an expression that can be evaluated but '\$0.01 \*' cannot"),
+        ("output_dir", "$NO_SUCH/run", "`output_dir` must be an expression that can be evaluated"),
+    ],
+)
+def test_expression_that_fails_is_said_by_its_key_alone(key, value, said):
+    with pytest.raises(ValueError, match=said) as error:
+        check_values(merged(ACDC, TRAIN, **{key: value}))
+    assert len(str(error.value).splitlines()) == 1
+
+
+RIGHT = [
+    (ACDC, TRAIN, {"image_size": 32.0}, {"image_size": 32}),
+    (ACDC, TRAIN, {"image_size": [64, 64]}, {"image_size": 64}),
+    (ACDC, TRAIN, {"image_size": (64.0, 64.0)}, {"image_size": 64}),
+    (LA, TRAIN, {"image_size": [64.0, 64, 32]}, {"image_size": [64, 64, 32]}),
+    (LA, TRAIN, {"image_size": (64, 64, 32)}, {"image_size": [64, 64, 32]}),
+    (LA, TRAIN, {"sam_image_size": [64, 64], "sam_axes": (0, -1)}, {"sam_image_size": 64, "sam_axes": [0, -1]}),
+    (LA, TRAIN, {"spacing": [0, 1, 2], "crop_size": None, "sam_slices": None, "window_overlap": [0.5, 0.5, 0]}, {}),
+    (ACDC, TRAIN, {"max_iterations": 1e4}, {"max_iterations": 10000}),
+    (ACDC, TRAIN, {"device": "cpu"}, {"device": torch.device("cpu")}),
+    (ACDC, INFERENCE, {"device": "cpu"}, {"device": torch.device("cpu")}),
+    (ACDC, TRAIN, {"class_names": ("a", "b")}, {"class_names": ["a", "b"]}),
+    (ACDC, TRAIN, {"lr": 1, "mixing_weight": 0, "momentum": 0, "lr_power": 0, "weight_decay": 0}, {}),
+    (ACDC, TRAIN, {"max_iterations": 10, "epoch_length": 4, "accumulation_steps": 2}, {}),
+    (ACDC, TRAIN, {"sam_checkpoint": None, "sam_input": "mean", "view_weights": [0.5, 1, 0]}, {}),
+    (ACDC, TRAIN, {"dataset_dir": FOLDER, "labeled_patients": 3, "holdout_patients": 2}, {}),
+    (ACDC, TRAIN, {"use_sam": False, "distillation_start": 10**6, "mixing_grid_size": [4, 2]}, {}),
+    (ACDC, TRAIN, {"lr": {"_target_": "max", "_args_": [0.1, 0.2]}}, {}),
+    # keys of the user's own that something refers to
+    (ACDC, TRAIN, {"base_lr": 0.1, "lr": "$@base_lr / 2"}, {}),
+    (ACDC, TRAIN, {"depth": [4] * 5, "network_def#channels": "@depth", "train#trainer#epoch_length": 10}, {}),
+    (ACDC, TRAIN, {"train#handlers#0#_disabled_": True, "network_def": {"_target_": "BasicUNet"}}, {}),
+]
+
+
+@pytest.mark.parametrize("bundle, names, override, changed", RIGHT)
+def test_right_value_is_accepted_in_the_config_s_own_form(bundle, names, override, changed):
+    found = check_values(merged(bundle, names, **override))
+    assert {key: repr(value) for key, value in found.items()} == {key: repr(value) for key, value in changed.items()}
