@@ -30,7 +30,7 @@ class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, n
         optimizer = torch.optim.Adam((p for p in sam.parameters() if p.requires_grad), lr=1e-4)
         sam_loss = dice_ce_loss(classes, ignore_index=labels.ignore_label)
         distiller = SAMDistiller(teacher, optimizer, sam_loss=sam_loss, gate=self.gate)
-        options = dict(select=lambda batch, image: (image, finest(batch["target"]), len(image)), logits_of=finest)
+        options = dict(labeled_rows="all", logits_of=finest)  # what has no label is the ignore label
         self.skd = distiller.attach(self.network, self.optimizer, scaler=self.grad_scaler, **options)
         self.skd.iteration, self.sam = self.current_epoch * self.num_iterations_per_epoch, (distiller, optimizer)
         if hasattr(self, "resumed_from"):
@@ -38,7 +38,7 @@ class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, n
                 part.load_state_dict(state)
 
     def train_step(self, batch):
-        self.skd.next_batch(batch)
+        self.skd.next_batch((batch["data"], finest(batch["target"])))
         return super().train_step(batch) | {name: term.item() for name, term in self.skd.terms.items()}
 
     def on_train_epoch_end(self, outputs):

@@ -55,7 +55,7 @@ def test_script_gets_skd_on_its_student_alone(modules):
     wrapped.distiller.gate.mode = "none"
     wrapped.distiller.gate.weight.fill_(1)
     student = train(script)
-    (skd,) = wrapped.attached
+    (skd,) = wrapped.distiller.wiring.attachments
     assert skd.student is student and skd.iteration == NUM_STEPS
     assert skd.terms["sam_loss"] > 0 and skd.terms["distillation_loss"] > 0
     assert {int(state["step"]) for state in wrapped.distiller.optimizer.state.values()} == {NUM_STEPS}
@@ -82,4 +82,4 @@ def test_with_a_weight_of_0_it_is_the_script_bit_for_bit(modules, monkeypatch):
     loss = type(wrapped.distiller.distillation_loss)
     monkeypatch.setattr(loss, "forward", lambda self, student, teacher: 0 * student.sum())
     assert same_weights(train(script), student_alone)
-    assert len(wrapped.attached) == 1
+    assert len(wrapped.distiller.wiring.attachments) == 1
