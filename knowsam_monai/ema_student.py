@@ -95,6 +95,11 @@ class EMAStudent:
         engine.add_event_handler(Events.STARTED, self.follow)
         engine.add_event_handler(Events.COMPLETED, self.unfollow)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether the average moves with the student's steps."""
+        return self._handle is not None
+
     def follow(self) -> None:
         """Let the average move with each step of the student's optimiser, once however often this is called."""
         if self._handle is not None:
