@@ -79,7 +79,7 @@ class SAMDistiller(nn.Module):
         optimizer: the teacher's own optimiser (the paper: Adam, 1e-4). None keeps the teacher as it is.
         distillation_loss: ``f(student_logits, teacher_logits)``; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, with a sigmoid for one channel.
+        sam_loss: ``f(teacher_logits, label)`` on the labelled rows; default CE + Dice, one channel as two classes.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.

@@ -127,6 +127,11 @@ def _label_map(x: Tensor, num_classes: int, key: str) -> Tensor:
             f"`{key}` must have 1 channel (class numbers) or {num_classes} (one-hot) but has {x.shape[0]}; "
             "`class_names` names every class but the background."
         )
+    if x.shape[0] == 1 and (x - x.round()).abs().gt(0.01).any():
+        raise ValueError(
+            f"`{key}` must be class numbers or one-hot but has {x[x != x.round()][0]:g}; of a network of one sigmoid "
+            "channel put Activationsd(sigmoid=True) and AsDiscreted(threshold=0.5) into the postprocessing."
+        )
     x = x[0].round().long() if x.shape[0] == 1 else x.argmax(0)
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < num_classes:
         raise ValueError(
