@@ -14,7 +14,13 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from knowsam_monai.handlers.validation_case import case_names, class_dice, validation_cases
+from knowsam_monai.handlers.validation_case import (
+    case_names,
+    check_class_names,
+    class_dice,
+    names_of_ranks,
+    validation_cases,
+)
 from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
 from knowsam_monai.whole_file import write_csv, write_whole
 
@@ -45,7 +51,8 @@ class ValidationReport:
         teacher_name: heading of the teacher's.
 
     Raises:
-        ValueError: when `class_names` is empty or one string, `num_slices` below 1 or `keep` is neither of both.
+        ValueError: when `class_names` is empty, one string or has a name twice, `num_slices` below 1 or `keep` is
+            neither of both.
 
     Example::
 
@@ -65,14 +72,12 @@ class ValidationReport:
         student_name: str = "student",
         teacher_name: str = "SAM teacher",
     ) -> None:
-        if isinstance(class_names, str) or not class_names:
-            raise ValueError(f"`class_names` must be a list of the foreground classes' names but is {class_names!r}.")
         if num_slices < 1:
             raise ValueError(f"`num_slices` must be at least 1 but is {num_slices}.")
         if keep not in ("best", "last"):
             raise ValueError(f'`keep` must be "best" or "last" but is {keep!r}.')
         self.output_dir = str(output_dir)
-        self.class_names = list(class_names)
+        self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
         self.keep = keep
         self.pred_keys = ("pred", teacher_key)
@@ -82,6 +87,7 @@ class ValidationReport:
         self._kept: dict[str, Any] = {}
         self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
         self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
+        self._contents: dict[str, int] = {}
         self._views: list[SliceView] = []
 
     def attach(self, engine: Engine) -> None:
@@ -91,11 +97,12 @@ class ValidationReport:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        self._dice, self._views = {key: {} for key in self.pred_keys}, []
+        self._dice, self._contents, self._views = {key: {} for key in self.pred_keys}, {}, []
 
     def __call__(self, engine: Engine) -> None:
         num_classes = len(self.class_names) + 1
-        for case in validation_cases(engine, num_classes, self.pred_keys):
+        for case in validation_cases(engine, num_classes, self.pred_keys, seen=self._contents):
+            self._contents[case.path] = case.content
             for key, pred in case.preds.items():
                 self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
             if idist.get_rank() == 0:
@@ -105,8 +112,12 @@ class ValidationReport:
         """Gather Dice of all ranks, and keep this validation when it is the one to be reported."""
         self._num_validations += 1
         if idist.get_world_size() > 1:
-            ranks = idist.all_gather(self._dice)
-            self._dice = {key: {p: d for rank in ranks for p, d in rank[key].items()} for key in self.pred_keys}
+            ranks, contents = zip(*idist.all_gather((self._dice, self._contents)))
+            named = list(zip(ranks, names_of_ranks(contents)))
+            self._dice = {
+                key: {names[path]: dice for rank, names in named for path, dice in rank[key].items()}
+                for key in self.pred_keys
+            }
         if not self._dice["pred"]:
             return
         dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
@@ -179,15 +190,19 @@ class ValidationReport:
             return None
         self._write_slices()
         path = os.path.join(self.output_dir, "validation.png")
-        figure = draw(self._kept["views"], self.class_names)
+        figure = draw(self._kept["views"], self._names(), self.class_names)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
         logger.info(f"Validation slices, truth and prediction: {path}")
         return path
 
-    def _write_cases(self) -> None:
+    def _names(self) -> dict[str, str]:
+        """The name of each case by its path."""
         paths = sorted(self._kept["cases"]["pred"])
+        return dict(zip(paths, case_names(paths)))
+
+    def _write_cases(self) -> None:
         rows: list[dict[str, str]] = []
-        for path, name in zip(paths, case_names(paths)):
+        for path, name in self._names().items():
             for key, model in zip(self.pred_keys, self.column_names):
                 dice = torch.tensor(self._kept["cases"][key].get(path, []))
                 if len(dice):
@@ -201,12 +216,12 @@ class ValidationReport:
         folder.mkdir(exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-        views = self._kept["views"]
-        for i, (view, name) in enumerate(zip(views, case_names([view.path for view in views]))):
+        views, names = self._kept["views"], self._names()
+        for i, view in enumerate(views):
             last = "worst slice" if len(views) > 1 else "largest slice"
             kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
             dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
-            title = f"{name}, {view.position}"
+            title = f"{names[view.path]}, {view.position}"
             fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
             save = partial(draw_slice(view, len(self.class_names)).savefig, format="png", dpi=150, metadata=fields)
             write_whole(folder / f"{i + 1}.png", save)
