@@ -23,6 +23,7 @@ from knowsam_monai.handlers.validation_case import (
     names_of_ranks,
     validation_cases,
 )
+from knowsam_monai.texts import shortened
 from knowsam_monai.whole_file import write_csv
 
 logger = logging.getLogger(__name__)
@@ -161,12 +162,15 @@ class CaseMetrics:
     def _table(self, values: np.ndarray) -> list[str]:
         """Mean and standard deviation over the cases; undefined distances are counted, not averaged."""
         shown = [m for m in METRICS if m != "jaccard" and not (m.endswith("_mm") and np.isnan(values[..., 2:4]).all())]
-        width = max(len(name) for name in (*self.class_names, "class"))
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
+        width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
         lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
-        for (c, name), (k, components) in product(enumerate([*self.class_names, "mean"]), enumerate(COMPONENTS)):
+        for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
-            of_class = values[:, k] if name == "mean" else values[:, k, c : c + 1]  # (cases, classes, metrics)
+            of_class = (
+                values[:, k] if c == len(self.class_names) else values[:, k, c : c + 1]
+            )  # (cases, classes, metrics)
             for metric in shown:
                 per_case = _nanmean(of_class[..., METRICS.index(metric)])
                 digits = 3 if metric == "dice" else 2

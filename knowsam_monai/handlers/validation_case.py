@@ -20,6 +20,8 @@ from monai.utils import ImageMetaKey
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from knowsam_monai.texts import printable
+
 NAMES_OF_ALL = ("lgemri", "mri_norm2")
 # None: neither image nor label knows its spacing; "meta": take it from there
 Spacing = Sequence[float] | str | None
@@ -168,7 +170,7 @@ def _add(contents: dict[str, int], path: str, content: int) -> str:
 
 def case_names(paths: Sequence[str]) -> list[str]:
     """
-    File names without folder and extension, all different.
+    File names without folder and extension, printable and all different.
 
     As many folders stay as tell apart what would otherwise be one name, and one where all cases have the same, as the
     left atrium's do. What they cannot tell apart is numbered.
@@ -182,8 +184,8 @@ def case_names(paths: Sequence[str]) -> list[str]:
         parent, name = PurePath(os.path.dirname(file)), os.path.basename(file)
         stem = name.split(".nii")[0]
         stem = os.path.splitext(stem)[0] if stem == name else stem
-        stems.append(f"{stem} ({number})" if number else stem)
-        folders.append([part for part in parent.parts if part != parent.anchor])
+        stems.append(printable(f"{stem} ({number})" if number else stem))
+        folders.append([printable(part) for part in parent.parts if part != parent.anchor])
     depths = [int(stem in NAMES_OF_ALL) for stem in stems]
     while True:
         names = ["/".join((*f[len(f) - d :], s)) if d <= len(f) else s for s, f, d in zip(stems, folders, depths)]

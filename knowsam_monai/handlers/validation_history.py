@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from knowsam_monai.handlers.validation_case import check_class_names
-from knowsam_monai.whole_file import write_csv
+from knowsam_monai.whole_file import read_csv, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -73,5 +72,4 @@ class ValidationHistory:
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
         if not os.path.isfile(self.path):
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        return [dict(row) for row in read_csv(self.path) if int(row["epoch"]) < epoch]

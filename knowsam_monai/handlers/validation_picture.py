@@ -12,6 +12,7 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import ValidationCase, class_dice
+from knowsam_monai.texts import shortened
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, the lightest on grey tissue first
 COLORS = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
@@ -97,7 +98,7 @@ def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence
                 _overlay(axis, labels, colors)
             if column == 0:
                 worst = "worst: " if row == len(views) - 1 and len(views) > 1 else ""
-                name = f"{worst}{shown(names[view.path], 40)}\n{view.position}"
+                name = f"{worst}{shortened(names[view.path], 40)}\n{view.position}"
                 axis.set_ylabel(name, fontsize=9, color="#333333", parse_math=False)
             if row == 0:
                 axis.set_title(("image", "truth", "prediction")[column], fontsize=12, pad=6)
@@ -108,7 +109,7 @@ def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence
     legend = figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
     for text, name in zip(legend.get_texts(), class_names):
         text.set_parse_math(False)
-        text.set_text(shown(name, 40))
+        text.set_text(shortened(name, 40))
     return figure
 
 

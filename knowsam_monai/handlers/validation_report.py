@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from knowsam_monai.handlers.validation_case import (
+    ValidationCase,
     case_names,
     check_class_names,
     class_dice,
@@ -22,6 +23,7 @@ from knowsam_monai.handlers.validation_case import (
     validation_cases,
 )
 from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
+from knowsam_monai.texts import printable, shortened
 from knowsam_monai.whole_file import write_csv, write_whole
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,17 @@ class ValidationReport:
             for key, pred in case.preds.items():
                 self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
             if idist.get_rank() == 0:
-                self._views += slice_views(case, num_classes)
+                self._views += self._views_of(case, num_classes)
+
+    def _views_of(self, case: ValidationCase, num_classes: int) -> list[SliceView]:
+        """The slices that may be shown of a case; none, and a warning, where they cannot be taken."""
+        try:
+            return slice_views(case, num_classes)
+        except Exception as error:  # whatever a picture fails by, the training goes on
+            logger.warning(
+                "No picture of %s: %s: %s", printable(case.path), type(error).__name__, printable(str(error))
+            )
+            return []
 
     def completed(self, engine: Engine) -> None:
         """Gather Dice of all ranks, and keep this validation when it is the one to be reported."""
@@ -160,15 +172,20 @@ class ValidationReport:
         columns = [(self.column_names[self.pred_keys.index(key)], dice) for key, dice in kept["dice"].items()]
         if self.keep == "best" and self._num_validations > 1:
             columns.append((f"{self.column_names[0]}, last", self._last))
-        names = [*self.class_names, "mean"]
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
         head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
         lines = [f"Validation Dice, {kept['num_cases']} volumes{which}", head, rule]
         for i, name in enumerate(names):
             cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
-            lines += [rule] * (name == "mean") + [f"  {name:<{width}}{cells}"]
+            lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]
         return lines
+
+    @property
+    def is_empty(self) -> bool:
+        """Has no validation run?"""
+        return not self._kept
 
     def write(self) -> str | None:
         """
@@ -179,28 +196,37 @@ class ValidationReport:
         """
         if idist.get_rank() != 0:
             return None
-        if not self._kept:
+        if self.is_empty:
             logger.warning("No validation has run, so there is no validation report.")
             return None
+        self.log_table()
+        self.write_cases()
+        self.write_slices()
+        return self.write_picture()
+
+    def log_table(self) -> None:
+        """Log :meth:`table`, line by line."""
         for line in self.table():
-            logger.info(line)
-        os.makedirs(self.output_dir, exist_ok=True)
-        self._write_cases()
-        if not self._kept["views"]:  # the first rank had no case
-            return None
-        self._write_slices()
-        path = os.path.join(self.output_dir, "validation.png")
-        figure = draw(self._kept["views"], self._names(), self.class_names)
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        logger.info(f"Validation slices, truth and prediction: {path}")
-        return path
+            logger.info("%s", line)
 
     def _names(self) -> dict[str, str]:
         """The name of each case by its path."""
         paths = sorted(self._kept["cases"]["pred"])
         return dict(zip(paths, case_names(paths)))
 
-    def _write_cases(self) -> None:
+    def write_picture(self) -> str | None:
+        """Write ``validation.png``; returns its path, None where the first rank had no case."""
+        views = self._kept["views"]
+        if not views:
+            return None
+        path = os.path.join(self.output_dir, "validation.png")
+        figure = draw(views, self._names(), self.class_names)
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        logger.info("Validation slices, truth and prediction: %s", path)
+        return path
+
+    def write_cases(self) -> None:
+        """Write ``validation_cases.csv``."""
         rows: list[dict[str, str]] = []
         for path, name in self._names().items():
             for key, model in zip(self.pred_keys, self.column_names):
@@ -211,9 +237,10 @@ class ValidationReport:
                     rows.append({"case": name, "model": model, **cells})
         write_csv(os.path.join(self.output_dir, "validation_cases.csv"), rows)
 
-    def _write_slices(self) -> None:
+    def write_slices(self) -> None:
+        """Write ``validation_slices/``, and remove the pictures that were there."""
         folder = Path(self.output_dir) / "validation_slices"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
         views, names = self._kept["views"], self._names()

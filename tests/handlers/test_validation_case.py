@@ -94,7 +94,7 @@ def test_two_cases_of_one_file_are_numbered_and_one_that_comes_again_is_not(tmp_
         (["/a/p1/mri_norm2.h5", "/a/p2/mri_norm2.h5"], ["p1/mri_norm2", "p2/mri_norm2"]),
         (["/a/scan.nii.gz", "/a/scan.nii.gz//2", "/b/scan (2).nii.gz"], ["scan", "a/scan (2)", "b/scan (2)"]),
         (["case_000", "/data/case_000.nii.gz"], ["case_000", "data/case_000"]),
-        (["/", "", "a\nb.nii"], ["", " (2)", "a\nb"]),
+        (["/", "", "a\nb.nii"], ["", " (2)", "a\ufffdb"]),
         ([], []),
     ],
 )
