@@ -7,8 +7,8 @@ from knowsam_monai.texts import printable, shortened
 @given(st.text(st.characters()))
 def test_printable_text_is_one_line_that_can_be_encoded(text):
     found = printable(text)
-    assert len(found) == len(text) and len(found.splitlines()) <= 1 and found.encode() and True or not text
-    assert printable(found) == found
+    assert len(found) == len(text) and len(found.splitlines()) <= 1 and printable(found) == found
+    found.encode()
 
 
 @given(st.text(), st.integers(3, 50))

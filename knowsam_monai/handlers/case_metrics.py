@@ -45,6 +45,8 @@ class CaseMetrics:
     - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
     - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).
     - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
+    - Each case counts once under a name of its own: its file's, ``case_000`` and so on without one, and with a number
+      after it where two cases are of one file. A case that a sampler repeats is known by its image and label.
     - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
 
     ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known; num_undefined: the

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from knowsam_monai.data import load_datalist
 from knowsam_monai.handlers import CaseMetrics, ValidationReport
 from knowsam_monai.run_record import close_log, open_log
 from knowsam_monai.runs.finishing import finish_run
+from knowsam_monai.texts import printable
 from knowsam_monai.trained_student import read_record
 
 from ..bundles.conftest import CONFIGS, CONFIGS_3D, Training, small_phantom, small_volumes  # noqa: F401
@@ -116,9 +116,7 @@ def test_preflight_and_other_ranks_do_nothing(training, enabled, rank, monkeypat
 
 def test_picture_that_cannot_be_taken_ends_no_validation(training, caplog):
     folder, report = training
-    output = item("a")
-    output["image"] = torch.rand(1, 2, 2)  # no volume, as the label is
-    validate(report, [output])
+    validate(report, [item("a", affine=torch.zeros(4, 4))])  # a broken header: nowhere in space
     finish_run(report, folder, folder / "models")
     assert "No picture of /private/folder/a.nii.gz: " in caplog.text
     assert (folder / "models" / "model.pt").is_file() and "ERROR" not in {r.levelname for r in caplog.records}
@@ -141,10 +139,8 @@ def test_any_name_is_data(training, name, caplog):
             cells = [cell for row in csv.reader(file) for cell in row]
         assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert (
-        "<script>" not in page and "<img src=x" not in page and "{{ 7" in page.replace("49", "") or name != HOSTILE[11]
-    )
-    if name.isprintable():
+    assert "<script>" not in page and "<img src=x" not in page
+    if name == printable(name) and len(name) < 100:
         assert escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page
 
 
@@ -154,14 +150,14 @@ def test_bundle_publishes_its_student_whatever_cases_and_classes_are_called(conf
     shutil.copytree(data.parent, tmp_path / "data")
     datalist = tmp_path / "data" / data.name
     sections = json.loads(datalist.read_text())
-    (case,) = sections["validation"]
+    case = sections["validation"][0]
     image = Path(case["image"])
     case["image"] = str(image.with_name("=$a_b$ $ <b>" + "".join(image.suffixes)))
     shutil.copy(datalist.parent / image, datalist.parent / case["image"])
     datalist.write_text(json.dumps(sections))
-    classes = ["$x$ $", "=1+1", "<i>"][: 3 if configs == CONFIGS else 1]
+    classes = ["a $x_b$ $", "=1+1", "<i>"][: 3 if configs == CONFIGS else 1]
     run = Training(tmp_path / "run", whole=True, configs=configs, dataset_dir=str(datalist), class_names=classes).run()
-    assert load_datalist(datalist)["validation"] and made(run.output_dir) == PRODUCTS
+    assert made(run.output_dir) == PRODUCTS
     assert read_record(run.output_dir / "models")["metrics"].keys() >= {"val_mean_dice", f"val_mean_dice/{classes[0]}"}
     page = (run.output_dir / "report.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page.split("=$a_b$ $")[1][:9]
