@@ -75,12 +75,12 @@ class SAMDistiller(nn.Module):
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), one row independent of the
             others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
             :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
-        optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), which steps nothing of the student. With None, or
-            one that steps no parameter of the teacher that requires a gradient, the teacher stays as it is: no labels
-            are needed, and there is no SAM loss.
+        optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), which steps nothing of the student. With None,
+            or one that steps no parameter of the teacher that requires a gradient, the teacher stays as it is: no
+            labels are needed, and there is no SAM loss.
         distillation_loss: ``f(student_logits, teacher_logits)``; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, with a sigmoid for one channel.
+        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, one channel as two classes.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.

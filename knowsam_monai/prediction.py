@@ -212,8 +212,8 @@ def _value(key: str, text: str) -> Any:
         )
     if key.split("#")[-1].startswith("output_") and key != "output_dir" and re.search(r"[/\\]", str(value)):
         raise ValueError(
-            f"`overrides` (--set) must leave every segmentation in `output` but {key}={text} names another folder; give "
-            "a part of a file's name."
+            f"`overrides` (--set) must leave every segmentation in `output` but {key}={text} names another folder; "
+            "give a part of a file's name."
         )
     return value
 

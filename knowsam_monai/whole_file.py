@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet computes
 PART = ".part"  # how the names of files end that are still being written
 
 
@@ -54,7 +55,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
     Args:
         path: of the file; its folder is made when missing.
         rows: of the table; its columns are the keys of all, in the order in which they first come, and a row's
-            missing ones stay empty.
+            missing ones stay empty. A text that a spreadsheet would take for a formula has an apostrophe before it.
 
     Raises:
         OSError: when it cannot be written.
@@ -64,10 +65,54 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
         write_csv("results.csv", [{"epoch": 1, "val_mean_dice": 0.5}, {"epoch": 2, "val_mean_dice": 0.75}])
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(text)
+    writer.writerows(
+        [_cell(value) for value in line] for line in (columns, *([row.get(c) for c in columns] for row in rows))
+    )
+    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "replace")))
+
+
+def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
+    """
+    The rows of a table of :func:`write_csv`, with the texts as they were.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when a row has more or fewer columns than the first line.
+
+    Example::
+
+        best = max(read_csv("results.csv"), key=lambda row: float(row["val_mean_dice"]))
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        columns, *rows = [[_text(cell) for cell in line] for line in csv.reader(file) if line] or [[]]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise ValueError(f"row {number} has more or fewer columns than the first line")
+    return [dict(zip(columns, row)) for row in rows]
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
+
+
+def _text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _is_formula(cell.lstrip("'")) else cell
+
+
+def _is_formula(text: str) -> bool:
+    """Does it begin like one, and is it no number?"""
+    if not text.startswith(FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def remove_parts(folder: Path) -> None:

@@ -101,8 +101,8 @@ class Wiring:
             )
         if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(
-                "SAM's optimizer holds no parameter of the teacher that requires a gradient, so that SAM learns nothing: "
-                "build it over those that are to learn, or give none."
+                "SAM's optimizer holds no parameter of the teacher that requires a gradient, so that SAM learns "
+                "nothing: build it over those that are to learn, or give none."
             )
         elif distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not self._saw_label:
             self.warn(

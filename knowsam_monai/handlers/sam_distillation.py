@@ -170,6 +170,6 @@ def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = N
     if ignore_index is not None:  # background in both is in no foreground class
         ignored_mask = label == ignore_index
         labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
-    helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
+    helper = DiceHelper(include_background=False, num_classes=max(num_classes, 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)

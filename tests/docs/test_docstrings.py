@@ -28,13 +28,14 @@ PUBLIC = {
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
     "runs.config_check": ("check_config", "expand_path"),
+    "runs.finishing": ("finish_run",),
     "runs.starting": ("seed_ranks", "start_run"),
     "runs.values": ("check_values",),
     "stop_signals": ("StopSignals", "end_on_signals"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
     "wiring": ("Wiring",),
-    "whole_file": ("remove_parts", "write_csv", "write_whole"),
+    "whole_file": ("read_csv", "remove_parts", "write_csv", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
