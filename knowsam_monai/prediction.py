@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,9 @@ class _Segmenting:
     def _leave_out(self, error: BaseException) -> None:
         size = self.loader.batch_size
         items = self.loader.dataset.data[self.number * size : (self.number + 1) * size]
-        self.broken += [(item["image"], root_cause(error)) for item in items]
+        root = root_cause(error)
+        traceback.clear_frames(root.__traceback__)  # they hold the image
+        self.broken += [(item["image"], root) for item in items]
 
 
 def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:

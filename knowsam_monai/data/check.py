@@ -264,7 +264,9 @@ def _odd(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
     oddities = [len(orientations) > 1 for orientations in turned]
     yield from told(f"labels are of another orientation {as_aligned}", oddities, num_labeled, "label")
     yield from told("labels are empty", [one.label_values == [0] for one in facts], num_labeled, "label")
-    yield from told("images are constant", [one.channels > 0 and not one.content for one in facts], len(facts))
+    yield from told(
+        "images are constant", [one.channels > 0 and not one.content and not one.fault for one in facts], len(facts)
+    )
     are_slices = [len(one.size) == 2 for one in facts]
     if any(len(one.size) == 3 for one in facts):
         yield from told("images are slices, the others volumes", are_slices, len(facts))

@@ -106,9 +106,7 @@ def _refuse_unknown_sections(path: Path, content: Mapping[str, object]) -> None:
         meant = _meant(name, SECTIONS, cutoff=0.6 if has_items else 0.85)
         if meant or has_items:
             remedy = f"did you mean `{meant}`?" if meant else "rename or remove it."
-            raise ValueError(
-                f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}"
-            )
+            raise ValueError(f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}")
 
 
 def _meant(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:

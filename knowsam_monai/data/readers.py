@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -122,17 +123,15 @@ class NiftiReader(NibabelReader):
         super().__init__(squeeze_non_spatial_dims=True)
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
-        images = super().read(data, **kwargs)  # headers alone
-        for image, name in zip(ensure_tuple(images), ensure_tuple(data)):
+        for name in ensure_tuple(data):
+            image = nibabel.load(name)  # the header alone, as it is: MONAI repairs some
             dtype = image.get_data_dtype()
             if dtype.kind not in "biuf":
                 raise ValueError(f"its voxels are of type {dtype}, no real numbers.")
-            held, offset = os.path.getsize(name), int(image.dataobj.offset)
-            if str(name).endswith(".gz"):
-                check_size(image.shape, dtype.itemsize, held * LARGEST_RATIO - offset)
-            else:
-                check_size(image.shape, dtype.itemsize, held - offset)
-        return images
+            ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
+            check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
+            _check_affine(image.affine)
+        return super().read(data, **kwargs)
 
 
 class ArchiveReader(NumpyReader):
@@ -217,12 +216,14 @@ def _check_is_file(path: PathLike) -> None:
 def _checked(image: torch.Tensor) -> torch.Tensor:
     if image.numel() == 0:
         raise ValueError(f"it has no voxels, its shape is {tuple(image.shape)}.")
-    if isinstance(image, MetaTensor) and not (image.affine.isfinite().all() and torch.linalg.det(image.affine) != 0):
-        raise ValueError(
-            f"its affine must be finite and have a spacing along each axis but is {image.affine.tolist()}; repair its "
-            "header."
-        )
+    if isinstance(image, MetaTensor):
+        _check_affine(image.affine.numpy())
     return image
+
+
+def _check_affine(affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+        raise ValueError(f"its affine {affine.tolist()} must be finite and invertible; repair its header.")
 
 
 def _reason(error: Exception) -> str:

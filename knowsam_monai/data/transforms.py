@@ -71,16 +71,16 @@ class CheckDatad(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
-        if self.num_channels not in (None, image.shape[0]):
-            raise ValueError(
-                f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
-                f"{image.shape[0]}. Set `in_channels` to the channels of the data."
-            )
         if image.ndim - 1 not in ((2, 3) if self.num_axes is None else (self.num_axes,)):
             raise ValueError(
                 f"`{self.image_key}` must have {self.num_axes or '2 or 3'} spatial axes but {image_name(image)} has "
                 f"{image.ndim - 1}, {tuple(image.shape[1:])}. Take the bundle for images of that kind, or write one "
                 "image to each file."
+            )
+        if self.num_channels not in (None, image.shape[0]):
+            raise ValueError(
+                f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
+                f"{image.shape[0]}. Set `in_channels` to the channels of the data."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
         if not extremes.isfinite().all():
