@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -181,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error that is said in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
     """
     options = parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
 
     from knowsam_monai.preparation import is_said_by_this_package, root_cause

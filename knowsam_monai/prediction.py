@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
 from torch.utils.data import DataLoader
@@ -20,6 +20,16 @@ from knowsam_monai.runs.config_check import expand_path
 from knowsam_monai.trained_student import CONFIG, MODEL, read_config, student_options
 
 __all__ = ["predict_folder"]
+
+# Keys of inference.json that predict has arguments for.
+OWN_ARGUMENTS = {
+    "bundle_root": "name the bundle as `bundle` (--bundle)",
+    "dataset_dir": "name the images as `scans`",
+    "output_dir": "name the folder as `output` (--output)",
+    "ckpt_path": "name the weights as `ckpt_path` (--ckpt_path)",
+    "device": "name it as `device` (--device)",
+    "image_pattern": "give it as `image_pattern` (--image_pattern)",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +47,8 @@ def predict_folder(
     """
     Segment scans by a bundle's ``inference.json``, with a progress bar.
 
-    An image that cannot be read, prepared, segmented or written is left out, and the rest are segmented before the
-    error that lists it.
+    An image that cannot be segmented, at whichever step, is left out, and the rest are segmented before the error that
+    lists it with its reason.
 
     Args:
         scans: a folder of images, or one image.
@@ -50,8 +60,7 @@ def predict_folder(
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
-            text; an expression, which a config would run, is refused. A JSON object with a ``_target_`` builds that
-            class.
+            text. An expression, which a config would run, is refused; an object with a ``_target_`` builds that class.
 
     Returns:
         Number of scans.
@@ -71,24 +80,22 @@ def predict_folder(
     if config_file is None:
         raise FileNotFoundError(f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json.")
     known = read_config(config_file, "bundle")
-    unknown = [key for key in overrides or {} if key.split("#")[0] not in known]
-    if unknown:
-        raise ValueError(f"`{unknown[0]}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
-
+    values = _plain_values(overrides or {}, known, config_file)
     scans, output = expand_path(scans, "scans"), expand_path(output, "output")
-    options: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": scans, "output_dir": output}
+    options: dict[str, Any] = {"bundle_root": _literal(str(bundle)), "dataset_dir": _literal(scans)}
+    options["output_dir"] = _literal(output)
     if image_pattern is not None:
-        options["image_pattern"] = image_pattern
+        options["image_pattern"] = _literal(image_pattern)
     if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
         run = bundle / "models"
     if run is not None:
         options.update(_options_of_run(Path(expand_path(run, "run")), known))
     if ckpt_path is not None:
-        options["ckpt_path"] = str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path"))))
+        options["ckpt_path"] = _literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
     check_writable(output, arguments=("output",))
-    options.update({key: _value(key, value) for key, value in (overrides or {}).items()})
+    options.update({key: _literal(value) for key, value in values.items()})
 
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
@@ -100,9 +107,9 @@ def predict_folder(
         root = root_cause(error)
         if not overrides or is_said_by_this_package(root):
             raise
-        values = " ".join(f"{key}={value}" for key, value in overrides.items())
+        given = " ".join(f"{key}={value}" for key, value in overrides.items())
         raise ValueError(
-            f"`overrides` (--set) must be values that {config_file} works with but {values} ended in {_said(root)}; "
+            f"`overrides` (--set) must be values that {config_file} works with but {given} ended in {_said(root)}; "
             "correct them or leave them out."
         ) from error
     logger.info("%d segmentations in %s", number, output)
@@ -116,51 +123,46 @@ def predict_folder(
     return number
 
 
-class _ReadableBatches:
+class _Segmenting:
     """
-    The batches of a loader, each once however often it is iterated over, without those that cannot be read or prepared.
+    The batches of a loader, and the step on each of them: where one fails its images are kept with the error.
 
     Args:
         loader: of a dataset of items with an `image`, in their order.
-
-    Attributes:
-        broken: the images that were left out, each with why.
     """
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
         self.broken: list[tuple[Any, BaseException]] = []
-        self._batches = iter(loader)
-        self._num_taken = 0
-        self._items: list[Any] = []  # of the batch that was given last
+        self.number = 0  # of the batch
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        while self.num_left:
-            size = self.loader.batch_size
-            self._items = self.loader.dataset.data[self._num_taken * size : (self._num_taken + 1) * size]
-            self._num_taken += 1
+        batches = iter(self.loader)  # goes on with the next batch after an error
+        for self.number in range(len(self.loader)):
             try:
-                batch = next(self._batches)  # goes on with the next batch after an error
+                batch = next(batches)
             except Exception as error:  # every reader and transform has its own
-                self.leave_out(error)
+                self._leave_out(error)
             else:
                 yield batch
-        self._items = []
 
-    @property
-    def num_left(self) -> int:
-        """Batches that were not taken yet."""
-        return len(self.loader) - self._num_taken
+    def step(self, engine: Engine, batch: Any) -> Any:
+        """What the engine does with a batch: network, postprocessing, writing."""
+        try:
+            return engine._iteration(engine, batch)
+        except Exception as error:
+            self._leave_out(error)
+            return []
 
-    def leave_out(self, error: BaseException) -> None:
-        """Note the images of the batch that was given last as broken; without one, raise the error."""
-        if not self._items:
-            raise error
-        self.broken += [(item["image"], root_cause(error)) for item in self._items]
-        self._items = []
+    def _leave_out(self, error: BaseException) -> None:
+        size = self.loader.batch_size
+        items = self.loader.dataset.data[self.number * size : (self.number + 1) * size]
+        root = root_cause(error)
+        traceback.clear_frames(root.__traceback__)  # they hold the image
+        self.broken += [(item["image"], root) for item in items]
 
 
 def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
@@ -169,16 +171,14 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
         workflow.parser.get_parsed_content("datalist")  # no scans: said before anything about the student
     workflow.initialize()
     evaluator = workflow.evaluator
-    batches = evaluator.data_loader = _ReadableBatches(evaluator.data_loader)
+    segmenting = evaluator.data_loader = _Segmenting(evaluator.data_loader)
+    evaluator._process_function = segmenting.step
     # fewer batches than the length of the loader: ignite would begin anew
     evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
     ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
-    evaluator.add_event_handler(Events.EXCEPTION_RAISED, lambda _, error: batches.leave_out(error))
     workflow.run()
-    while batches.num_left:  # a step of one image has failed: the others go on
-        workflow.run()
     workflow.finalize()
-    broken, number = batches.broken, len(batches.loader.dataset)
+    broken, number = segmenting.broken, len(segmenting.loader.dataset)
     if len(broken) == number and not any(is_said_by_this_package(root) for _, root in broken):
         raise broken[0][1]  # not the images, but what is done with them
     return number - len(broken), broken
@@ -199,32 +199,40 @@ def _existing_weights(path: Path) -> Path:
     return path
 
 
-def _value(key: str, text: str) -> Any:
-    """A number, list, true, false or null as JSON has them; anything else is text, and nothing is code."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = text
-    if _is_code(value):
-        raise ValueError(
-            f"`overrides` (--set) must be JSON or text but {key}={text} would be run as code by the config; write such "
-            "a value into a config of your own, and run that with `python -m monai.bundle run`."
-        )
-    if key.split("#")[-1].startswith("output_") and key != "output_dir" and re.search(r"[/\\]", str(value)):
-        raise ValueError(
-            f"`overrides` (--set) must leave every segmentation in `output` but {key}={text} names another folder; "
-            "give a part of a file's name."
-        )
-    return value
+def _plain_values(overrides: Mapping[str, str], known: Iterable[str], config_file: Path) -> dict[str, Any]:
+    """JSON or text for keys of a config, without what the config's parser would evaluate, refer to or build."""
+    values = {}
+    for key, text in overrides.items():
+        if key not in known:
+            raise ValueError(f"`{key}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
+        if key in OWN_ARGUMENTS:
+            raise ValueError(f"`{key}` must be left out of `overrides` (--set) but is {text!r}; {OWN_ARGUMENTS[key]}.")
+        try:
+            values[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[key] = text
+        if _is_code(values[key]):
+            raise ValueError(
+                f"`{key}` must be JSON or text in `overrides` (--set), of which nothing is evaluated, but is "
+                f"{text!r}; give the value itself, or put the expression into a config of your own."
+            )
+    return values
 
 
 def _is_code(value: Any, in_component: bool = False) -> bool:
-    """Whether a config would evaluate a value, or put something else in its place."""
+    """Whether MONAI's parser would evaluate a value, or put something else in its place."""
     if isinstance(value, Mapping):
         return any(_is_code(part, "_target_" in value) for part in value.values())
     if isinstance(value, list):
         return any(_is_code(part, in_component) for part in value)
     return isinstance(value, str) and value.startswith(("$", "%") if in_component else ("$", "%", "@"))
+
+
+def _literal(value: Any) -> Any:
+    """A text as the config's parser takes it for itself, whatever is in it: `#` it replaces, and `@` it looks up."""
+    if not isinstance(value, str):
+        return value
+    return "$" + repr(value).replace("@", "\\x40").replace("#", "\\x23")
 
 
 def _checked(device: str) -> str:

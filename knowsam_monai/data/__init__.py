@@ -25,7 +25,7 @@ from knowsam_monai.data.readers import H5Reader, LoadCased
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
 from knowsam_monai.data.slices import slice_dataset
 from knowsam_monai.data.transforms import CheckDatad, ScaleVolumed, SplitSlicesd
-from knowsam_monai.data.volume_transforms import CropCentred, MapMaskd, OrientVolumed, PadVolumed, ResampleVolumed
+from knowsam_monai.data.volume_transforms import CropCentred, OrientVolumed, PadVolumed, ResampleVolumed
 
 __all__ = [
     "ACDC_LABELED_SLICES",
@@ -41,7 +41,6 @@ __all__ = [
     "LEFT_ATRIUM_TRAINING_CASES",
     "LEFT_ATRIUM_VALIDATION",
     "LoadCased",
-    "MapMaskd",
     "OrientVolumed",
     "PadVolumed",
     "ResampleVolumed",

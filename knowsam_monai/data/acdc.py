@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,9 @@ def acdc_datalist(
 
 def find_acdc(dataset_dir: str | Path) -> tuple[str, Path] | None:
     """The form of an ACDC folder, "official" or "pack", and the folder of its patients or lists; None if it is none."""
-    root = Path(dataset_dir).expanduser()
+    root = Path(os.path.expanduser(dataset_dir))
+    if not os.path.isdir(root):
+        return None
     for folder in (root, root / "training", root / "database" / "training"):
         if any(folder.glob("patient*/Info.cfg")):
             return "official", folder

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.transforms import CheckDatad
-from knowsam_monai.data.volume_transforms import MapMaskd
 from knowsam_monai.whole_file import write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
@@ -28,7 +27,7 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 logger = logging.getLogger(__name__)
 
 # Raise when facts or checks change: entries of another version are read anew.
-VERSION = 1
+VERSION = 3
 
 
 @dataclass
@@ -45,7 +44,8 @@ class CaseFacts:
     content: Sequence[str] = ()  # hash of each slice's voxels, or of a 2D image's; none of a constant one
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
-    label_values: Sequence[int] | None = None
+    label_values: Sequence[int] | None = None  # as training has them
+    label_is_mask: bool = False  # of 0 and 255, read as 0 and 1
 
 
 class CaseReader:
@@ -55,7 +55,7 @@ class CaseReader:
         num_classes: as in `CheckDatad`.
         num_channels: as in `CheckDatad`.
         slice_axis: of volumes in h5 files, see `H5Reader`.
-        map_masks: whether masks of 0 and 255 are read as 0 and 1, see `MapMaskd`.
+        num_axes: as in `CheckDatad`.
 
     Example:
         >>> read = CaseReader(num_classes=4)
@@ -64,13 +64,12 @@ class CaseReader:
     """
 
     def __init__(
-        self, num_classes: int = 4, num_channels: int | None = None, slice_axis: int = 0, map_masks: bool = False
+        self, num_classes: int = 4, num_channels: int | None = None, slice_axis: int = 0, num_axes: int | None = None
     ) -> None:
         keys = ("image", "label")
-        self.settings = f"{VERSION} {num_classes} {num_channels} {slice_axis} {map_masks}"
+        self.settings = f"{VERSION} {num_classes} {num_channels} {slice_axis} {num_axes}"
         self.load = LoadCased(keys, slice_axis=slice_axis, allow_missing_keys=True, ensure_channel_first=True)
-        self.map_masks = MapMaskd() if map_masks else None
-        self.check = CheckDatad(num_classes=num_classes, num_channels=num_channels, compare_affines=False)
+        self.check = CheckDatad(num_classes=num_classes, num_channels=num_channels, num_axes=num_axes, warn=False)
 
     def __call__(self, item: dict) -> CaseFacts:
         try:
@@ -82,16 +81,16 @@ class CaseReader:
         facts.spacing, facts.orientation = _geometry(image)
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
-            case = case if self.map_masks is None else self.map_masks(case)
             facts.label_spacing, facts.label_orientation = _geometry(label)
         try:
-            self.check(case)
+            checked = self.check(case)
         except ValueError as error:
             facts.fault = str(error)
         else:
             if label is not None:
-                counts = np.bincount(np.asarray(case["label"]).astype(np.int64).ravel())
+                counts = np.bincount(np.asarray(checked["label"]).astype(np.int64).ravel())
                 facts.label_values = np.flatnonzero(counts).tolist()
+                facts.label_is_mask = facts.label_values[-1] == 1 and bool(label.max() > 254)
         return facts
 
 
@@ -126,7 +125,7 @@ def read_cases(
         for index, fresh in zip(unread, bar):
             facts[index] = fresh
             if states[index] is not None and not fresh.fault:  # what is faulty may be read better another time
-                kept[keys[index]] = {"state": states[index], "facts": asdict(fresh)}
+                kept[keys[index]] = {"state": states[index], "facts": vars(fresh)}
     if path is not None and unread:
         _write_cache(path, kept)
     return facts, len(unread)
@@ -161,7 +160,7 @@ def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
     files = {key: [os.path.abspath(path) for path in image_paths(item, key)] for key in ("image", "label")}
     try:
         stats = [os.stat(file) for names in files.values() for file in names]
-    except OSError:
+    except (OSError, ValueError):  # not there, or no name that a file can have
         stats = None
     state = None if stats is None else [[stat.st_size, stat.st_mtime_ns] for stat in stats]
     return json.dumps([settings, files]), state
@@ -169,18 +168,18 @@ def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
 
 def _cache_file(items: Sequence[dict], folder: Path) -> Path:
     """One file for each folder of data, so that all its data lists share it."""
-    files = [os.path.abspath(path) for item in items for path in image_paths(item)]
+    folders = sorted({os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)})
     try:
-        common = os.path.commonpath([os.path.dirname(file) for file in files])
+        common = os.path.commonpath(folders)
     except ValueError:  # several drives
-        common = files[0]
+        common = folders[0]
     return folder / f"checked_{hashlib.blake2b(common.encode(), digest_size=8).hexdigest()}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or torn
+    except (OSError, ValueError, RecursionError):  # none, or torn
         return {}
     return kept if isinstance(kept, dict) else {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 from knowsam_monai.data.case_facts import CaseFacts, CaseReader, read_cases
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.left_atrium import find_left_atrium
-from knowsam_monai.data.overlap import image_paths, shared_contents, shared_names
+from knowsam_monai.data.overlap import image_paths, labels_as_images, patient_key, shared_contents, shared_names
+from knowsam_monai.data.transforms import check_slice_range
 
 __all__ = ["DatalistReport", "check_datalist", "check_dataset"]
 
@@ -72,7 +73,7 @@ def check_datalist(
     num_classes: int | None = None,
     num_channels: int | None = None,
     slice_axis: int = 0,
-    map_masks: bool = False,
+    num_axes: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     num_workers: int = 4,
     progress: bool = True,
@@ -80,10 +81,11 @@ def check_datalist(
     """Read every image and label of a data list and report what is wrong or odd.
 
     *Wrong* is an image, by name or by its voxels (whole, or a slice of them), or a patient in two sets; a label on an
-    unlabelled item, or none on a labelled one; a file that cannot be read; NaN; another number of channels; a label of
-    another shape or with values that are no class; labels that are all empty. *Odd* is a label whose spacing or
-    orientation differs from its image's; an empty label; a class that no labelled item has; a constant image; one image
-    twice in a set; slices among volumes; items without a patient.
+    unlabeled item, none on a labeled one, or one that is an image too; a file that cannot be read; NaN; another number of
+    channels or axes; a label of another shape or with values that are no class; labels that are all empty; a slice with a
+    number that is not scaled to 0..1. *Odd* is a label whose spacing or orientation differs from its image's; an empty
+    label; a mask of 0 and 255; a class that no labeled item has; a constant image; one image twice in a set; slices among
+    volumes; items without a patient.
 
     The table is logged. What is wrong is not raised: that is `DatalistReport.raise_if_wrong`.
 
@@ -92,7 +94,7 @@ def check_datalist(
         num_classes: C, background included; None: label values up to 255 are taken as they are.
         num_channels: channels that the network takes; None: as many as the first image has.
         slice_axis: of volumes in h5 files, see `H5Reader`.
-        map_masks: whether masks of 0 and 255 are read as 0 and 1, see `MapMaskd`.
+        num_axes: spatial axes that the network takes; None for 2 or 3.
         cache_dir: folder in which the facts of each file are kept, with its size and time of change, so that a second
             start reads changed files alone. None: that of the environment's `KNOWSAM_CACHE_DIR`, else
             `~/.cache/knowsam_monai`.
@@ -115,10 +117,11 @@ def check_datalist(
     start = time.monotonic()
     sets = {name: list(items) for name, items in datalist.items() if len(items) > 0}
     report = DatalistReport()
-    report.wrong += [f"{shared}; leave it in one of them." for shared in shared_names(sets)]
+    report.wrong += _first_three(f"{shared}; leave it in one of them." for shared in shared_names(sets))
+    report.wrong += _first_three(f"{shared}; correct one of them." for shared in labels_as_images(sets))
     report.wrong += _labels_out_of_place(sets)
 
-    read = CaseReader(num_classes or 256, num_channels, slice_axis, map_masks)
+    read = CaseReader(num_classes or 256, num_channels, slice_axis, num_axes)
     items = [item for one in sets.values() for item in one]
     cache_dir = _user_cache() if cache_dir is None else cache_dir
     facts_of_all, num_read = read_cases(items, read, cache_dir, num_workers, progress)
@@ -128,6 +131,7 @@ def check_datalist(
     for is_leak, shared in shared_contents(sets, {name: [f.content for f in facts[name]] for name in facts}):
         (report.wrong if is_leak else report.odd).append(f"{shared}; leave one out.")
     report.wrong += _faults(items, facts_of_all)
+    report.wrong += _wrong_slices(items, facts_of_all)
     report.wrong += _wrong_together(sets, facts)
     report.odd += [sentence for name in sets for sentence in _odd(name, sets[name], facts[name])]
     report.odd += _odd_together(sets, facts, num_classes)
@@ -152,7 +156,8 @@ def check_dataset(
         dataset_dir: a folder of ACDC or of left-atrium data, or a data-list *.json.
         labeled_patients: of a folder, None: 7 of ACDC, 8 of the left atrium.
         holdout_patients: see `load_datalist`.
-        options: further arguments of `check_datalist`. With two classes `map_masks` is on unless it is given.
+        options: further arguments of `check_datalist`. For a folder of the left atrium `slice_axis` is -1 and `num_axes`
+            3 unless they are given.
 
     Raises:
         ValueError: if there is no data list to check: an unknown folder, no JSON, an item without an image; or
@@ -162,52 +167,64 @@ def check_dataset(
     Example:
         >>> print(check_dataset("/data/ACDC", num_classes=4))     # doctest: +SKIP
     """
-    path = Path(dataset_dir).expanduser()
+    path = Path(os.path.expanduser(dataset_dir))
     if path.suffix == ".json" and labeled_patients is not None:
         raise ValueError(
             f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; the `labeled` items "
-            f"of {path} are the labelled ones."
+            f"of {path} are the labeled ones."
         )
     is_left_atrium = path.suffix != ".json" and find_left_atrium(path) is not None
     if is_left_atrium:
-        options = {"slice_axis": -1, **options}
-    if is_left_atrium or options.get("num_classes") == 2:
-        options = {"map_masks": True, **options}
+        options = {"slice_axis": -1, "num_axes": 3, **options}
     if labeled_patients is None:
         labeled_patients = 8 if is_left_atrium else 7
     datalist = load_datalist(path, phantom_dir="", labeled_patients=labeled_patients, holdout_patients=holdout_patients)
     return check_datalist(datalist, **options)
 
 
-def _labels_out_of_place(sets: Mapping[str, list[dict]]) -> Iterator[str]:
-    for name, items in sets.items():
-        for item in items:
-            if name == "unlabeled" and "label" in item:
-                yield (
-                    f"`unlabeled` items must have no label but {image_paths(item)[0]} has {item['label']!r}; leave the "
-                    "label out."
-                )
-            if name in ("labeled", "validation") and not item.get("label"):
-                yield (
-                    f"`label` must be a path but {image_paths(item)[0]} of `{name}` has none; leave it out or list it "
-                    "as unlabeled."
-                )
+def _labels_out_of_place(sets: Mapping[str, list[dict]]) -> list[str]:
+    given = [item for item in sets.get("unlabeled", []) if "label" in item]
+    missing = [
+        (name, item) for name in ("labeled", "validation") for item in sets.get(name, []) if not item.get("label")
+    ]
+    return _first_three(
+        f"`unlabeled` items must have no label but {image_paths(item)[0]} has {item['label']!r}; leave the label out."
+        for item in given
+    ) + _first_three(
+        f"`label` must be a path but {image_paths(item)[0]} of `{name}` has none; leave it out or list it as unlabeled."
+        for name, item in missing
+    )
+
+
+def _first_three(sentences: Iterable[str]) -> list[str]:
+    """Of one complaint about more than three files the first three, each once, and how many there are."""
+    different = list(dict.fromkeys(sentences))
+    more = [f"{different[2]} … and {len(different) - 3} more."] if len(different) > 3 else different[2:3]
+    return different[:2] + more
 
 
 def _faults(items: Sequence[dict], facts: Sequence[CaseFacts]) -> list[str]:
     """What is wrong with each file, once; of one complaint about more than three files the first three."""
-    complaints: dict[str, dict[str, None]] = {}
+    complaints: dict[str, list[str]] = {}
     for item, one in zip(items, facts):
         if one.fault:
             files = image_paths(item) + image_paths(item, "label")
             # what stands before the file's name is the same for all
             complaint = min((one.fault.partition(file)[0] for file in files), key=len)
-            complaints.setdefault(complaint, {})[one.fault] = None
+            complaints.setdefault(complaint, []).append(one.fault)
+    return [sentence for faults in complaints.values() for sentence in _first_three(faults)]
+
+
+def _wrong_slices(items: Sequence[dict], facts: Sequence[CaseFacts]) -> list[str]:
+    """Slices with a number that training would refuse, see `ScaleVolumed`."""
     sentences = []
-    for faults in map(list, complaints.values()):
-        more = f" … and {len(faults) - 3} more." if len(faults) > 3 else ""
-        sentences += [*faults[:2], faults[2] + more] if len(faults) > 2 else faults
-    return sentences
+    for item, one in zip(items, facts):
+        if "slice" in item and one.size and not one.fault:
+            try:
+                check_slice_range(image_paths(item)[0], one.low, one.high)
+            except ValueError as error:
+                sentences.append(str(error))
+    return _first_three(sentences)
 
 
 def _wrong_together(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
@@ -247,7 +264,9 @@ def _odd(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
     oddities = [len(orientations) > 1 for orientations in turned]
     yield from told(f"labels are of another orientation {as_aligned}", oddities, num_labeled, "label")
     yield from told("labels are empty", [one.label_values == [0] for one in facts], num_labeled, "label")
-    yield from told("images are constant", [one.channels > 0 and not one.content for one in facts], len(facts))
+    yield from told(
+        "images are constant", [one.channels > 0 and not one.content and not one.fault for one in facts], len(facts)
+    )
     are_slices = [len(one.size) == 2 for one in facts]
     if any(len(one.size) == 3 for one in facts):
         yield from told("images are slices, the others volumes", are_slices, len(facts))
@@ -266,6 +285,12 @@ def _odd_together(
     absent = [str(c) for c in range(1, num_classes or 0) if c not in found]
     if found and absent:
         yield f"`labeled`: no label has class {', '.join(absent)}: it cannot be learned."
+    masks = [item for name in sets for item, one in zip(sets[name], facts[name]) if one.label_is_mask]
+    if masks:
+        first = image_paths(masks[0], "label")[0]
+        yield f"{len(masks)} labels are masks of 0 and 255, read as 0 and 1, such as {first}."
+    if num_classes is None and found <= {0, 255} and 255 in found:
+        yield "`labeled`: labels are masks of 0 and 255, which are read as 0 and 1 of two classes and refused of more."
     unnamed = [name for name, items in sets.items() if any("patient" not in item for item in items)]
     if unnamed and len(sets) > 1:
         names = "`, `".join(unnamed)
@@ -276,7 +301,7 @@ def _row(name: str, items: list[dict], facts: list[CaseFacts]) -> tuple[str, ...
     read = [one for one in facts if one.size]
     labels = [one.label_values for one in facts if one.label_values is not None]
     values = sorted({value for one in labels for value in one})
-    patients = {str(item["patient"]) for item in items if "patient" in item}
+    patients = {patient_key(item["patient"]) for item in items if "patient" in item}
     return (
         name,
         str(len(items)),

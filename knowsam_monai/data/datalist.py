@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from knowsam_monai.data.acdc import ACDC_FORMS, acdc_datalist, find_acdc
 from knowsam_monai.data.left_atrium import LEFT_ATRIUM_FORMS, find_left_atrium, left_atrium_datalist
-from knowsam_monai.data.overlap import shared_names
+from knowsam_monai.data.overlap import labels_as_images, shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
-from knowsam_monai.data.split import unknown_folder
+from knowsam_monai.data.split import read_json, unknown_folder
 
 __all__ = ["load_datalist"]
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("labeled", "unlabeled", "validation", "test")
+ITEM_KEYS = ("image", "label", "patient")
 
 
 def load_datalist(
@@ -32,7 +35,8 @@ def load_datalist(
         dataset_dir: None for the synthetic phantom; a folder of ACDC or of left-atrium data, told apart by what is in
             it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
             `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
-            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image.
+            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image. Other keys
+            of the JSON, such as a description, are not read, unless they look like one of these misspelled.
         phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`; "" where there
             must be one.
         labeled_patients: patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
@@ -56,7 +60,7 @@ def load_datalist(
             len(datalist["unlabeled"]),
         )
         return datalist
-    path = Path(dataset_dir).expanduser()
+    path = Path(os.path.expanduser(dataset_dir))
     if path.suffix == ".json":
         return _read_json(path)
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
@@ -71,14 +75,15 @@ def load_datalist(
 
 
 def _read_json(path: Path) -> dict[str, list[dict]]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"`dataset_dir` must be an existing data-list JSON but {path} does not exist.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"`dataset_dir` must be valid JSON but {path} is not: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is no object.")
+    _refuse_unknown_sections(path, content)
     datalist = {name: _read_section(path, name, content.get(name, [])) for name in SECTIONS}
     for name in ("labeled", "validation"):
         if not datalist[name]:
@@ -87,7 +92,28 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
             )
     for shared in shared_names(datalist):
         raise ValueError(f"{shared} (in {path}). Leave it in one of them.")
+    for shared in labels_as_images(datalist):
+        raise ValueError(f"{shared} (in {path}). Correct one of them.")
     return datalist
+
+
+def _refuse_unknown_sections(path: Path, content: Mapping[str, object]) -> None:
+    """Other keys describe the data; a list of items under another name would be left out in silence."""
+    for name, value in content.items():
+        if name in SECTIONS:
+            continue
+        has_items = isinstance(value, list) and any(isinstance(item, dict) and "image" in item for item in value)
+        meant = _meant(name, SECTIONS, cutoff=0.6 if has_items else 0.85)
+        if meant or has_items:
+            remedy = f"did you mean `{meant}`?" if meant else "rename or remove it."
+            raise ValueError(f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}")
+
+
+def _meant(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
+    """Which of some names was misspelled; "" for none."""
+    by_letters = {"".join(sorted(one)): one for one in known}
+    same_letters = by_letters.get("".join(sorted(name.strip().lower())))
+    return same_letters or next(iter(difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=cutoff)), "")
 
 
 def _read_section(path: Path, name: str, items: object) -> list[dict]:
@@ -98,6 +124,13 @@ def _read_section(path: Path, name: str, items: object) -> list[dict]:
         if isinstance(item, str) and name in ("unlabeled", "test"):
             item = {"image": item}  # MONAI's data lists give images without a label as plain paths
         where = f"item {number} of `{name}` in {path}"
+        if isinstance(item, dict):
+            for key in item.keys() - set(ITEM_KEYS):
+                meant = _meant(key, [known for known in ITEM_KEYS if known not in item])
+                if meant:
+                    raise ValueError(
+                        f"`{key}` must be a key of an item but is none in {where}; did you mean `{meant}`?"
+                    )
         if not isinstance(item, dict) or not item.get("image"):
             raise ValueError(f"`image` must be a path but {where} has none.")
         if name == "unlabeled" and "label" in item:
@@ -115,7 +148,7 @@ def _resolve(path: Path, key: str, value, where: str):
         return [_resolve(path, key, one, where) for one in value]
     if not isinstance(value, str):
         raise ValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
-    file = path.parent / Path(value).expanduser()
-    if not file.exists():
+    file = os.path.join(path.parent, os.path.expanduser(value))
+    if not os.path.exists(file):
         raise FileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
-    return str(file)
+    return file

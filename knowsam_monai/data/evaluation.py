@@ -8,11 +8,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path, PurePath
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 
 __all__ = ["images_root", "inference_items", "split_items"]
+
+IMAGE_ENDING = re.compile(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|h5|hdf5)$")
 
 logger = logging.getLogger(__name__)
 
@@ -22,22 +25,25 @@ def inference_items(
     pattern: str = "*.nii*",
     phantom_dir: str | PathLike = "phantom",
     phantom: dict | None = None,
+    output_dir: str | PathLike | None = None,
 ) -> list[dict]:
-    """List the images to segment.
+    """List the images to segment: all that match, readable or not.
 
     Args:
         dataset_dir: a folder of images; one image file; a data-list JSON, whose `test` images are taken; or None for
             the test images of the synthetic phantom.
-        pattern: glob pattern below the folder, such as "*.nii.gz" or "*/*frame[0-9][0-9].nii.gz"; "**" recurses.
+        pattern: glob pattern below the folder, such as "*.nii.gz" or "*/*frame[0-9][0-9].nii.gz"; "**" recurses. Links
+            in the folder are followed.
         phantom_dir: where the phantom is, or is written to.
         phantom: further arguments of `write_phantom`, as in training.
+        output_dir: where the segmentations are written to; what lies there is no image to segment.
 
     Returns:
         [{"image": path}, ...], sorted by path.
 
     Raises:
-        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, something outside of it does, or
-            two images would be segmented into one file.
+        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, the pattern leads out of it, two
+            images would be segmented into one file, or `output_dir` is the folder itself.
 
     Example:
         >>> inference_items("/data/scans", "*.nii.gz")     # doctest: +SKIP
@@ -59,15 +65,26 @@ def inference_items(
         return [{"image": folder}]
     if not os.path.isdir(folder):
         raise ValueError(f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist.")
-    # a link to nothing matches too, so that it is said of it
-    found = glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
-    paths = sorted(path for path in found if not os.path.isdir(path))
-    outside = next((path for path in paths if os.path.relpath(path, folder).split(os.sep)[0] == os.pardir), None)
-    if outside is not None:
+    if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
         raise ValueError(
-            f"`image_pattern` must match files below `dataset_dir`, {folder}, but {pattern!r} matches {outside}, whose "
-            "segmentation would lie outside of the output folder; name the folder that holds both as `dataset_dir`."
+            f"`image_pattern` must be a pattern below the folder of the images but is {pattern!r}; name the folder above "
+            "as `dataset_dir`."
         )
+    root = os.path.realpath(folder)
+    output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))
+    if output == root:
+        raise ValueError(
+            f"`output_dir` must be another folder than that of the images but is {folder}, in which the next run would "
+            "take segmentations for images; name another, such as one in it."
+        )
+    # what is no file is an image that cannot be read: a dangling link, or a folder called like an image
+    matching = glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
+    paths = sorted(
+        path
+        for path in matching
+        if (not os.path.isdir(path) or IMAGE_ENDING.search(path))
+        and not (_is_below(output, root) and _is_below(os.path.realpath(os.path.dirname(path)), output))
+    )
     if not paths:
         raise ValueError(
             f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "
@@ -98,11 +115,15 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
     return folder if os.path.isdir(folder) else ""
 
 
+def _is_below(path: str | None, folder: str) -> bool:
+    return path is not None and Path(path).is_relative_to(folder)
+
+
 def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
     """A segmentation is named like its image's first file but for the extension."""
     firsts: dict[str, str] = {}
     for image in map(_first_file, images):
-        stem = re.sub(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|h5|hdf5)$", "", image)
+        stem = IMAGE_ENDING.sub("", image)
         if stem in firsts:
             raise ValueError(
                 f"`dataset_dir` must have one image of a name but {firsts[stem]} and {image} would be segmented into "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def left_atrium_datalist(
 
 def find_left_atrium(dataset_dir: str | Path) -> tuple[str, Path] | None:
     """The form of a left-atrium folder, "official" or "pack", and the folder of its cases; None if it is none."""
-    root = Path(dataset_dir).expanduser()
+    root = Path(os.path.expanduser(dataset_dir))
+    if not os.path.isdir(root):
+        return None
     for form, (image, _) in FILES.items():
         for name in CASE_FOLDERS:
             if any((root / name).glob(f"*/{image}")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -28,11 +29,14 @@ class NiftiGeometryWriter(NibabelWriter):
     geometry twice, whichever form it prefers. Nothing else is copied: no description, no extension, no patient.
 
     An input that is no NIfTI file, or a prediction on another grid, has the affine that MONAI gives it, in mm. A file
-    is there whole or not at all.
+    is there whole or not at all, and never in place of its input.
 
     Args:
         output_dtype: type of the voxels, uint8 for label maps.
         kwargs: of ``NibabelWriter``.
+
+    Raises:
+        ValueError: if the file to write is the input.
 
     Example:
         >>> from monai.transforms import SaveImaged
@@ -46,6 +50,11 @@ class NiftiGeometryWriter(NibabelWriter):
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         import nibabel
 
+        if self.source is not None and os.path.exists(filename) and os.path.samefile(filename, self.source):
+            raise ValueError(
+                f"`filename` must be another file than the input but is {filename}; give an `output_postfix`, or another "
+                "folder."
+            )
         header = _nifti_header(self.source)
         image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)
         super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file's name

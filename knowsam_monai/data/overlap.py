@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
-__all__ = ["image_paths", "shared_contents", "shared_names"]
+__all__ = ["image_paths", "labels_as_images", "patient_key", "shared_contents", "shared_names"]
 
 
 def image_paths(item: Mapping, key: str = "image") -> list[str]:
@@ -17,25 +19,71 @@ def image_paths(item: Mapping, key: str = "image") -> list[str]:
 def shared_names(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
     """Say each image file in two sets, and each named patient in training and in validation or test.
 
-    Labelled and unlabelled items may be of one patient: slices of a scan of which some are labelled.
+    Patients are the same whose names differ in case or spaces alone. Labeled and unlabeled items may be of one patient: slices of a scan of which some are labelled.
 
     Example:
         >>> next(shared_names({"labeled": [{"image": "a.nii"}], "test": [{"image": "a.nii"}]}))
         '`test` must share no image with `labeled` but both list a.nii'
     """
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
     said = set()
+    real = _real_paths()
     for name, items in datalist.items():
         role = "training" if name in ("labeled", "unlabeled") else name
         for item in items:
-            named = [("image", str(Path(image).resolve()), name, f"list {image}") for image in image_paths(item)]
+            named = [("image", real(image), name, image) for image in image_paths(item)]
             if "patient" in item:
-                named.append(("patient", str(item["patient"]), role, f"have {item['patient']!r}"))
-            for kind, value, place, what in named:
-                other = seen.setdefault((kind, value), place)
+                named.append(("patient", patient_key(item["patient"]), role, repr(item["patient"])))
+            for kind, value, place, written in named:
+                other, its = seen.setdefault((kind, value), (place, written))
                 if other != place and (kind, value, place) not in said:
                     said.add((kind, value, place))
-                    yield f"`{place}` must share no {kind} with `{other}` but both {what}"
+                    verb = "list" if kind == "image" else "have"
+                    also = f", written {its} in `{other}`" if kind == "patient" and its != written else ""
+                    yield f"`{place}` must share no {kind} with `{other}` but both {verb} {written}{also}"
+
+
+def labels_as_images(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
+    """Say each file that is a label and an image too. An h5 file may be both: it has a dataset for each.
+
+    Example:
+        >>> next(labels_as_images({"labeled": [{"image": "a.nii", "label": "a.nii"}]}))
+        '`label` must be another file than an image but `labeled` has a.nii, an image of `labeled`'
+    """
+    real = _real_paths()
+    images = {real(path): name for name, items in datalist.items() for item in items for path in image_paths(item)}
+    said = set()
+    for name, items in datalist.items():
+        for item in items:
+            for path in image_paths(item, "label"):
+                if path.lower().endswith((".h5", ".hdf5")) or path in said or real(path) not in images:
+                    continue
+                said.add(path)
+                yield (
+                    f"`label` must be another file than an image but `{name}` has {path}, an image of "
+                    f"`{images[real(path)]}`"
+                )
+
+
+def patient_key(patient: object) -> str:
+    """The same for names that differ in case, spaces or the form of Unicode alone.
+
+    Example:
+        >>> patient_key("Patient 01 ") == patient_key("patient01")
+        True
+    """
+    return "".join(unicodedata.normalize("NFKC", str(patient)).casefold().split())
+
+
+def _real_paths() -> Callable[[str], str]:
+    """`os.path.realpath` that resolves each folder once."""
+    real_folder = cache(os.path.realpath)
+
+    def real(path: str) -> str:
+        folder, name = os.path.split(path)
+        return os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
+
+    return real
 
 
 def shared_contents(

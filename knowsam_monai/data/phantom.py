@@ -129,7 +129,7 @@ def is_phantom(list_path: str | Path) -> bool:
     """
     try:
         datalist = json.loads(Path(list_path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(datalist, dict) and "phantom" in datalist
 

@@ -1,18 +1,24 @@
-"""Reading image files: h5 files, and one sentence that names a file which cannot be read."""
+"""Reading image files, their headers first, and one sentence that names a file which cannot be read."""
 
 from __future__ import annotations
 
+import os
+import stat
+import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import nibabel
 import numpy as np
+import torch
 from monai.config import KeysCollection
-from monai.data import NumpyReader, PILReader
+from monai.data import MetaTensor, NibabelReader, NumpyReader, PILReader
 from monai.data.utils import is_supported_format
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
 
+from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check_size
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
 
 __all__ = ["H5Reader", "LoadCased"]
@@ -34,7 +40,8 @@ class H5Reader(NumpyReader):
 
     Raises:
         ImportError: if h5py is not installed.
-        ValueError: if the file is no whole h5 file or has no such dataset.
+        ValueError: if the file is no whole h5 file or has no such dataset; if the dataset is none of numbers, keeps its
+            voxels in another file, or is larger than can be meant.
 
     Example:
         >>> from monai.transforms import LoadImage
@@ -71,28 +78,101 @@ class H5Reader(NumpyReader):
             raise ImportError("`h5py` must be installed to read h5 files but is not. Run pip install h5py.") from error
         try:
             with h5py.File(name, "r") as file:
-                if self.dataset in file:
-                    return np.asarray(file[self.dataset])
+                link = file.get(self.dataset, getlink=True) if self.dataset in file.keys() else None
+                if isinstance(link, h5py.HardLink):
+                    return self._voxels(file[self.dataset])
                 found = sorted(file)
         except OSError as error:
             raise ValueError(f"`data` must be a whole h5 file but {name} is not ({error}).") from error
+        if link is not None:
+            raise ValueError(f"its `{self.dataset}` is a link to {link.path!r}; give files that hold their voxels.")
         raise ValueError(f"`dataset` must be in {name} but is {self.dataset!r}; the file has {found}.")
+
+    def _voxels(self, dataset: Any) -> np.ndarray:
+        import h5py
+
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf":
+            found = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
+            raise ValueError(f"its `{self.dataset}` must be an array of numbers but is {found}.")
+        if dataset.external or dataset.is_virtual:
+            raise ValueError(f"its `{self.dataset}` keeps its voxels in another file; give files that hold their own.")
+        check_size(dataset.shape, dataset.dtype.itemsize)
+        array = np.asarray(dataset)
+        while array.ndim > 3 and 1 in array.shape:
+            array = array.squeeze(axis=array.shape.index(1))
+        return array
+
+
+class NiftiReader(NibabelReader):
+    """Read NIfTI files for MONAI's `LoadImage`: the header first, and without axes of length 1 after the third.
+
+    ITK writes the values of a voxel to the fifth axis, so that files of (x, y, z, 1, values) are usual.
+
+    Raises:
+        ValueError: if the voxels are no real numbers, or the header declares more of them than the file can hold or than
+            can be meant.
+
+    Example:
+        >>> from monai.transforms import LoadImage
+        >>> load = LoadImage()
+        >>> load.register(NiftiReader())
+        >>> image = load("patient001_frame01.nii.gz")     # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        super().__init__(squeeze_non_spatial_dims=True)
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
+        for name in ensure_tuple(data):
+            image = nibabel.load(name)  # the header alone, as it is: MONAI repairs some
+            dtype = image.get_data_dtype()
+            if dtype.kind not in "biuf":
+                raise ValueError(f"its voxels are of type {dtype}, no real numbers.")
+            ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
+            check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
+            _check_affine(image.affine)
+        return super().read(data, **kwargs)
+
+
+class ArchiveReader(NumpyReader):
+    """Read .npy and .npz files for MONAI's `LoadImage`, archives that unpack to a size that can be meant.
+
+    Example:
+        >>> from monai.transforms import LoadImage
+        >>> load = LoadImage()
+        >>> load.register(ArchiveReader())
+        >>> image = load("patient001.npz")     # doctest: +SKIP
+    """
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
+        for name in ensure_tuple(data):
+            size = os.path.getsize(name)
+            if zipfile.is_zipfile(name):
+                with zipfile.ZipFile(name) as archive:
+                    size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST_IMAGE:
+                raise ValueError(
+                    f"its arrays take {size / 2**30:.1f} GiB and the limit is {LARGEST_IMAGE / 2**30:g} GiB."
+                )
+        return super().read(data, **kwargs)
 
 
 class LoadCased(MapTransform):
     """Load the image files of a case, whatever `LoadImage` reads plus .h5 and .nrrd, and name one that cannot be read.
 
     In an h5 file the dataset called like the key is read, NRRD files by `SimpleITKReader`. Everything else is MONAI's
-    `LoadImage`, which picks its reader by the file's suffix.
+    `LoadImage`, which picks its reader by the file's suffix. A header that declares more than 2 GiB of voxels, or more
+    than its file can hold, is refused before they are read; so is one that points at a file elsewhere.
 
     Args:
         keys: keys whose values are paths (a list of paths: the channels of one image).
         slice_axis: see `H5Reader`.
-        allow_missing_keys: skip keys that an item does not have: unlabelled items have no label.
+        allow_missing_keys: skip keys that an item does not have: unlabeled items have no label.
         kwargs: further arguments of `LoadImage`.
 
     Raises:
-        ValueError: if a file is missing, corrupt or of an unknown format; it names the file.
+        ValueError: if a file is missing, corrupt or of an unknown format, has no voxels, or an affine that is no
+            geometry; it names the file.
 
     Example:
         >>> load = LoadCased(keys=["image", "label"], allow_missing_keys=True)
@@ -106,6 +186,8 @@ class LoadCased(MapTransform):
         self.loaders: dict[Hashable, LoadImage] = {}
         for key in self.keys:
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
+            self.loaders[key].register(NiftiReader())
+            self.loaders[key].register(ArchiveReader())
             # by its content: PIL would give a .png that is PostScript to an interpreter
             self.loaders[key].register(PILReader(formats=("PNG", "JPEG", "BMP")))
             self.loaders[key].register(SimpleITKReader())
@@ -116,10 +198,32 @@ class LoadCased(MapTransform):
         for key in self.key_iterator(case):
             path = case[key]
             try:
-                case[key] = self.loaders[key](path)
+                for one in ensure_tuple(path):
+                    _check_is_file(one)
+                case[key] = _checked(self.loaders[key](path))
             except Exception as error:  # every reader has its own exceptions
                 raise ValueError(f"`{key}` must be a readable image but {path} is not: {_reason(error)}") from error
         return case
+
+
+def _check_is_file(path: PathLike) -> None:
+    """A pipe or a device would be waited for; folders are read by those who have a reader of DICOM series."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("it is no file but a pipe, a socket or a device.")
+
+
+def _checked(image: torch.Tensor) -> torch.Tensor:
+    if image.numel() == 0:
+        raise ValueError(f"it has no voxels, its shape is {tuple(image.shape)}.")
+    if isinstance(image, MetaTensor):
+        _check_affine(image.affine.numpy())
+    return image
+
+
+def _check_affine(affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+        raise ValueError(f"its affine {affine.tolist()} must be finite and invertible; repair its header.")
 
 
 def _reason(error: Exception) -> str:

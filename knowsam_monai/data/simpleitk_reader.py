@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.data import ImageReader
 from monai.data.utils import is_supported_format, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
+
+from knowsam_monai.data.declared_size import LARGEST_RATIO, check_size, detached_files
 
 __all__ = ["SimpleITKReader"]
 
@@ -23,6 +26,8 @@ class SimpleITKReader(ImageReader):
         affine = diag(-1, -1, 1) [direction diag(spacing), origin],
 
     because ITK's coordinates count towards left and posterior. A flipped axis stays flipped, in voxels and in affine.
+    The header is read first: a size that cannot be meant is refused, and so is a header that points at a file outside of
+    its own folder. Axes of length 1 after the third are left out.
 
     Shape:
         (x, y, z), the file's own order of axes, or (ch, x, y, z) for voxels of several values or several files.
@@ -49,14 +54,12 @@ class SimpleITKReader(ImageReader):
                 "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
             ) from error
         images = []
-        for name in ensure_tuple(data):
+        for name in map(str, ensure_tuple(data)):
             try:
-                images.append(SimpleITK.ReadImage(str(name), **kwargs))
-            except RuntimeError as error:
+                images.append(_read_file(name))
+            except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).rpartition("ERROR:")[2].split())
                 raise ValueError(f"`data` must be a whole image file but {name} is not ({reason})") from error
-            if images[-1].GetDimension() > 3:
-                raise ValueError(f"`data` must be 2D or 3D but {name} has {images[-1].GetDimension()} axes.")
         return images
 
     def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
@@ -81,6 +84,24 @@ class SimpleITKReader(ImageReader):
             MetaKeys.SPATIAL_SHAPE: np.asarray(sizes[0]),
             MetaKeys.ORIGINAL_CHANNEL_DIM: 0 if has_channels or len(arrays) > 1 else float("nan"),
         }
+
+
+def _read_file(name: str) -> Any:
+    import SimpleITK
+
+    files = detached_files(name) or [Path(name)]
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(name)
+    # by the suffix: ITK would take the reader of any format that it finds inside
+    reader.SetImageIO("NrrdImageIO" if name.lower().endswith(("nrrd", "nhdr")) else "MetaImageIO")
+    reader.ReadImageInformation()
+    size, num_values = reader.GetSize(), reader.GetNumberOfComponents()
+    itemsize = SimpleITK.Image([1, 1], reader.GetPixelID(), num_values).GetSizeOfPixelComponent()
+    check_size((*size, num_values), itemsize, sum(file.stat().st_size for file in files), LARGEST_RATIO)
+    if any(length > 1 for length in size[3:]):
+        raise ValueError(f"`data` must be 2D or 3D but {name} has {len(size)} axes.")
+    reader.SetExtractSize([*size[:3], *(0 for _ in size[3:])])
+    return reader.Execute()
 
 
 def _affine(image: Any) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-__all__ = ["existing_file", "listed_names", "split_training", "unknown_folder", "without_labels"]
+__all__ = ["existing_file", "listed_names", "read_json", "split_training", "unknown_folder", "without_labels"]
 
 
 def split_training(
@@ -54,29 +56,61 @@ def without_labels(items: Sequence[dict]) -> list[dict]:
 
 def existing_file(path: Path, whole: str) -> str:
     """The path of a file that must be there, as text; `whole` says in the error what it is a part of."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
     return str(path)
 
 
 def listed_names(path: Path) -> list[str]:
-    """The names in a text file of names, one a line."""
+    """The names in a text file of names, one a line; none leads out of the folder."""
     try:
-        return path.read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
+        names = path.read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path.name}` must be a text file of names but {path} is not. Unpack it again.") from error
+    for name in names:
+        if ".." in (PurePosixPath(name).parts or "..") or name.startswith("/"):
+            raise ValueError(
+                f"`{path.name}` must have names of its folder's data but {path} has {name!r}. Mend the list."
+            )
+    return names
+
+
+def read_json(path: str | Path) -> Any:
+    """What is in a JSON file. A byte-order mark is left out; a key may be there once.
+
+    Raises:
+        ValueError: if it cannot be read, is no JSON, is nested too deeply, or an object has a key twice; without the
+            file's name.
+    """
+    try:
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_different_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+
+
+def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return content
 
 
 def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> ValueError:
     """The error for a `dataset_dir` in which no known form was found; `forms` say what was looked for."""
-    root = Path(dataset_dir).expanduser()
-    if not root.exists():
+    root = Path(os.path.expanduser(dataset_dir))
+    lists: list[Path] = []
+    if not os.path.exists(root):
         found = "does not exist"
-    elif not root.is_dir():
+    elif not os.path.isdir(root):
         found = "is a file"
+    elif not os.access(root, os.R_OK | os.X_OK):
+        found = "cannot be read"
     else:
         found = "holds none of them" if any(root.iterdir()) else "is empty"
-    lists = [path for path in sorted(root.glob("*.json")) if _is_datalist(path)]
+        lists = [path for path in sorted(root.glob("*.json")) if _is_datalist(path)]
     remedy = f"Give the data list in it, {lists[0]}" if lists else "Give the folder that contains one of these"
     phantom = ", or no `dataset_dir` for the synthetic phantom" if or_phantom else ""
     return ValueError(
@@ -86,7 +120,7 @@ def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bo
 
 def _is_datalist(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except ValueError:
         return False
     return isinstance(content, dict) and isinstance(content.get("labeled"), list)

@@ -16,23 +16,27 @@ __all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # names of the ends of the axes, as nibabel has them
 
+# Resampling and arithmetic in float32 leave labels so far beside their integer.
+ROUNDED = 1e-3
+
 logger = logging.getLogger(__name__)
 
 
 class CheckDatad(Transform):
-    """Refuse a case that would silently train wrong, naming its file, and put its label on the image's grid.
+    """Refuse a case that would silently train wrong, naming its file, and give its label the image's grid and classes.
 
     A label whose header has the image's grid with axes in another order or direction is turned to the image's. One that
     differs otherwise, as after a tool that lost the header, is taken as aligned voxel by voxel, and gets the image's
-    affine. Either is warned of.
+    affine. Either is warned of. Label values within 0.001 of an integer are rounded. Of two classes a mask of 0 and 255
+    is read as 0 and 1, which is warned of once.
 
     Args:
         image_key: key of the image, channel first.
         label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
         num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
         num_channels: channels that the network takes; None for any number.
-        num_axes: spatial axes that the network takes; None for any number.
-        compare_affines: whether a label whose affine differs from its image's is warned of.
+        num_axes: spatial axes that the network takes; None for 2 or 3.
+        warn: whether what is put right is warned of.
 
     Shape:
         image (ch, *spatial), label (1, *spatial).
@@ -53,7 +57,7 @@ class CheckDatad(Transform):
         label_key: str = "label",
         num_classes: int = 4,
         num_channels: int | None = None,
-        compare_affines: bool = True,
+        warn: bool = True,
         num_axes: int | None = None,
     ) -> None:
         if num_classes < 2:
@@ -62,20 +66,22 @@ class CheckDatad(Transform):
         self.label_key = label_key
         self.num_classes = num_classes
         self.num_channels = num_channels
-        self.compare_affines = compare_affines
+        self.warn = warn
+        self.has_warned_of_masks = False
         self.num_axes = num_axes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
+        if image.ndim - 1 not in ((2, 3) if self.num_axes is None else (self.num_axes,)):
+            raise ValueError(
+                f"`{self.image_key}` must have {self.num_axes or '2 or 3'} spatial axes but {image_name(image)} has "
+                f"{image.ndim - 1}, {tuple(image.shape[1:])}. Take the bundle for images of that kind, or write one "
+                "image to each file."
+            )
         if self.num_channels not in (None, image.shape[0]):
             raise ValueError(
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
                 f"{image.shape[0]}. Set `in_channels` to the channels of the data."
-            )
-        if self.num_axes not in (None, image.ndim - 1):
-            raise ValueError(
-                f"`{self.image_key}` must have {self.num_axes} spatial axes but {image_name(image)} has "
-                f"{image.ndim - 1}. Take the bundle for images of that kind, or join slices to a volume."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
         if not extremes.isfinite().all():
@@ -89,7 +95,7 @@ class CheckDatad(Transform):
         if self.label_key not in data:
             return data
         label = self._on_grid_of(image, data[self.label_key])
-        self._check_label(image, label)
+        label = self._as_classes(image, label)
         return data if label is data[self.label_key] else {**data, self.label_key: label}
 
     def _check_affine(self, key: str, image: torch.Tensor | None) -> None:
@@ -113,25 +119,36 @@ class CheckDatad(Transform):
                 said = "axes in another order or direction: the label is turned to the image's"
                 placed = turned
         placed.affine, placed.applied_operations = image.affine.clone(), []
-        if self.compare_affines:
+        if self.warn:
             logger.warning("%s and its label have %s.", image_name(image), said)
         return placed
 
-    def _check_label(self, image: torch.Tensor, label: torch.Tensor) -> None:
+    def _as_classes(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
             raise ValueError(
                 f"`{self.label_key}` must be one channel of the image's shape {tuple(image.shape[1:])} but "
                 f"{image_name(label)} has shape {tuple(label.shape)} for the image {image_name(image)}."
             )
         plain = torch.as_tensor(label)
+        if plain.is_floating_point() and 0 < (plain - plain.round()).abs().max() <= ROUNDED:  # not so for NaN
+            label = label.round()
+            plain = torch.as_tensor(label)
         low, high = torch.aminmax(plain)
+        if self.num_classes == 2 and high == 255 and ((plain == 0) | (plain == 255)).all():
+            if self.warn and not self.has_warned_of_masks:
+                logger.warning(
+                    "%s has the values 0 and 255: read as 0 and 1, here and in further files.", image_name(label)
+                )
+                self.has_warned_of_masks = True
+            return label // 255
         if not (low >= 0 and high < self.num_classes and (plain == plain.floor()).all()):  # so for NaN
             wrong = [v for v in torch.unique(plain).tolist() if v not in range(self.num_classes)]
-            shown = ", ".join(list(dict.fromkeys(f"{v:g}" for v in wrong))[:5])
+            shown = ", ".join(list(dict.fromkeys(f"{v:.5g}" for v in wrong))[:5])
             raise ValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
                 f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
             )
+        return label
 
 
 class ScaleVolumed(MapTransform):
@@ -162,12 +179,8 @@ class ScaleVolumed(MapTransform):
         for key in self.key_iterator(case):
             if "slice" not in case:
                 case[key] = self.scale(case[key])
-            elif case[key].min() < 0 or case[key].max() > 1:
-                raise ValueError(
-                    f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but "
-                    f"{image_name(case[key])} goes from {case[key].min():g} to {case[key].max():g}. Scale the volume "
-                    "first, or leave the number out to scale each file by itself."
-                )
+            else:
+                check_slice_range(image_name(case[key]), float(case[key].min()), float(case[key].max()), str(key))
         return case
 
 
@@ -202,6 +215,28 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
             {**data, **{key: stack[index].clone() for key, stack in stacks.items()}, "slice": index}
             for index in range(len(stacks[self.image_key]))
         ]
+
+
+def check_slice_range(name: str, low: float, high: float, key: str = "image") -> None:
+    """Refuse a slice of a volume, an item with a `"slice"` number, that was not scaled together with the volume.
+
+    Args:
+        name: of its file.
+        low: its smallest value.
+        high: its largest value.
+        key: key of the image.
+
+    Raises:
+        ValueError: if the values leave 0 to 1.
+
+    Example:
+        >>> check_slice_range("patient001_frame01_slice_0.h5", low=0.0, high=0.8)
+    """
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but {name} goes from "
+            f"{low:g} to {high:g}. Scale the volume first, or leave the number out to scale each file by itself."
+        )
 
 
 def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:

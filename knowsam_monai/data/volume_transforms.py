@@ -1,4 +1,4 @@
-"""What a 3D volume goes through before patches: mask values, orientation, spacing, a crop without labels, padding."""
+"""What a 3D volume goes through before patches: orientation, spacing, a crop without labels, padding."""
 
 from __future__ import annotations
 
@@ -13,40 +13,9 @@ from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacin
 
 from knowsam_monai.data.transforms import AXES, image_name
 
-__all__ = ["CropCentred", "MapMaskd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
+__all__ = ["CropCentred", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
 
 logger = logging.getLogger(__name__)
-
-
-class MapMaskd(MapTransform):
-    """Map a label with the values 0 and 255, as the left-atrium challenge wrote it, to 0 and 1, and say so once.
-
-    Any other label passes as it is, for `CheckDatad` to judge.
-
-    Args:
-        keys: keys of the labels; a missing one is skipped (unlabelled items).
-
-    Example:
-        >>> MapMaskd()({"label": torch.tensor([[[0.0, 255.0]]])})["label"].tolist()
-        [[[0.0, 1.0]]]
-    """
-
-    def __init__(self, keys: Any = "label") -> None:
-        super().__init__(keys, allow_missing_keys=True)
-        self.said = False
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        case = dict(data)
-        for key in self.key_iterator(case):
-            label = case[key]
-            if label.max() == 255 and ((label == 0) | (label == 255)).all():
-                case[key] = label // 255
-                if not self.said:
-                    logger.warning(
-                        "%s has the values 0 and 255: read as 0 and 1, here and in further files.", image_name(label)
-                    )
-                    self.said = True
-        return case
 
 
 class OrientVolumed(Orientationd):
