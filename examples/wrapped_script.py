@@ -1,8 +1,8 @@
 """SKD in somebody's script, whose student, optimizer and loader are locals of its `train()`: no line of it is edited.
 
-What builds the three is wrapped. The student is the network whose parameters the optimizer steps; the loader built first
-is that of training. Importing the script skips its `__main__` block: whatever that does before it calls `train`, such as
-setting seeds, belongs at the end of this file.
+What builds the three is wrapped. The student is the network whose parameters the optimizer steps; the loader that is
+built first is that of training. Importing the script skips its `__main__` block: whatever that does before it calls
+`train`, such as setting seeds, belongs at the end of this file.
 """
 
 from types import SimpleNamespace
