@@ -148,7 +148,7 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
         (
             {"overrides": {"network_def": '{"_target_": "UNet", "dim": "$1"}'}},
-            "must be JSON or text but .* run as code",
+            "`network_def` must be JSON or text",
         ),
         ({"overrides": {"image_size": "$1/0"}}, "`image_size` must be JSON or text .* nothing is evaluated, but is"),
         ({"overrides": {"output_postfix": "../.."}}, "`output_postfix` must be text without a slash but is '../..'"),
