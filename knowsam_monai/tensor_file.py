@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
     """
     What ``torch.save`` wrote into a file, on the CPU, without running any code that the file may hold.
 
-    torch's own refusal advises to load the file in the unsafe way; this one says what the file is.
+    torch's own refusal advises to load the file in the unsafe way; this one says what the file is. The checksums that
+    ``torch.save`` writes are compared, which ``torch.load`` does not do.
 
     Args:
         path: of the file.
 
     Raises:
-        NotATensorFile: when it is a pickle of Python objects, truncated, or no checkpoint at all.
+        NotATensorFile: when it is a pickle of Python objects, truncated, damaged, or no checkpoint at all.
         OSError: when it cannot be opened.
 
     Example::
@@ -45,8 +47,9 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
     """
     path = Path(path)
     try:
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, NotATensorFile):
         raise
     except Exception as error:  # torch, pickle and zipfile each have their own for a damaged file
         if _would_run_code(path, error):
@@ -55,6 +58,15 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
             ) from error
         size = path.stat().st_size if path.is_file() else 0
         raise NotATensorFile(f"({size} bytes) is truncated or no checkpoint at all") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Of each record in torch's zip; files of before torch 1.6 have none."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as records:
+        if records.testzip() is not None:
+            raise NotATensorFile(f"({path.stat().st_size} bytes) is damaged: its checksums do not match its content")
 
 
 def _would_run_code(path: Path, error: Exception) -> bool:

@@ -28,7 +28,7 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 logger = logging.getLogger(__name__)
 
 # Raise when facts or checks change: entries of another version are read anew.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -43,6 +43,7 @@ class CaseFacts:
     spacing: Sequence[float] | None = None
     orientation: str | None = None  # such as "LPS": where each axis runs to
     content: Sequence[str] = ()  # hash of each slice's voxels, or of a 2D image's; none of a constant one
+    digest: str = ""  # hash of all that training takes from the files: voxels of image and label, spacings, axes
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
     label_values: Sequence[int] | None = None
@@ -84,6 +85,7 @@ class CaseReader:
         if label is not None:
             case = case if self.map_masks is None else self.map_masks(case)
             facts.label_spacing, facts.label_orientation = _geometry(label)
+        facts.digest = _digest(facts, image, label)
         try:
             self.check(case)
         except ValueError as error:
@@ -144,6 +146,15 @@ def _intensities(image: torch.Tensor) -> tuple[float, float, list[str]]:
             content.update(np.ascontiguousarray(one))
             hashes.append(content.hexdigest())
     return min(low for low, _ in extremes), max(high for _, high in extremes), hashes
+
+
+def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -> str:
+    geometry = [facts.spacing, facts.orientation, facts.label_spacing, facts.label_orientation]
+    digest = hashlib.blake2b(json.dumps(geometry).encode(), digest_size=12)
+    for array in [np.asarray(image)] + ([] if label is None else [np.asarray(label)]):
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None]:

@@ -69,5 +69,14 @@ class ValidationHistory:
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
         if not os.path.isfile(self.path):
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        rows: list[dict[str, object]] = []
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file, strict=True):
+                    if None in row or None in row.values():
+                        raise ValueError("a row has more or fewer columns than the first line")
+                    if int(row["epoch"]) < epoch:
+                        rows.append(dict(row))
+        except (ValueError, KeyError, csv.Error) as error:
+            logger.warning("%s is torn or another's (%s); its first %d rows are kept.", self.path, error, len(rows))
+        return rows
