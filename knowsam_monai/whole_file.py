@@ -19,7 +19,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
 
     Args:
         path: of the file; its folder is made when missing.
-        write: ``write(file)`` fills a binary file.
+        write: ``write(file)`` fills a binary file, which it can read too.
         sync: False leaves it to the system when the bytes reach the disk: a power cut may then tear the file.
 
     Raises:
@@ -32,7 +32,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
-    with open(part, "xb") as file:
+    with open(part, "x+b") as file:
         try:
             write(file)
             file.flush()

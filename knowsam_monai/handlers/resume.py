@@ -155,9 +155,10 @@ class Resume:
             self._stop(engine)
         self._give_signals_back()
         if isinstance(error, OSError) and error.errno is not None:
+            file = os.fsdecode(error.filename or "a file of this run")
             raise RuntimeError(
-                f"{error.filename or 'A file of this run'} cannot be read or written ({error.strerror}); see that its "
-                f"folder is there and has room, and give the same command: it goes on from {self._newest_name()}."
+                f"`output_dir` must be readable and have room but {file} cannot be read or written ({error.strerror}); "
+                f"see to it and give the same command: it goes on from {self._newest_name()}."
             ) from error
 
     def validation_started(self, evaluator: Engine) -> None:

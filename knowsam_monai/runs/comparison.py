@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from knowsam_monai.runs.config import SECTIONS, plain_values
+from knowsam_monai.tensor_file import sha256
 
 # A run may go on when these differ: they say where it runs and what it shows, and not what it comes to.
 LEFT_OUT = {
@@ -135,11 +135,8 @@ def _content(weights: Any) -> Any:
     """The hash of a file, in whichever folder it lies; what is no file is what it is."""
     if not isinstance(weights, (str, os.PathLike)) or not Path(weights).expanduser().is_file():
         return weights
-    digest = hashlib.sha256()
     with open(Path(weights).expanduser(), "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return f"a file of sha256 {digest.hexdigest()}"
+        return f"a file of sha256 {sha256(file)}"
 
 
 def _is_data(value: Any) -> bool:
