@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ignite.distributed as idist
 import torch
@@ -67,16 +67,20 @@ class ValidationHistory:
         return "  ".join(parts)
 
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
-        if not os.path.isfile(self.path):
-            return []
         rows: list[dict[str, object]] = []
         try:
-            with open(self.path, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file, strict=True):
-                    if None in row or None in row.values():
-                        raise ValueError("a row has more or fewer columns than the first line")
-                    if int(row["epoch"]) < epoch:
-                        rows.append(dict(row))
+            for row in _rows(self.path):
+                rows += [row] if int(row["epoch"]) < epoch else []
         except (ValueError, KeyError, csv.Error) as error:
             logger.warning("%s is torn or another's (%s); its first %d rows are kept.", self.path, error, len(rows))
         return rows
+
+
+def _rows(path: str) -> Iterator[dict[str, str]]:
+    if not os.path.isfile(path):
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, strict=True):
+            if None in row or None in row.values():
+                raise ValueError("a row has more or fewer columns than the first line")
+            yield row

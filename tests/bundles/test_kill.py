@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def kill(run: Run, seconds: float, number: int = signal.SIGKILL, while_saving: b
     process = run.start()
     until = time.monotonic() + seconds
     running = wait_for(lambda: time.monotonic() > until and (run.parts() or not while_saving), process)
-    os.kill(process.pid, number)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(process.pid, number)
     finish(process, run.log)
     return running
 

@@ -51,6 +51,7 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     found = files(whole_run.output_dir)
     logs = {name for name in found if name.startswith("tensorboard/")}
     assert found - logs == {
+        ".lock",
         "config.json",
         "log.txt",
         "report.html",

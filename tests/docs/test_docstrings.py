@@ -27,10 +27,12 @@ PUBLIC = {
     "prediction": ("predict_folder",),
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
-    "stop_signals": ("StopSignals", "end_on_signals"),
+    "runs.comparison": ("configured", "digests", "other_data", "other_settings"),
+    "runs.lock": ("lock_folder", "unlock_folder"),
+    "stop_signals": ("StopSignals", "end_on_signals", "give_back"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
-    "whole_file": ("remove_parts", "write_csv", "write_whole"),
+    "whole_file": ("remove_parts", "write_csv", "write_text", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody
