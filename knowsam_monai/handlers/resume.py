@@ -24,7 +24,7 @@ from knowsam_monai.whole_file import remove_parts
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"trainer", "best", "random", "validate", "settings", "data"}  # of a file, beside the objects' names
+KEYS = ("trainer", "best", "random", "validate", "settings", "data")  # of a file, beside the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
 RANKS_ASK_EVERY = 10  # steps; processes must agree where to stop, and asking makes each wait for the device
 REMEDY = "name another --output_dir, or begin anew with --resume False, which puts this run in the place of that one"
@@ -248,7 +248,7 @@ class Resume:
         for file in self.files():
             try:
                 state = read_tensor_file(file)
-                if not isinstance(state, dict) or not KEYS <= state.keys():
+                if not isinstance(state, dict) or "trainer" not in state:
                     raise NotATensorFile("holds something else")
                 return file, state
             except (OSError, NotATensorFile) as error:
@@ -272,12 +272,18 @@ class Resume:
             if idist.get_rank() < len(state["random"]):
                 set_random_state(state["random"][idist.get_rank()])
         except Exception as error:  # whatever the objects say of what is not theirs
-            reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-            raise ValueError(f"{file} must be of this run but {reason}; {REMEDY}.") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{file} must be of this run but cannot be restored ({reason}); {REMEDY}.") from error
         if hasattr(engine.data_loader, "set_iteration"):
             engine.data_loader.set_iteration(engine.state.iteration)
 
     def _check(self, file: Path, state: Mapping[str, Any]) -> None:
+        missing = sorted({*KEYS, *self.objects} - state.keys())
+        if missing:
+            raise ValueError(
+                f"{file} must hold all that this run saves but lacks `{'`, `'.join(missing)}`, as one of other objects "
+                f"or of another version does; {REMEDY}."
+            )
         found = []
         if state["settings"] is not None and self.settings is not None:
             found = other_settings(state["settings"], self.settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -173,6 +174,19 @@ def test_data_may_be_moved_and_a_file_of_other_content_is_refused_by_name(whole,
     label.write_bytes(whole_label)
     result = run.finish(dataset_dir=relative).result()
     assert_same_bits({**result, "report": None}, {**expected, "report": None})  # it has the names of files
+
+
+def test_event_files_that_are_removed_meanwhile_end_the_run_with_one_sentence(whole, tmp_path):
+    dataset, _, _ = whole("knowsam")
+    run = Run(tmp_path / "run", "knowsam", dataset, max_iterations=400)
+    process = run.start()
+    assert wait_for((run.folder / "resume_2.pt").exists, process)
+    shutil.rmtree(run.folder / "tensorboard")
+    assert finish(process, run.log) == 1
+    sentence = (
+        r"`output_dir` must be readable and have room but \S+tfevents\S+ cannot be read or written \(No such file"
+    )
+    assert re.search(sentence + r".* it goes on from resume_\d+\.pt", run.log.read_text())
 
 
 def test_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(whole, tmp_path):

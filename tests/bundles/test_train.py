@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from knowsam_monai.networks import MultiViewNet
@@ -71,6 +73,30 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     }
     assert {name.split("/")[1] for name in logs} == {"train", "validation"}
     assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Failing:
+    """A handler that ends the run with an error in its third step."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_STARTED(once=3), self)
+
+    def __call__(self, engine):
+        raise KeyError("of the step")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_run_gives_back_signals_and_folder_to_a_process_that_goes_on(small_phantom, tmp_path, fails):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = Training(tmp_path, whole=True, dataset_dir=str(small_phantom), max_iterations=4)
+    if fails:
+        run.workflow.parser["train#handlers"].insert(0, {"_target_": f"{__name__}.Failing"})
+        with pytest.raises(Exception, match="trainer"):
+            run.run()
+    else:
+        run.run()
+    assert run.signals == before
+    assert (tmp_path / ".lock.json").exists() == fails  # the next run in the process frees it
 
 
 def test_folder_tells_what_ran_and_how_it_went(whole_run):

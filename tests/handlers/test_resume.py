@@ -314,37 +314,40 @@ def test_what_is_not_known_of_either_start_is_not_compared(tmp_path, settings):
     assert run(again) and again.state.iteration == 6
 
 
-SOMETHING_ELSE = {"bare tensor": torch.zeros(3), "weights": {"weight": torch.zeros(3)}, "list": [1], "text": "a"}
-
-
-@pytest.mark.parametrize("name", [*SOMETHING_ELSE, "lacks a key"])
-def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, caplog, name):
+@pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1], "text", {}, None])
+def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, caplog, content):
     trainer, expected, handler = training(tmp_path)
     assert run(trainer)
-    state = torch.load(tmp_path / "resume_6.pt", weights_only=True)
-    del state["random"]
-    torch.save(SOMETHING_ELSE.get(name, state), tmp_path / "resume_6.pt")
+    torch.save(content, tmp_path / "resume_6.pt")
     resumed, student, _ = training(tmp_path)
     assert run(resumed) and same_bits(student, expected)
     assert "resume_6.pt must be a whole checkpoint but is not: it holds something else" in caplog.text
     assert "Going on from" in caplog.text and [f.name for f in handler.files()] == ["resume_6.pt", "resume_4.pt"]
 
 
-@pytest.mark.parametrize("spoil", ["no object", "other shapes", "no iteration"])
-def test_file_of_other_objects_is_one_sentence_and_stays(tmp_path, spoil):
+SPOILED = {
+    "object is missing": (lambda state: state.pop("network"), "lacks `network`, as one of other objects"),
+    "of another version": (lambda state: [state.pop("settings"), state.pop("data")], "lacks `data`, `settings`, as"),
+    "other shapes": (
+        lambda state: state["network"].update({"first.bias": torch.zeros(9)}),
+        "RuntimeError: Error.*bias",
+    ),
+    "other state": (lambda state: state.update(trainer=5), "TypeError: "),
+    "no random state": (lambda state: state.update(random=[{}]), "KeyError: 'torch'"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_file_of_other_objects_is_one_sentence_and_stays(tmp_path, name):
+    spoil, reason = SPOILED[name]
     assert run(training(tmp_path)[0])
     state = torch.load(tmp_path / "resume_6.pt", weights_only=True)
-    if spoil == "no object":
-        del state["network"]
-    elif spoil == "other shapes":
-        state["network"]["first.weight"] = torch.zeros(1, 2, 3)
-    else:
-        state["trainer"] = {}
+    spoil(state)
     torch.save(state, tmp_path / "resume_6.pt")
-    before = (tmp_path / "resume_6.pt").read_bytes()
-    with pytest.raises(ValueError, match=r"^.*resume_6.pt must be of this run but .*; name another --output_dir"):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; name another --output_dir") as error:
         training(tmp_path)[0].run()
-    assert (tmp_path / "resume_6.pt").read_bytes() == before
+    assert "\n" not in str(error.value) and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_flipped_bytes_in_a_file_are_found_and_the_one_before_is_taken(tmp_path, caplog):
