@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,39 @@ def test_run_gives_back_signals_and_folder_to_a_process_that_goes_on(small_phant
         run.run()
     assert run.signals == before
     assert (tmp_path / ".lock.json").exists() == fails  # the next run in the process frees it
+
+
+class Slow:
+    """A transform so slow that the trainer waits for each batch."""
+
+    def __call__(self, item):
+        time.sleep(0.3)
+        return item
+
+
+class EndedWithItsWorkers:
+    """A handler that, while the trainer waits for its third batch, does what a scheduler's SIGTERM to a job does."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self)
+
+    def __call__(self, engine):
+        if engine.state.iteration == 2:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+                worker.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+@pytest.mark.parametrize("more", [[], [{"_target_": "StatsHandler", "output_transform": "$lambda output: None"}]])
+def test_run_whose_workers_a_signal_ended_saves_in_the_shipped_order_of_handlers(request, tmp_path, bundle, more):
+    run = request.getfixturevalue(bundle)(whole=True, num_workers=1, max_iterations=4, epoch_length=4)
+    run.workflow.parser["train#weak_augmentation#transforms"].append({"_target_": f"{__name__}.Slow"})
+    run.workflow.parser["train#handlers"][0:0] = [*more, {"_target_": f"{__name__}.EndedWithItsWorkers"}]
+    with pytest.raises(SystemExit) as stop:
+        run.run()
+    assert stop.value.code == 143 and (tmp_path / "output" / "resume_2.pt").exists()
 
 
 def test_folder_tells_what_ran_and_how_it_went(whole_run):
