@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet computes
-PART = ".part"  # how the names of files end that are still being written
+PART = ".knowsam-part"  # how the names of files end that are still being written
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
@@ -20,7 +20,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
 
     Args:
         path: of the file; its folder is made when missing.
-        write: ``write(file)`` fills a binary file.
+        write: ``write(file)`` fills a binary file, which it can read too.
         sync: False leaves it to the system when the bytes reach the disk: a power cut may then tear the file.
 
     Raises:
@@ -32,20 +32,35 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=PART, delete=False) as file:
-        try:
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+    try:
+        with open(part, "x+b") as file:
             write(file)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)  # temporary files are for their owner alone
-    os.replace(file.name, path)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """
+    :func:`write_whole` of a text in UTF-8.
+
+    Args:
+        path: of the file; its folder is made when missing.
+        text: all of it.
+
+    Raises:
+        OSError: when it cannot be written.
+
+    Example::
+
+        write_text("run.json", "{}")
+    """
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
@@ -115,16 +130,16 @@ def _is_formula(text: str) -> bool:
     return False
 
 
-def remove_parts(folder: Path) -> None:
+def remove_parts(folder: str | os.PathLike) -> None:
     """
-    Delete what a process that was killed while it wrote has left behind.
+    Delete what a killed process left behind while it wrote, in a folder and the folders in it; nothing else.
 
     Args:
-        folder: where :func:`write_whole` writes to; no other process writes there now.
+        folder: where :func:`write_whole` writes to; no other process may write there now.
 
     Example::
 
-        remove_parts(Path("output"))     # before a run goes on
+        remove_parts("output")     # before a run goes on
     """
-    for path in folder.glob(f"*{PART}"):
+    for path in Path(folder).rglob(f"*{PART}"):
         path.unlink(missing_ok=True)

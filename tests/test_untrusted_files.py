@@ -56,7 +56,7 @@ def trap(tmp_path):
 
 
 def in_zip(path, trap):
-    torch.save({"model": {"conv.weight": trap}, "fingerprint": {}, "settings": {}}, path)
+    torch.save({"model": {"conv.weight": trap}, "settings": {}}, path)
 
 
 def plain(protocol):

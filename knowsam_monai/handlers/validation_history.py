@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from collections.abc import Sequence
@@ -70,6 +71,10 @@ class ValidationHistory:
         return "  ".join(parts)
 
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
-        if not os.path.isfile(self.path):
-            return []
-        return [dict(row) for row in read_csv(self.path) if int(row["epoch"]) < epoch]
+        rows: list[dict[str, object]] = []
+        if os.path.isfile(self.path):
+            try:
+                rows += [row for row in read_csv(self.path) if int(row["epoch"]) < epoch]
+            except (ValueError, KeyError, csv.Error) as error:
+                logger.warning("%s is torn or another's (%s); it begins anew.", self.path, error)
+        return rows
