@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from knowsam_monai.teachers.provenance import origin
+
 TOLERANCE = 1e-3  # of the largest logit: a batch is computed in another order than its rows
 
 
@@ -41,7 +43,13 @@ class TeacherFacts:
         num_classes: C of its logits.
         num_parameters: all of them.
         trainable: names of those that train; empty for a frozen teacher.
-        pretrained, pretrained_on, license: as the teacher says; None where it does not.
+        pretrained, pretrained_on, license: as the teacher says, or the name of its checkpoint
+            (:func:`knowsam_monai.teachers.origin`); None where neither does.
+
+    Example::
+
+        >>> TeacherFacts("MyTeacher", 4, 100, (), True, "our scans of 2019", None).frozen
+        True
     """
 
     name: str
@@ -101,14 +109,18 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     num_classes = said if num_classes is None else num_classes
     if num_classes is None:
         raise _broken("say its `num_classes`", "does not", "set that attribute, or give `num_classes` here")
+    for name, kind in (("pretrained", bool), ("pretrained_on", str), ("license", str)):
+        value = getattr(teacher, name, None)
+        if value is not None and not isinstance(value, kind):
+            raise _broken(f"have a {kind.__name__} as `{name}`, or None", f"has {value!r}")
     facts = TeacherFacts(
         name=type(teacher).__name__,
         num_classes=num_classes,
         num_parameters=sum(parameter.numel() for parameter in teacher.parameters()),
         trainable=tuple(name for name, parameter in teacher.named_parameters() if parameter.requires_grad),
-        pretrained=_said(teacher, "pretrained", bool),
-        pretrained_on=_said(teacher, "pretrained_on", str),
-        license=_said(teacher, "license", str),
+        pretrained=getattr(teacher, "pretrained", None),
+        pretrained_on=origin(teacher).pretrained_on,
+        license=origin(teacher).license,
     )
     with _left_as_it_was(teacher, image):
         _check_modes(teacher)
@@ -212,13 +224,6 @@ def _prompt(image: Tensor, num_classes: int) -> Tensor:
 def _versions(teacher: nn.Module) -> list[tuple[int, int]]:
     """A change in place counts a tensor's version up."""
     return [(x.data_ptr(), x._version) for x in (*teacher.parameters(), *teacher.buffers())]
-
-
-def _said(teacher: nn.Module, name: str, kind: type) -> bool | str | None:
-    value = getattr(teacher, name, None)
-    if value is not None and not isinstance(value, kind):
-        raise _broken(f"have a {kind.__name__} as `{name}`, or None", f"has {value!r}")
-    return value
 
 
 @contextmanager

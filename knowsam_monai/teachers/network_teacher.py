@@ -41,8 +41,9 @@ class NetworkTeacher(nn.Module):
         channels: for each class of the student the network's channel, or those to merge, every channel once;
             ``channels=4`` means 0 to 3 in order. For a sigmoid student one entry, the foreground; the rest is
             background.
-        patch_size: what the network was trained on. An image is then cut into such windows, which overlap by
-            `overlap` (0..1) and are blended by a Gaussian, and a smaller one is padded with 0. None: the whole image.
+        patch_size: what the network was trained on. An image is then cut into such windows, which are blended by a
+            Gaussian, and a smaller one is padded with 0. None: the whole image.
+        overlap: of these windows, 0..1.
         windows_per_call: how many windows go through the network at once.
         normalize: what the network wants instead of 0..1: "z_score" (each channel of each image to mean 0 and standard
             deviation 1, as nnU-Net does for MR), or a callable (B, channels, *spatial) -> the same.
@@ -154,9 +155,7 @@ class NetworkTeacher(nn.Module):
         folder = check_bundle(path)
         facts = read_bundle_facts(folder)
         if not isinstance(channels, int):
-            channels = [
-                [_number(name, facts.channel_names, folder) for name in _several(entry)] for entry in channels
-            ]
+            channels = [[_number(name, facts.channel_names, folder) for name in _several(entry)] for entry in channels]
         options = {
             "patch_size": facts.patch_size,
             "pretrained_on": facts.data_source,

@@ -10,7 +10,18 @@ from torch import nn
 
 
 class Origin(NamedTuple):
-    """Where a teacher's weights come from; None where it is not known."""
+    """
+    Where a teacher's weights come from; None where it is not known.
+
+    Args:
+        pretrained_on: data, with a source.
+        license: of the weights.
+
+    Example::
+
+        >>> Origin(pretrained_on="our scans of 2019").license is None
+        True
+    """
 
     pretrained_on: str | None = None
     license: str | None = None
@@ -37,6 +48,9 @@ def origin(teacher: nn.Module) -> Origin:
     What a teacher says of its weights, or else what the name of its checkpoint tells.
 
     A name proves nothing: a file that was trained on keeps it. Give the teacher `pretrained_on` where you know more.
+
+    Args:
+        teacher: with `pretrained_on` and `license`, or with the path of its weights as `checkpoint`, or neither.
 
     Example::
 

@@ -151,9 +151,7 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
-def read_sam2_checkpoint(
-    checkpoint: str | os.PathLike[str], variant: str | Any, config: Any
-) -> dict[str, Tensor]:
+def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any, config: Any) -> dict[str, Tensor]:
     """
     The tensors of one image's SAM 2, by the names of `transformers`.
 
@@ -180,9 +178,7 @@ def read_sam2_checkpoint(
         raise ValueError(f"{expectation} holds {kind}; give the file of a SAM 2 {_name(variant)}.")
     found = _variant_of(state)
     if isinstance(variant, str) and found is not None and found != variant:
-        raise ValueError(
-            f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}."
-        )
+        raise ValueError(f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}.")
     state = {name: value for name, value in state.items() if not OF_VIDEOS.match(name)}
     for name, twin in (POSITIONS, POSITIONS[::-1]):  # one matrix, which some files hold once
         if name not in state and twin in state:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from monai.networks.nets import BasicUNet, UNet
 
 from knowsam_monai.networks import SAMTeacher, SliceTeacher
-from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher, check_teacher
+from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher, check_teacher, origin
 
 from .sam2_toys import toy_config
 
@@ -68,6 +68,19 @@ def test_teachers_of_this_package_keep_the_contract(name):
     assert facts.num_classes == 3
     assert facts.frozen == name.startswith("network")
     assert facts.pretrained == name.startswith("network")
+
+
+def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
+    """Also through the slices of a volume, which have what is said of their teacher."""
+    teacher = sam_teacher()
+    teacher.checkpoint = "/models/sam_vit_b_01ec64.pth"
+    for taught, shape in ((teacher, IMAGE), (SliceTeacher(teacher), VOLUME)):
+        facts = check_teacher(taught, torch.rand(shape))
+        assert "SA-1B" in facts.pretrained_on and facts.license == "Apache-2.0"
+    teacher.checkpoint = "/models/medsam_vit_b.pth"
+    assert "look for your test patients" in origin(teacher).pretrained_on
+    stand_in = sam_teacher(checkpoint="procedural")
+    assert origin(stand_in).pretrained_on == "procedural images: a stand-in, not SAM"
 
 
 @pytest.mark.parametrize("name", ["SAM 1, adapters alone", "network", "SAM 2"])

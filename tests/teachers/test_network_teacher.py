@@ -282,7 +282,10 @@ def test_a_student_of_this_projects_bundle_teaches_the_next_one(bundle):
 
 def test_references_to_plain_values_are_followed(bundle):
     config = VENTRICULAR | {"sizes": {"classes": 4, "widths": [16, 32, 64, 128, 256]}}
-    config["network_def"] = VENTRICULAR["network_def"] | {"out_channels": "@sizes::classes", "channels": "@sizes#widths"}
+    config["network_def"] = VENTRICULAR["network_def"] | {
+        "out_channels": "@sizes::classes",
+        "channels": "@sizes#widths",
+    }
     folder, _ = bundle(config)
     assert NetworkTeacher.from_bundle(folder, channels=4).network.out_channels == 4
 

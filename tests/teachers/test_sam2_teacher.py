@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.networks import SAMTeacher
 from knowsam_monai.networks.adapter import Adapter
-from knowsam_monai.networks.sam import build_sam
-from knowsam_monai.networks.sam_variants import SAM_VARIANTS
 from knowsam_monai.teachers import Sam2Teacher
 from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS, build_sam2
 from knowsam_monai.teachers.sam2_teacher import MEAN, STD
@@ -399,16 +397,6 @@ def test_sam2_given_to_sam1_is_named(tmp_path):
     torch.save({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, tmp_path / "mobile_sam.pt")
     with pytest.raises(ValueError, match="mobile_sam.pt holds MobileSAM, whose image encoder"):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "mobile_sam.pt")
-
-
-def test_hq_sam_given_to_sam1_is_named(tmp_path, monkeypatch):
-    from tests.networks.sam_toys import TOY_VARIANT
-
-    monkeypatch.setitem(SAM_VARIANTS, "vit_b", TOY_VARIANT)
-    state = build_sam("vit_b", 64).state_dict() | {"mask_decoder.hf_token.weight": torch.zeros(1)}
-    torch.save(state, tmp_path / "sam_hq_vit_b.pth")
-    with pytest.raises(ValueError, match="sam_hq_vit_b.pth holds HQ-SAM"):
-        build_sam("vit_b", 64, tmp_path / "sam_hq_vit_b.pth")
 
 
 def test_a_file_that_runs_code_is_not_loaded(tmp_path):
