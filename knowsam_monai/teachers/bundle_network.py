@@ -96,7 +96,7 @@ def read_bundle_facts(folder: Path) -> BundleFacts:
 
     Example::
 
-        read_bundle_facts(Path("ventricular_short_axis_3label")).channel_names     # {'background': 0, 'lv_pool': 1, ...
+        names = read_bundle_facts(Path("ventricular_short_axis_3label")).channel_names     # {'background': 0, ...
     """
     try:
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
@@ -175,6 +175,6 @@ def _network_class(target: Any, file: Path) -> type[nn.Module]:
 def _refused(file: Path, what: str) -> ValueError:
     return ValueError(
         f"`network_def` of {file} must be plain values around networks' classes but has {what}; a config is code, and "
-        "code that came with a file is not run: build the network yourself and give it to `NetworkTeacher`, or take its "
-        "TorchScript (`from_torchscript`)."
+        "code that came with a file is not run: build the network yourself and give it to `NetworkTeacher`, or take "
+        "its TorchScript (`from_torchscript`)."
     )

@@ -20,8 +20,6 @@ from knowsam_monai.teachers.bundle_network import (
     read_bundle_facts,
 )
 
-Channels = int | Sequence[int | Sequence[int]]
-
 
 class NetworkTeacher(nn.Module):
     """
@@ -69,7 +67,7 @@ class NetworkTeacher(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        channels: Channels,
+        channels: int | Sequence[int | Sequence[int]],
         patch_size: Sequence[int] | None = None,
         overlap: float = 0.5,
         windows_per_call: int = 4,
@@ -95,7 +93,9 @@ class NetworkTeacher(nn.Module):
         self.eval()
 
     @classmethod
-    def from_torchscript(cls, path: str | os.PathLike[str], channels: Channels, **options: Any) -> NetworkTeacher:
+    def from_torchscript(
+        cls, path: str | os.PathLike[str], channels: int | Sequence[int | Sequence[int]], **options: Any
+    ) -> NetworkTeacher:
         """
         The teacher of a TorchScript file (.ts), such as `ckpt_export` of a bundle makes.
 
@@ -211,7 +211,7 @@ def _merged(logits: Tensor, group: Sequence[int]) -> Tensor:
     return torch.logsumexp(logits[:, list(group)], dim=1, keepdim=True)
 
 
-def _groups(channels: Channels) -> tuple[tuple[int, ...], ...]:
+def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     groups = [(channel,) for channel in range(channels)] if isinstance(channels, int) else map(_several, channels)
     groups = tuple(tuple(group) for group in groups)
     used = [channel for group in groups for channel in group]

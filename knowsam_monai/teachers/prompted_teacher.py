@@ -6,7 +6,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +13,6 @@ from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
 
 logger = logging.getLogger(__name__)
-
-ToRGB = int | str | Callable[[Tensor], Tensor]
 
 
 class PromptedTeacher(nn.Module):
@@ -32,7 +29,9 @@ class PromptedTeacher(nn.Module):
             to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W).
     """
 
-    def __init__(self, num_classes: int, image_size: tuple[int, int], to_rgb: ToRGB) -> None:
+    def __init__(
+        self, num_classes: int, image_size: tuple[int, int], to_rgb: int | str | Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
             raise ValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
@@ -82,7 +81,7 @@ class PromptedTeacher(nn.Module):
 
     @abstractmethod
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; by default of the prompts' size."""
+        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
 
     @abstractmethod
     def _encode(self, rgb: Tensor) -> Tensor:

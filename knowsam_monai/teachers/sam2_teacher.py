@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.prompt import LearnablePrompt
-from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, ToRGB
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
 
@@ -98,7 +98,7 @@ class Sam2Teacher(PromptedTeacher):
         variant: str | Any = "tiny",
         checkpoint: str | os.PathLike[str] | None = None,
         trainable: str = "adapters",
-        to_rgb: ToRGB = 0,
+        to_rgb: int | str | Callable[[Tensor], Tensor] = 0,
         num_prompt_tokens: int = 2,
         encoder: str = "adapted",
         cache_dir: str | os.PathLike[str] | None = None,
@@ -171,7 +171,7 @@ class Sam2Teacher(PromptedTeacher):
         return torch.cat((finest, finer, coarse), dim=1)
 
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; by default of the prompts' size."""
+        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
         dim = embedding.shape[1] // 4
         finest, finer, coarse = embedding.split((2 * dim, dim, dim), dim=1)
         coarse = coarse + self.sam.no_memory_embedding.view(1, dim, 1, 1)

@@ -77,6 +77,8 @@ def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
     for taught, shape in ((teacher, IMAGE), (SliceTeacher(teacher), VOLUME)):
         facts = check_teacher(taught, torch.rand(shape))
         assert "SA-1B" in facts.pretrained_on and facts.license == "Apache-2.0"
+    network_teacher = teacher_network(pretrained_on="our scans of 2019", license="CC-BY-4.0")
+    assert origin(SliceTeacher(network_teacher)) == ("our scans of 2019", "CC-BY-4.0")
     teacher.checkpoint = "/models/medsam_vit_b.pth"
     assert "look for your test patients" in origin(teacher).pretrained_on
     stand_in = sam_teacher(checkpoint="procedural")

@@ -225,6 +225,12 @@ def test_a_torchscript_file_teaches_as_its_network(tmp_path):
     assert check_teacher(teacher, image).license == "MIT License"
 
 
+def test_frozen_torchscript_has_no_parameters_and_teaches():
+    network, image = torch.jit.freeze(torch.jit.script(small_unet())), torch.rand(2, 1, 16, 16)
+    facts = check_teacher(NetworkTeacher(network, 3), image)
+    assert facts.frozen and facts.num_parameters == 0
+
+
 def test_a_file_that_is_no_torchscript_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.ts does not exist"):
         NetworkTeacher.from_torchscript(tmp_path / "missing.ts", 3)

@@ -233,7 +233,7 @@ def test_a_teacher_that_knows_nothing_is_warned_of(caplog, folder):
 
 @pytest.mark.parametrize("variant", SAM2_VARIANTS)
 def test_the_published_sizes_are_metas(variant):
-    """Parameters of the image model: the README's 38.9, 46, 80.8 and 224.4 M less the 7.47 M of the memory of videos."""
+    """Parameters of the image model: the README's 38.9, 46, 80.8 and 224.4 M less 7.47 M for the memory of videos."""
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in build_sam2(variant).parameters())
     published = {"tiny": 38.9, "small": 46, "base_plus": 80.8, "large": 224.4}[variant]
