@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SUBPACKAGES = ("data", "handlers", "losses", "networks")
+SUBPACKAGES = ("data", "handlers", "losses", "networks", "teachers")
 # the public names of modules that have no __all__
 PUBLIC = {
     "attachment": ("Attachment",),
