@@ -186,8 +186,10 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
 
 def _said(error: BaseException) -> str:
     """The first line of an error, with its kind where it is not a sentence of this package."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if is_said_by_this_package(error) else f"{type(error).__name__}: {line}".rstrip(": ")
+    lines = str(error).strip().splitlines() or [""]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]  # MONAI's SaveImage puts the writer's error into its text
+    return lines[0] if is_said_by_this_package(error) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def _existing_weights(path: Path) -> Path:
