@@ -339,7 +339,7 @@ BROKEN = {
 
 @pytest.fixture
 def mixed(scans, tmp_path):
-    """Scans of which the first and the last can be segmented. What breaks the others, from reading to writing, differs."""
+    """Scans of which the first and the last can be segmented; the others break, from reading to writing."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     for name in ("a", *BROKEN, "z"):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -14,6 +12,14 @@ from knowsam_monai.data.transforms import AXES
 def volume(array: torch.Tensor, spacing=(1.0, 1.0, 1.0), **meta) -> MetaTensor:
     affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
     return MetaTensor(array, affine=affine, meta={"filename_or_obj": "case.nrrd", **meta})
+
+
+def test_volume_whose_spacing_is_in_another_unit_is_refused_by_name():
+    """0.6 mm, written in micrometers."""
+    with pytest.raises(
+        ValueError, match=r"`image` must take at most 2 GiB at .* but case.nrrd, .* of 600 x 600 x 600 mm"
+    ):
+        ResampleVolumed("image", mode="bilinear")({"image": volume(torch.zeros(1, 9, 9, 9), spacing=(600, 600, 600))})
 
 
 def test_volume_is_resampled_to_cubic_voxels_and_goes_back_to_its_own_grid():
