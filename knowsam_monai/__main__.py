@@ -50,7 +50,8 @@ share these.
 PREDICT = """\
 Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
 The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
-that it was trained with. Configs are code: use a bundle, and a run, that you trust.
+that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output; what
+lies there already is not segmented.
 
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
   python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
@@ -168,7 +169,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--image_pattern", metavar="GLOB", help="below SCANS; default: that of inference.json")
     verb.add_argument("--device", help="such as cpu or cuda:1; default: the first GPU, else the CPU")
     verb.add_argument(
-        "--set", nargs="+", default=[], type=key_value, metavar="KEY=VALUE", help="keys of inference.json"
+        "--set",
+        nargs="+",
+        default=[],
+        type=key_value,
+        metavar="KEY=VALUE",
+        help="keys of inference.json, their values as JSON or text; nothing in them is evaluated",
     )
     verb.set_defaults(call=predict)
     return program

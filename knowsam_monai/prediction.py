@@ -60,7 +60,7 @@ def predict_folder(
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
-            text. An expression, which a config would run, is refused; an object with a ``_target_`` builds that class.
+            text. Nothing in them is evaluated, referred to or built: a value that would be is refused.
 
     Returns:
         Number of scans.
@@ -186,8 +186,10 @@ def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseExcepti
 
 def _said(error: BaseException) -> str:
     """The first line of an error, with its kind where it is not a sentence of this package."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if is_said_by_this_package(error) else f"{type(error).__name__}: {line}".rstrip(": ")
+    lines = str(error).strip().splitlines() or [""]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]  # MONAI's SaveImage puts the writer's error into its text
+    return lines[0] if is_said_by_this_package(error) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def _existing_weights(path: Path) -> Path:
@@ -213,19 +215,19 @@ def _plain_values(overrides: Mapping[str, str], known: Iterable[str], config_fil
             values[key] = text
         if _is_code(values[key]):
             raise ValueError(
-                f"`{key}` must be JSON or text in `overrides` (--set), of which nothing is evaluated, but is "
+                f"`{key}` must be JSON or text in `overrides` (--set), of which nothing is evaluated or built, but is "
                 f"{text!r}; give the value itself, or put the expression into a config of your own."
             )
     return values
 
 
-def _is_code(value: Any, in_component: bool = False) -> bool:
-    """Whether MONAI's parser would evaluate a value, or put something else in its place."""
+def _is_code(value: Any) -> bool:
+    """Whether MONAI's parser would do more with a value than take it."""
     if isinstance(value, Mapping):
-        return any(_is_code(part, "_target_" in value) for part in value.values())
+        return any(key.startswith("_") or _is_code(one) for key, one in value.items())
     if isinstance(value, list):
-        return any(_is_code(part, in_component) for part in value)
-    return isinstance(value, str) and value.startswith(("$", "%") if in_component else ("$", "%", "@"))
+        return any(map(_is_code, value))
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
 def _literal(value: Any) -> Any:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -111,13 +112,15 @@ def test_student_of_the_repository_segments_a_phantom_that_it_has_not_seen(
 def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(BUNDLE / "configs", bundle / "configs")
+    config = json.loads((bundle / "configs" / "inference.json").read_text()) | {"network_def": STUDENT}
+    (bundle / "configs" / "inference.json").write_text(json.dumps(config))
     (bundle / "models").mkdir()
     shutil.copy(run / "model.pt", bundle / "models" / "model.pt")
-    overrides = {"image_size": "32", "num_classes": "3", "network_def": json.dumps(STUDENT), "output_postfix": "mask"}
+    overrides = {"image_size": "32", "num_classes": "3", "output_postfix": "mask#@x"}
     assert (
         predict_folder(scans / "phantom001_ED.nii.gz", bundle, tmp_path / "out", overrides=overrides, device="cpu") == 1
     )
-    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["phantom001_ED_mask.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["phantom001_ED_mask#@x.nii.gz"]
 
 
 def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
@@ -146,14 +149,6 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
         ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
-        (
-            {"overrides": {"network_def": '{"_target_": "UNet", "dim": "$1"}'}},
-            "`network_def` must be JSON or text",
-        ),
-        ({"overrides": {"image_size": "$1/0"}}, "`image_size` must be JSON or text .* nothing is evaluated, but is"),
-        ({"overrides": {"output_postfix": "../.."}}, "`output_postfix` must be text without a slash but is '../..'"),
-        ({"image_pattern": "../*.json"}, "`image_pattern` must be a pattern below the folder of the images but is "),
-        ({"image_pattern": __file__}, "`image_pattern` must be a pattern below the folder of the images but is "),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
         ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more, .* but is 0"),
     ],
@@ -164,6 +159,102 @@ def test_mistake_is_one_sentence(scans, run, tmp_path, change, message):
     cause = root_cause(error.value)
     assert isinstance(cause, (ValueError, OSError)) and is_said_by_this_package(cause)
     assert re.search(message, str(cause)) and "\n" not in str(cause), str(cause)
+
+
+TRACE = "it_ran"
+CODE = f"$__import__('os').mkdir('{TRACE}')"
+
+
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("image_size", CODE),
+        ("output_postfix", CODE),
+        ("output_postfix", "@num_classes"),
+        ("output_postfix", f"%{BUNDLE}/configs/metadata.json::version"),
+        ("image_size", json.dumps([64, CODE])),
+        ("run", json.dumps([CODE])),
+        ("network_def", json.dumps({"_target_": "os.mkdir", "path": TRACE})),
+        ("network_def", json.dumps({"nested": [{"_target_": "os.mkdir", "path": TRACE}]})),
+        ("network_def#_target_", "os.mkdir"),
+        ("postprocessing#transforms#4#output_dir", ".."),
+        ("network_def::_target_", "os.mkdir"),
+        ("output_dir", ".."),
+        ("bundle_root", ".."),
+        ("dataset_dir", ".."),
+        ("device", "cpu"),
+        ("ckpt_path", "model.pt"),
+        ("image_pattern", "../*.nii.gz"),
+        ("output_postfix", "../.."),
+        ("output_postfix", "a/b"),
+        ("output_postfix", ""),
+    ],
+)
+def test_further_key_is_a_value_and_leads_nowhere_else(scans, tmp_path, monkeypatch, bundle, key, value):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(Exception) as error:
+        predict_folder(scans, BUNDLE.with_name(bundle), "out", overrides={key: value}, device="cpu")
+    cause = root_cause(error.value)
+    assert is_said_by_this_package(cause) and str(cause).startswith(f"`{key}` must ") and "\n" not in str(cause)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not list(tmp_path.rglob(TRACE))
+
+
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+@pytest.mark.parametrize("pattern", ["../*.nii.gz", "a/../../*.nii.gz", "/tmp/*.nii.gz", "..", "**/../*.nii.gz"])
+def test_pattern_stays_below_the_scans(scans, tmp_path, bundle, pattern):
+    with pytest.raises(Exception) as error:
+        predict_folder(scans, BUNDLE.with_name(bundle), tmp_path / "out", image_pattern=pattern, device="cpu")
+    assert str(root_cause(error.value)).startswith(
+        "`image_pattern` must be a pattern below the folder of the images but"
+    )
+
+
+def test_names_are_no_expressions(scans, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("@num_classes") / "a..b#1"
+    folder.mkdir(parents=True)
+    for name in ("a...nii.gz", "%b.nii.gz", "@device.nii.gz", "$1.nii.gz", 'it\'s "c".nii.gz'):
+        shutil.copy(scans / "phantom001_ED.nii.gz", folder / name)
+    assert predict_folder("@num_classes", BUNDLE, "%out", run=run, image_pattern="a..b#1/*.nii.gz", device="cpu") == 5
+    written = {path.name for path in (tmp_path / "%out" / "a..b#1").iterdir()}
+    assert written == {f"{name}_seg.nii.gz" for name in ("a..", "%b", "@device", "$1", 'it\'s "c"')}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["%out", "@num_classes"]
+
+
+def test_images_of_a_list_are_written_below_the_output_wherever_they_lie(scans, run, tmp_path):
+    for place in ("data", "more/below"):
+        (tmp_path / place).mkdir(parents=True)
+        shutil.copy(scans / "phantom001_ED.nii.gz", tmp_path / place / "a.nii.gz")
+    label = str(scans / "phantom001_ES_gt.nii.gz")
+    sections = {"labeled": [{"image": str(scans / "phantom001_ES.nii.gz"), "label": label}]}
+    sections["validation"] = [{"image": str(scans / "phantom001_ED_gt.nii.gz"), "label": label}]
+    sections["test"] = ["../data/a.nii.gz", "below/../below/a.nii.gz"]
+    (tmp_path / "more" / "list.json").write_text(json.dumps(sections))
+    before = set(tmp_path.rglob("*"))
+    assert predict_folder(tmp_path / "more" / "list.json", BUNDLE, tmp_path / "out", run=run, device="cpu") == 2
+    written = {str(path.relative_to(tmp_path)) for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    assert written == {"out/data/a_seg.nii.gz", "out/more/below/a_seg.nii.gz"}
+
+
+def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    shutil.copy(scans / "phantom001_ED.nii.gz", folder / "a.nii.gz")
+    (folder / "linked.nii.gz").symlink_to(scans / "phantom001_ED.nii.gz")
+    options = {"run": run, "image_pattern": "**/*.nii.gz", "device": "cpu"}
+    for _ in range(2):
+        assert predict_folder(folder, BUNDLE, folder / "out", **options) == 2
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["a_seg.nii.gz", "linked_seg.nii.gz"]
+    shutil.rmtree(folder / "out")
+    assert predict_folder(folder, BUNDLE, tmp_path, **options) == 2  # the folder above
+    (tmp_path / "link").symlink_to(folder)
+    for output in (folder, tmp_path / "link"):
+        with pytest.raises(Exception) as error:
+            predict_folder(folder, BUNDLE, output, **options)
+        assert "`output_dir` must be another folder than that of the images" in str(root_cause(error.value))
 
 
 @pytest.mark.parametrize(
@@ -199,79 +290,89 @@ def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
         predict_folder(scans, tmp_path, tmp_path / "out")
 
 
+def spoiled(path, **fields):
+    """A scan whose header says something else."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    header = nibabel.Nifti1Header(bytes(content[:348]), check=False)
+    for field, value in fields.items():
+        header[field] = value
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(content[348:])))
+
+
+def without_voxels(path):
+    spoiled(path, dim=[3, 32, 0, 3, 1, 1, 1, 1])
+
+
+def with_nan_in_the_affine(path):
+    spoiled(path, srow_x=[1, 0, 0, np.nan])
+
+
+def with_two_channels(path):
+    nibabel.save(nibabel.Nifti1Image(np.ones((32, 32, 3, 2), np.float32), np.eye(4)), path)
+
+
+def with_nan(path):
+    nibabel.save(nibabel.Nifti1Image(np.full((32, 32, 3), np.nan, np.float32), np.eye(4)), path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def in_place_of(path, make):
+    path.unlink()
+    make(path)
+
+
+BROKEN = {
+    "b": (cut, "must be a readable image"),
+    "c": (with_two_channels, "must have 1 channels"),
+    "d": (with_nan, "has 3072 NaN"),
+    "e": (with_nan_in_the_affine, "must be finite and invertible"),
+    "f": (without_voxels, "which is no image"),
+    "g": (lambda path: in_place_of(path, lambda one: one.symlink_to("nowhere")), "No such file"),
+    "h": (lambda path: in_place_of(path, Path.mkdir), "is not: "),
+    "i": (lambda path: in_place_of(path, os.mkfifo), "no file but a pipe"),
+    "j": (lambda path: (path.parents[1] / "out" / "j_seg.nii.gz").mkdir(parents=True), "Is a directory"),
+}
+
+
 @pytest.fixture
 def mixed(scans, tmp_path):
-    """A cut file, one of two channels, a good scan, and one with NaN."""
+    """Scans of which the first and the last can be segmented; the others break, from reading to writing."""
     folder = tmp_path / "mixed"
     folder.mkdir()
-    scan = scans / "phantom001_ED.nii.gz"
-    (folder / "a.nii.gz").write_bytes(scan.read_bytes()[:500])
-    nibabel.save(nibabel.Nifti1Image(np.ones((32, 32, 3, 2), np.float32), np.eye(4)), folder / "b.nii.gz")
-    shutil.copy(scan, folder / "c.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.full((32, 32, 3), np.nan, np.float32), np.eye(4)), folder / "d.nii.gz")
+    for name in ("a", *BROKEN, "z"):
+        shutil.copy(scans / "phantom001_ED.nii.gz", folder / f"{name}.nii.gz")
+    for name, (spoil, _) in BROKEN.items():
+        spoil(folder / f"{name}.nii.gz")
     return folder
 
 
-def test_images_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, run, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["knowsam_acdc", "knowsam_la"])
+def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, tmp_path, capsys, name):
+    bundle, options = BUNDLE.with_name(name), {"device": "cpu"}
+    if name == "knowsam_la":
+        options["overrides"] = {"window_overlap": "0.25"}
     with pytest.raises(ValueError) as error:
-        predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
+        predict_folder(mixed, bundle, tmp_path / "out", **options)
     assert capsys.readouterr().err.endswith("\n")  # of the bar, before the error
     first, *lines = str(error.value).splitlines()
-    assert first.startswith("`scans` must be images that can be segmented but 3 of 4 could not; ")
-    assert [sorted(mixed.glob(f"{name}.*"))[0].name in line for name, line in zip("abd", lines)] == [True] * 3
-    assert "must be a readable image" in lines[0] and "has 3072 NaN" in lines[2]
-    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["c_seg.nii.gz"]
-    good = nibabel.load(tmp_path / "out" / "c_seg.nii.gz")
-    assert predict_folder(mixed / "c.nii.gz", BUNDLE, tmp_path / "alone", run=run, device="cpu") == 1
-    assert np.array_equal(good.dataobj, nibabel.load(tmp_path / "alone" / "c_seg.nii.gz").dataobj)
-
-
-@pytest.fixture(params=["short_axis", "left_atrium"])
-def bundle_and_scans(request, tmp_path):
-    """A bundle with its own student, and three scans a, b and c for it."""
-    counts = {"num_labeled": 1, "num_unlabeled": 0, "num_validation": 0, "num_test": 0, "max_size": 32}
-    write_phantom(tmp_path / "phantom", anatomy=request.param, **counts)
-    image = next(
-        (tmp_path / "phantom" / "phantom001").glob("*_ED.nii.gz" if request.param == "short_axis" else "*_LGE*")
-    )
-    (tmp_path / "scans").mkdir()
-    for name in "abc":
-        shutil.copy(image, tmp_path / "scans" / f"{name}.nii.gz")
-    return BUNDLE.with_name("knowsam_acdc" if request.param == "short_axis" else "knowsam_la"), tmp_path / "scans"
-
-
-def nan_in_the_affine(scan, output):
-    raw = bytearray(gzip.decompress(scan.read_bytes()))
-    raw[292:296] = np.float32("nan").tobytes()  # srow_x[3]
-    scan.write_bytes(gzip.compress(bytes(raw)))
-
-
-def link_to_nothing(scan, output):
-    scan.unlink()
-    scan.symlink_to("nowhere.nii.gz")
-
-
-def empty_file(scan, output):
-    scan.write_bytes(b"")
-
-
-def no_place_for_the_segmentation(scan, output):
-    (output / f"{scan.name[0]}_seg.nii.gz").mkdir(parents=True)
-
-
-@pytest.mark.parametrize("spoil", [nan_in_the_affine, link_to_nothing, empty_file, no_place_for_the_segmentation])
-def test_one_broken_scan_stops_no_other_whatever_step_breaks(bundle_and_scans, tmp_path, spoil):
-    (bundle, scans), output = bundle_and_scans, tmp_path / "out"
-    spoil(scans / "b.nii.gz", output)
-    with pytest.raises(ValueError, match="but 1 of 3 could not; .*\n.*b.nii.gz") as error:
-        predict_folder(scans, bundle, output, device="cpu")
-    assert len(str(error.value).splitlines()) == 2
-    assert sorted(path.name for path in output.iterdir() if path.is_file()) == ["a_seg.nii.gz", "c_seg.nii.gz"]
+    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not; ")
+    assert len(lines) == len(BROKEN)
+    for (broken, (_, reason)), line in zip(BROKEN.items(), lines):
+        assert str(mixed / f"{broken}.nii.gz") in line and reason in line
+    written = [path.name for path in sorted((tmp_path / "out").rglob("*.nii.gz")) if path.is_file()]
+    assert written == ["a_seg.nii.gz", "z_seg.nii.gz"]
+    good = nibabel.load(tmp_path / "out" / "a_seg.nii.gz")
+    assert predict_folder(mixed / "a.nii.gz", bundle, tmp_path / "alone", **options) == 1
+    assert np.array_equal(good.dataobj, nibabel.load(tmp_path / "alone" / "a_seg.nii.gz").dataobj)
 
 
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
-    (mixed / "c.nii.gz").unlink()
-    with pytest.raises(ValueError, match="but 3 of 3 could not; "):
+    for name in "az":
+        (mixed / f"{name}.nii.gz").unlink()
+    with pytest.raises(ValueError, match="but 9 of 9 could not; "):
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
 
 

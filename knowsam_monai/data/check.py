@@ -83,11 +83,11 @@ def check_datalist(
     """Read every image and label of a data list and report what is wrong or odd.
 
     *Wrong* is an image, by name or by its voxels (whole, or a slice of them), or a patient in two sets; a label on an
-    unlabeled item, none on a labeled one, or one that is an image too; a file that cannot be read; NaN; another number of
-    channels or axes; a label of another shape or with values that are no class; labels that are all empty; a slice with a
-    number that is not scaled to 0..1. *Odd* is a label whose spacing or orientation differs from its image's; an empty
-    label; a mask of 0 and 255; a class that no labeled item has; a constant image; one image twice in a set; slices among
-    volumes; items without a patient.
+    unlabeled item, none on a labeled one, or one that is an image too; a file that cannot be read; NaN; another number
+    of channels or axes; a label of another shape or with values that are no class; labels that are all empty; a slice
+    with a number that is not scaled to 0..1. *Odd* is a label whose spacing or orientation differs from its image's; an
+    empty label; a mask of 0 and 255; a class that no labeled item has; a constant image; one image twice in a set;
+    slices among volumes; items without a patient.
 
     The table is logged. What is wrong is not raised: that is `DatalistReport.raise_if_wrong`.
 
@@ -161,8 +161,8 @@ def check_dataset(
         dataset_dir: a folder of ACDC or of left-atrium data, or a data-list *.json.
         labeled_patients: of a folder, None: 7 of ACDC, 8 of the left atrium.
         holdout_patients: see `load_datalist`.
-        options: further arguments of `check_datalist`. For a folder of the left atrium `slice_axis` is -1 and `num_axes`
-            3 unless they are given.
+        options: further arguments of `check_datalist`. For a folder of the left atrium `slice_axis` is -1 and
+            `num_axes` 3 unless they are given.
 
     Raises:
         ValueError: if there is no data list to check: an unknown folder, no JSON, an item without an image; or

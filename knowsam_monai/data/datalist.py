@@ -35,8 +35,8 @@ def load_datalist(
         dataset_dir: None for the synthetic phantom; a folder of ACDC or of left-atrium data, told apart by what is in
             it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
             `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
-            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image. Other keys
-            of the JSON, such as a description, are not read, unless they look like one of these misspelled.
+            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image. Other
+            keys of the JSON, such as a description, are not read; a misspelled one of these is refused.
         phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`; "" where there
             must be one.
         labeled_patients: patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.

@@ -67,8 +67,8 @@ def inference_items(
         raise ValueError(f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist.")
     if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
         raise ValueError(
-            f"`image_pattern` must be a pattern below the folder of the images but is {pattern!r}; name the folder above "
-            "as `dataset_dir`."
+            f"`image_pattern` must be a pattern below the folder of the images but is {pattern!r}; name the folder "
+            "above as `dataset_dir`."
         )
     root = os.path.realpath(folder)
     output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))

@@ -50,10 +50,11 @@ class NiftiGeometryWriter(NibabelWriter):
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         import nibabel
 
-        if self.source is not None and os.path.exists(filename) and os.path.samefile(filename, self.source):
+        files = (filename, str(self.source))
+        if all(map(os.path.exists, files)) and os.path.samefile(*files):
             raise ValueError(
-                f"`filename` must be another file than the input but is {filename}; give an `output_postfix`, or another "
-                "folder."
+                f"`filename` must be another file than the input but is {filename}; give an `output_postfix`, or "
+                "another folder."
             )
         header = _nifti_header(self.source)
         image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)

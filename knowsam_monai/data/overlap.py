@@ -19,7 +19,8 @@ def image_paths(item: Mapping, key: str = "image") -> list[str]:
 def shared_names(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
     """Say each image file in two sets, and each named patient in training and in validation or test.
 
-    Patients are the same whose names differ in case or spaces alone. Labeled and unlabeled items may be of one patient: slices of a scan of which some are labelled.
+    Patients whose names differ in case or spaces alone are the same. Labeled and unlabeled items may be of one patient:
+    slices of a scan of which some are labeled.
 
     Example:
         >>> next(shared_names({"labeled": [{"image": "a.nii"}], "test": [{"image": "a.nii"}]}))

@@ -109,8 +109,8 @@ class NiftiReader(NibabelReader):
     ITK writes the values of a voxel to the fifth axis, so that files of (x, y, z, 1, values) are usual.
 
     Raises:
-        ValueError: if the voxels are no real numbers, or the header declares more of them than the file can hold or than
-            can be meant.
+        ValueError: if the voxels are no real numbers, or the header declares more of them than the file can hold, more
+            than 2 GiB of them, or an affine that places none.
 
     Example:
         >>> from monai.transforms import LoadImage

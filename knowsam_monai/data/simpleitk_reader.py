@@ -26,8 +26,8 @@ class SimpleITKReader(ImageReader):
         affine = diag(-1, -1, 1) [direction diag(spacing), origin],
 
     because ITK's coordinates count towards left and posterior. A flipped axis stays flipped, in voxels and in affine.
-    The header is read first: a size that cannot be meant is refused, and so is a header that points at a file outside of
-    its own folder. Axes of length 1 after the third are left out.
+    The header is read first: a size that cannot be meant is refused, and so is a header that points at a file outside
+    of its own folder. Axes of length 1 after the third are left out.
 
     Shape:
         (x, y, z), the file's own order of axes, or (ch, x, y, z) for voxels of several values or several files.
@@ -47,12 +47,6 @@ class SimpleITKReader(ImageReader):
         return is_supported_format(filename, ["nrrd", "nhdr", "mha", "mhd"])
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list:
-        try:
-            import SimpleITK
-        except ImportError as error:
-            raise ImportError(
-                "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
-            ) from error
         images = []
         for name in map(str, ensure_tuple(data)):
             try:
@@ -87,8 +81,12 @@ class SimpleITKReader(ImageReader):
 
 
 def _read_file(name: str) -> Any:
-    import SimpleITK
-
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ImportError(
+            "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
+        ) from error
     files = detached_files(name) or [Path(name)]
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacingd, SpatialPadd
 
+from knowsam_monai.data.declared_size import LARGEST_IMAGE
 from knowsam_monai.data.transforms import AXES, image_name
 
 __all__ = ["CropCentred", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
@@ -51,6 +53,10 @@ class ResampleVolumed(Spacingd):
         pixdim: spacing in mm along each axis. 0 keeps an axis as it is.
         mode: interpolation of each key.
 
+    Raises:
+        ValueError: if a volume would become larger than an image may be, as where a header gives its spacing in another
+            unit than mm; it names the file.
+
     Example:
         >>> image = MetaTensor(torch.rand(1, 8, 8, 4), affine=torch.diag(torch.tensor([1.0, 1.0, 2.0, 1.0])))
         >>> tuple(ResampleVolumed("image", pixdim=(1, 1, 1), mode="bilinear")({"image": image})["image"].shape)
@@ -64,9 +70,25 @@ class ResampleVolumed(Spacingd):
         mode: Sequence[str] | str = ("bilinear", "nearest"),
     ) -> None:
         super().__init__(keys, pixdim=pixdim, mode=mode, allow_missing_keys=True)
+        self.pixdim = tuple(pixdim)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
-        return super().__call__(data, lazy=lazy) if _knows_geometry(self, data) else dict(data)
+        if not _knows_geometry(self, data):
+            return dict(data)
+        for key in self.key_iterator(data):
+            self._check_size(key, data[key])
+        return super().__call__(data, lazy=lazy)
+
+    def _check_size(self, key: Hashable, image: torch.Tensor) -> None:
+        spacing = image.pixdim.tolist() if isinstance(image, MetaTensor) else [1.0] * len(self.pixdim)
+        growth = math.prod(step / (wanted or step) for step, wanted in zip(spacing, self.pixdim))
+        if image.numel() * growth * 4 > LARGEST_IMAGE:
+            shown = " x ".join(f"{step:g}" for step in spacing)
+            raise ValueError(
+                f"`{key}` must take at most {LARGEST_IMAGE / 2**30:g} GiB at the spacing {self.pixdim} but "
+                f"{image_name(image)}, {tuple(image.shape[1:])} voxels of {shown} mm, takes "
+                f"{image.numel() * growth * 4 / 2**30:.3g}; correct the spacing in its header."
+            )
 
     def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         return super().inverse(data) if _knows_geometry(self, data) else dict(data)

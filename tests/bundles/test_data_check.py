@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 
+import nibabel
+import numpy as np
 import pytest
 
 from knowsam_monai.data import check
@@ -35,6 +37,17 @@ def test_the_list_is_checked_once_before_the_first_step(train, monkeypatch, capl
         run.run()
     assert len(run.history) == 1 and caplog.text.count("items checked in") == 1
     assert len(steps) == len(set(steps)) > 2 and {step for _, step in steps} == {0}
+
+
+def test_masks_of_0_and_255_are_checked_and_trained(train, tmp_path, caplog):
+    training, phantom = train
+    shutil.copytree(phantom.parent, tmp_path / "data")
+    for path in (tmp_path / "data").rglob("*_gt.nii.gz"):
+        label = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image((np.asarray(label.dataobj) > 0) * np.uint8(255), label.affine), path)
+    run = training(dataset_dir=str(tmp_path / "data" / phantom.name), class_names=["heart"], **ALONE).run()
+    assert set(run["train#trainer"].state.output["label"].unique().tolist()) <= {0, 1}
+    assert caplog.text.count("labels are masks of 0 and 255, read as 0 and 1") == 1
 
 
 def test_patient_of_two_names_is_refused(train, tmp_path):

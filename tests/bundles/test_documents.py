@@ -18,8 +18,8 @@ from monai.bundle.workflows import _reject_executable_logging_config
 ROOT = Path(__file__).parents[2]
 BUNDLES = [ROOT / "bundles" / name for name in ("knowsam_acdc", "knowsam_la")]
 SCHEMA = Path(__file__).parent / "schemas" / "meta_schema_20240725.json"
-# what is done to labels, and the network's type of number
-BESIDE_IMAGES = ("MapMaskd", "EnsureTyped")
+# the network's type of number
+BESIDE_IMAGES = ("EnsureTyped",)
 CONFIGS = sorted(path for bundle in BUNDLES for path in (bundle / "configs").glob("*.json"))
 
 

@@ -371,15 +371,6 @@ def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(tr
     assert re.search(r"labeled.nii.gz is smaller, .* than a patch, \(16, 16, 16\): padded with 0", caplog.text)
 
 
-def test_label_of_0_and_255_is_mapped_and_said(training_3d, data, caplog):
-    path = data / "labeled_gt.nii.gz"
-    label = nibabel.load(path)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(label.dataobj) * np.uint8(255), label.affine), path)
-    run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()
-    assert set(run["train#trainer"].state.output["label"].unique().tolist()) <= {0, 1}
-    assert "has the values 0 and 255: read as 0 and 1" in caplog.text
-
-
 @pytest.mark.parametrize(
     "spoil,change,message",
     [

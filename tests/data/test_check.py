@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from pathlib import Path
 
 import h5py
 import nibabel
 import numpy as np
 import pytest
 
-from knowsam_monai.data import case_facts, check_datalist, check_dataset, load_datalist, write_phantom
+from knowsam_monai.data import (
+    LoadCased,
+    ScaleVolumed,
+    case_facts,
+    check_datalist,
+    check_dataset,
+    load_datalist,
+    write_phantom,
+)
 
 SETS = ("labeled", "unlabeled", "validation", "test")
 OBLIQUE = np.array([[0.0, -2, 0, 5], [2, 0, 0, 7], [0, 0, 8, 1], [0, 0, 0, 1]])
@@ -251,17 +261,55 @@ def test_labeled_patients_of_a_json_is_refused(folder):
         check_dataset(folder.path / "list.json", labeled_patients=7)
 
 
-def test_masks_of_0_and_255_are_wrong_or_read_as_1(folder):
+def test_masks_of_0_and_255_are_of_two_classes(folder):
     for name in ("labeled", "validation", "test"):
         for number in range(2):
             folder.write(f"{name}{number}_gt.nii.gz", label(255, 255))
-    assert "has 255" in folder.check(num_classes=2).wrong[0]
-    assert not folder.check(num_classes=2, map_masks=True).wrong
-    assert "0 255" in str(folder.check(num_classes=None))
-    path, options = folder.path / "list.json", {"cache_dir": folder.path / "cache", "progress": False}
-    path.write_text(json.dumps(folder.datalist))
-    assert not check_dataset(path, num_classes=2, **options).wrong  # as the bundle of volumes reads them
-    assert check_dataset(path, num_classes=3, **options).wrong
+    assert "has 255" in folder.check(num_classes=3).wrong[0]
+    report = folder.check(num_classes=2)
+    assert not report.wrong and len(report.odd) == 1
+    assert report.odd[0].startswith("6 labels are masks of 0 and 255, read as 0 and 1, such as ")
+    (odd,) = folder.check(num_classes=None).odd
+    assert "masks of 0 and 255, which are read as 0 and 1 of two classes and refused of more" in odd
+
+
+def test_slice_with_a_number_that_training_refuses_is_wrong(folder):
+    folder.write("unlabeled1.nii.gz", 2 * np.random.default_rng(0).random((6, 5)))
+    folder.datalist["unlabeled"][1]["slice"] = 3
+    (wrong,) = folder.check().wrong
+    item = folder.datalist["unlabeled"][1]
+    with pytest.raises(ValueError) as error:
+        ScaleVolumed()({**LoadCased("image", ensure_channel_first=True)(item)})
+    assert wrong == str(error.value) and "unlabeled1.nii.gz goes from" in wrong
+
+
+def test_slices_are_wrong_where_the_network_takes_volumes(folder):
+    folder.write("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5)))
+    assert not folder.check().wrong
+    assert "`image` must have 3 spatial axes but " in folder.check(num_axes=3).wrong[0]
+
+
+@pytest.mark.parametrize("exist", [True, False])
+def test_time_grows_with_the_number_of_items_alone(tmp_path, exist):
+    def seconds(number):
+        sets = {}
+        for name in SETS:
+            folder = tmp_path / f"{name}{number}"
+            folder.mkdir()
+            sets[name] = [{"image": f"{folder}/{n}.nii", "patient": f"{name}{n}"} for n in range(number // 4)]
+            for item in sets[name]:
+                if name in ("labeled", "validation"):
+                    item["label"] = item["image"].replace(".nii", "_gt.nii")
+                if exist:
+                    for key in {"image", "label"} & set(item):
+                        Path(item[key]).touch()
+        start = time.process_time()
+        report = check_datalist(sets, num_classes=4, cache_dir=tmp_path / "cache", progress=False)
+        assert len(report.wrong) == 3 and f"… and {number - 3} more" in report.wrong[-1]
+        return time.process_time() - start
+
+    seconds(40)
+    assert seconds(8000) < 16 * seconds(1000) + 1  # 8 times as many; quadratic would be 64 times
 
 
 @pytest.fixture

@@ -54,12 +54,12 @@ def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     assert len(inference_items(tmp_path, "**/*.nii")) == 2  # its segmentation is in the folder c
     touch(tmp_path, "d.nii")
     one, other = ({"image": name, "label": "d.nii"} for name in ("a.nii.gz", "a.nrrd"))
-    touch(tmp_path / "c", "b.h5")
+    touch(tmp_path / "c", "b.h5", "d.nii")
     lists = {"labeled": [one], "validation": [other], "test": ["b.nii", "c/b.nii"]}
     (tmp_path / "list.json").write_text(json.dumps(lists))
     items = inference_items(tmp_path / "list.json")
     assert len(items) == 2 and images_root(tmp_path / "list.json", items) == str(tmp_path)
-    lists["test"] = [{"image": ["c/b.nii", "b.nii"]}, {"image": ["c/b.h5", "d.nii"]}]  # images of two channels
+    lists["test"] = [{"image": ["c/b.nii", "b.nii"]}, {"image": ["c/b.h5", "c/d.nii"]}]  # images of two channels
     (tmp_path / "list.json").write_text(json.dumps(lists))
     with pytest.raises(ValueError, match="would be segmented into one file"):
         inference_items(tmp_path / "list.json")

@@ -1,4 +1,4 @@
-"""Files and lists that cannot be meant: one sentence with their name, from the check and from every pipeline that loads."""
+"""Files and lists that cannot be meant: one sentence with their name, from the check and from all that loads."""
 
 from __future__ import annotations
 

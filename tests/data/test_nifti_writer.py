@@ -5,6 +5,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, SaveImage
 
+from knowsam_monai.preparation import root_cause
+
 WRITER = "knowsam_monai.data.nifti_writer.NiftiGeometryWriter"
 AFFINE = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, 6], [0, 0, 9, 7], [0, 0, 0, 1]])
 
@@ -55,3 +57,14 @@ def test_a_source_that_is_no_nifti_file_is_written_with_monai_s_affine_in_mm(tmp
     np.testing.assert_allclose(written.affine, AFFINE)
     assert all(code == 1 for _, code in (written.get_qform(coded=True), written.get_sform(coded=True)))
     assert written.header.get_xyzt_units()[0] == "mm" and len(list(tmp_path.iterdir())) == 2  # no part of a file
+
+
+def test_input_is_not_written_over(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((3, 4, 5), np.float32), np.eye(4)), path)
+    before = path.read_bytes()
+    save = SaveImage(tmp_path, "", ".nii.gz", separate_folder=False, resample=False, writer=WRITER, print_log=False)
+    with pytest.raises(Exception) as error:
+        save(LoadImage(ensure_channel_first=True)(path))
+    assert "`filename` must be another file than the input but is" in str(root_cause(error.value))
+    assert path.read_bytes() == before

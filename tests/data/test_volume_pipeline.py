@@ -19,7 +19,6 @@ BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
 CONFIG = {
     "volumes": [
         {"_target_": "knowsam_monai.data.LoadCased", **BOTH, "slice_axis": -1, "ensure_channel_first": True},
-        {"_target_": "knowsam_monai.data.MapMaskd"},
         {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 2},
         {"_target_": "knowsam_monai.data.ResampleVolumed", "pixdim": [3.0, 3.0, 3.0]},
         {"_target_": "knowsam_monai.data.CropCentred", "size": 80},

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from knowsam_monai.data import CropCentred, MapMaskd, OrientVolumed, PadVolumed, ResampleVolumed
+from knowsam_monai.data import CropCentred, OrientVolumed, PadVolumed, ResampleVolumed
 from knowsam_monai.data.transforms import AXES
 
 
@@ -16,23 +14,12 @@ def volume(array: torch.Tensor, spacing=(1.0, 1.0, 1.0), **meta) -> MetaTensor:
     return MetaTensor(array, affine=affine, meta={"filename_or_obj": "case.nrrd", **meta})
 
 
-def test_mask_of_0_and_255_becomes_0_and_1_and_is_said_once(caplog):
-    map_mask, label = MapMaskd(), volume(torch.tensor([0.0, 255.0, 0.0]).reshape(1, 3, 1, 1))
-    with caplog.at_level(logging.WARNING):
-        mapped = [map_mask({"label": label, "image": "kept"}) for _ in range(2)]
-    for case in mapped:
-        assert case["label"].flatten().tolist() == [0.0, 1.0, 0.0]
-        assert case["label"].meta["filename_or_obj"] == "case.nrrd" and case["image"] == "kept"
-    assert caplog.text.count("case.nrrd has the values 0 and 255") == 1
-    assert label.max() == 255
-
-
-@pytest.mark.parametrize("values", [[0, 1], [0, 0], [0, 1, 255], [0, 254], [0, 127.5, 255]])
-def test_other_labels_pass_as_they_are(values, caplog):
-    label = torch.tensor(values).reshape(1, -1, 1, 1)
-    assert torch.equal(MapMaskd()({"label": label})["label"], label)
-    assert "label" not in MapMaskd()({"image": label})
-    assert caplog.text == ""
+def test_volume_whose_spacing_is_in_another_unit_is_refused_by_name():
+    """0.6 mm, written in micrometers."""
+    with pytest.raises(
+        ValueError, match=r"`image` must take at most 2 GiB at .* but case.nrrd, .* of 600 x 600 x 600 mm"
+    ):
+        ResampleVolumed("image", mode="bilinear")({"image": volume(torch.zeros(1, 9, 9, 9), spacing=(600, 600, 600))})
 
 
 def test_volume_is_resampled_to_cubic_voxels_and_goes_back_to_its_own_grid():
