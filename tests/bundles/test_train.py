@@ -209,6 +209,12 @@ def test_output_folder_tells_method_patients_and_seed_apart():
     assert os.path.basename(get("output_dir")) == "knowsam_without_sam_3_patients_seed5"
 
 
+@pytest.mark.parametrize("build", ["training", "training_3d"])
+def test_sam_teaches_on_labeled_rows_alone_where_there_are_no_others(build, request):
+    run = request.getfixturevalue(build)(unlabeled_batch_size=0, mixing_weight=0, distillation_gate="none").run()
+    assert all(step["sam_loss"] > 0 and step["distillation_loss"] > 0 for step in run.history)
+
+
 # --- parts that can be switched off -----------------------------------------------------------------------------------
 
 
