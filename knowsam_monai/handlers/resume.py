@@ -93,7 +93,7 @@ class Resume:
         self.saves = save
         self.signals = stop_signals.StopSignals()
         self._before_validation: dict[str, Any] | None = None  # random state, while a validation runs
-        self._waits_for_batch = False
+        self._waits_for_batch: bool | None = None  # None before the first step
         self._kept: list[Path] = []  # the last two files written or gone on from
 
     def attach(self, engine: Engine) -> None:
@@ -112,6 +112,7 @@ class Resume:
 
     def started(self, engine: Engine) -> None:
         """Restore the newest whole file, and listen to SIGTERM and Ctrl-C."""
+        self._waits_for_batch = None
         if self.saves:
             if idist.get_rank() == 0:
                 remove_parts(self.output_dir)
@@ -146,9 +147,11 @@ class Resume:
         """
         Save and stop when a signal to all processes has ended a loader worker, which is no error.
 
-        Of a step that waits for its batch nothing is done yet, and a validation is made again.
+        Of a step that waits for its batch nothing is done yet, a validation is made again, and before the first step
+        there is nothing to save.
         """
-        if isinstance(error, RuntimeError) and self.signals.received and idist.get_world_size() == 1:
+        in_step = self._waits_for_batch is False and self._before_validation is None
+        if isinstance(error, RuntimeError) and self.signals.received and not in_step and idist.get_world_size() == 1:
             logger.warning("After a signal: %s", str(error).partition("\n")[0])
             steps = getattr(engine, "accumulation_steps", 1)
             between_steps = engine.state.iteration % (engine.state.epoch_length or math.inf) % steps == 0

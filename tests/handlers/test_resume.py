@@ -227,6 +227,32 @@ def test_worker_that_the_same_signal_ended_is_no_error_whatever_stands_before(tm
     assert run(resumed) and same_bits(student, expected)
 
 
+def test_error_of_a_step_in_which_a_signal_came_is_an_error(tmp_path):
+    trainer, _, handler = training(tmp_path)
+
+    def fail(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("out of memory")
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=4), fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.run()
+    assert handler.files()[0].name == "resume_2.pt"
+
+
+def test_worker_that_a_signal_ended_before_the_first_step_saves_nothing_and_is_no_error(tmp_path):
+    trainer, _, handler = training(tmp_path)
+
+    def fail(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    trainer.add_event_handler(Events.STARTED, fail)
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    assert stop.value.code == 143 and not handler.files()
+
+
 def test_best_metric_goes_on_so_that_a_worse_model_takes_no_ones_place(tmp_path):
     def best_of(folder, metrics, epochs):
         trainer, student, handler = training(folder, epochs=epochs, validate=lambda *place: None)
