@@ -34,7 +34,7 @@ class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, n
         self.skd = distiller.attach(self.network, self.optimizer, scaler=self.grad_scaler, **options)
         self.skd.iteration, self.sam = self.current_epoch * self.num_iterations_per_epoch, (distiller, optimizer)
         if hasattr(self, "resumed_from"):
-            for part, state in zip(self.sam, torch.load(f"{self.resumed_from}.sam", self.device)):
+            for part, state in zip(self.sam, torch.load(f"{self.resumed_from}.sam", self.device, weights_only=True)):
                 part.load_state_dict(state)
 
     def train_step(self, batch):
