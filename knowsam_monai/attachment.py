@@ -173,7 +173,7 @@ class Attachment:
 
     def watch(self, loader: Iterable) -> WatchedLoader:
         """The host's loader as it is, of which each batch is remembered when the host takes it."""
-        watched_loader = WatchedLoader(loader)
+        watched_loader = loader if type(loader) is WatchedLoader else WatchedLoader(loader)
         self._watch(watched_loader)
         return watched_loader
 
@@ -246,6 +246,8 @@ class Attachment:
         logits.register_hook(backpropagated)
 
     def _watch(self, loader: WatchedLoader) -> None:
+        if self.next_batch in loader.watched_by:  # each batch counts once
+            return
         if is_cached(self.distiller.teacher):
             check_orientations(loader)
         loader.watched_by.append(self.next_batch)

@@ -146,8 +146,15 @@ class SAMDistiller(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.brought: dict[nn.Parameter, dict[int, Tensor]] = {}  # what each attachment, by its id, added to gradients
         self.wiring = Wiring()
-        if optimizer is not None:
-            handle = call_after_step(optimizer, self.wiring.stepped)
+        self._hear_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hear_steps()  # a copied optimizer has no hooks
+
+    def _hear_steps(self) -> None:
+        if self.optimizer is not None:
+            handle = call_after_step(self.optimizer, self.wiring.stepped)
             weakref.finalize(self, handle.remove).atexit = False
 
     def train(self, mode: bool = True) -> SAMDistiller:
@@ -250,7 +257,7 @@ class SAMDistiller(nn.Module):
         self.wiring.asked = True
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
-        rows = labeled_slice(labeled_rows, label, len(image))
+        rows = labeled_slice(labeled_rows, label, len(image)) if self.learns else slice(0, 0)
         all_rows = torch.arange(len(image), device=image.device)
         judging = all_rows[_other_rows(rows, len(image))]
         if len(judging) == 0 and label is not None and self.ignore_index is not None:
@@ -290,7 +297,9 @@ class SAMDistiller(nn.Module):
     @property
     def ignore_index(self) -> int | None:
         """The label value by which the SAM loss knows a pixel without a label; None where it knows none."""
-        return getattr(self.sam_loss, "ignore_index", None)
+        index = getattr(self.sam_loss, "ignore_index", None)
+        is_default_of_torch = index == -100 and isinstance(self.sam_loss, nn.modules.loss._Loss)
+        return None if is_default_of_torch else index
 
     def _draw_slices(self, prompt_logits: Tensor, iteration: int | None) -> tuple[Teacher, SliceSelection | None]:
         """The slices of each volume that this step is about, and the teacher of these; None: all there is."""

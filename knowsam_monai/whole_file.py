@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import IO, Any
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet computes
 PART = ".knowsam-part"  # how the names of files end that are still being written
+OWN_PART = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
+LOCK = ".lock"  # of the run that a folder is of
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
@@ -134,6 +137,8 @@ def remove_parts(folder: str | os.PathLike) -> None:
     """
     Delete what a killed process left behind while it wrote, in a folder and the folders in it; nothing else.
 
+    Folders in it that are of another run, which has a lock of its own, are left as they are.
+
     Args:
         folder: where :func:`write_whole` writes to; no other process may write there now.
 
@@ -141,5 +146,8 @@ def remove_parts(folder: str | os.PathLike) -> None:
 
         remove_parts("output")     # before a run goes on
     """
-    for path in Path(folder).rglob(f"*{PART}"):
-        path.unlink(missing_ok=True)
+    folder = Path(folder)
+    for path in folder.rglob(f"*{PART}"):
+        inner = path.parents[: path.parents.index(folder)] if path.parent != folder else ()
+        if OWN_PART.fullmatch(path.name) and not any((parent / LOCK).exists() for parent in inner):
+            path.unlink(missing_ok=True)

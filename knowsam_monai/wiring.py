@@ -91,7 +91,7 @@ class Wiring:
         """
         self._num_calls += 1
         self._saw_label |= has_label
-        self._since_step += has_label
+        self._since_step += has_label or self._since_step > 0
         self._without_graph = 0 if logits.requires_grad else self._without_graph + 1
         gate = distiller.gate
         if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (self.asked or gate.num_measured):
@@ -113,7 +113,8 @@ class Wiring:
             self.warn(
                 f"SAM's optimizer has not stepped in {UNTAUGHT_CALLS} steps, so that SAM learns nothing: call "
                 "`distiller.follow(student_optimizer)` once, and again when the host has built a new optimizer; with "
-                "`attach`, call `remove()` and attach with the new one."
+                "`attach`, call `remove()` and attach with the new one. Where a step is accumulated over as many, "
+                "all is well."
             )
         if self._without_graph == UNTAUGHT_CALLS:
             self.warn(
@@ -176,6 +177,7 @@ def has_each_row_twice(image: Tensor) -> bool:
         (False, True)
     """
     rows = image.flatten(1)
-    if len(rows) < 2 or bool((rows == rows[:, :1]).all(1).any()):
+    rows = rows[(rows != rows[:, :1]).any(1)]
+    if len(rows) < 2:
         return False
     return bool((torch.unique(rows, dim=0, return_counts=True)[1] > 1).all())

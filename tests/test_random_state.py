@@ -43,12 +43,22 @@ def test_generators_are_kept_also_when_an_error_ends_it():
     assert_same_bits(random_state(), before)
 
 
+def sam2(folder):
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install 'knowsam-monai[sam2]')")
+    from knowsam_monai.teachers import Sam2Teacher
+
+    from .teachers.sam2_toys import toy_config
+
+    return Sam2Teacher(4, 64, toy_config(), trainable="all")
+
+
 BUILDERS = {
     "SAM": lambda folder: build_sam("vit_t", 32),
     "random": lambda folder: SAMTeacher(4, 32, "vit_t", trainable="all"),
     "stand-in": lambda folder: SAMTeacher(4, 32, "vit_t", "procedural"),
     "cached": lambda folder: SAMTeacher(4, 32, "vit_t", "procedural", encoder="cached", cache_dir=folder),
     "slices": lambda folder: SliceTeacher(SAMTeacher(4, 32, "vit_t", "procedural"), slices=2),
+    "SAM 2": sam2,
 }
 
 

@@ -110,7 +110,7 @@ class Preflight:
         gate = self.distiller.gate
         return [
             ("teacher", f"{type(teacher).__name__} {getattr(teacher, 'variant', '')}, {weights}"),
-            ("teacher trains", f"{_trainable(teacher)}: {trains}"),
+            ("teacher trains", f"{_trainable(teacher)}: {trains}" if self.distiller.learns else "nothing"),
             ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
         ]
 

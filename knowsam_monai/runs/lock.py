@@ -13,9 +13,9 @@ from pathlib import Path
 import ignite.distributed as idist
 from filelock import FileLock, Timeout
 
-from knowsam_monai.whole_file import write_text
+from knowsam_monai.whole_file import LOCK, write_text
 
-LOCK, HOLDER = ".lock", ".lock.json"
+HOLDER = ".lock.json"
 
 _held: list[FileLock] = []  # of this process: one run's
 

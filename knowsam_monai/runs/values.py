@@ -226,7 +226,7 @@ class Training(Everywhere):
     distillation_weight: Factor = _about("of the teacher's lesson")
     distillation_temperature: Positive = _about("of both softmaxes")
     distillation_dice_weight: Factor = _about("of the lesson's Dice term")
-    distillation_start: CountOrZero = _about("the iteration that SAM takes part from")
+    distillation_start: CountOrZero = _about("the iteration that SAM teaches from; it learns from the first")
     distillation_every: Count = _about("iterations between two lessons")
     distillation_gate: Literal["none", "validation", "agreement"] = _about("what decides how much the teacher counts")
     distillation_gate_tolerance: Positive = _about("Dice that the teacher may be behind before the gate is shut")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigParser
 from torch import nn
 
+from knowsam_monai.random_state import kept_random_state
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 CONFIGS = tuple(f"configs/inference.{ending}" for ending in ("json", "yaml", "yml"))
@@ -34,6 +35,7 @@ class BundleFacts(NamedTuple):
     license: str | None
 
 
+@kept_random_state()
 def build_bundle_network(folder: Path) -> nn.Module:
     """
     Build `network_def` of a bundle's inference config and load ``models/model.pt`` into it, strictly.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.networks.adapter import AdaptedAttention, AdaptedMLP
 from knowsam_monai.networks.sam_checkpoint import which_model
+from knowsam_monai.random_state import kept_random_state
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ META_TO_TRANSFORMERS = [
 ]
 
 
+@kept_random_state()
 def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] | None = None) -> nn.Module:
     """
     Build `transformers`' Sam2Model and load published weights into it, strictly. No hub is ever asked.

@@ -15,6 +15,7 @@ from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.prompt import LearnablePrompt
+from knowsam_monai.random_state import kept_random_state
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
@@ -91,6 +92,7 @@ class Sam2Teacher(PromptedTeacher):
 
     stand_in = False
 
+    @kept_random_state()
     def __init__(
         self,
         num_classes: int,

@@ -99,6 +99,7 @@ def test_report_says_what_the_run_is(caplog):
 
 def test_report_of_a_teacher_of_slices_names_the_parts_of_sam_that_train():
     student, teacher = ToyStudent(spatial_dims=3), SliceTeacher(ToyTeacher())
-    preflight = Preflight(student, torch.optim.SGD(student.parameters()), SAMDistiller(teacher), num_rows=(6, 60))
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()))
+    preflight = Preflight(student, torch.optim.SGD(student.parameters()), distiller, num_rows=(6, 60))
     rows = dict(preflight._teacher_rows())
     assert rows["teacher"].startswith("SliceTeacher") and "image_conv 30, prompt_conv 12" in rows["teacher trains"]
