@@ -45,7 +45,7 @@ class CheckDatad(Transform):
 
     Raises:
         ValueError: if the image has another number of channels or axes, NaN, infinite values or some above 1e18, the
-            label has another spatial shape or more than one channel, or a label value is not an integer from 0 to C - 1.
+            label has another spatial shape or more than one channel, or a label value is no integer from 0 to C - 1.
 
     Example:
         >>> check = CheckDatad(num_classes=4)
