@@ -78,7 +78,8 @@ class Attachment:
 
     Attributes:
         iteration: batches so far. Set it when a run goes on.
-        terms: distillation_loss, sam_loss and gate_weight of the last call that was taught, detached.
+        terms: distillation_loss, sam_loss (where the teacher learns) and gate_weight of the last call that was taught,
+            detached.
 
     Raises:
         ValueError: when an argument is none of the above, both optimizers step the same parameters, the student's input
@@ -327,7 +328,7 @@ class Attachment:
             result = distiller(sam_image, leaf, label, rows, weight, self.iteration)
         self.terms = {
             "distillation_loss": result.distillation_loss.detach(),
-            "sam_loss": result.sam_loss.detach(),
+            **({"sam_loss": result.sam_loss.detach()} if distiller.learns else {}),
             "gate_weight": distiller.gate.weight.clone(),
         }
         if not result.loss.requires_grad:  # not taught yet, and no row that SAM learns from

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from knowsam_monai.tensor_file import write_tensor_file
 from knowsam_monai.whole_file import write_whole
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
     """
-    ``torch.save`` of weights that are finite, into a file that is there whole or not at all.
+    ``torch.save`` of weights that are finite, with a checksum, into a file that is there whole or not at all.
 
     A kill, a full disk or a power cut leaves the file that was there before.
 
@@ -35,7 +36,7 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
             "not written; lower the learning rate or set amp to False. The checkpoint before this is whole."
         )
     try:
-        write_whole(path, lambda file: torch.save(content, file))
+        write_whole(path, lambda file: write_tensor_file(content, file))
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
         reason = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
         raise RuntimeError(

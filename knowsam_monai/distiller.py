@@ -21,6 +21,7 @@ from knowsam_monai.losses.class_logits import at_least_float32, without_meta
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.networks.slice_selection import SliceSelection
 from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.random_state import kept_random_state
 from knowsam_monai.wiring import Wiring
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +33,8 @@ class Distillation(NamedTuple):
 
     Args:
         distillation_loss: weighted and gated, a scalar; its gradient reaches the student alone.
-        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labeled rows.
+        sam_loss: a scalar, whose gradient reaches the teacher alone; 0 without labeled rows, and for a teacher that
+            does not learn.
         teacher_logits: (B, C, *spatial), detached; with `slices` those of the slices alone, a thin volume.
         slices: the slices of each volume that both losses are about; None where they are about all there is.
 
@@ -64,15 +66,21 @@ class SAMDistiller(nn.Module):
     The sum runs over the taught views of the student, g is the teacher gate. The student's detached logits are the
     teacher's mask prompt. Only the labeled rows build a graph through the teacher.
 
+    Measuring and asking the teacher leave the global random generators as they were: with `weight` 0 the student is,
+    bit for bit, the one that was trained without a teacher. Nor has what a shut gate keeps out any influence, finite
+    or not. A teacher of your own that draws at random needs its own generator: from the global ones it would draw the
+    same numbers again and again.
+
     Args:
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), one row independent of the
             others, in eval mode throughout; :class:`knowsam_monai.networks.SAMTeacher`, and for volumes
             :class:`knowsam_monai.networks.SliceTeacher`, which may draw the slices that a step is about.
-        optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), which steps nothing of the student. None keeps
-            the teacher as it is.
+        optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), which steps nothing of the student. With None,
+            or one that steps no parameter of the teacher that requires a gradient, the teacher stays as it is: no
+            labels are needed, and there is no SAM loss.
         distillation_loss: ``f(student_logits, teacher_logits)``; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, with a sigmoid for one channel.
+        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, one channel as two classes.
             Where some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: which views are taught; the paper teaches U-Net and V-Net, (1, 2), never the fused view.
@@ -148,6 +156,7 @@ class SAMDistiller(nn.Module):
         self.teacher.eval()
         return self
 
+    @kept_random_state()
     def forward(
         self,
         image: Tensor,
@@ -177,7 +186,8 @@ class SAMDistiller(nn.Module):
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
-        if len(range(len(image))[rows]) == 0:
+        learns = self.learns
+        if len(range(len(image))[rows]) == 0 or not learns:
             label = None
         if label is not None:
             label = without_meta(label)
@@ -193,7 +203,7 @@ class SAMDistiller(nn.Module):
             image, prompt_logits = slices.take(image), slices.take(prompt_logits)
             taught = [slices.take(view) for view in taught]
             label = label if label is None else slices.take(label, rows)
-        teacher_logits, labeled_logits = self._teach(teacher, image, prompt_logits, rows)
+        teacher_logits, labeled_logits = self._teach(teacher, image, prompt_logits, rows, learns)
 
         sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
         if label is not None:
@@ -215,6 +225,7 @@ class SAMDistiller(nn.Module):
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
+    @kept_random_state()
     def measure_agreement(
         self,
         student: Callable[[Tensor], Tensor],
@@ -262,11 +273,19 @@ class SAMDistiller(nn.Module):
                     sam_image[judging] if counts else sam_image[:1],
                 )
 
+    @kept_random_state()
     @torch.no_grad()
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """The teacher's logits (B, C, *spatial) of whole images or volumes, as it teaches them, without a graph."""
         with self._autocast(image.device.type):
             return self.teacher(image, prompt_logits)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the optimizer steps a parameter of the teacher that requires a gradient."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
+        return any(parameter.requires_grad and id(parameter) in stepped for parameter in self.teacher.parameters())
 
     @property
     def ignore_index(self) -> int | None:
@@ -279,12 +298,13 @@ class SAMDistiller(nn.Module):
         slices = None if draw is None else draw(prompt_logits, iteration)
         return (self.teacher, None) if slices is None else (partial(self.teacher, axes=slices.axis), slices)
 
-    def _teach(self, teacher: Teacher, image: Tensor, prompt_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def _teach(
+        self, teacher: Teacher, image: Tensor, prompt_logits: Tensor, rows: slice, learns: bool
+    ) -> tuple[Tensor, Tensor]:
         """Teacher logits of all rows (detached) and of the labeled rows (with the graph SAM's loss needs)."""
         labeled = range(len(image))[rows]
-        learns = self.training and torch.is_grad_enabled() and self.optimizer is not None and len(labeled) > 0
         with self._autocast(image.device.type):
-            if not learns:
+            if not (learns and self.training and torch.is_grad_enabled() and len(labeled) > 0):
                 with torch.no_grad():
                     logits = teacher(image, prompt_logits)
                 return logits, logits[rows]

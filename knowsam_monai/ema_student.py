@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
+from knowsam_monai.following import is_distributed
 from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.wrappers import plain_network, plain_optimizer
 
@@ -34,8 +35,9 @@ class EMAStudent:
         \\alpha_t = \\min(1 - 1/t, \\alpha)
 
     t counts the steps of the student's optimiser from 1, so the first step copies the student. The average moves only
-    when the student has stepped: it hangs on the optimiser's step, not on iterations, and is right under gradient
-    accumulation and where GradScaler skips a step. It shares no memory with the student and has no gradient.
+    when the student has stepped: it hangs on the optimizer's step, not on iterations, and is right under gradient
+    accumulation and where GradScaler skips a step. It shares no memory with the student and has no gradient. In a
+    distributed run its batch statistics are the first process's.
     ``network`` is the averaged network, in eval mode, for validation and checkpoints; ``state_dict`` also holds t.
 
     Ignite's EMAHandler warms up otherwise (linearly over given iterations), and copies buffers by making both
@@ -92,6 +94,11 @@ class EMAStudent:
         """Follow the student from the start of each run to its end. Several handlers may attach the same one."""
         engine.add_event_handler(Events.STARTED, self.follow)
         engine.add_event_handler(Events.COMPLETED, self.unfollow)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the average moves with the student's steps."""
+        return self._handle is not None
 
     def follow(self) -> None:
         """Let the average move with each step of the student's optimiser, once however often this is called."""
@@ -164,6 +171,16 @@ class EMAStudent:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
         if found_inf is None or not found_inf:
             self.average.update_parameters(self._student)
+            self._take_statistics_of_first_rank()
+
+    def _take_statistics_of_first_rank(self) -> None:
+        """Batch statistics are each process's own; all of them ask the average that validation and checkpoints have."""
+        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        if is_distributed() and buffers:
+            together = torch.cat([buffer.flatten() for buffer in buffers])
+            torch.distributed.broadcast(together, src=0)
+            for buffer, part in zip(buffers, together.split([buffer.numel() for buffer in buffers])):
+                buffer.copy_(part.view_as(buffer))
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
         if not averaged[0].is_floating_point():

@@ -20,7 +20,7 @@ class TeacherGate(nn.Module):
 
     .. math:: g = \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
-    and 0 for a teacher that finds nothing at all.
+    and 0 for a teacher that finds nothing at all. Pixels where its output is not finite count as background.
 
     Dice on the labelled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
 
@@ -133,11 +133,14 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
 
 def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Pixels of each foreground class that both maps share, and pixels of the two together, each (C - 1,)."""
-    if num_classes == 1:
-        masks = [(x > 0).flatten() for x in (logits, other)]
-        both, total = (masks[0] & masks[1]).sum(), masks[0].sum() + masks[1].sum()
-        return both[None].float(), total[None].float()
-    labels, others = logits.argmax(1).flatten(), other.argmax(1).flatten()
+    num_classes = max(num_classes, 2)
+    labels, others = _labels(logits).flatten(), _labels(other).flatten()
     common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
     total = torch.bincount(labels, minlength=num_classes) + torch.bincount(others, minlength=num_classes)
     return common[1:].float(), total[1:].float()
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """Class of each pixel, (B, *spatial); background where there are no probabilities: argmax takes NaN for a class."""
+    labels = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    return labels.masked_fill(~(logits < torch.inf).all(1), 0)

@@ -177,7 +177,7 @@ def check_writable(*folders: str | os.PathLike, arguments: Sequence[str] = ("out
         arguments: what names each of them, for the error.
 
     Raises:
-        PermissionError: naming the folder that cannot be written and the remedy.
+        PermissionError: naming the folder that cannot be written, or has no room for 1 MiB, and the remedy.
 
     Example::
 
@@ -186,8 +186,9 @@ def check_writable(*folders: str | os.PathLike, arguments: Sequence[str] = ("out
     for folder, argument in zip(folders, arguments):
         try:
             os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**20))  # an empty file fits on a full disk too
+                file.flush()
         except OSError as error:
             raise PermissionError(
                 f"`{argument}` must be a folder that can be written but {os.fspath(folder)!r} cannot "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -17,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 
 import knowsam_monai
+from knowsam_monai.whole_file import write_text
+
+logger = logging.getLogger(__name__)
 
 CONFIG, STARTS, LOG = "config.json", "run.json", "log.txt"
 PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "nibabel", "segment-anything")
 
 
 class RunLog(logging.FileHandler):
-    """The log file of a run, on the root logger."""
+    """The log file of a run, on the root logger. Where it can't be written any more, it says so once and ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        logger.warning("%s can't be written any more (%s); the run goes on without it.", LOG, sys.exc_info()[1])
 
 
 def write_record(
@@ -41,7 +46,7 @@ def write_record(
 
     Args:
         folder: the run's, made when missing.
-        config: of :func:`running_config`; None leaves that file out.
+        config: of :func:`knowsam_monai.runs.config.running_config`; None leaves that file out.
         seed: noted as it is.
         resume: True adds to the starts that are there, False begins anew.
 
@@ -51,8 +56,8 @@ def write_record(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
-        ConfigParser.export_config_file(config, str(folder / CONFIG), indent=4, default=str)
-    starts = read_starts(folder) if resume else []
+        write_text(folder / CONFIG, json.dumps(config, indent=4, default=str))
+    starts = _earlier_starts(folder) if resume else []
     starts.append(
         {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -63,7 +68,7 @@ def write_record(
             "versions": versions(),
         }
     )
-    (folder / STARTS).write_text(json.dumps({"starts": starts}, indent=1), encoding="utf-8")
+    write_text(folder / STARTS, json.dumps({"starts": starts}, indent=1))
 
 
 def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
@@ -75,14 +80,24 @@ def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = Tru
         resume: True adds to the log that is there, False begins anew.
         enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
 
+    Raises:
+        PermissionError: when the file cannot be written.
+
     Example:
         >>> open_log("output")     # doctest: +SKIP
     """
     if not enabled or os.environ.get("RANK", "0") != "0":
         return
     close_log()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handler = RunLog(Path(folder) / LOG, mode="a" if resume else "w", encoding="utf-8")
+    path = Path(folder) / LOG
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = RunLog(path, mode="a" if resume else "w", encoding="utf-8")
+    except OSError as error:
+        raise PermissionError(
+            f"`output_dir` must be a folder that can be written but {path} cannot ({error.strerror}); name another "
+            "--output_dir, or free that file."
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
 
@@ -96,9 +111,31 @@ def close_log() -> None:
 
 
 def read_starts(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The entries of a folder's ``run.json``; none where there is no such file."""
+    """
+    The entries of a folder's ``run.json``; none where there is no such file.
+
+    Args:
+        folder: the run's.
+
+    Raises:
+        ValueError: when the file is torn or another's.
+    """
     path = Path(folder) / STARTS
-    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError("it has no list of `starts`")
+    return starts
+
+
+def _earlier_starts(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_starts(folder)
+    except ValueError as error:
+        logger.warning("%s must list the run's starts but can't be read (%s); it begins anew.", folder / STARTS, error)
+        return []
 
 
 def versions() -> dict[str, str]:
@@ -127,18 +164,3 @@ def git_revision(file: Path) -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def running_config() -> dict[str, Any] | None:
-    """
-    The config whose parser is building what this was called from; None outside of one.
-
-    A component of a config is given what it refers to and never the config itself, so it is looked for in the stack.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        parser = frame.f_locals.get("self")
-        if isinstance(parser, ConfigParser):
-            return {key: value for key, value in parser.config.items() if key != parser.meta_key}
-        frame = frame.f_back
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -16,7 +15,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.checkpoint_file import copy_whole
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.preparation import root_cause
-from knowsam_monai.whole_file import write_whole
+from knowsam_monai.whole_file import read_csv, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
         >>> publish_student("output/knowsam_phantom_seed0", "models")     # doctest: +SKIP
     """
     run, folder = Path(output_dir).resolve(), Path(ckpt_dir)
-    with open(run / "results.csv", newline="", encoding="utf-8") as file:
-        best = max(csv.DictReader(file), key=lambda row: float(row[KEY_METRIC]))
+    best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
     copy_whole(run / MODEL, folder / MODEL)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-PART = ".part"  # how the names of files end that are still being written
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet computes
+PART = ".knowsam-part"  # how the names of files end that are still being written
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
@@ -19,7 +20,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
 
     Args:
         path: of the file; its folder is made when missing.
-        write: ``write(file)`` fills a binary file.
+        write: ``write(file)`` fills a binary file, which it can read too.
         sync: False leaves it to the system when the bytes reach the disk: a power cut may then tear the file.
 
     Raises:
@@ -31,20 +32,35 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=PART, delete=False) as file:
-        try:
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PART}")
+    try:
+        with open(part, "x+b") as file:
             write(file)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)  # temporary files are for their owner alone
-    os.replace(file.name, path)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """
+    :func:`write_whole` of a text in UTF-8.
+
+    Args:
+        path: of the file; its folder is made when missing.
+        text: all of it.
+
+    Raises:
+        OSError: when it cannot be written.
+
+    Example::
+
+        write_text("run.json", "{}")
+    """
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
@@ -54,7 +70,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
     Args:
         path: of the file; its folder is made when missing.
         rows: of the table; its columns are the keys of all, in the order in which they first come, and a row's
-            missing ones stay empty.
+            missing ones stay empty. A text that a spreadsheet would take for a formula has an apostrophe before it.
 
     Raises:
         OSError: when it cannot be written.
@@ -64,22 +80,66 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
         write_csv("results.csv", [{"epoch": 1, "val_mean_dice": 0.5}, {"epoch": 2, "val_mean_dice": 0.75}])
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(text)
+    writer.writerows(
+        [_cell(value) for value in line] for line in (columns, *([row.get(c) for c in columns] for row in rows))
+    )
+    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "replace")))
 
 
-def remove_parts(folder: Path) -> None:
+def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
     """
-    Delete what a process that was killed while it wrote has left behind.
+    The rows of a table of :func:`write_csv`, with the texts as they were.
 
     Args:
-        folder: where :func:`write_whole` writes to; no other process writes there now.
+        path: of the file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when a row has more or fewer columns than the first line.
 
     Example::
 
-        remove_parts(Path("output"))     # before a run goes on
+        best = max(read_csv("results.csv"), key=lambda row: float(row["val_mean_dice"]))
     """
-    for path in folder.glob(f"*{PART}"):
+    with open(path, newline="", encoding="utf-8") as file:
+        columns, *rows = [[_text(cell) for cell in line] for line in csv.reader(file) if line] or [[]]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise ValueError(f"row {number} has more or fewer columns than the first line")
+    return [dict(zip(columns, row)) for row in rows]
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
+
+
+def _text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _is_formula(cell.lstrip("'")) else cell
+
+
+def _is_formula(text: str) -> bool:
+    """Does it begin like one, and is it no number?"""
+    if not text.startswith(FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def remove_parts(folder: str | os.PathLike) -> None:
+    """
+    Delete what a killed process left behind while it wrote, in a folder and the folders in it; nothing else.
+
+    Args:
+        folder: where :func:`write_whole` writes to; no other process may write there now.
+
+    Example::
+
+        remove_parts("output")     # before a run goes on
+    """
+    for path in Path(folder).rglob(f"*{PART}"):
         path.unlink(missing_ok=True)

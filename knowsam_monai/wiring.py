@@ -99,7 +99,12 @@ class Wiring:
                 f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, and until it is, nothing is "
                 f"taught: {MEASURED_BY[gate.mode]}, or take the gate 'none'."
             )
-        if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not self._saw_label:
+        if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not distiller.learns:
+            self.warn(
+                "SAM's optimizer holds no parameter of the teacher that requires a gradient, so that SAM learns "
+                "nothing: build it over those that are to learn, or give none."
+            )
+        elif distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not self._saw_label:
             self.warn(
                 f"SAM has not seen a label in {UNTAUGHT_CALLS} steps, so that SAM learns nothing: give `label`, or "
                 "`select` what SAM is to learn from."

@@ -110,9 +110,8 @@ def assert_right(actual: torch.Tensor, expected: float, scale: float = 1.0) -> N
 
 
 def dice_ce(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None) -> float:
-    """Cross-entropy + Dice with squared denominator over the batch, background included (a sigmoid: its one class)."""
-    num_classes = logits.shape[1]
-    channels = range(num_classes) if num_classes > 1 else (1,)
+    """Cross-entropy + Dice with squared denominator over the batch, background included (a sigmoid: two classes)."""
+    channels = range(max(logits.shape[1], 2))
     ce, count, common, squares = 0.0, 0, dict.fromkeys(channels, 0.0), dict.fromkeys(channels, 0.0)
     for values, (_, wanted) in zip(pixels(logits), pixels(label)):
         if wanted == ignore_index:

@@ -68,6 +68,16 @@ def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_hand
     assert torch.equal(ours[2].gate.scores, expected[2].gate.scores)
 
 
+def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.requires_grad_(False)
+    skd = distiller.attach(student, optimizer)
+    for batch in skd.watch([{"image": batch["image"]} for batch in batches]):
+        student(batch["image"]).sum().backward()
+        optimizer.step()
+    assert set(skd.terms) == {"distillation_loss", "gate_weight"} and skd.terms["distillation_loss"] > 0
+
+
 class Pair(nn.Module):
     """A network that returns its logits as a part of something else."""
 

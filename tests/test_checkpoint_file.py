@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import resource
+import os
 import stat
 
 import pytest
@@ -9,16 +9,9 @@ import torch
 from knowsam_monai.checkpoint_file import copy_whole, save_checkpoint
 from knowsam_monai.whole_file import remove_parts, write_csv, write_whole
 
+from .full_disk import full_disk
+
 SMALL, LARGE = {"weight": torch.zeros(2)}, {"weight": torch.rand(500_000)}
-
-
-@pytest.fixture
-def full_disk():
-    """No file may grow beyond a megabyte: what a full disk does to a write, from the operating system itself."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_file_is_loaded_without_running_code_and_others_may_read_it(tmp_path):
@@ -27,11 +20,10 @@ def test_file_is_loaded_without_running_code_and_others_may_read_it(tmp_path):
     assert stat.S_IMODE((tmp_path / "new" / "a.pt").stat().st_mode) == 0o666 & ~_umask()
 
 
-def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path, full_disk):
+def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path):
     save_checkpoint(SMALL, tmp_path / "a.pt")
-    with pytest.raises(
-        RuntimeError, match="must have room for a.pt but it could not be written to .*; free some space"
-    ):
+    sentence = "must have room for a.pt but it could not be written to .*; free some space"
+    with full_disk(), pytest.raises(RuntimeError, match=sentence):
         save_checkpoint(LARGE, tmp_path / "a.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     assert torch.equal(torch.load(tmp_path / "a.pt")["weight"], SMALL["weight"])
@@ -63,7 +55,7 @@ def test_table_has_the_columns_of_all_rows(tmp_path):
     assert [path.name for path in tmp_path.rglob("*.*")] == ["a.csv"]
 
 
-def test_copy_takes_the_place_of_an_older_one_and_of_itself_nothing(tmp_path, full_disk):
+def test_copy_takes_the_place_of_an_older_one_and_of_itself_nothing(tmp_path):
     source, target = tmp_path / "a", tmp_path / "folder" / "b"
     source.write_bytes(b"content")
     copy_whole(source, target)
@@ -73,15 +65,29 @@ def test_copy_takes_the_place_of_an_older_one_and_of_itself_nothing(tmp_path, fu
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
-    for name in ("a.pt", "a.pt.x1.part"):
-        (tmp_path / name).touch()
+    def die(file):
+        parts.extend(tmp_path.rglob("*"))
+        raise KeyboardInterrupt
+
+    parts = []
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "folder" / "a.pt", die)
+    parts[1].touch()  # as a SIGKILL leaves it
+    theirs = {tmp_path / name for name in ("a.pt", "video.mp4.part", "a.pt.x1.part")}
+    for path in theirs:
+        path.touch()
     remove_parts(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert set(tmp_path.iterdir()) == {*theirs, tmp_path / "folder"} and not list((tmp_path / "folder").iterdir())
+
+
+def test_writing_leaves_the_umask_of_the_process_alone(tmp_path, monkeypatch):
+    before = _umask()
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("other threads write with it"))
+    save_checkpoint(SMALL, tmp_path / "a.pt")
+    assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == 0o666 & ~before
 
 
 def _umask() -> int:
-    import os
-
     umask = os.umask(0)
     os.umask(umask)
     return umask

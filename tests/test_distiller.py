@@ -331,10 +331,40 @@ def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypat
     assert len(said) == is_warned
 
 
-@pytest.mark.parametrize("forgotten", ["nothing", "follow", "label"])
+@pytest.mark.parametrize("kept_by", ["no optimizer", "requires_grad", "another's parameters"])
+def test_teacher_that_does_not_learn_has_no_sam_loss_and_needs_no_graph_and_no_label(student, teacher, kept_by):
+    batch = toy_batches(1)[0]
+    optimizer = None if kept_by == "no optimizer" else torch.optim.Adam(teacher.parameters(), lr=0.01)
+    if kept_by == "requires_grad":
+        teacher.requires_grad_(False)
+    if kept_by == "another's parameters":
+        optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters())
+    has_graph = []
+    teacher.register_forward_hook(lambda module, args, out: has_graph.append(out.requires_grad))
+    distiller = SAMDistiller(teacher, optimizer, taught_views=(1, 2), sam_loss=lambda *_: pytest.fail("computed"))
+    logits = student(batch["image"])
+    results = [distiller.train()(batch["image"], logits, label) for label in (batch["label"], None)]
+    for result in results:
+        assert result.sam_loss == 0 and torch.equal(result.loss, results[0].distillation_loss) and result.loss > 0
+    assert not distiller.learns and has_graph == [False, False]
+
+
+def test_sam_loss_begins_when_a_frozen_teacher_is_thawed(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller = distiller_of(teacher.requires_grad_(False))
+    losses = []
+    for requires_grad in (False, True):
+        teacher.requires_grad_(requires_grad)
+        losses.append(distiller(batch["image"], student(batch["image"]), batch["label"]).sam_loss)
+    assert losses[0] == 0 and losses[1] > 0 and losses[1].requires_grad
+
+
+@pytest.mark.parametrize("forgotten", ["nothing", "follow", "label", "parameters"])
 def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatch, caplog, forgotten):
     monkeypatch.setattr("knowsam_monai.wiring.UNTAUGHT_CALLS", 3)
     distiller = distiller_of(teacher)
+    if forgotten == "parameters":
+        teacher.requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     if forgotten != "follow":
         distiller.follow(optimizer)
@@ -345,6 +375,7 @@ def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatc
         optimizer.zero_grad()
     said = [line for line in caplog.messages if "SAM learns nothing" in line]
     remedies = {"nothing": [], "follow": ["call `distiller.follow"], "label": ["has not seen a label"]}
+    remedies["parameters"] = ["holds no parameter of the teacher that requires a gradient"]
     assert len(said) == len(remedies[forgotten]) and all(x in line for x, line in zip(remedies[forgotten], said))
 
 

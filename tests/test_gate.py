@@ -76,6 +76,20 @@ def test_each_model_is_measured_on_its_own_image():
         assert torch.equal(10 * ours.expand(-1, 3, -1, -1), theirs)
 
 
+@pytest.mark.parametrize("num_classes", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_teacher_that_is_not_finite_does_not_agree_with_itself(num_classes, bad):
+    gate = TeacherGate("agreement")
+    for turn in range(3):
+        gate.measure_agreement(
+            lambda x: threshold_student(x) if num_classes == 2 else x - 0.5,
+            lambda x, prompt: torch.cat([prompt[:, :-1], torch.full_like(prompt[:, -1:], bad)], 1),
+            images(),
+            turn,
+        )
+    assert gate.num_measured == 3 and gate.weight == 0 and gate.scores.tolist() == pytest.approx([1.0, 0.0])
+
+
 def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     gate = TeacherGate("agreement")
     gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)

@@ -12,6 +12,8 @@ from torch import nn
 from knowsam_monai import preparation
 from knowsam_monai.preparation import check_student, check_writable, fast_cpu_matmul, root_cause
 
+from .full_disk import full_disk
+
 
 @pytest.fixture
 def usual_precision():
@@ -62,6 +64,15 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
         check_writable(tmp_path / "output", tmp_path / "file" / "models")
     with pytest.raises(PermissionError, match="`output` must be a folder that can be written but .*--output "):
         check_writable(tmp_path / "file" / "output", arguments=("output",))
+
+
+def test_full_disk_is_seen_before_training(tmp_path):
+    with (
+        full_disk(1000),
+        pytest.raises(PermissionError, match=r"`output_dir` must be .* \(File too large\); name anot"),
+    ):
+        check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_last_line_of_a_wrapped_error_is_its_root_cause():

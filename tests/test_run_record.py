@@ -9,6 +9,8 @@ import pytest
 from knowsam_monai import __version__
 from knowsam_monai.run_record import close_log, git_revision, open_log, read_starts, versions, write_record
 
+from .full_disk import full_disk
+
 
 @pytest.fixture(autouse=True)
 def closed_log():
@@ -27,6 +29,41 @@ def test_each_start_is_noted_until_a_run_begins_anew(tmp_path, monkeypatch):
     assert {"python", "torch", "monai", "machine"} <= set(versions())
     write_record(tmp_path, resume=False)
     assert len(read_starts(tmp_path)) == 1 and read_starts(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"starts": [', "[]", "{}", '{"starts": 3}', '{"starts": [4]}', "\udcff"])
+def test_torn_record_begins_anew_with_a_warning(tmp_path, caplog, content):
+    (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
+    write_record(tmp_path, seed=5)
+    assert [start["seed"] for start in read_starts(tmp_path)] == [5]
+    assert "run.json must list the run's starts but can't be read" in caplog.text
+
+
+def test_full_disk_leaves_the_record_before(tmp_path):
+    write_record(tmp_path, {"lr": 0.1}, seed=5)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with full_disk(50), pytest.raises(OSError, match="File too large"):
+        write_record(tmp_path, seed=6)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("obstacle", ["folder", "no folder"])
+def test_log_that_cannot_be_opened_is_one_sentence(tmp_path, obstacle):
+    if obstacle == "folder":
+        (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    else:
+        (tmp_path / "run").touch()
+    with pytest.raises(PermissionError, match="`output_dir` must be a folder that can be written but .*log.txt cannot"):
+        open_log(tmp_path / "run")
+
+
+def test_log_that_can_not_be_written_any_more_is_told_once_and_the_run_goes_on(tmp_path, caplog, capsys):
+    open_log(tmp_path)
+    with full_disk(2**15):
+        for _ in range(3):
+            logging.getLogger("knowsam_monai.test").warning("x" * 2**17)
+    assert caplog.text.count("log.txt can't be written any more ([Errno 27] File too large)") == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_log_has_what_is_logged_from_there_on_and_one_run_at_a_time(tmp_path):

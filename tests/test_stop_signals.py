@@ -6,13 +6,14 @@ import signal
 
 import pytest
 
-from knowsam_monai.stop_signals import NUMBERS, StopSignals, end_on_signals
+from knowsam_monai.stop_signals import NUMBERS, StopSignals, end_on_signals, give_back
 
 
 @pytest.fixture(autouse=True)
 def signals_stay_as_they_are():
     before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGCHLD)}
     yield
+    give_back()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -36,15 +37,37 @@ def test_worker_that_ends_afterwards_raises_nothing_in_the_main_process():
     os.kill(os.getpid(), signal.SIGCHLD)
 
 
-def test_signals_are_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+def handlers():
+    return {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGCHLD)}
+
+
+@pytest.mark.parametrize("number", [None, *NUMBERS])
+def test_signals_are_given_back_with_the_one_about_workers(number):
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does for its loader
+    before = handlers()
     signals = StopSignals()
     for _ in range(2):
         signals.listen()
-    assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+    if number is not None:
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
     for _ in range(2):
         signals.give_back()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert handlers() == before
+
+
+def test_what_a_run_sets_at_its_start_is_undone_at_its_end():
+    before = handlers()
+    for _ in range(2):  # the run before ended without its end
+        end_on_signals()
+    signals = StopSignals()
+    signals.listen()
+    signals.give_back()
+    assert handlers() != before
+    for _ in range(2):
+        give_back()
+    assert handlers() == before
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

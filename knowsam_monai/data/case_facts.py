@@ -27,7 +27,7 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 logger = logging.getLogger(__name__)
 
 # Raise when facts or checks change: entries of another version are read anew.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass
@@ -42,6 +42,7 @@ class CaseFacts:
     spacing: Sequence[float] | None = None
     orientation: str | None = None  # such as "LPS": where each axis runs to
     content: Sequence[str] = ()  # hash of each slice's voxels, or of a 2D image's; none of a constant one
+    digest: str = ""  # hash of all that training takes from the files: voxels of image and label, spacings, axes
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
     label_values: Sequence[int] | None = None  # as training has them
@@ -82,6 +83,7 @@ class CaseReader:
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
             facts.label_spacing, facts.label_orientation = _geometry(label)
+        facts.digest = _digest(facts, image, label)
         try:
             checked = self.check(case)
         except ValueError as error:
@@ -143,6 +145,15 @@ def _intensities(image: torch.Tensor) -> tuple[float, float, list[str]]:
             content.update(np.ascontiguousarray(one))
             hashes.append(content.hexdigest())
     return min(low for low, _ in extremes), max(high for _, high in extremes), hashes
+
+
+def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -> str:
+    geometry = [facts.spacing, facts.orientation, facts.label_spacing, facts.label_orientation]
+    digest = hashlib.blake2b(json.dumps(geometry).encode(), digest_size=12)
+    for array in [np.asarray(image)] + ([] if label is None else [np.asarray(label)]):
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None]:

@@ -33,6 +33,7 @@ class DatalistReport:
         wrong: sentences, what no training should start with.
         odd: sentences, what may be meant so.
         header: what was read.
+        contents: of each set, each item's image file and the hash of what it holds, label included.
 
     Raises:
         ValueError: by `raise_if_wrong`, where something is wrong.
@@ -47,6 +48,7 @@ class DatalistReport:
     wrong: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
     header: str = ""
+    contents: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         table = [COLUMNS, *self.rows]
@@ -127,6 +129,9 @@ def check_datalist(
     facts_of_all, num_read = read_cases(items, read, cache_dir, num_workers, progress)
     remaining = iter(facts_of_all)
     facts = {name: [next(remaining) for _ in one] for name, one in sets.items()}
+    report.contents = {
+        name: [(image_paths(item)[0], one.digest) for item, one in zip(sets[name], facts[name])] for name in sets
+    }
 
     for is_leak, shared in shared_contents(sets, {name: [f.content for f in facts[name]] for name in facts}):
         (report.wrong if is_leak else report.odd).append(f"{shared}; leave one out.")

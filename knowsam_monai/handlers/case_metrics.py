@@ -15,7 +15,15 @@ from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
 from monai.transforms import KeepLargestConnectedComponent
 from torch import Tensor
 
-from knowsam_monai.handlers.validation_case import Spacing, case_names, class_dice, validation_cases
+from knowsam_monai.handlers.validation_case import (
+    Spacing,
+    case_names,
+    check_class_names,
+    class_dice,
+    names_of_ranks,
+    validation_cases,
+)
+from knowsam_monai.texts import shortened
 from knowsam_monai.whole_file import write_csv
 
 logger = logging.getLogger(__name__)
@@ -37,6 +45,8 @@ class CaseMetrics:
     - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
     - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).
     - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
+    - Each case counts once under a name of its own: its file's, ``case_000`` and so on without one, and with a number
+      after it where two cases are of one file. A case that a sampler repeats is known by its image and label.
     - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
 
     ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known; num_undefined: the
@@ -56,7 +66,8 @@ class CaseMetrics:
         decollated (MONAI's default) or as a batch.
 
     Raises:
-        ValueError: when `class_names` is empty or is one string; during a run, when label and prediction do not fit.
+        ValueError: when `class_names` is empty, is one string or has a name twice; during a run, when label and
+            prediction do not fit.
         OSError: when the run starts and `output_dir` cannot be written.
 
     Example::
@@ -71,13 +82,12 @@ class CaseMetrics:
         spacing: Spacing = "meta",
         file_prefix: str = "metrics",
     ) -> None:
-        if isinstance(class_names, str) or not class_names:
-            raise ValueError(f"`class_names` must be a list of the foreground classes' names but is {class_names!r}.")
         self.output_dir = str(output_dir)
-        self.class_names = list(class_names)
+        self.class_names = check_class_names(class_names, reserved=["mean"])
         self.spacing = spacing
         self.file_prefix = file_prefix
-        self._cases: list[tuple[str, tuple[float, ...] | None, np.ndarray]] = []
+        self._cases: dict[str, tuple[tuple[float, ...] | None, np.ndarray]] = {}  # by path
+        self._contents: dict[str, int] = {}
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI evaluator, after its postprocessing."""
@@ -87,27 +97,28 @@ class CaseMetrics:
 
     def started(self, engine: Engine) -> None:
         """Forget the cases of an earlier run, and see that the folder can be written."""
-        self._cases = []
+        self._cases, self._contents = {}, {}
         os.makedirs(self.output_dir, exist_ok=True)
         if not os.access(self.output_dir, os.W_OK):
             raise PermissionError(f"`output_dir` must be writable but {self.output_dir} is not; choose another folder.")
 
     def __call__(self, engine: Engine) -> None:
-        for case in validation_cases(engine, len(self.class_names) + 1, spacing=self.spacing):
+        for case in validation_cases(engine, len(self.class_names) + 1, spacing=self.spacing, seen=self._contents):
             values = case_metrics(case.preds["pred"], case.label, len(self.class_names) + 1, case.spacing)
-            self._cases.append((case.path, case.spacing, values))
+            self._cases[case.path], self._contents[case.path] = (case.spacing, values), case.content
 
     def completed(self, engine: Engine) -> None:
         """Gather the cases of all ranks; the first rank writes both files and logs a table."""
         cases = self._cases
         if idist.get_world_size() > 1:
-            cases = [case for rank in idist.all_gather(cases) for case in rank]
+            ranks, contents = zip(*idist.all_gather((cases, self._contents)))
+            names_by_rank = names_of_ranks(contents)
+            cases = {names[path]: case for rank, names in zip(ranks, names_by_rank) for path, case in rank.items()}
         if idist.get_rank() != 0 or not cases:
             return
-        cases = list({case[0]: case for case in cases}.values())  # samplers repeat cases to serve all ranks alike
-        names = case_names([path for path, _, _ in cases])
-        values = np.stack([case[2] for case in cases])  # (cases, components, classes, metrics)
-        spacings = [spacing for _, spacing, _ in cases]
+        names = case_names(list(cases))
+        values = np.stack([values for _, values in cases.values()])  # (cases, components, classes, metrics)
+        spacings = [spacing for spacing, _ in cases.values()]
         raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
         for name, rows in (("raw", raw), ("summary", summary)):
             write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
@@ -153,12 +164,15 @@ class CaseMetrics:
     def _table(self, values: np.ndarray) -> list[str]:
         """Mean and standard deviation over the cases; undefined distances are counted, not averaged."""
         shown = [m for m in METRICS if m != "jaccard" and not (m.endswith("_mm") and np.isnan(values[..., 2:4]).all())]
-        width = max(len(name) for name in (*self.class_names, "class"))
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
+        width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
         lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
-        for (c, name), (k, components) in product(enumerate([*self.class_names, "mean"]), enumerate(COMPONENTS)):
+        for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
-            of_class = values[:, k] if name == "mean" else values[:, k, c : c + 1]  # (cases, classes, metrics)
+            of_class = (
+                values[:, k] if c == len(self.class_names) else values[:, k, c : c + 1]
+            )  # (cases, classes, metrics)
             for metric in shown:
                 per_case = _nanmean(of_class[..., METRICS.index(metric)])
                 digits = 3 if metric == "dice" else 2

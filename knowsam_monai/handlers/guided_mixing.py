@@ -35,8 +35,9 @@ class UncertaintyGuidedMixing:
         grid_size: cells along each spatial axis, one number for all axes or one for each; 4.
         num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
         pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
-            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student. A teacher
-            that sees some slices of a volume only (``SliceTeacher(slices=k)``) labels none: there it is "student".
+            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student; where its
+            output is not finite it has none. A teacher that sees some slices of a volume only
+            (``SliceTeacher(slices=k)``) labels none: there it is "student".
         view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
 
     Raises:
@@ -167,8 +168,15 @@ def _check_cells(num_cells: int, grid: Sequence[int]) -> None:
 
 
 def gated(teacher_logits: Tensor, student_logits: Tensor, gate_weight: Tensor) -> Tensor:
-    """Logits of g p_sam + (1 - g) p_student, (B, C, *spatial), or of its odds for one channel; g is 0-dimensional."""
+    """
+    Logits of g p_sam + (1 - g) p_student, (B, C, *spatial), or of its odds for one channel; g is 0-dimensional.
+
+    Where g is 0, and at each pixel where the teacher's probabilities are not numbers, they are the student's logits as
+    they are; where g is 1, the teacher's.
+    """
     teacher, student = class_logits(teacher_logits).log_softmax(1), class_logits(student_logits).log_softmax(1)
-    gate_weight = gate_weight.to(teacher.dtype)
+    gate_weight = gate_weight.to(teacher.dtype) * ~teacher.isnan().any(1, keepdim=True)
     mixed = torch.logaddexp(teacher + gate_weight.log(), student + (1 - gate_weight).log())
-    return mixed if teacher_logits.shape[1] > 1 else mixed[:, 1:] - mixed[:, :1]
+    mixed = mixed if teacher_logits.shape[1] > 1 else mixed[:, 1:] - mixed[:, :1]
+    one_sided = torch.where(gate_weight == 1, without_meta(teacher_logits), without_meta(student_logits))
+    return torch.where((gate_weight == 0) | (gate_weight == 1), one_sided, mixed)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.ema_student import EMAStudent
 from knowsam_monai.handlers.last_iteration import last_iteration
+from knowsam_monai.random_state import kept_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,9 @@ class Preflight:
     Before the first step, say what this run is: rows, what trains, the teacher, time, memory and expected finish.
 
     Two trial iterations at the first, the middle and the last iteration number are run on one real batch (so that
-    terms that start later are counted) and undone: weights, optimisers and random states are as before.
+    terms that start later are counted) and undone: weights, optimizers, modes, the engine's state and the global random
+    generators are as before. A loader whose transforms have generators of their own and that does not seed them for
+    each row, as :class:`knowsam_monai.data.SemiSupervisedLoader` does, draws its first batch anew.
 
     Args:
         network: the student.
@@ -119,14 +122,18 @@ class Preflight:
         norm = "none" if not kinds else "synchronised" if kinds == {nn.SyncBatchNorm} else "each process's own"
         return [("processes", f"{idist.get_world_size()}, batch normalisation: {norm}")]
 
+    @kept_random_state()
     def _seconds_per_iteration(self, engine: Engine) -> float:
         """Mean seconds of a step at the start, in the middle and at the end of the run."""
-        snapshot = self._snapshot(engine)
+        states = [copy.deepcopy(item.state_dict()) for item in self._objects(engine)]
+        modes = [(module, module.training) for module in self.network.modules()]
+        is_followed = self.ema_student is not None and self.ema_student.is_followed
         state = engine.state
+        before = (state.iteration, state.batch, state.output)
         batch = next(iter(engine.data_loader))
         if hasattr(engine.data_loader, "set_iteration"):  # a loader that knows its place goes back to it
             engine.data_loader.set_iteration(state.iteration)
-        iteration, last = state.iteration, last_iteration(engine)
+        last = last_iteration(engine)
         times = []
         for trial in (1, 1, last // 2, last):  # the first warms up
             state.iteration, state.batch = max(trial, 1), batch
@@ -136,8 +143,14 @@ class Preflight:
             if torch.device(state.device).type == "cuda":
                 torch.cuda.synchronize(state.device)
             times.append(time.perf_counter() - start)
-        state.iteration, state.batch, state.output = iteration, None, None
-        self._restore(engine, snapshot)
+        state.iteration, state.batch, state.output = before
+        for item, item_state in zip(self._objects(engine), states):
+            item.load_state_dict(item_state)
+        for module, mode in modes:
+            module.training = mode
+        if self.ema_student is not None:
+            self.ema_student.follow() if is_followed else self.ema_student.unfollow()
+        self.optimizer.zero_grad(set_to_none=True)
         return sum(times[1:]) / 3
 
     def _objects(self, engine: Engine) -> list[Any]:
@@ -149,21 +162,6 @@ class Preflight:
         if engine.scaler is not None:
             objects.append(engine.scaler)
         return objects
-
-    def _snapshot(self, engine: Engine) -> dict[str, Any]:
-        return {
-            "states": [copy.deepcopy(o.state_dict()) for o in self._objects(engine)],
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def _restore(self, engine: Engine, snapshot: dict[str, Any]) -> None:
-        for item, state in zip(self._objects(engine), snapshot["states"]):
-            item.load_state_dict(state)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(snapshot["cpu_rng"])
-        if snapshot["cuda_rng"]:
-            torch.cuda.set_rng_state_all(snapshot["cuda_rng"])
 
 
 def _peak_process_memory() -> float:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointSaver
 
+from knowsam_monai import stop_signals
 from knowsam_monai.checkpoint_file import save_checkpoint
-from knowsam_monai.fingerprint import fingerprint as fingerprint_of
+from knowsam_monai.handlers.at_exception import add_exception_handler
 from knowsam_monai.handlers.last_iteration import last_iteration
 from knowsam_monai.random_state import random_state, set_random_state
-from knowsam_monai.stop_signals import StopSignals
+from knowsam_monai.runs.comparison import configured, digests, other_data, other_settings
+from knowsam_monai.runs.config import running_config
 from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
 from knowsam_monai.whole_file import remove_parts
 
 logger = logging.getLogger(__name__)
 
+KEYS = ("trainer", "best", "random", "validate", "settings", "data")  # of a file, beside the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
 RANKS_ASK_EVERY = 10  # steps; processes must agree where to stop, and asking makes each wait for the device
+REMEDY = "name another --output_dir, or begin anew with --resume False, which puts this run in the place of that one"
 
 
 class Resume:
@@ -33,28 +37,33 @@ class Resume:
 
     After every epoch all that training depends on is written to ``resume_<iteration>.pt``: the objects given, the
     trainer's iteration, the best metric so far and every process's random states. The file is there whole or not at
-    all, and the one before stays until the next. A run that starts takes the newest file that is whole. The loader's
-    order is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`), so nothing of it is saved.
+    all, and the one before stays until the next. A run that starts takes the newest file that is whole, and refuses it
+    when it is of other settings or other data. The loader's order is a function of the iteration
+    (:class:`knowsam_monai.data.SemiSupervisedLoader`), so nothing of it is saved.
 
     SIGTERM and Ctrl-C write one more file and end the process with 143 and 130: after the step they came in, or in the
     middle of a validation, which is then made again. Several processes agree on the step, within ten, and finish a
     validation. A second signal ends the process at once.
 
-    Put it after the ``ValidationHandler`` and all that acts after a step, and before :class:`Preflight`.
+    Put it after the ``ValidationHandler`` and all that acts after a step, and before :class:`Preflight`. Handlers of
+    exceptions may stand anywhere.
 
     Args:
         objects: name to whatever has ``state_dict`` and ``load_state_dict``; None is left out.
         output_dir: folder of the files; several machines share it.
         evaluator: the validation engine, whose best metric is kept; None without one.
         best_saver: MONAI's saver of the best model, so that a worse one never takes its place.
-        fingerprint: what a run must share with the one it goes on with, by config key, see
-            :func:`knowsam_monai.fingerprint.fingerprint`; compared, not restored.
+        data: of each set the files and the hashes of what they hold, as ``DatalistReport.contents`` has them; compared,
+            not restored. None: not compared.
+        settings: names and plain values that a run must share with the one it goes on with; compared, not restored.
+            None: what is configured, see :func:`knowsam_monai.runs.comparison.configured`, where the handler is built
+            from a config, and nothing elsewhere.
         enabled: False starts afresh and removes the files of a run before.
         save: False only reads (a preflight).
 
     Raises:
-        ValueError: when the fingerprint differs; it names the keys.
-        RuntimeError: when something that would be saved is not finite, or cannot be written.
+        ValueError: when settings or data differ, naming keys or files, or the file is of other objects.
+        RuntimeError: when something that would be saved is not finite, or a file of the run cannot be written.
 
     Example::
 
@@ -68,7 +77,8 @@ class Resume:
         output_dir: str | os.PathLike,
         evaluator: Engine | None = None,
         best_saver: CheckpointSaver | None = None,
-        fingerprint: Mapping[str, Any] | None = None,
+        data: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+        settings: Mapping[str, Any] | None = None,
         enabled: bool = True,
         save: bool = True,
     ) -> None:
@@ -76,12 +86,15 @@ class Resume:
         self.output_dir = Path(output_dir)
         self.evaluator = evaluator
         self.best_saver = best_saver
-        self.fingerprint = fingerprint_of(fingerprint or {})
+        self.data = data
+        config = running_config() if settings is None else None
+        self.settings = settings if config is None else configured(config)
         self.enabled = enabled
         self.saves = save
-        self.signals = StopSignals()
+        self.signals = stop_signals.StopSignals()
         self._before_validation: dict[str, Any] | None = None  # random state, while a validation runs
-        self._waits_for_batch = False
+        self._waits_for_batch: bool | None = None  # None before the first step
+        self._kept: list[Path] = []  # the last two files written or gone on from
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
@@ -91,7 +104,7 @@ class Resume:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self.exception_raised)
+        add_exception_handler(engine, self.exception_raised)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.STARTED, self.validation_started)
             self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.stop_validation)
@@ -99,6 +112,7 @@ class Resume:
 
     def started(self, engine: Engine) -> None:
         """Restore the newest whole file, and listen to SIGTERM and Ctrl-C."""
+        self._waits_for_batch = None
         if self.saves:
             if idist.get_rank() == 0:
                 remove_parts(self.output_dir)
@@ -130,15 +144,27 @@ class Resume:
             self._stop(engine)
 
     def exception_raised(self, engine: Engine, error: BaseException) -> None:
-        """A loader worker that a signal to all processes has ended is no error: nothing of the step is done yet."""
-        steps = getattr(engine, "accumulation_steps", 1)
-        one_process = idist.get_world_size() == 1
-        if isinstance(error, RuntimeError) and self._waits_for_batch and self.signals.received and one_process:
-            if engine.state.iteration % (engine.state.epoch_length or math.inf) % steps == 0:
+        """
+        Save and stop when a signal to all processes has ended a loader worker, which is no error.
+
+        Of a step that waits for its batch nothing is done yet, a validation is made again, and before the first step
+        there is nothing to save.
+        """
+        in_step = self._waits_for_batch is False and self._before_validation is None
+        if isinstance(error, RuntimeError) and self.signals.received and not in_step and idist.get_world_size() == 1:
+            logger.warning("After a signal: %s", str(error).partition("\n")[0])
+            steps = getattr(engine, "accumulation_steps", 1)
+            between_steps = engine.state.iteration % (engine.state.epoch_length or math.inf) % steps == 0
+            if self._before_validation is not None or (self._waits_for_batch and between_steps):
                 self._save(engine)
             self._stop(engine)
-        self.signals.give_back()
-        raise error
+        self._give_signals_back()
+        if isinstance(error, OSError) and error.errno is not None:
+            file = os.fsdecode(error.filename or "a file of this run")
+            raise RuntimeError(
+                f"`output_dir` must be readable and have room but {file} cannot be read or written ({error.strerror}); "
+                f"see to it and give the same command: it goes on from {self._newest_name()}."
+            ) from error
 
     def validation_started(self, evaluator: Engine) -> None:
         """Keep the random state of before, from which a validation that is broken off is made again."""
@@ -165,12 +191,17 @@ class Resume:
         return asked > 0
 
     def _stop(self, engine: Engine) -> None:
-        self.signals.give_back()
-        newest = next((file.name for file in self.files()), "its beginning")
-        logger.warning(
-            "Stopped by a signal in iteration %d; the same command goes on from %s.", engine.state.iteration, newest
-        )
+        self._give_signals_back()
+        iteration, newest = engine.state.iteration, self._newest_name()
+        logger.warning("Stopped by a signal in iteration %d; the same command goes on from %s.", iteration, newest)
         raise SystemExit(128 + (self.signals.received or 0))
+
+    def _give_signals_back(self) -> None:
+        self.signals.give_back()
+        stop_signals.give_back()
+
+    def _newest_name(self) -> str:
+        return next((file.name for file in self.files()), "its beginning")
 
     def _save(self, engine: Engine) -> None:
         if not self.saves:
@@ -186,12 +217,16 @@ class Resume:
             state["best"] = [float(found.best_metric), float(found.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
         state["validate"] = self._before_validation is not None  # before anything else
-        state["fingerprint"] = self.fingerprint
+        state["settings"] = None if self.settings is None else dict(self.settings)
+        state["data"] = digests(self.data)
         if engine.scaler is not None:
             state["scaler"] = engine.scaler.state_dict()
-        save_checkpoint(state, self.output_dir / f"resume_{engine.state.iteration}.pt")
-        for old in self.files()[2:]:
-            old.unlink()
+        path = self.output_dir / f"resume_{engine.state.iteration}.pt"
+        save_checkpoint(state, path)
+        self._kept = [path, *(file for file in self._kept if file != path)][:2]
+        for old in self.files() if self._kept[1:] else []:
+            if old not in self._kept:
+                old.unlink(missing_ok=True)
 
     def _restore(self, engine: Engine) -> None:
         file, state = self._newest() if idist.get_rank() == 0 else (None, None)
@@ -201,8 +236,9 @@ class Resume:
         if file is None:
             return
         state = read_tensor_file(file) if state is None else state
-        self._check_fingerprint(file, state["fingerprint"])
-        self._load(engine, state)
+        self._check(file, state)
+        self._load(engine, file, state)
+        self._kept = [file]
         logger.warning("Going on from %s, iteration %d.", file, engine.state.iteration)
         if state["validate"] and self.evaluator is not None and self.saves:
             self.evaluator.run(engine.state.epoch)
@@ -216,38 +252,52 @@ class Resume:
         """The newest whole file and what is in it."""
         for file in self.files():
             try:
-                return file, read_tensor_file(file)
+                state = read_tensor_file(file)
+                if not isinstance(state, dict) or "trainer" not in state:
+                    raise NotATensorFile("holds something else")
+                return file, state
             except (OSError, NotATensorFile) as error:
                 logger.warning("%s must be a whole checkpoint but is not: it %s; trying the one before.", file, error)
         if self.files():
             logger.warning("No checkpoint in %s is whole: this run starts from its beginning.", self.output_dir)
         return None, None
 
-    def _load(self, engine: Engine, state: Mapping[str, Any]) -> None:
-        for name, item in self.objects.items():
-            _inner(item).load_state_dict(state[name])
-        engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
-        if engine.state.iteration >= last_iteration(engine):  # at the end of an epoch that is cut short
-            engine.state.epoch = engine.state.max_epochs
-        if engine.scaler is not None and "scaler" in state:
-            engine.scaler.load_state_dict(state["scaler"])
-        if self.evaluator is not None and state["best"]:
-            metric, epoch = state["best"]
-            self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = metric, int(epoch)
-            if self.best_saver is not None and epoch >= 0:
-                self.best_saver.load_state_dict({"_saved": [(metric, "")]})
+    def _load(self, engine: Engine, file: Path, state: Mapping[str, Any]) -> None:
+        try:
+            for name, item in self.objects.items():
+                _inner(item).load_state_dict(state[name])
+            engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
+            if engine.state.iteration >= last_iteration(engine):  # at the end of an epoch that is cut short
+                engine.state.epoch = engine.state.max_epochs
+            if engine.scaler is not None and "scaler" in state:
+                engine.scaler.load_state_dict(state["scaler"])
+            if self.evaluator is not None and state["best"]:
+                metric, epoch = state["best"]
+                self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = metric, int(epoch)
+                if self.best_saver is not None and epoch >= 0:
+                    self.best_saver.load_state_dict({"_saved": [(metric, "")]})
+            if idist.get_rank() < len(state["random"]):
+                set_random_state(state["random"][idist.get_rank()])
+        except Exception as error:  # whatever the objects say of what is not theirs
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{file} must be of this run but cannot be restored ({reason}); {REMEDY}.") from error
         if hasattr(engine.data_loader, "set_iteration"):
             engine.data_loader.set_iteration(engine.state.iteration)
-        if idist.get_rank() < len(state["random"]):
-            set_random_state(state["random"][idist.get_rank()])
 
-    def _check_fingerprint(self, file: Path, found: Mapping[str, str]) -> None:
-        keys = sorted(k for k in {*found, *self.fingerprint} if found.get(k) != self.fingerprint.get(k))
-        if keys:
+    def _check(self, file: Path, state: Mapping[str, Any]) -> None:
+        missing = sorted({*KEYS, *self.objects} - state.keys())
+        if missing:
             raise ValueError(
-                f"`{'`, `'.join(keys)}` must be as in the run that {file} is of but {'are' if keys[1:] else 'is'} not; "
-                "name another --output_dir, or train anew with --resume False, which removes that run's checkpoints."
+                f"{file} must hold all that this run saves but lacks `{'`, `'.join(missing)}`, as one of other objects "
+                f"or of another version does; {REMEDY}."
             )
+        found = []
+        if state["settings"] is not None and self.settings is not None:
+            found = other_settings(state["settings"], self.settings)
+        found += other_data(state["data"], self.data)
+        if found:
+            more = f" and {len(found) - 5} more differ" if found[5:] else ""
+            raise ValueError(f"{', '.join(found[:5])}{more}, to go on from {file}; {REMEDY}.")
 
 
 def _inner(item: Any) -> Any:

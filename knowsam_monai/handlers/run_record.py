@@ -5,7 +5,8 @@ import os
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from knowsam_monai.run_record import running_config, write_record
+from knowsam_monai.run_record import write_record
+from knowsam_monai.runs.config import running_config
 
 
 class RunRecord:

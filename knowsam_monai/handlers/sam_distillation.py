@@ -25,8 +25,8 @@ class SAMDistillation:
 
     Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits, or have them as a part
     (`logits_of`). The teacher's optimizer follows the trainer's, under AMP and gradient accumulation too. Every step
-    writes `distillation_loss`, `sam_loss` and `gate_weight` (detached) and `teacher_logits` into
-    ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
+    writes `distillation_loss`, `sam_loss` (of a teacher that learns) and `gate_weight` (detached) and `teacher_logits`
+    into ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
     foreground Dice on the labeled rows, which the teacher learns from and which therefore does not judge it.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.networks.SliceTeacher`) draws by the iteration. Terms
@@ -139,7 +139,8 @@ class SAMDistillation:
         result = self.distiller(sam_image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()
-        output["sam_loss"] = result.sam_loss.detach()
+        if self.distiller.learns:
+            output["sam_loss"] = result.sam_loss.detach()
         output["gate_weight"] = self.distiller.gate.weight.clone()
         if result.slices is None:
             output["teacher_logits"] = result.teacher_logits
@@ -169,6 +170,6 @@ def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = N
     if ignore_index is not None:  # background in both is in no foreground class
         ignored_mask = label == ignore_index
         labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
-    helper = DiceHelper(include_background=num_classes == 1, num_classes=max(num_classes, 2), reduction="mean_batch")
+    helper = DiceHelper(include_background=False, num_classes=max(num_classes, 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)

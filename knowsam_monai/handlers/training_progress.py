@@ -6,6 +6,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from knowsam_monai.handlers.at_exception import add_exception_handler
 from knowsam_monai.handlers.last_iteration import last_iteration
 
 
@@ -40,7 +41,7 @@ class TrainingProgress:
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.completed)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self.failed)
+        add_exception_handler(engine, self.failed)
 
     def started(self, engine: Engine) -> None:
         """Draw the bar at the first epoch, when what is resumed and reported before it is done."""
@@ -74,9 +75,8 @@ class TrainingProgress:
             self.bar = None
 
     def failed(self, engine: Engine, error: BaseException) -> None:
-        """The same when the run ends with an error, which goes on."""
+        """The same when the run ends with an error."""
         self.completed(engine)
-        raise error
 
     def shown(self, engine: Engine) -> dict[str, float]:
         """What stands behind the bar."""

@@ -9,7 +9,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from knowsam_monai.whole_file import write_csv
+from knowsam_monai.handlers.validation_case import check_class_names
+from knowsam_monai.whole_file import read_csv, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class ValidationHistory:
         output_dir: folder of the file, made when missing.
         class_names: names of classes 1, 2, ... (no background).
 
+    Raises:
+        ValueError: when `class_names` is empty, one string or has a name twice.
+
     Example::
 
         SupervisedEvaluator(..., val_handlers=[ValidationHistory("output", ["RV", "myocardium", "LV"])])
@@ -34,7 +38,7 @@ class ValidationHistory:
 
     def __init__(self, output_dir: str | os.PathLike, class_names: Sequence[str]) -> None:
         self.path = os.path.join(output_dir, "results.csv")
-        self.class_names = list(class_names)
+        self.class_names = check_class_names(class_names)
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI evaluator."""
@@ -67,7 +71,10 @@ class ValidationHistory:
         return "  ".join(parts)
 
     def _earlier_rows(self, epoch: int) -> list[dict[str, object]]:
-        if not os.path.isfile(self.path):
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        rows: list[dict[str, object]] = []
+        if os.path.isfile(self.path):
+            try:
+                rows += [row for row in read_csv(self.path) if int(row["epoch"]) < epoch]
+            except (ValueError, KeyError, csv.Error) as error:
+                logger.warning("%s is torn or another's (%s); it begins anew.", self.path, error)
+        return rows

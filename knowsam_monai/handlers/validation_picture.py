@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,8 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 
-from knowsam_monai.handlers.validation_case import ValidationCase, case_names, class_dice
+from knowsam_monai.handlers.validation_case import ValidationCase, class_dice
+from knowsam_monai.texts import shortened
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, the lightest on grey tissue first
 COLORS = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
@@ -71,21 +72,20 @@ def choose_views(views: list[SliceView], dice: dict[str, Tensor], num_slices: in
     return [*chosen, worst]
 
 
-def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
-    """A matplotlib figure: a row for each slice; image, truth and prediction as columns."""
+def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence[str]) -> Any:
+    """A matplotlib figure: a row for each slice, with its case's name by path; image, truth, prediction as columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colors = [COLORS[i % len(COLORS)] for i in range(len(class_names))]
-    names = case_names([view.path for view in views])
     figure = Figure(figsize=(9.6, 3.3 * len(views) + 0.8), facecolor="white")
     FigureCanvasAgg(figure)
     top, bottom = 0.35 / figure.get_figheight(), 0.75 / figure.get_figheight()
     grid = figure.add_gridspec(
         len(views), 3, left=0.055, right=0.99, top=1 - top, bottom=bottom, wspace=0.03, hspace=0.11
     )
-    for row, (view, name) in enumerate(zip(views, names)):
+    for row, view in enumerate(views):
         window = _window(view)
         for column, labels in enumerate((None, view.label[window], view.pred[window])):
             axis = figure.add_subplot(grid[row, column])
@@ -98,13 +98,18 @@ def draw(views: list[SliceView], class_names: Sequence[str]) -> Any:
                 _overlay(axis, labels, colors)
             if column == 0:
                 worst = "worst: " if row == len(views) - 1 and len(views) > 1 else ""
-                axis.set_ylabel(f"{worst}{name}\n{view.position}", fontsize=9, color="#333333")
+                name = f"{worst}{shortened(names[view.path], 40)}\n{view.position}"
+                axis.set_ylabel(name, fontsize=9, color="#333333", parse_math=False)
             if row == 0:
                 axis.set_title(("image", "truth", "prediction")[column], fontsize=12, pad=6)
             if column == 2:
                 _write_dice(axis, view.dice, colors)
-    handles = [Patch(facecolor=color, label=name) for color, name in zip(colors, class_names)]
-    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
+    # a label that begins with an underscore is left out of a legend, so the texts come after
+    handles = [Patch(facecolor=color, label="class") for color in colors]
+    legend = figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
+    for text, name in zip(legend.get_texts(), class_names):
+        text.set_parse_math(False)
+        text.set_text(shortened(name, 40))
     return figure
 
 

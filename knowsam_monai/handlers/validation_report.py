@@ -14,8 +14,16 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from knowsam_monai.handlers.validation_case import case_names, class_dice, validation_cases
+from knowsam_monai.handlers.validation_case import (
+    ValidationCase,
+    case_names,
+    check_class_names,
+    class_dice,
+    names_of_ranks,
+    validation_cases,
+)
 from knowsam_monai.handlers.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
+from knowsam_monai.texts import printable, shortened
 from knowsam_monai.whole_file import write_csv, write_whole
 
 logger = logging.getLogger(__name__)
@@ -45,7 +53,8 @@ class ValidationReport:
         teacher_name: heading of the teacher's.
 
     Raises:
-        ValueError: when `class_names` is empty or one string, `num_slices` below 1 or `keep` is neither of both.
+        ValueError: when `class_names` is empty, one string or has a name twice, `num_slices` below 1 or `keep` is
+            neither of both.
 
     Example::
 
@@ -65,14 +74,12 @@ class ValidationReport:
         student_name: str = "student",
         teacher_name: str = "SAM teacher",
     ) -> None:
-        if isinstance(class_names, str) or not class_names:
-            raise ValueError(f"`class_names` must be a list of the foreground classes' names but is {class_names!r}.")
         if num_slices < 1:
             raise ValueError(f"`num_slices` must be at least 1 but is {num_slices}.")
         if keep not in ("best", "last"):
             raise ValueError(f'`keep` must be "best" or "last" but is {keep!r}.')
         self.output_dir = str(output_dir)
-        self.class_names = list(class_names)
+        self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
         self.keep = keep
         self.pred_keys = ("pred", teacher_key)
@@ -82,6 +89,7 @@ class ValidationReport:
         self._kept: dict[str, Any] = {}
         self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
         self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
+        self._contents: dict[str, int] = {}
         self._views: list[SliceView] = []
 
     def attach(self, engine: Engine) -> None:
@@ -91,22 +99,37 @@ class ValidationReport:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        self._dice, self._views = {key: {} for key in self.pred_keys}, []
+        self._dice, self._contents, self._views = {key: {} for key in self.pred_keys}, {}, []
 
     def __call__(self, engine: Engine) -> None:
         num_classes = len(self.class_names) + 1
-        for case in validation_cases(engine, num_classes, self.pred_keys):
+        for case in validation_cases(engine, num_classes, self.pred_keys, seen=self._contents):
+            self._contents[case.path] = case.content
             for key, pred in case.preds.items():
                 self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
             if idist.get_rank() == 0:
-                self._views += slice_views(case, num_classes)
+                self._views += self._views_of(case, num_classes)
+
+    def _views_of(self, case: ValidationCase, num_classes: int) -> list[SliceView]:
+        """The slices that may be shown of a case; none, and a warning, where they cannot be taken."""
+        try:
+            return slice_views(case, num_classes)
+        except Exception as error:  # whatever a picture fails by, the training goes on
+            logger.warning(
+                "No picture of %s: %s: %s", printable(case.path), type(error).__name__, printable(str(error))
+            )
+            return []
 
     def completed(self, engine: Engine) -> None:
         """Gather Dice of all ranks, and keep this validation when it is the one to be reported."""
         self._num_validations += 1
         if idist.get_world_size() > 1:
-            ranks = idist.all_gather(self._dice)
-            self._dice = {key: {p: d for rank in ranks for p, d in rank[key].items()} for key in self.pred_keys}
+            ranks, contents = zip(*idist.all_gather((self._dice, self._contents)))
+            named = list(zip(ranks, names_of_ranks(contents)))
+            self._dice = {
+                key: {names[path]: dice for rank, names in named for path, dice in rank[key].items()}
+                for key in self.pred_keys
+            }
         if not self._dice["pred"]:
             return
         dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
@@ -149,15 +172,20 @@ class ValidationReport:
         columns = [(self.column_names[self.pred_keys.index(key)], dice) for key, dice in kept["dice"].items()]
         if self.keep == "best" and self._num_validations > 1:
             columns.append((f"{self.column_names[0]}, last", self._last))
-        names = [*self.class_names, "mean"]
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
         head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
         lines = [f"Validation Dice, {kept['num_cases']} volumes{which}", head, rule]
         for i, name in enumerate(names):
             cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
-            lines += [rule] * (name == "mean") + [f"  {name:<{width}}{cells}"]
+            lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]
         return lines
+
+    @property
+    def is_empty(self) -> bool:
+        """Has no validation run?"""
+        return not self._kept
 
     def write(self) -> str | None:
         """
@@ -168,26 +196,39 @@ class ValidationReport:
         """
         if idist.get_rank() != 0:
             return None
-        if not self._kept:
+        if self.is_empty:
             logger.warning("No validation has run, so there is no validation report.")
             return None
+        self.log_table()
+        self.write_cases()
+        self.write_slices()
+        return self.write_picture()
+
+    def log_table(self) -> None:
+        """Log :meth:`table`, line by line."""
         for line in self.table():
-            logger.info(line)
-        os.makedirs(self.output_dir, exist_ok=True)
-        self._write_cases()
-        if not self._kept["views"]:  # the first rank had no case
+            logger.info("%s", line)
+
+    def _names(self) -> dict[str, str]:
+        """The name of each case by its path."""
+        paths = sorted(self._kept["cases"]["pred"])
+        return dict(zip(paths, case_names(paths)))
+
+    def write_picture(self) -> str | None:
+        """Write ``validation.png``; returns its path, None where the first rank had no case."""
+        views = self._kept["views"]
+        if not views:
             return None
-        self._write_slices()
         path = os.path.join(self.output_dir, "validation.png")
-        figure = draw(self._kept["views"], self.class_names)
+        figure = draw(views, self._names(), self.class_names)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        logger.info(f"Validation slices, truth and prediction: {path}")
+        logger.info("Validation slices, truth and prediction: %s", path)
         return path
 
-    def _write_cases(self) -> None:
-        paths = sorted(self._kept["cases"]["pred"])
+    def write_cases(self) -> None:
+        """Write ``validation_cases.csv``."""
         rows: list[dict[str, str]] = []
-        for path, name in zip(paths, case_names(paths)):
+        for path, name in self._names().items():
             for key, model in zip(self.pred_keys, self.column_names):
                 dice = torch.tensor(self._kept["cases"][key].get(path, []))
                 if len(dice):
@@ -196,17 +237,18 @@ class ValidationReport:
                     rows.append({"case": name, "model": model, **cells})
         write_csv(os.path.join(self.output_dir, "validation_cases.csv"), rows)
 
-    def _write_slices(self) -> None:
+    def write_slices(self) -> None:
+        """Write ``validation_slices/``, and remove the pictures that were there."""
         folder = Path(self.output_dir) / "validation_slices"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
-        views = self._kept["views"]
-        for i, (view, name) in enumerate(zip(views, case_names([view.path for view in views]))):
+        views, names = self._kept["views"], self._names()
+        for i, view in enumerate(views):
             last = "worst slice" if len(views) > 1 else "largest slice"
             kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
             dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
-            title = f"{name}, {view.position}"
+            title = f"{names[view.path]}, {view.position}"
             fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
             save = partial(draw_slice(view, len(self.class_names)).savefig, format="png", dpi=150, metadata=fields)
             write_whole(folder / f"{i + 1}.png", save)

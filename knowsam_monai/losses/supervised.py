@@ -7,20 +7,24 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DiceLoss
 
-from knowsam_monai.losses.class_logits import at_least_float32, without_meta
+from knowsam_monai.losses.class_logits import at_least_float32, class_logits, without_meta
 from knowsam_monai.networks.views import unstack_views
 
 
 def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
     """The supervised loss of KnowSAM: cross-entropy + Dice, weights 1 + 1.
 
-    Background included, Dice over the whole batch with squared denominator.
+    Background included, Dice over the whole batch with squared denominator. Logits of one channel are those of a
+    sigmoid network: the loss is that of the two classes ``(0, z)``, whatever `num_classes` is.
 
     Args:
-        num_classes: C, the channels of the logits; 1 gives the same loss for a sigmoid network.
+        num_classes: C, the channels of the logits; `ignore_index` is checked against it.
         ignore_index: a label value that is no class; its pixels are left out of both terms. None: there is none.
+
+    Raises:
+        ValueError: when ``ignore_index`` is a class.
 
     Example::
 
@@ -31,39 +35,26 @@ def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Mo
     Reference:
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 4 and 12.
     """
-    if ignore_index is not None:
-        return _PartialDiceCELoss(num_classes, ignore_index)
-    if num_classes == 1:
-        return DiceCELoss(sigmoid=True, batch=True, squared_pred=True)
-    return DiceCELoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True)
+    return _DiceCELoss(num_classes, ignore_index)
 
 
-class _PartialDiceCELoss(nn.Module):
-    """:func:`dice_ce_loss` on the pixels whose label is not ``ignore_index``; 0 where there are none."""
+class _DiceCELoss(nn.Module):
+    """:func:`dice_ce_loss`; 0 where no label is known."""
 
-    def __init__(self, num_classes: int, ignore_index: int) -> None:
+    def __init__(self, num_classes: int, ignore_index: int | None) -> None:
         super().__init__()
-        if 0 <= ignore_index < max(num_classes, 2):
+        if ignore_index is not None and 0 <= ignore_index < max(num_classes, 2):
             raise ValueError(f"`ignore_index` must be no class, 0..{max(num_classes, 2) - 1}, but is {ignore_index}.")
         self.ignore_index = ignore_index
-        self.dice = DiceLoss(
-            sigmoid=num_classes == 1,
-            softmax=num_classes > 1,
-            to_onehot_y=num_classes > 1,
-            batch=True,
-            squared_pred=True,
-            ignore_index=ignore_index,
-        )
+        self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        known_mask = label != self.ignore_index
-        if logits.shape[1] == 1:
-            target = torch.where(known_mask, label, 0).to(logits.dtype)
-            ce = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * known_mask).sum()
-        else:
-            target = label[:, 0].long()
-            ce = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
-        return self.dice(logits, label) + ce / known_mask.sum().clamp(min=1)
+        logits, label = class_logits(logits), without_meta(label)
+        target = label[:, 0].long()
+        if self.ignore_index is None:
+            return self.dice(logits, label) + F.cross_entropy(logits, target)
+        ce = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
+        return self.dice(logits, label) + ce / (label != self.ignore_index).sum().clamp(min=1)
 
 
 class PartiallyLabeledLoss(nn.Module):
@@ -72,8 +63,8 @@ class PartiallyLabeledLoss(nn.Module):
     ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in float32 at least, under autocast too.
 
     Args:
-        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)) -> scalar; ``None`` is :func:`dice_ce_loss`, of
-            softmax logits.
+        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)) -> scalar; ``None`` is
+            :func:`dice_ce_loss`, whatever C is.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             has (1, 0.5, 0.5) for fused, U-Net and V-Net.
 
@@ -189,18 +180,21 @@ def check_loss_takes(
 
     Args:
         loss: the trainer's loss. A :class:`PartiallyLabeledLoss`, alone or inside another module, takes fewer labels,
-            and whoever wrote a loss of their own knows what it takes; those of torch and MONAI want them all.
+            and whoever wrote a loss of their own knows what it takes; those of torch and MONAI, and
+            :func:`dice_ce_loss`, want them all.
         num_rows: B, rows of the batch.
         num_labels: B_l, rows that have a label.
 
     Raises:
-        ValueError: when ``num_labels`` is below ``num_rows`` and ``loss`` is torch's or MONAI's and nothing else.
+        ValueError: when ``num_labels`` is below ``num_rows`` and ``loss`` is one that wants them all.
     """
     if num_labels >= num_rows:
         return
     parts = [type(module) for module in loss.modules()] if isinstance(loss, nn.Module) else [loss]
-    if all(getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts):
-        name = getattr(loss, "__name__", type(loss).__name__)
+    if all(
+        part is _DiceCELoss or getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts
+    ):
+        name = "dice_ce_loss" if isinstance(loss, _DiceCELoss) else getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             f"`loss_function` must be a PartiallyLabeledLoss where {num_labels} of {num_rows} rows have a label but is "
             f"{name}. Wrap it: PartiallyLabeledLoss(loss={name}(...))."

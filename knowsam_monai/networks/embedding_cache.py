@@ -148,7 +148,8 @@ class EmbeddingCache:
             raise NotADirectoryError(f"`cache_dir` must be a folder but {folder} is or lies in a file.") from None
         except OSError as error:
             raise PermissionError(
-                f"`cache_dir` must be a folder that can be written but {folder} cannot ({error.strerror}); name another."
+                f"`cache_dir` must be a folder that can be written but {folder} cannot ({error.strerror}); name "
+                "another."
             ) from error
         try:
             found = json.loads((folder / OWNER).read_text(encoding="utf-8"))

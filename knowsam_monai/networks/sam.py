@@ -13,10 +13,12 @@ from knowsam_monai.networks.sam_checkpoint import load_checkpoint, read_checkpoi
 from knowsam_monai.networks.sam_variants import SAM_VARIANTS
 from knowsam_monai.networks.segment_anything_import import import_segment_anything
 from knowsam_monai.networks.stand_in import STAND_IN, stand_in_checkpoint
+from knowsam_monai.random_state import kept_random_state
 
 SIZE_DIVISOR = 16
 
 
+@kept_random_state()
 def build_sam(
     variant: str = "vit_b", image_size: int | Sequence[int] = 1024, checkpoint: str | os.PathLike[str] | None = None
 ) -> nn.Module:
@@ -30,7 +32,8 @@ def build_sam(
             patch size 8 so that 128 x 128 pixels keep 16 x 16 tokens) for which no published weights exist.
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
         checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). "procedural" is the package's
-            own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None leaves them random.
+            own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None leaves them random: a
+            function of torch's global generator, which is left as it was.
 
     Returns:
         `segment_anything`'s Sam in eval mode.

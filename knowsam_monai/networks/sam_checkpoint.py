@@ -101,6 +101,29 @@ def resize_positions(table: torch.Tensor, shape: Iterable[int]) -> torch.Tensor:
     return F.interpolate(table.permute(0, 3, 1, 2), size=size[1:3], mode="bilinear").permute(0, 2, 3, 1)
 
 
+def which_model(state: dict[str, torch.Tensor]) -> str | None:
+    """Which model of SAM's family the tensors are of, and what takes it; None where that is not known.
+
+    Example::
+
+        >>> which_model({"image_encoder.trunk.pos_embed": torch.zeros(1)})
+        'SAM 2, which Sam2Teacher takes'
+    """
+    if any(name.startswith(("image_encoder.trunk.", "vision_encoder.backbone.")) for name in state):
+        return "SAM 2, which Sam2Teacher takes"
+    if any("decoder.hf_" in name for name in state):
+        return "HQ-SAM, whose decoder has layers of its own and which no teacher here takes"
+    if any(name.startswith("image_encoder.patch_embed.seq.") for name in state):
+        return "MobileSAM, whose image encoder (TinyViT) no teacher here has"
+    if PATCH_PROJECTION in state:
+        dims = {numbers.embed_dim: name for name, numbers in SAM_VARIANTS.items()}
+        found = dims.get(state[PATCH_PROJECTION].shape[0])
+        return f"SAM 1, which SAMTeacher takes with `variant` {found!r}"
+    if "vision_encoder.patch_embed.projection.weight" in state:
+        return "SAM 1 as `transformers` stores it; SAMTeacher takes Meta's .pth"
+    return None
+
+
 def _read(path: Path, variant: str) -> Any:
     expectation = _expectation(path, variant)
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
@@ -135,10 +158,10 @@ def _same_channels(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _check_tensors(
     state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], expectation: str, variant: str
 ) -> None:
-    if PATCH_PROJECTION not in state:
-        raise ValueError(
-            f"{expectation} holds another model (its tensors are {_some(state)}); give the file of a {variant}."
-        )
+    if PATCH_PROJECTION not in state or any(name.startswith("mask_decoder.hf_") for name in state):
+        other = which_model(state)
+        kind = f"another model (its tensors are {_some(state)})" if other is None else other
+        raise ValueError(f"{expectation} holds {kind}; give the file of a {variant}.")
     dims = {numbers.embed_dim: name for name, numbers in SAM_VARIANTS.items()}
     found = dims.get(state[PATCH_PROJECTION].shape[0])
     if found is not None and found != variant:

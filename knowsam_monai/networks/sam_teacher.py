@@ -17,6 +17,7 @@ from knowsam_monai.networks.prompt import LearnablePrompt
 from knowsam_monai.networks.sam import build_sam, check_image_size
 from knowsam_monai.networks.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.networks.sam_encoder import encode_image
+from knowsam_monai.random_state import kept_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ class SAMTeacher(nn.Module):
     With ``encoder="cached"`` SAM's image encoder is frozen and has no adapters, and each image is encoded once: a step
     costs no more than the decoder. It pays where images come again, value for value: SAM sees them before intensities
     are augmented, in the eight orientations of :class:`knowsam_monai.data.RandOrientationd`, 2D and square.
+
+    What is random in it at first is a function of torch's seed. Building and calling it leave all global generators as
+    they were, so that a student with this teacher and one without begin alike and see the same data.
 
     Args:
         num_classes: C, background included (1 for a sigmoid student).
@@ -84,6 +88,7 @@ class SAMTeacher(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8; adapters: Wu et al., arXiv:2304.12620.
     """
 
+    @kept_random_state()
     def __init__(
         self,
         num_classes: int,

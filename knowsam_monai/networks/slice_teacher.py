@@ -81,7 +81,17 @@ class SliceTeacher(nn.Module):
         self.num_draws = 0
         self.eval()
         # what is said of a teacher: its classes, and what its weights are
-        for name in ("num_classes", "image_size", "variant", "checkpoint", "pretrained", "stand_in"):
+        said = (
+            "num_classes",
+            "image_size",
+            "variant",
+            "checkpoint",
+            "pretrained",
+            "stand_in",
+            "pretrained_on",
+            "license",
+        )
+        for name in said:
             if hasattr(sam_teacher, name):
                 setattr(self, name, getattr(sam_teacher, name))
 

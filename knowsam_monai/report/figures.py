@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from knowsam_monai.texts import shortened
+
 __all__ = ["NUM_SERIES", "Line", "case_chart", "line_chart"]
 
 NUM_SERIES = 6  # colours of the page's style
@@ -17,6 +19,7 @@ _TEXT, _GRID = "#0a0b0c", "#0a0b0d"
 _SERIES = [f"#0a0c{i:02x}" for i in range(NUM_SERIES)]
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name of a case may have two dollars
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _GRID,
@@ -95,7 +98,7 @@ def case_chart(names: Sequence[str], models: Sequence[Sequence[float]], series: 
             color = _SERIES[series[model] % NUM_SERIES]
             face = color if model == 0 else "none"
             axis.scatter(values, rows, s=18, facecolor=face, edgecolor=color, linewidth=1.2, zorder=3)
-        axis.set_yticks(rows, [name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}" for name in names])
+        axis.set_yticks(rows, [shortened(name, 22) for name in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlim(-0.02, 1.02)
         axis.set_xlabel("mean Dice over the structures")

@@ -50,7 +50,7 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
         raise ValueError(f"`folders` must be 1 to {NUM_SERIES} runs' folders but are {len(folders)}.")
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    page = render(runs).encode()
+    page = render(runs).encode("utf-8", "replace")
     try:
         write_whole(path, lambda file: file.write(page))
     except OSError as error:

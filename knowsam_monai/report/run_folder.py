@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from knowsam_monai.run_record import CONFIG, STARTS, read_starts
+from knowsam_monai.whole_file import read_csv
 
 __all__ = ["RunFolder", "SliceImage", "read_run"]
 
@@ -180,14 +180,7 @@ def _slices(folder: Path) -> list[SliceImage]:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise ValueError(f"row {number} has more or fewer columns than the first line")
-    return rows
+    return read_csv(path) if path.is_file() else []
 
 
 def _number(text: str | None) -> float:

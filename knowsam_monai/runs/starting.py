@@ -13,6 +13,7 @@ from monai.utils import set_determinism
 
 from knowsam_monai.preparation import check_writable, fast_cpu_matmul, ignore_known_warnings, keep_freed_memory
 from knowsam_monai.run_record import open_log
+from knowsam_monai.runs.lock import lock_folder
 from knowsam_monai.stop_signals import end_on_signals
 
 
@@ -55,6 +56,7 @@ def start_run(
     if process_timeout is not None:
         _join_processes(device, process_timeout)
     check_writable(output_dir, ckpt_dir)
+    lock_folder(output_dir, not preflight)
     if idist.get_rank() == 0:
         open_log(output_dir, resume, not preflight)
     if fast_matmul and device.type == "cpu":

@@ -14,7 +14,7 @@ from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred
 
 # what the configs build: these keys hold components, not settings
 PARTS = (
-    *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator", "fingerprint"),
+    *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
     *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "teacher", "train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow

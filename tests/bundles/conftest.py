@@ -15,6 +15,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
+from knowsam_monai import stop_signals
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
 
@@ -115,7 +116,6 @@ class Training:
 
     def run(self) -> Training:
         hook, level = sys.excepthook, logging.root.level
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.workflow.initialize()
             trainer = self["train#trainer"]
@@ -125,8 +125,8 @@ class Training:
             self.workflow.finalize()
         finally:
             sys.excepthook = hook
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            self.signals = [signal.getsignal(number) for number in stop_signals.NUMBERS]
+            stop_signals.give_back()  # of a run that failed before its first step
             logging.root.setLevel(level)
             set_determinism(seed=None)
         return self

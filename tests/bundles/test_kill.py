@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
+
+from knowsam_monai.whole_file import PART
 
 from ..processes import finish, start, wait_for
 from ..same_bits import assert_same_bits
@@ -26,13 +34,14 @@ LAST = "resume_6.pt"
 
 
 class Run:
-    """A command of a tiny training, with loader workers, that can be given again and again."""
+    """A command of a tiny training, with the default workers, that can be given again and again."""
 
     def __init__(self, folder: Path, name: str, dataset: Path, **override) -> None:
         self.folder, self.log = folder, folder / "console.txt"
         folder.mkdir()
         configs, overlays = RUNS[name]
-        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6, "num_workers": 2}
+        options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "max_iterations": 6}
+        options.update(num_workers=None, cache_workers=None)  # as train.json has them: some of both
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), **override)
         if overlays:
             options["network_def"] = SMALL_UNET
@@ -58,7 +67,7 @@ class Run:
         return self.log.is_file() and words in self.log.read_text()
 
     def parts(self) -> list[Path]:
-        return list(self.folder.glob("*.part"))
+        return list(self.folder.glob(f"*{PART}"))
 
     def result(self) -> dict:
         """Weights of everything, optimisers and all, the best model's, and every validation's numbers."""
@@ -66,7 +75,8 @@ class Run:
         assert not self.parts()
         models = [torch.load(self.folder / name, weights_only=True) for name in ("model.pt", "models/model.pt")]
         results = (self.folder / "results.csv").read_text()
-        return {**{k: v for k, v in state.items() if k != "fingerprint"}, "models": models, "results": results}
+        assert len(list(self.folder.glob("last_model_epoch=*.pt"))) == 1
+        return {**state, "models": models, "results": results}
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +95,31 @@ def whole(small_phantom, small_volumes, tmp_path_factory):
     return build
 
 
-def kill(run: Run, seconds: float, while_saving: bool = False) -> bool:
-    """SIGKILL a run after so many seconds, or in the middle of its next save after that; whether it still ran."""
+def kill(run: Run, seconds: float, number: int = signal.SIGKILL, while_saving: bool = False) -> bool:
+    """
+    Send a signal after so many seconds, or in the middle of the next save after that, and wait for the end.
+
+    Returns:
+        Whether the run still ran.
+    """
     process = run.start()
     until = time.monotonic() + seconds
     running = wait_for(lambda: time.monotonic() > until and (run.parts() or not while_saving), process)
-    process.kill()
-    process.join()
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(process.pid, number)
+    finish(process, run.log)
     return running
 
 
-def kill_at_random(run: Run, seconds: float, draw: random.Random, while_saving: bool) -> None:
-    """Kill once between the start and the end of a run that takes about so many seconds."""
-    after = draw.uniform(0.2, 0.9) * seconds
-    while not kill(run, after, while_saving):  # it was faster this time
+def kill_at_random(run: Run, seconds: float, draw: random.Random) -> None:
+    """
+    End a run once, somewhere from its start-up to its end, in a run that takes about so many seconds.
+
+    Every third time by each signal; one time in three while it saves.
+    """
+    number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    after, while_saving = draw.uniform(0, 0.9) * seconds, draw.random() < 0.3
+    while not kill(run, after, number, while_saving):  # it was faster this time
         after /= 2
         for path in run.folder.glob("resume_*.pt"):
             path.unlink()
@@ -111,7 +132,7 @@ def test_killed_run_goes_on_to_the_same_bits(whole, tmp_path, name, while_saving
     if while_saving:
         assert kill(run, 0, while_saving=True) and run.parts()
     else:
-        kill_at_random(run, seconds, random.Random(), while_saving=False)
+        assert kill(run, random.uniform(0.2, 0.9) * seconds)
     assert_same_bits(run.finish().result(), expected)
 
 
@@ -130,15 +151,62 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
     assert table > 0 and run.log.read_text().count("right ventricle") == 2 * table and not run.says("Traceback")
 
     with pytest.raises(
-        AssertionError, match="`augmentation`, `augmentation_hole` must be as in the run that .*resume_6"
+        AssertionError, match="ValueError: `augmentation_hole` must be 2 but is 3, to go on from .*_6.pt"
     ):
         run.finish(augmentation_hole=3)
+
+
+def test_data_may_be_moved_and_a_file_of_other_content_is_refused_by_name(whole, tmp_path):
+    dataset, expected, _ = whole("knowsam")
+    here = Path(shutil.copytree(dataset.parent, tmp_path / "here"))
+    run = Run(tmp_path / "run", "knowsam", here / dataset.name)
+    validates = run.folder / "last_model_epoch=2.pt"
+    run.stop(validates.exists, signal.SIGTERM)
+    moved = here.rename(tmp_path / "there")
+    relative = os.path.relpath(moved / dataset.name)
+    (label,) = (moved / item["label"] for item in json.loads((moved / dataset.name).read_text())["labeled"][:1])
+    image = nibabel.load(label)
+    voxels = np.asarray(image.dataobj)
+    whole_label = label.read_bytes()
+    nibabel.save(nibabel.Nifti1Image(np.where(voxels == 1, 2, voxels), image.affine, image.header), label)
+    with pytest.raises(AssertionError, match=r"ValueError: \S+, or its label, must be as it was but has other content"):
+        run.finish(dataset_dir=relative)
+    label.write_bytes(whole_label)
+    result = run.finish(dataset_dir=relative).result()
+    assert_same_bits({**result, "report": None}, {**expected, "report": None})  # it has the names of files
+
+
+def test_event_files_that_are_removed_meanwhile_end_the_run_with_one_sentence(whole, tmp_path):
+    dataset, _, _ = whole("knowsam")
+    run = Run(tmp_path / "run", "knowsam", dataset, max_iterations=400)
+    process = run.start()
+    assert wait_for((run.folder / "resume_2.pt").exists, process)
+    shutil.rmtree(run.folder / "tensorboard")
+    assert finish(process, run.log) == 1
+    sentence = (
+        r"`output_dir` must be readable and have room but \S+tfevents\S+ cannot be read or written \(No such file"
+    )
+    assert re.search(sentence + r".* it goes on from resume_\d+\.pt", run.log.read_text())
+
+
+def test_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(whole, tmp_path):
+    dataset, expected, _ = whole("knowsam")
+    run = Run(tmp_path / "run", "knowsam", dataset)
+    first = run.start()
+    assert wait_for((run.folder / "resume_2.pt").exists, first)
+    second = start(tmp_path / "second.txt", run_bundle, *run.arguments)
+    assert finish(second, tmp_path / "second.txt") == 1
+    assert f"run is in use by process {first.pid} on " in (tmp_path / "second.txt").read_text()
+    assert finish(first, run.log) == 0 and not run.says("in use by")
+    assert_same_bits(run.result(), expected)
 
 
 def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
     run = Run(tmp_path / "stopped", "knowsam", small_phantom)
     assert run.stop(lambda: run.says("SAM vit_t: all"), signal.SIGTERM) == 143
-    assert run.says("Stopped by a signal before there was anything to save") and not run.says("Traceback")
+    assert run.says("Stopped by a signal outside of training; the same command starts again") and not run.says(
+        "Traceback"
+    )
 
 
 @pytest.mark.slow
@@ -152,10 +220,20 @@ def test_signal_to_the_loader_s_workers_too_saves_and_stops(whole, tmp_path, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,kills", [("knowsam", 7), ("mean_teacher", 7), ("left_atrium", 6)])
-def test_run_killed_many_times_goes_on_to_the_same_bits(whole, tmp_path, name, kills):
+@pytest.mark.parametrize("name,kills", [("knowsam", 10), ("mean_teacher", 10), ("left_atrium", 10)])
+def test_run_ended_many_times_goes_on_to_the_same_bits(whole, tmp_path, name, kills):
     dataset, expected, seconds = whole(name)
     run, draw = Run(tmp_path / "killed", name, dataset), random.Random()
-    for number in range(kills):
-        kill_at_random(run, seconds, draw, while_saving=number % 3 == 0)
+    for _ in range(kills):
+        kill_at_random(run, seconds, draw)
     assert_same_bits(run.finish().result(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,starts", [("knowsam", 14), ("mean_teacher", 13), ("left_atrium", 13)])
+def test_same_command_always_goes_on(whole, tmp_path, name, starts):
+    dataset, expected, _ = whole(name)
+    run = Run(tmp_path / "run", name, dataset).finish()
+    for _ in range(starts):
+        run.finish()
+    assert_same_bits(run.result(), expected)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
 
-from ..processes import finish, start_ranks, wait_for
+from ..processes import finish, start, start_ranks, wait_for
 from ..same_bits import assert_same_bits
 from .conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, SMALL_UNET, TINY, TINY_3D, run_bundle
 
@@ -92,9 +92,9 @@ class Ranks:
         self.last = folder / f"resume_{max_iterations}.pt"
         folder.mkdir()
         options = {**TINY, **(TINY_3D if configs == CONFIGS_3D else {}), "labeled_batch_size": 4}
-        options["max_iterations"] = max_iterations
-        if "mean_teacher.json" in overlays:  # batch statistics of the averaged student are each rank's own at first
-            options["consistency_start"] = max_iterations - 2
+        options.update(max_iterations=max_iterations, num_workers=None, cache_workers=None)  # the defaults
+        if "mean_teacher.json" in overlays:
+            options["consistency_start"] = 1
         if "network_plain.json" in overlays and configs == CONFIGS:
             options["network_def"] = SMALL_UNET
         options.update(dataset_dir=str(dataset), output_dir=str(folder), ckpt_dir=str(folder / "models"), device=None)
@@ -127,6 +127,20 @@ def test_ranks_stop_at_the_same_step_and_go_on_to_the_same_bits(small_phantom, t
     assert not broken.last.exists() and broken.run() == [0, 0], broken.log()
     assert len(broken.result()["random"]) == 2
     assert_same_bits(broken.result(), whole.result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+def test_same_command_always_goes_on_and_one_process_may_go_on_from_two(tmp_path, configs):
+    counts = {"num_labeled": 4, "num_unlabeled": 2, "num_validation": 2, "num_test": 0}
+    anatomy = {"anatomy": "left_atrium"} if configs == CONFIGS_3D else {}
+    ranks = Ranks(tmp_path / "run", write_phantom(tmp_path / "data", max_size=32, **counts, **anatomy), configs=configs)
+    for _ in range(6):
+        assert ranks.run() == [0, 0], ranks.log()
+    assert "This run has finished its 6 iterations." in ranks.log()
+    options = {**ranks.arguments[2], "device": "$torch.device('cpu')"}
+    alone = start(ranks.folder / "alone.log", run_bundle, configs, (), options)
+    assert finish(alone, ranks.folder / "alone.log") == 0, (ranks.folder / "alone.log").read_text()[-3000:]
 
 
 @pytest.mark.slow

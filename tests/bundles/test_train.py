@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from knowsam_monai.networks import MultiViewNet
@@ -51,6 +55,7 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     found = files(whole_run.output_dir)
     logs = {name for name in found if name.startswith("tensorboard/")}
     assert found - logs == {
+        ".lock",
         "config.json",
         "log.txt",
         "report.html",
@@ -70,6 +75,63 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
     }
     assert {name.split("/")[1] for name in logs} == {"train", "validation"}
     assert (whole_run.output_dir / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Failing:
+    """A handler that ends the run with an error in its third step."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_STARTED(once=3), self)
+
+    def __call__(self, engine):
+        raise KeyError("of the step")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_run_gives_back_signals_and_folder_to_a_process_that_goes_on(small_phantom, tmp_path, fails):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = Training(tmp_path, whole=True, dataset_dir=str(small_phantom), max_iterations=4)
+    if fails:
+        run.workflow.parser["train#handlers"].insert(0, {"_target_": f"{__name__}.Failing"})
+        with pytest.raises(Exception, match="trainer"):
+            run.run()
+    else:
+        run.run()
+    assert run.signals == before
+    assert (tmp_path / ".lock.json").exists() == fails  # the next run in the process frees it
+
+
+class Slow:
+    """A transform so slow that the trainer waits for each batch."""
+
+    def __call__(self, item):
+        time.sleep(0.3)
+        return item
+
+
+class EndedWithItsWorkers:
+    """A handler that, while the trainer waits for its third batch, does what a scheduler's SIGTERM to a job does."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self)
+
+    def __call__(self, engine):
+        if engine.state.iteration == 2:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+                worker.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+@pytest.mark.parametrize("more", [[], [{"_target_": "StatsHandler", "output_transform": "$lambda output: None"}]])
+def test_run_whose_workers_a_signal_ended_saves_in_the_shipped_order_of_handlers(request, tmp_path, bundle, more):
+    run = request.getfixturevalue(bundle)(whole=True, num_workers=1, max_iterations=4, epoch_length=4)
+    run.workflow.parser["train#weak_augmentation#transforms"].append({"_target_": f"{__name__}.Slow"})
+    run.workflow.parser["train#handlers"][0:0] = [*more, {"_target_": f"{__name__}.EndedWithItsWorkers"}]
+    with pytest.raises(SystemExit) as stop:
+        run.run()
+    assert stop.value.code == 143 and (tmp_path / "output" / "resume_2.pt").exists()
 
 
 def test_folder_tells_what_ran_and_how_it_went(whole_run):
@@ -145,6 +207,12 @@ def test_outputs_land_in_the_bundle_by_default(folder, monkeypatch):
 def test_output_folder_tells_method_patients_and_seed_apart():
     get = resolved(dataset_dir="/data/ACDC", labeled_patients=3, seed=5, use_sam=False)
     assert os.path.basename(get("output_dir")) == "knowsam_without_sam_3_patients_seed5"
+
+
+@pytest.mark.parametrize("build", ["training", "training_3d"])
+def test_sam_teaches_on_labeled_rows_alone_where_there_are_no_others(build, request):
+    run = request.getfixturevalue(build)(unlabeled_batch_size=0, mixing_weight=0, distillation_gate="none").run()
+    assert all(step["sam_loss"] > 0 and step["distillation_loss"] > 0 for step in run.history)
 
 
 # --- parts that can be switched off -----------------------------------------------------------------------------------

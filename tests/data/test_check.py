@@ -75,6 +75,40 @@ def test_table_of_good_data(folder, caplog):
     assert "wrong: nothing\nodd: nothing" in str(report)
 
 
+def move(folder):
+    """The same data in another place, compressed anew, with other headers' texts."""
+    for item in (item for items in folder.datalist.values() for item in items):
+        for key in {"image", "label"} & item.keys():
+            image = nibabel.load(item[key])
+            image.header["descrip"] = "moved"
+            item[key] = item[key].replace(".nii.gz", "_moved.nii")
+            nibabel.save(image, item[key])
+
+
+CHANGES = {
+    "a voxel of an image": lambda folder: folder.write("labeled1.nii.gz", np.zeros((6, 5, 3))),
+    "a voxel of a label": lambda folder: folder.write("labeled1_gt.nii.gz", label(1, 2, 2), dtype=np.uint8),
+    "the spacing": lambda folder: folder.write("labeled1.nii.gz", affine=OBLIQUE * [[2], [2], [2], [1]]),
+    "the orientation": lambda folder: folder.write("labeled1.nii.gz", affine=OBLIQUE * [[-1], [1], [1], [1]]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_content_of_a_file_is_known_wherever_it_lies_and_changes_with_what_training_takes_from_it(folder, change):
+    before = folder.check().contents
+    assert list(before) == list(SETS) and before["labeled"][0][0] == folder.datalist["labeled"][0]["image"]
+    digests = {name: [digest for _, digest in pairs] for name, pairs in before.items()}
+    assert len({one for pairs in digests.values() for one in pairs}) == 8
+    assert folder.check().contents == before  # of the cache
+    CHANGES[change](folder)
+    changed = folder.check().contents
+    assert [name for name in SETS if changed[name] != before[name]] == ["labeled"]
+    assert changed["labeled"][0] == before["labeled"][0]
+    folder.write("labeled1.nii.gz"), folder.write("labeled1_gt.nii.gz", label(), dtype=np.uint8)
+    move(folder)
+    assert {name: [one for _, one in pairs] for name, pairs in folder.check().contents.items()} == digests
+
+
 def spoil_file(name, content):
     def spoil(folder):
         (folder.path / name).write_bytes(content)

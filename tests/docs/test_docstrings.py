@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SUBPACKAGES = ("data", "handlers", "losses", "networks")
+SUBPACKAGES = ("data", "handlers", "losses", "networks", "teachers")
 # the public names of modules that have no __all__
 PUBLIC = {
     "attachment": ("Attachment",),
@@ -27,14 +27,17 @@ PUBLIC = {
     "prediction": ("predict_folder",),
     "report": ("read_run", "write_report"),
     "run_record": ("open_log", "write_record"),
+    "runs.comparison": ("configured", "digests", "other_data", "other_settings"),
     "runs.config_check": ("check_config", "expand_path"),
+    "runs.finishing": ("finish_run",),
+    "runs.lock": ("lock_folder", "unlock_folder"),
     "runs.starting": ("seed_ranks", "start_run"),
     "runs.values": ("check_values",),
-    "stop_signals": ("StopSignals", "end_on_signals"),
+    "stop_signals": ("StopSignals", "end_on_signals", "give_back"),
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
     "wiring": ("Wiring",),
-    "whole_file": ("remove_parts", "write_csv", "write_whole"),
+    "whole_file": ("read_csv", "remove_parts", "write_csv", "write_text", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody

@@ -146,9 +146,49 @@ def test_teacher_labels_as_far_as_its_gate_lets_it(gate_weight, expected):
     teacher_logits, student_logits = torch.tensor([[0.0, 0.0, 30.0]]), torch.tensor([[0.0, 30.0, 0.0]])
     mixed = gated(teacher_logits, student_logits, torch.tensor(gate_weight))
     assert mixed.argmax(1).item() == expected
-    torch.testing.assert_close(mixed.exp()[0], torch.tensor([0.0, 1 - gate_weight, gate_weight]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        mixed.softmax(1)[0], torch.tensor([0.0, 1 - gate_weight, gate_weight]), rtol=0, atol=1e-6
+    )
     one_channel = gated(torch.tensor([[30.0]]), torch.tensor([[-30.0]]), torch.tensor(gate_weight))
     assert (one_channel > 0).item() == (expected == 2)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("gate_weight", [0.0, 0.6, 1.0])
+def test_teacher_has_no_say_where_it_is_not_finite(num_classes, bad, gate_weight):
+    generator = torch.Generator().manual_seed(0)
+    student, finite = torch.randn((2, 2, num_classes, 4, 4), generator=generator)
+    teacher = finite.clone()
+    teacher[0, -1] = bad  # all of one row, in one class
+    teacher[1, :, :2] = bad  # and half of the other
+    mixed, expected = (gated(logits, student, torch.tensor(gate_weight)) for logits in (teacher, finite))
+    assert torch.equal(mixed[0], student[0]) and torch.equal(mixed[1, :, :2], student[1, :, :2])
+    assert torch.equal(mixed[1, :, 2:], expected[1, :, 2:])
+
+
+@pytest.mark.parametrize(("num_classes", "size"), [(2, (8, 8)), (4, (8, 8)), (2, (8, 8, 8))])
+@pytest.mark.parametrize("gate", ["validation", "agreement"])
+def test_not_finite_teacher_behind_a_shut_gate_leaves_the_student_that_labels_its_own_mixed_images(
+    num_classes, size, gate
+):
+    batches = toy_batches(3, num_classes=num_classes, size=size)
+    loss = PartiallyLabeledLoss(dice_ce_loss(num_classes))
+    students = []
+    for pseudo_label in ("teacher", "student"):
+        torch.manual_seed(0)
+        student, teacher = (kind(num_classes, len(size)).double() for kind in (ToyStudent, ToyTeacher))
+        torch.nn.init.constant_(teacher.image_conv.bias[-1:], torch.nan)  # its last class, everywhere
+        optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
+        distiller = SAMDistiller(teacher, optimizer, taught_views=(1, 2), gate=gate)
+        handlers = [
+            SAMDistillation(distiller, gate_interval=1),
+            UncertaintyGuidedMixing(loss, num_cells=3, grid_size=2, pseudo_label=pseudo_label),
+        ]
+        toy_trainer(student, batches, loss, handlers).run()
+        assert distiller.gate.weight == 0
+        students.append(student)
+    assert all(torch.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
 
 
 def test_bad_arguments_are_errors():

@@ -2,27 +2,37 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 
+import numpy as np
 import torch
+from ignite.engine import Events
 
 from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.handlers.bidirectional_copy_paste import BidirectionalCopyPaste
 from knowsam_monai.handlers.preflight import Preflight
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 from knowsam_monai.networks import SliceTeacher
+from knowsam_monai.random_state import random_state
 
+from ..same_bits import assert_same_bits
 from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 class DroppingStudent(ToyStudent):
-    """Draws random numbers in its forward, as dropout does."""
+    """Draws from all global generators in its forward."""
 
     def forward(self, image):
-        return torch.nn.functional.dropout(super().forward(image), 0.2, self.training)
+        noise = random.random() + float(np.random.rand())
+        return torch.nn.functional.dropout(super().forward(image + noise), 0.2, self.training)
 
 
 def run(with_preflight, stop=False):
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     student, teacher = DroppingStudent().double(), ToyTeacher().double()
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
@@ -38,6 +48,33 @@ def run(with_preflight, stop=False):
 def test_trial_iterations_leave_no_trace_in_the_run():
     with_it, without = run(True)[2], run(False)[2]
     assert all(torch.equal(a, b) for a, b in zip(with_it, without))
+
+
+def test_trial_iterations_leave_modes_generators_and_the_engines_state():
+    student = DroppingStudent().double().eval()
+    student.first.train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=255))
+    batches = toy_batches(3)
+    ema_student = EMAStudent(student, optimizer, warm_up=False, buffers="average")
+    method = BidirectionalCopyPaste(ema_student, loss, pretraining=1)
+    preflight = Preflight(student, optimizer, num_rows=(2, 2), stop=True, ema_student=ema_student)
+    trainer = toy_trainer(student, batches, loss, [method], optimizer=optimizer)
+    found = []
+
+    def facts():
+        modes = [module.training for module in student.modules()]
+        averaged = copy.deepcopy(ema_student.state_dict())
+        state = {name: value for name, value in vars(trainer.state).items() if name != "times"}
+        found.append((random_state(), modes, averaged, ema_student.is_followed, state))
+
+    trainer.add_event_handler(Events.STARTED, lambda _: facts())
+    preflight.attach(trainer)
+    trainer.add_event_handler(Events.STARTED, lambda _: facts())
+    trainer.run()
+    assert_same_bits(found[0][:4], found[1][:4])
+    assert found[0][4].keys() == found[1][4].keys()
+    assert all(found[1][4][name] is value or found[1][4][name] == value for name, value in found[0][4].items())
 
 
 def test_stop_ends_the_run_before_its_first_step():

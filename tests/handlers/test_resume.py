@@ -3,16 +3,17 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import signal
 
 import pytest
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
-from monai.handlers import ValidationHandler
+from monai.handlers import StatsHandler, ValidationHandler
 from torch import nn
 
-from knowsam_monai.handlers import WholeCheckpointSaver
+from knowsam_monai.handlers import TrainingProgress, WholeCheckpointSaver
 from knowsam_monai.handlers.resume import Resume
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 
@@ -41,12 +42,14 @@ class Batches(list):
             yield batch
 
 
-def training(folder, stop_after=None, epochs=3, epoch_length=2, accumulation_steps=1, validate=None, **resume):
+def training(
+    folder, stop_after=None, epochs=3, epoch_length=2, accumulation_steps=1, validate=None, before=(), **resume
+):
     """
     A trainer of 2 steps an epoch, its student and the handler.
 
     `stop_after` breaks it off there; `validate(epoch, volume)` is called for both volumes of a validation an epoch,
-    which draws from torch's generator and whose result spoils the student.
+    which draws from torch's generator and whose result spoils the student; `before` are handlers that stand first.
     """
     torch.manual_seed(0)
     student = DropoutStudent().double()
@@ -60,7 +63,7 @@ def training(folder, stop_after=None, epochs=3, epoch_length=2, accumulation_ste
         student,
         Batches(toy_batches(5)),
         PartiallyLabeledLoss(dice_ce_loss(3)),
-        [handler] if evaluator is None else [ValidationHandler(interval=1, validator=evaluator), handler],
+        [*before, *([] if evaluator is None else [ValidationHandler(interval=1, validator=evaluator)]), handler],
         optimizer=optimizer,
         max_epochs=epochs,
         epoch_length=epoch_length,
@@ -159,6 +162,23 @@ def test_validation_in_which_a_signal_comes_is_made_again(tmp_path, epoch, volum
     assert again == seen[2 * epoch - 2 :] and same_bits(student, expected)
 
 
+def test_validation_whose_worker_the_same_signal_ended_is_made_again(tmp_path):
+    whole, expected, _ = training(tmp_path / "whole", validate=lambda *place: None)
+    assert run(whole)
+
+    def die(epoch, volume):
+        if (epoch, volume) == (2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    stopped, _, handler = training(tmp_path / "stopped", validate=die, before=[TrainingProgress()])
+    with pytest.raises(SystemExit) as stop:
+        stopped.run()
+    assert stop.value.code == 143 and handler.files()[0].name == "resume_4.pt"
+    resumed, student, _ = training(tmp_path / "stopped", validate=lambda *place: None)
+    assert run(resumed) and same_bits(student, expected)
+
+
 def test_signal_in_the_last_step_of_an_epoch_leaves_no_validation_out(tmp_path):
     whole, expected, _ = training(tmp_path / "whole", validate=lambda *place: None)
     assert run(whole)
@@ -183,7 +203,10 @@ def test_run_stops_between_two_steps_of_the_optimiser_when_gradients_are_accumul
     assert run(resumed) and same_bits(student, expected)
 
 
-def test_worker_that_the_same_signal_ended_is_no_error(tmp_path):
+@pytest.mark.parametrize(
+    "before", [(), (TrainingProgress(),), (StatsHandler(output_transform=lambda _: None), TrainingProgress())]
+)
+def test_worker_that_the_same_signal_ended_is_no_error_whatever_stands_before(tmp_path, before):
     whole, expected, _ = training(tmp_path / "whole")
     assert run(whole)
 
@@ -195,13 +218,39 @@ def test_worker_that_the_same_signal_ended_is_no_error(tmp_path):
                     raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
                 yield batch
 
-    stopped, _, handler = training(tmp_path / "stopped")
+    stopped, _, handler = training(tmp_path / "stopped", before=before)
     stopped.data_loader = stopped.state.dataloader = Dying(toy_batches(5))
     with pytest.raises(SystemExit) as stop:
         stopped.run()
     assert stop.value.code == 143 and handler.files()[0].name == "resume_3.pt"
     resumed, student, _ = training(tmp_path / "stopped")
     assert run(resumed) and same_bits(student, expected)
+
+
+def test_error_of_a_step_in_which_a_signal_came_is_an_error(tmp_path):
+    trainer, _, handler = training(tmp_path)
+
+    def fail(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("out of memory")
+
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=4), fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.run()
+    assert handler.files()[0].name == "resume_2.pt"
+
+
+def test_worker_that_a_signal_ended_before_the_first_step_saves_nothing_and_is_no_error(tmp_path):
+    trainer, _, handler = training(tmp_path)
+
+    def fail(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    trainer.add_event_handler(Events.STARTED, fail)
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    assert stop.value.code == 143 and not handler.files()
 
 
 def test_best_metric_goes_on_so_that_a_worse_model_takes_no_ones_place(tmp_path):
@@ -265,11 +314,102 @@ def test_flag_starts_afresh_and_removes_the_run_before(tmp_path):
     assert run(trainer) and [file.name for file in handler.files()] == ["resume_2.pt"]
 
 
-def test_other_settings_are_refused_by_key_and_flag(tmp_path):
-    assert run(training(tmp_path, fingerprint={"seed": 0, "lr": 0.1, "items": ["a"] * 100})[0])
-    trainer, student, _ = training(tmp_path, fingerprint={"seed": 1, "lr": 0.1, "items": ["b"] * 100})
-    with pytest.raises(ValueError, match="`items`, `seed` must be as in the run.*--resume False"):
+DATA = {"labeled": [("a.nii", "07"), ("b.nii", "1e")], "validation": [("c.nii", "5f")]}
+
+
+def test_other_settings_and_data_are_refused_by_name_and_nothing_is_deleted(tmp_path):
+    assert run(training(tmp_path, settings={"seed": 0, "lr": 0.1, "sizes": [1] * 100}, data=DATA)[0])
+    before = sorted(tmp_path.iterdir())
+    others = {**DATA, "labeled": [("/moved/a.nii", "07"), ("/moved/b.nii", "00")]}
+    trainer, student, _ = training(tmp_path, settings={"seed": 1, "lr": 0.1, "sizes": [2] * 100}, data=others)
+    with pytest.raises(ValueError) as error:
         trainer.run()
+    assert re.fullmatch(
+        r"`seed` must be 0 but is 1, `sizes` must be \[1, 1, .*\.\.\. but is \[2, 2, .*\.\.\., /moved/b.nii, or its "
+        r"label, must be as it was but has other content, to go on from .*resume_6.pt; name another --output_dir, or "
+        r"begin anew with --resume False, which puts this run in the place of that one\.",
+        str(error.value),
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("settings", [None, {"lr": 0.1}])
+def test_what_is_not_known_of_either_start_is_not_compared(tmp_path, settings):
+    assert run(training(tmp_path, settings=settings, data=DATA if settings else None, epochs=1)[0])
+    again, _, _ = training(tmp_path, settings=None if settings else {"lr": 0.1}, data=None if settings else DATA)
+    assert run(again) and again.state.iteration == 6
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1], "text", {}, None])
+def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, caplog, content):
+    trainer, expected, handler = training(tmp_path)
+    assert run(trainer)
+    torch.save(content, tmp_path / "resume_6.pt")
+    resumed, student, _ = training(tmp_path)
+    assert run(resumed) and same_bits(student, expected)
+    assert "resume_6.pt must be a whole checkpoint but is not: it holds something else" in caplog.text
+    assert "Going on from" in caplog.text and [f.name for f in handler.files()] == ["resume_6.pt", "resume_4.pt"]
+
+
+SPOILED = {
+    "object is missing": (lambda state: state.pop("network"), "lacks `network`, as one of other objects"),
+    "of another version": (lambda state: [state.pop("settings"), state.pop("data")], "lacks `data`, `settings`, as"),
+    "other shapes": (
+        lambda state: state["network"].update({"first.bias": torch.zeros(9)}),
+        "RuntimeError: Error.*bias",
+    ),
+    "other state": (lambda state: state.update(trainer=5), "TypeError: "),
+    "no random state": (lambda state: state.update(random=[{}]), "KeyError: 'torch'"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_file_of_other_objects_is_one_sentence_and_stays(tmp_path, name):
+    spoil, reason = SPOILED[name]
+    assert run(training(tmp_path)[0])
+    state = torch.load(tmp_path / "resume_6.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, tmp_path / "resume_6.pt")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; name another --output_dir") as error:
+        training(tmp_path)[0].run()
+    assert "\n" not in str(error.value) and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_flipped_bytes_in_a_file_are_found_and_the_one_before_is_taken(tmp_path, caplog):
+    trainer, expected, _ = training(tmp_path)
+    assert run(trainer)
+    content = bytearray((tmp_path / "resume_6.pt").read_bytes())
+    for place in range(len(content) // 2, len(content) // 2 + 200):
+        content[place] ^= 255
+    (tmp_path / "resume_6.pt").write_bytes(content)
+    resumed, student, _ = training(tmp_path)
+    assert run(resumed) and same_bits(student, expected) and "is damaged: its checksum" in caplog.text
+
+
+def test_run_that_begins_anew_below_torn_files_keeps_its_own(tmp_path):
+    for number in (90, 80):
+        (tmp_path / f"resume_{number}.pt").write_bytes(b"torn")
+    broken, _, handler = training(tmp_path, stop_after=4)
+    assert not run(broken)
+    assert "resume_2.pt" in [file.name for file in handler.files()]
+    resumed, student, _ = training(tmp_path)
+    seen = []
+    resumed.add_event_handler(Events.ITERATION_STARTED, lambda e: seen.append(e.state.iteration))
+    assert run(resumed) and seen == [3, 4, 5, 6]
+    assert [file.name for file in handler.files()] == ["resume_6.pt", "resume_4.pt"]
+
+
+def test_file_that_cannot_be_written_is_one_sentence_that_says_how_to_go_on(tmp_path):
+    trainer, _, handler = training(tmp_path)
+    missing = tmp_path / "gone" / "events"
+    trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda _: missing.open("a"))
+    with pytest.raises(RuntimeError) as error:
+        trainer.run()
+    assert str(error.value) == (
+        f"`output_dir` must be readable and have room but {missing} cannot be read or written (No such file or "
+        "directory); see to it and give the same command: it goes on from resume_2.pt."
+    )
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):

@@ -110,6 +110,20 @@ def test_agreement_gate_measures_in_the_run_and_leaves_the_student_in_train_mode
     assert distiller.gate.num_measured == 2 and student.training
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_sam_loss_is_written_and_added_where_the_teacher_learns(learns):
+    batches = toy_batches(1)
+    student, teacher, distiller = build()
+    teacher.requires_grad_(learns)
+    trainer = toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)])
+    supervised = PartiallyLabeledLoss(dice_ce_loss(3))(student(batches[0]["image"]), batches[0]["label"])
+    trainer.run()
+    output = trainer.state.output
+    added = output["distillation_loss"] + (output["sam_loss"] if learns else 0)
+    assert ("sam_loss" in output) == learns and output["distillation_loss"] > 0
+    torch.testing.assert_close(output["loss"].detach(), (supervised + added).detach(), rtol=1e-10, atol=0)
+
+
 def test_labeled_rows_may_be_a_callable_of_the_batch():
     batches = toy_batches(2, num_labeled=4, num_unlabeled=0)
     for batch in batches:

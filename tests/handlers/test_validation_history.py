@@ -55,6 +55,25 @@ def test_rows_of_earlier_epochs_stay_and_later_ones_are_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
+@pytest.mark.parametrize(
+    "torn",
+    ["epoch,val_mean_dice\r\n1,0.5\r\n2", "epoch,val_mean_dice\r\n1,0.5\r\nx,0.5\r\n", "epoch,a\n1,2\n3,4,5\n"],
+    ids=["half a row", "no number", "too many columns"],
+)
+def test_whole_rows_of_a_torn_file_stay(tmp_path, caplog, torn):
+    (tmp_path / "results.csv").write_text(torn, newline="")
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[3])
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "3"]
+    assert "results.csv is torn or another's" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"name,age\nA,5\n", b"\x00" * 40])
+def test_file_of_something_else_is_replaced(tmp_path, content):
+    (tmp_path / "results.csv").write_bytes(content)
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[3])
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["3"]
+
+
 def test_each_validation_is_one_line_with_the_best_so_far(tmp_path, caplog):
     history = ValidationHistory(tmp_path, ["first", "second"])
     with caplog.at_level("INFO", logger="knowsam_monai"):

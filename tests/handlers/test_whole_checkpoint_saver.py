@@ -72,6 +72,19 @@ def test_last_one_alone_stays(tmp_path):
     assert names(tmp_path) == ["last_model_epoch=3.pt"]
 
 
+@pytest.mark.parametrize("n_saved,kept", [(1, [3]), (2, [2, 3]), (5, [0, 1, 2, 3]), (None, [0, 1, 2, 3, 7, 12])])
+@pytest.mark.parametrize("file_prefix,name", [("last", "last_model"), ("", "model")])
+def test_files_of_an_earlier_start_count_and_those_of_steps_that_are_made_again_go(
+    tmp_path, n_saved, kept, file_prefix, name
+):
+    others = ["model.pt", "last_model_epoch=best.pt", "other_model_epoch=1.pt"]
+    for file in [*others, *(f"{name}_epoch={number}.pt" for number in (0, 1, 7, 12))]:
+        (tmp_path / file).touch()
+    trainer, _ = run(tmp_path, save_interval=1, n_saved=n_saved, file_prefix=file_prefix)
+    trainer.run()
+    assert names(tmp_path) == sorted([*others, *(f"{name}_epoch={number}.pt" for number in kept)])
+
+
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
     def spoil(student, epoch):
         if epoch == 2:

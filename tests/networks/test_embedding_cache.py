@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
+from knowsam_monai.whole_file import PART
 
 SHAPE = (6, 2, 2)
 
@@ -121,7 +122,7 @@ def test_another_run_finds_the_folder_filled(tmp_path):
     expected = cache(images(), encoder)
     other, other_cache = build(folder=tmp_path)
     assert torch.equal(other_cache(images(), other), expected) and other.num_images == 0
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.rglob(f"*{PART}"))
 
 
 def test_folder_of_another_encoder_is_an_error(tmp_path):
@@ -239,5 +240,7 @@ def test_folder_that_is_a_file_is_an_error(tmp_path, path):
 
 
 def test_folder_that_cannot_be_made_is_an_error():
-    with pytest.raises(PermissionError, match="`cache_dir` must be a folder that can be written but /proc/cache cannot"):
+    with pytest.raises(
+        PermissionError, match="`cache_dir` must be a folder that can be written but /proc/cache cannot"
+    ):
         build(folder="/proc/cache")

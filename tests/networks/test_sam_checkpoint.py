@@ -264,6 +264,7 @@ def without(state, name):
 WINDOW_TABLE = "image_encoder.blocks.0.attn.rel_pos_h"
 TOKEN_MLP = "mask_decoder.transformer.layers.0.mlp.lin1.weight"
 SAM_HQ_TOKEN = {"mask_decoder.hf_token.weight": torch.zeros(1, 256)}
+ONE_MORE = {"mask_decoder.one_more.weight": torch.zeros(1)}
 LONG_WINDOW_TABLE = {WINDOW_TABLE: torch.zeros(31, 8)}
 NARROW_POSITIONS = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 3)}
 
@@ -273,7 +274,8 @@ NARROW_POSITIONS = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 3)}
     [
         (lambda state: without(state, TOKEN_MLP), f"lacks `{TOKEN_MLP}`"),
         (lambda state: without(state, WINDOW_TABLE), f"lacks `{WINDOW_TABLE}`"),
-        (lambda state: state | SAM_HQ_TOKEN, "has no place for `mask_decoder.hf_token.weight`"),
+        (lambda state: state | SAM_HQ_TOKEN, "holds HQ-SAM, whose decoder has layers of its own"),
+        (lambda state: state | ONE_MORE, "has no place for `mask_decoder.one_more.weight`"),
         (lambda state: state | LONG_WINDOW_TABLE, r"other shapes in .*rel_pos_h \[31, 8\] instead of \[27, 8\]"),
         (lambda state: state | NARROW_POSITIONS, r"pos_embed \[1, 64, 64, 3\] instead of \[1, 4, 4, 16\]"),
     ],

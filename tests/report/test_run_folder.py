@@ -77,7 +77,7 @@ def event_record(event):
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("run.json", b"{}", "it has no 'starts'"),
+        ("run.json", b"{}", "it has no list of `starts`"),
         ("run.json", b'{"starts": [{"time": "2026-01-02"}]}', "it has no 'timestamp'"),
         ("config.json", b"{", "Expecting property name"),
         ("config.json", b"[1]", "cannot convert"),

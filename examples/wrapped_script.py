@@ -1,0 +1,46 @@
+"""SKD in somebody's script, whose student, optimizer and loader are locals of its `train()`: no line of it is edited.
+
+What builds the three is wrapped. The student is the network whose parameters the optimizer steps; the loader that is
+built first is that of training. Importing the script skips its `__main__` block: whatever that does before it calls
+`train`, such as setting seeds, belongs at the end of this file.
+"""
+
+from types import SimpleNamespace
+
+import somebodys_train as script
+import torch
+
+from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.networks import SAMTeacher
+from knowsam_monai.watched_loader import WatchedLoader
+
+# a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"
+teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")
+distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), gate="agreement")
+networks, loaders, build_network, build_loader = [], [], script.net_factory, script.DataLoader
+
+
+def net_factory(*args, **kwargs):
+    networks.append(build_network(*args, **kwargs))
+    return networks[-1]
+
+
+def data_loader(*args, **kwargs):
+    loaders.append(WatchedLoader(build_loader(*args, **kwargs)))
+    return loaders[-1]
+
+
+class SGD(torch.optim.SGD):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        student = next(n for n in networks if self.param_groups[0]["params"][0] in set(n.parameters()))
+        self.skd = distiller.attach(student, self, select=select, loader=loaders[0])
+
+
+def select(batch, image):  # labels (B, H, W) of all rows, of which the first `labeled_bs` may be learned from
+    return image, batch["label"][:, None], script.args.labeled_bs
+
+
+script.net_factory, script.optim, script.DataLoader = net_factory, SimpleNamespace(SGD=SGD), data_loader
+if __name__ == "__main__":
+    script.train(script.args)

@@ -1,0 +1,180 @@
+"""
+The network of a MONAI bundle, with its weights, without running the bundle's code.
+
+A bundle's config is code: expressions after "$" are evaluated, and "_target_" can name any function. Of its
+``inference`` config only `network_def` is read here. It is built when it is plain values around classes of networks,
+which nearly all bundles have; what is more than that is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.bundle import ConfigParser
+from torch import nn
+
+from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
+
+CONFIGS = tuple(f"configs/inference.{ending}" for ending in ("json", "yaml", "yml"))
+MODEL, TORCHSCRIPT, METADATA = "models/model.pt", "models/model.ts", "configs/metadata.json"
+PACKAGES = ("monai.networks", "knowsam_monai.networks", "torch.nn")  # of whose classes a network is built
+BY_NAME = "monai.networks.nets"  # where a class without a package is
+
+
+class BundleFacts(NamedTuple):
+    """What a bundle says of its network, None where it does not."""
+
+    channel_names: dict[str, int]
+    patch_size: tuple[int, ...] | None
+    data_source: str | None
+    license: str | None
+
+
+def build_bundle_network(folder: Path) -> nn.Module:
+    """
+    Build `network_def` of a bundle's inference config and load ``models/model.pt`` into it, strictly.
+
+    Raises:
+        FileNotFoundError: when the config or the weights are missing.
+        ValueError: when `network_def` is missing, or is more than plain values around networks' classes, or the
+            weights are another network's.
+
+    Example::
+
+        network = build_bundle_network(Path("ventricular_short_axis_3label"))
+    """
+    config_file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if config_file is None:
+        raise FileNotFoundError(f"`path` must be a bundle's folder but {folder} has no {CONFIGS[0]}.")
+    try:
+        config = ConfigParser.load_config_file(str(config_file))
+        definition = config["network_def"]
+    except KeyError:
+        raise ValueError(
+            f"`path` must be a bundle that defines its network but {config_file} has no `network_def`; build the "
+            "network yourself and give it to `NetworkTeacher`."
+        ) from None
+    except Exception as error:  # JSON's and YAML's own
+        raise ValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it anew.") from error
+    network = _built(_plain(definition, config, config_file), config_file)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"`network_def` of {config_file} must be a network but is {definition!r}.")
+    expectation = f"`path` must be a bundle with its network's weights but {folder / MODEL}"
+    load_strictly(network, read_state_dict(folder / MODEL, expectation), expectation, "copy config and weights anew")
+    return network
+
+
+def check_bundle(path: str | os.PathLike[str]) -> Path:
+    """
+    The folder of a bundle that has weights.
+
+    Raises:
+        FileNotFoundError: when it is no folder or has no weights.
+
+    Example::
+
+        folder = check_bundle("ventricular_short_axis_3label")
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`path` must be a bundle's folder but {folder} is none; unpack a zip first.")
+    if not any((folder / name).is_file() for name in (MODEL, TORCHSCRIPT)):
+        raise FileNotFoundError(
+            f"`path` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; get it whole "
+            f"with `python -m monai.bundle download --name {folder.name} --bundle_dir {folder.parent}`."
+        )
+    return folder
+
+
+def read_bundle_facts(folder: Path) -> BundleFacts:
+    """
+    What ``metadata.json`` and LICENSE say; empty where they are missing or say nothing.
+
+    Example::
+
+        names = read_bundle_facts(Path("ventricular_short_axis_3label")).channel_names     # {'background': 0, ...
+    """
+    try:
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        metadata = {}
+    formats = metadata.get("network_data_format", {})
+    image = next(iter(formats.get("inputs", {}).values()), {})
+    output = next(iter(formats.get("outputs", {}).values()), {})
+    shape = image.get("spatial_shape", [])
+    whole_numbers = bool(shape) and all(isinstance(size, int) for size in shape)
+    license_file = folder / "LICENSE"
+    lines = license_file.read_text(encoding="utf-8").splitlines() if license_file.is_file() else []
+    return BundleFacts(
+        channel_names={name: int(index) for index, name in output.get("channel_def", {}).items()},
+        patch_size=tuple(shape) if whole_numbers and image.get("is_patch_data") else None,
+        data_source=metadata.get("data_source") or None,
+        license=next((line.strip() for line in lines if line.strip()), None),
+    )
+
+
+def _plain(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, ...] = ()) -> Any:
+    """A value with its references to other plain values filled in."""
+    if isinstance(value, dict):
+        return {key: _plain(item, config, file, seen) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, config, file, seen) for item in value]
+    if isinstance(value, str) and value.startswith("@"):
+        found: Any = config
+        keys = value[1:].replace("#", "::").split("::")
+        for key in keys:
+            found = found[int(key)] if isinstance(found, list) and key.isdigit() else _item(found, key)
+        if value in seen or found is None:
+            raise _refused(file, f"the reference {value}, which leads to no value")
+        return _plain(found, config, file, (*seen, value))
+    if isinstance(value, str) and value.startswith(("$", "%")):
+        raise _refused(file, f"the expression {value}")
+    return value
+
+
+def _item(container: Any, key: str) -> Any:
+    return container.get(key) if isinstance(container, dict) else None
+
+
+def _built(value: Any, file: Path) -> Any:
+    if isinstance(value, list):
+        return [_built(item, file) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "_target_" not in value:
+        return {key: _built(item, file) for key, item in value.items()}
+    arguments = {key: _built(item, file) for key, item in value.items() if key not in ("_target_", "_desc_")}
+    special = [key for key in arguments if key.startswith("_")]
+    if special:
+        raise _refused(file, some(special))
+    if arguments.get("pretrained"):
+        raise _refused(file, "`pretrained`, for which it would download weights")
+    try:
+        return _network_class(value["_target_"], file)(**arguments)
+    except TypeError as error:
+        raise ValueError(f"`network_def` of {file} does not fit its class: {error}.") from error
+
+
+def _network_class(target: Any, file: Path) -> type[nn.Module]:
+    package, _, name = str(target).rpartition(".")
+    package = package or BY_NAME
+    if any(package == allowed or package.startswith(f"{allowed}.") for allowed in PACKAGES):
+        try:
+            found = getattr(importlib.import_module(package), name, None)
+        except ModuleNotFoundError:
+            found = None
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    raise _refused(file, f"the target {target}, no class of {', '.join(PACKAGES)}")
+
+
+def _refused(file: Path, what: str) -> ValueError:
+    return ValueError(
+        f"`network_def` of {file} must be plain values around networks' classes but has {what}; a config is code, and "
+        "code that came with a file is not run: build the network yourself and give it to `NetworkTeacher`, or take "
+        "its TorchScript (`from_torchscript`)."
+    )

@@ -1,0 +1,319 @@
+"""SAM 2 of `transformers`: its sizes, its adapters, and the loading of published weights from a local path."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowsam_monai.networks.adapter import AdaptedAttention, AdaptedMLP
+from knowsam_monai.networks.sam_checkpoint import which_model
+from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
+
+logger = logging.getLogger(__name__)
+
+# the image encoders (Hiera) of Meta's configs sam2.1_hiera_{t,s,b+,l}.yaml, under the names that transformers gives
+SAM2_VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "embed_dim_per_stage": [96, 192, 384, 768],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "blocks_per_stage": [1, 2, 7, 2],
+        "global_attention_blocks": [5, 7, 9],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+    "small": {
+        "embed_dim_per_stage": [96, 192, 384, 768],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "blocks_per_stage": [1, 2, 11, 2],
+        "global_attention_blocks": [7, 10, 13],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+    "base_plus": {
+        "embed_dim_per_stage": [112, 224, 448, 896],
+        "num_attention_heads_per_stage": [2, 4, 8, 16],
+        "blocks_per_stage": [2, 3, 16, 3],
+        "global_attention_blocks": [12, 16, 20],
+        "window_size_per_stage": [8, 4, 14, 7],
+        "window_positional_embedding_background_size": [14, 14],
+    },
+    "large": {
+        "embed_dim_per_stage": [144, 288, 576, 1152],
+        "num_attention_heads_per_stage": [2, 4, 8, 16],
+        "blocks_per_stage": [2, 6, 36, 4],
+        "global_attention_blocks": [23, 33, 43],
+        "window_size_per_stage": [8, 4, 16, 8],
+        "window_positional_embedding_background_size": [7, 7],
+    },
+}
+SIZE_DIVISOR = 32  # the coarsest stage has a stride of 32, and windows of 8 tokens of stride 4 tile the finest
+
+PATCH_PROJECTION = "vision_encoder.backbone.patch_embed.projection.weight"
+POSITIONS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
+
+# memory of earlier video frames, which one image has none of: Meta's names, then those of transformers
+OF_VIDEOS = re.compile(
+    r"^(memory_attention|memory_encoder|mask_downsample|maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial"
+    r"|obj_ptr_proj|obj_ptr_tpos_proj|memory_temporal_positional_encoding|no_memory_positional_encoding"
+    r"|no_object_pointer|occlusion_spatial_embedding_parameter|object_pointer_proj"
+    r"|temporal_positional_encoding_projection_layer)(\.|$)"
+)
+# Meta's name of a tensor -> that of transformers, each rule in turn
+META_TO_TRANSFORMERS = [
+    (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+    (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
+    (r"^sam_prompt_encoder\.", "prompt_encoder."),
+    (r"^sam_mask_decoder\.", "mask_decoder."),
+    (r"^no_mem_embed$", "no_memory_embedding"),
+    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+    (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+    (r"\.out_proj\.", ".o_proj."),
+    (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),
+    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head|pred_obj_score_head)\.layers\.0\.", r"\1.proj_in."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head|pred_obj_score_head)\.layers\.2\.", r"\1.proj_out."),
+    (r"(hypernetworks_mlps\.\d|iou_prediction_head|pred_obj_score_head)\.layers\.1\.", r"\1.layers.0."),
+    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
+    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
+    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
+    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
+    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+    (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
+]
+
+
+def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] | None = None) -> nn.Module:
+    """
+    Build `transformers`' Sam2Model and load published weights into it, strictly. No hub is ever asked.
+
+    Args:
+        variant: "tiny", "small", "base_plus" or "large", or a `transformers.Sam2Config` of your own.
+        checkpoint: a folder as the hub stores it (`config.json`, `model.safetensors`), or Meta's file (.pt), of SAM 2,
+            SAM 2.1 or MedSAM2, whose memory of video frames is left out. None leaves the weights random.
+
+    Returns:
+        The Sam2Model, in eval mode.
+
+    Raises:
+        ValueError: when the variant is none of these, or the checkpoint is damaged or another model's.
+        FileNotFoundError: when the checkpoint is missing.
+        ImportError: when `transformers` is not installed.
+
+    Example::
+
+        sam2 = build_sam2("tiny", "models/sam2.1_hiera_tiny.pt")
+
+    Reference:
+        Ravi et al., SAM 2: Segment Anything in Images and Videos, arXiv:2408.00714.
+    """
+    transformers = import_transformers()
+    if not isinstance(variant, transformers.Sam2Config) and variant not in SAM2_VARIANTS:
+        raise ValueError(f"`variant` must be one of {', '.join(SAM2_VARIANTS)} but is {variant!r}.")
+    config = _config(transformers, variant) if isinstance(variant, str) else variant
+    state = None if checkpoint is None else read_sam2_checkpoint(checkpoint, variant, config)
+    sam2 = transformers.Sam2Model(config)
+    # the mask of the first token, as in training: the fallback to another one jumps from pixel to pixel
+    sam2.mask_decoder.dynamic_multimask_via_stability = False
+    if state is not None:
+        expectation = _expectation(checkpoint, variant)
+        load_strictly(sam2, state, expectation, "give a file as Meta, the hub or MedSAM2 publish it")
+        logger.info("SAM 2 %s: all %d tensors loaded from %s.", _name(variant), len(state), checkpoint)
+    return sam2.eval()
+
+
+def import_transformers() -> ModuleType:
+    """
+    The package `transformers`, with SAM 2 in it.
+
+    Raises:
+        ImportError: when it is missing or too old.
+    """
+    try:
+        import transformers
+
+        transformers.Sam2Model  # noqa: B018  # it is imported on the first look
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            "SAM 2 needs `transformers` with Sam2Model, which is not installed; get it with "
+            "`pip install knowsam-monai[sam2]`."
+        ) from error
+    return transformers
+
+
+def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any, config: Any) -> dict[str, Tensor]:
+    """
+    The tensors of one image's SAM 2, by the names of `transformers`.
+
+    Raises:
+        ValueError: when the checkpoint is damaged or of another model or variant.
+        FileNotFoundError: when it is missing.
+    """
+    path, expectation = Path(checkpoint), _expectation(checkpoint, variant)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{expectation} does not exist; nothing is downloaded by itself: where there is a network, get it with "
+            f"`hf download facebook/sam2.1-hiera-{_name(variant).replace('_', '-')} --local-dir {path}`."
+        )
+    files = [path]
+    if path.is_dir():
+        _check_config(path, variant, config, expectation)
+        files = _weight_files(path, expectation)
+    state = {name: value for file in files for name, value in read_state_dict(file, expectation).items()}
+    if any(name.startswith("image_encoder.trunk.") for name in state):
+        state = _of_transformers(state)
+    if PATCH_PROJECTION not in state:
+        other = which_model(state)
+        kind = f"another model (its tensors are {some(state)})" if other is None else other
+        raise ValueError(f"{expectation} holds {kind}; give the file of a SAM 2 {_name(variant)}.")
+    found = _variant_of(state)
+    if isinstance(variant, str) and found is not None and found != variant:
+        raise ValueError(f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}.")
+    state = {name: value for name, value in state.items() if not OF_VIDEOS.match(name)}
+    for name, twin in (POSITIONS, POSITIONS[::-1]):  # one matrix, which some files hold once
+        if name not in state and twin in state:
+            state[name] = state[twin]
+    return state
+
+
+def check_sam2_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """
+    (height, width) of SAM 2's input.
+
+    Raises:
+        ValueError: when they are no multiples of 32.
+
+    Example::
+
+        >>> check_sam2_size(256)
+        (256, 256)
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
+        raise ValueError(
+            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; the "
+            "teacher resizes its images itself, so a near multiple will do."
+        )
+    return size
+
+
+class AdaptedPairAttention(AdaptedAttention):
+    """
+    An attention that returns its output and its weights, followed by an adapter on the output.
+
+    Example::
+
+        layer.self_attn = AdaptedPairAttention(layer.self_attn, dim=256)
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        output, weights = self.attention(*args, **kwargs)
+        return self.adapter(output), weights
+
+
+def add_sam2_adapters(sam2: nn.Module, encoder: bool = True) -> None:
+    """
+    Wrap attentions and MLPs of a Sam2Model in place, where :func:`knowsam_monai.networks.adapter.add_adapters` does.
+
+    Args:
+        sam2: with its weights loaded: wrapping changes the names of its parameters.
+        encoder: whether the image encoder gets adapters too.
+
+    Example::
+
+        add_sam2_adapters(build_sam2("tiny"))
+    """
+    for block in sam2.vision_encoder.backbone.blocks if encoder else ():
+        block.attn = AdaptedAttention(block.attn, block.dim_out)
+        block.mlp = AdaptedMLP(block.mlp, block.dim_out)
+    dim, transformer = sam2.mask_decoder.hidden_size, sam2.mask_decoder.transformer
+    for layer in transformer.layers:
+        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            setattr(layer, name, AdaptedPairAttention(getattr(layer, name), dim))
+        layer.mlp = AdaptedMLP(layer.mlp, dim)
+    transformer.final_attn_token_to_image = AdaptedPairAttention(transformer.final_attn_token_to_image, dim)
+
+
+def _config(transformers: ModuleType, variant: str) -> Any:
+    numbers = SAM2_VARIANTS[variant]
+    dims, heads = numbers["embed_dim_per_stage"], numbers["num_attention_heads_per_stage"]
+    backbone = transformers.Sam2HieraDetConfig(hidden_size=dims[0], num_attention_heads=heads[0], **numbers)
+    vision = transformers.Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=dims[::-1])
+    return transformers.Sam2Config(vision_config=vision)
+
+
+def _of_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in [] if OF_VIDEOS.match(name) else META_TO_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    points = sorted(name for name in renamed if name.startswith("prompt_encoder.point_embeddings."))
+    if points:  # four embeddings of one row each
+        renamed["prompt_encoder.point_embed.weight"] = torch.cat([renamed.pop(name) for name in points])
+    return renamed
+
+
+def _variant_of(state: dict[str, Tensor]) -> str | None:
+    blocks = {name.split(".")[3] for name in state if name.startswith("vision_encoder.backbone.blocks.")}
+    size = (state[PATCH_PROJECTION].shape[0], len(blocks))
+    sizes = {(n["embed_dim_per_stage"][0], sum(n["blocks_per_stage"])): name for name, n in SAM2_VARIANTS.items()}
+    return sizes.get(size)
+
+
+def _check_config(folder: Path, variant: str | Any, config: Any, expectation: str) -> None:
+    """Windows and global attention leave no trace in the shapes of tensors: the folder's config must have the same."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = found["model_type"]
+    except FileNotFoundError:
+        raise ValueError(f"{expectation} has no config.json; download the whole folder.") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{expectation} has a damaged config.json; download it anew.") from None
+    if model not in ("sam2", "sam2_video"):
+        remedy = "for SAM 1 take SAMTeacher and Meta's .pth" if model == "sam" else "give the folder of a SAM 2"
+        raise ValueError(f"{expectation} holds a {model!r}; {remedy}.")
+    vision = found.get("vision_config") or {}
+    backbone = import_transformers().Sam2HieraDetConfig.from_dict(vision.get("backbone_config") or {})
+    expected = config.vision_config.backbone_config
+    blocks = {name: numbers["blocks_per_stage"] for name, numbers in SAM2_VARIANTS.items()}
+    named = next((name for name, stages in blocks.items() if list(backbone.blocks_per_stage) == stages), None)
+    for key in SAM2_VARIANTS["tiny"]:
+        if list(getattr(backbone, key)) != list(getattr(expected, key)):
+            remedy = f"set `variant` to {named!r}" if named else "give its Sam2Config as `variant`"
+            raise ValueError(
+                f"{expectation} has {key} {list(getattr(backbone, key))} instead of {list(getattr(expected, key))}; "
+                f"{remedy}, or give the folder of a {_name(variant)}."
+            )
+
+
+def _weight_files(folder: Path, expectation: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(shard).name for shard in shards]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{expectation} lacks {some(missing)}; download the whole folder.")
+        return files
+    raise FileNotFoundError(f"{expectation} has no model.safetensors; download the whole folder.")
+
+
+def _name(variant: str | Any) -> str:
+    return variant if isinstance(variant, str) else "of your own config"
+
+
+def _expectation(checkpoint: str | os.PathLike[str], variant: str | Any) -> str:
+    return f"`checkpoint` must hold the weights of a SAM 2 {_name(variant)} but {os.fspath(checkpoint)}"

@@ -1,0 +1,207 @@
+"""SAM 2 as a teacher: adapters, learnable prompts, and one mask for each class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.networks.adapter import Adapter
+from knowsam_monai.networks.embedding_cache import EmbeddingCache
+from knowsam_monai.networks.prompt import LearnablePrompt
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
+from knowsam_monai.teachers.provenance import origin
+from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
+
+logger = logging.getLogger(__name__)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of Meta's SAM2Transforms, for images in 0..1
+
+# what a single mask from prompt tokens and a mask prompt never touches
+UNUSED_IN_SAM2 = (
+    "prompt_encoder.point_embed.",
+    "prompt_encoder.not_a_point_embed.",
+    "prompt_encoder.no_mask_embed.",
+    "mask_decoder.iou_prediction_head.",
+    "mask_decoder.pred_obj_score_head.",
+    "mask_decoder.output_hypernetworks_mlps.1.",
+    "mask_decoder.output_hypernetworks_mlps.2.",
+    "mask_decoder.output_hypernetworks_mlps.3.",
+)
+
+
+class Sam2Teacher(PromptedTeacher):
+    """
+    SAM 2 (2.1, MedSAM2) with adapters and learnable prompts, prompted by a student's logits, image by image.
+
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as :class:`knowsam_monai.networks.SAMTeacher` does it
+    with SAM 1: one decoder call for all classes of all images, the mask prompt the *detached raw* logits of the class,
+    bilinear to 4 x the token grid, the masks bilinear to the size of the image in logit space. What SAM 2 adds is in
+    it: the high-resolution features, the object-score token, and the no-memory embedding of a single image. It is
+    `transformers`' Sam2Model throughout, of whose mask tokens the first is read.
+
+    An embedding is one tensor (B, 4 D, h, w): the high-resolution features are folded onto the token grid in front of
+    the image embedding. With ``encoder="cached"`` it is kept, as SAMTeacher keeps its own, in four times the room.
+
+    Args:
+        num_classes: C, background included (1 for a sigmoid student).
+        image_size: height and width of SAM 2's input, multiples of 32; images of other sizes are resized to it.
+            Published weights were trained at 1024, MedSAM2 at 512.
+        variant: "tiny", "small", "base_plus" or "large", or a `transformers.Sam2Config`. MedSAM2 is a "tiny".
+        checkpoint: a folder as the hub stores it, or Meta's file (.pt), see
+            :func:`knowsam_monai.teachers.sam2_model.build_sam2`. Nothing is downloaded. None leaves the weights random.
+        trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM 2
+            without pretrained weights.
+        to_rgb: how an image becomes SAM 2's three channels: the index of the channel to repeat, "mean" of the channels,
+            "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+        num_prompt_tokens: prompt tokens of each class (2 in KnowSAM).
+        encoder: "adapted", or "cached": frozen, its embeddings kept, adapters in the decoder alone.
+        cache_dir: folder that keeps the embeddings; None keeps them in memory.
+        cache_dtype: torch.float16 or torch.float32, how they are kept.
+        pretrained_on: what the weights were trained on; None: what the checkpoint's name tells.
+
+    Attributes:
+        num_classes, image_size, variant, checkpoint, pretrained, pretrained_on, license, encoder: as built.
+        cache: the embeddings of a "cached" encoder, else None.
+
+    Shape:
+        - image: (B, channels, H, W), 0..1 (another range is warned of once)
+        - prompt_logits: (B, C, H, W)
+        - output: (B, C, H, W), float32 (float64 for a float64 teacher)
+
+    Raises:
+        ValueError: when an argument is none of the above, or ``image`` and ``prompt_logits`` do not fit.
+        FileNotFoundError: when the checkpoint is missing.
+        ImportError: when `transformers` is not installed.
+
+    Example::
+
+        teacher = Sam2Teacher(num_classes=4, variant="tiny", checkpoint="models/sam2.1_hiera_tiny.pt")
+        teacher(torch.rand(2, 1, 256, 256), prompt_logits=torch.zeros(2, 4, 256, 256)).shape     # (2, 4, 256, 256)
+
+    Reference:
+        Ravi et al., SAM 2, arXiv:2408.00714; Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8.
+    """
+
+    stand_in = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int | Sequence[int] = (256, 256),
+        variant: str | Any = "tiny",
+        checkpoint: str | os.PathLike[str] | None = None,
+        trainable: str = "adapters",
+        to_rgb: int | str | Callable[[Tensor], Tensor] = 0,
+        num_prompt_tokens: int = 2,
+        encoder: str = "adapted",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dtype: torch.dtype = torch.float16,
+        pretrained_on: str | None = None,
+    ) -> None:
+        super().__init__(num_classes, check_sam2_size(image_size), to_rgb)
+        if trainable not in ("adapters", "all"):
+            raise ValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
+        if encoder not in ("adapted", "cached"):
+            raise ValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
+        if encoder == "cached" and self.image_size[0] != self.image_size[1]:
+            raise ValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
+        self.encoder, self.trainable = encoder, trainable
+        self.variant = variant if isinstance(variant, str) else "own config"
+        self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
+        self.pretrained_on, self.license = pretrained_on, None
+        self.pretrained_on, self.license = origin(self)
+        self.sam = build_sam2(variant, checkpoint)
+        add_sam2_adapters(self.sam, encoder=encoder == "adapted")
+        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        dim = self.sam.mask_decoder.hidden_size
+        self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
+        self._freeze()
+        self.eval()
+        if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
+            logger.warning(
+                "SAM 2 %s has no pretrained weights and its %s frozen: a teacher that knows nothing. "
+                "Give `checkpoint`, or train it whole with `trainable='all'` and `encoder='adapted'`.",
+                self.variant,
+                "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
+            )
+        if encoder == "cached":
+            self.cache = EmbeddingCache(
+                nn.ModuleList(self._encoder_parts()),
+                facts={
+                    "variant": f"SAM 2 {self.variant}",
+                    "image_size": self.image_size,
+                    "pixel_mean_and_std": [MEAN, STD],
+                },
+                shape=(4 * dim, self.image_size[0] // 16, self.image_size[1] // 16),
+                folder=cache_dir,
+                dtype=cache_dtype,
+            )
+
+    def _encoder_parts(self) -> list[nn.Module]:
+        return [self.sam.vision_encoder, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1]
+
+    def _freeze(self) -> None:
+        for name, parameter in self.sam.named_parameters():
+            parameter.requires_grad_(self.trainable == "all" and not name.startswith(UNUSED_IN_SAM2))
+        for module in self.sam.modules():
+            if isinstance(module, Adapter):
+                module.requires_grad_(True)
+        if self.encoder == "cached":
+            for part in self._encoder_parts():
+                part.requires_grad_(False)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether SAM 2's weights came from a checkpoint."""
+        return self.checkpoint is not None
+
+    def _encode(self, rgb: Tensor) -> Tensor:
+        features = self.sam.vision_encoder((rgb - self.pixel_mean) / self.pixel_std).fpn_hidden_states
+        finest, finer, coarse = features  # strides 4, 8, 16
+        finest = F.pixel_unshuffle(self.sam.mask_decoder.conv_s0(finest), 4)  # (B, 2 D, h, w)
+        finer = F.pixel_unshuffle(self.sam.mask_decoder.conv_s1(finer), 2)  # (B, D, h, w)
+        return torch.cat((finest, finer, coarse), dim=1)
+
+    def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
+        dim = embedding.shape[1] // 4
+        finest, finer, coarse = embedding.split((2 * dim, dim, dim), dim=1)
+        coarse = coarse + self.sam.no_memory_embedding.view(1, dim, 1, 1)
+        height, width = coarse.shape[2:]
+        prompts = without_meta(prompt_logits).detach().to(self.sam.no_memory_embedding.dtype)
+        masks = F.interpolate(prompts, size=(4 * height, 4 * width), mode="bilinear").flatten(0, 1)
+
+        def for_each_class(x: Tensor) -> Tensor:
+            return x.repeat_interleave(self.num_classes, dim=0)
+
+        masks, *_ = self.sam.mask_decoder(
+            image_embeddings=for_each_class(coarse),
+            image_positional_embeddings=self._positions(height, width),
+            sparse_prompt_embeddings=self.prompt(coarse).flatten(0, 1)[:, None],  # (B * C, 1, tokens, D)
+            dense_prompt_embeddings=self.sam.prompt_encoder.mask_embed(masks[:, None]),
+            multimask_output=False,
+            high_resolution_features=[
+                for_each_class(F.pixel_shuffle(finest, 4)),
+                for_each_class(F.pixel_shuffle(finer, 2)),
+            ],
+        )
+        masks = masks.view(len(prompts), self.num_classes, *masks.shape[-2:]).to(prompts.dtype)  # half under autocast
+        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """The encoding of the token grid, (1, D, h, w): upstream's own is for the square grid of its config."""
+        layer = self.sam.shared_image_embedding
+        like = layer.positional_embedding
+        with torch.autocast(like.device.type, enabled=False):  # an angle of many turns has no digits to spare
+            y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
+            x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
+            grid = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
+            return layer(grid).permute(2, 0, 1)[None]

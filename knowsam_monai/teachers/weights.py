@@ -1,0 +1,116 @@
+"""A file of weights as one plain state dict, whoever wrote it; nothing that it may hold is run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
+
+logger = logging.getLogger(__name__)
+
+WRAPPERS = ("model", "state_dict", "network", "net", "network_weights")  # keys under which trainers keep the weights
+LORA = ("lora_A", "lora_B", "lora_down", "lora_up")
+
+
+def read_state_dict(path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
+    """
+    Read the tensors of a checkpoint by their names.
+
+    Tensors in half precision become float32, and "module." before every name goes away; the log says both.
+
+    Args:
+        path: a file of ``torch.save``, or one of `safetensors`.
+        expectation: how an error begins, "`checkpoint` must be ... but <path>".
+
+    Raises:
+        ValueError: when it is no such file, or holds only the low-rank changes (LoRA) of some other weights.
+
+    Example::
+
+        state = read_state_dict("models/model.pt", "`path` must hold weights but models/model.pt")
+    """
+    if os.fspath(path).endswith(".safetensors"):
+        content: Any = _read_safetensors(path, expectation)
+    else:
+        try:
+            content = read_tensor_file(path)
+        except NotATensorFile as error:
+            remedy = "save the plain `state_dict()` where you trust the file" if error.runs_code else "copy it anew"
+            raise ValueError(f"{expectation} {error}; {remedy}.") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
+        kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
+    low_rank = [name for name in content if any(part in name for part in LORA)]
+    if low_rank:
+        raise ValueError(
+            f"{expectation} holds a LoRA, low-rank changes of other weights ({some(low_rank)}); merge it into its base "
+            "model where it was trained (`merge_and_unload` of peft), and give that file."
+        )
+    if all(name.startswith("module.") for name in content):
+        logger.info("%s was saved from several GPUs: 'module.' before each name is left out.", path)
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    half = {str(x.dtype) for x in content.values() if x.is_floating_point() and x.element_size() < 4}
+    if half:
+        logger.warning("%s holds %s: its values are rounded to that, and used in float32.", path, " and ".join(half))
+        content = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
+    return content
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str, remedy: str) -> None:
+    """
+    Load all tensors into all of a module.
+
+    Raises:
+        ValueError: when a tensor is missing, left over or of another shape.
+
+    Example::
+
+        load_strictly(network, state, "`path` must hold the network's weights but model.pt", "give its own file")
+    """
+    expected = module.state_dict()
+    misshapen = [
+        f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [
+        ("lacks", [name for name in expected if name not in state]),
+        ("has no place for", [name for name in state if name not in expected]),
+        ("has other shapes in", misshapen),
+    ]
+    found = [f"{verb} {some(names)}" for verb, names in problems if names]
+    if found:
+        raise ValueError(f"{expectation} holds another model ({'; '.join(found)}); {remedy}.")
+    module.load_state_dict(state)
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    Example::
+
+        >>> some(["a", "b", "c", "d"])
+        '`a`, `b`, `c` and 1 more'
+    """
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + rest or "nothing"
+
+
+def _read_safetensors(path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{expectation} is truncated or no safetensors file; copy it anew.") from error

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+
+from knowsam_monai.runs.comparison import configured, digests, other_data, other_settings
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
+
+
+@pytest.fixture(params=["knowsam_acdc", "knowsam_la"])
+def settings(request, monkeypatch):
+    """`settings(*overlays, **overrides)`: what is configured in a shipped train.json with these."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def read(*overlays, added=None, **overrides):
+        parser = ConfigParser()
+        folder = BUNDLES / request.param / "configs"
+        parser.read_config([str(folder / name) for name in ("train.json", *overlays)])
+        for section in ("train", "validate") if added else ():
+            parser[section]["handlers"].insert(1, added)
+        parser.update(overrides)
+        return configured(parser.config)
+
+    return read
+
+
+def test_where_and_how_a_run_is_computed_is_no_setting(settings):
+    places = {"dataset_dir": "/a", "output_dir": "/a/out", "ckpt_dir": "/a/models", "run_name": "a", "num_workers": 0}
+    others = {"dataset_dir": "b", "output_dir": "b/out", "bundle_root": "/b", "device": "cuda:1", "cache_workers": 9}
+    without_file = {"sam_variant": "vit_t"}
+    logging = {"log_interval": 7, "preflight": True, "resume": False, "sam_cache_dir": "/c", "fast_cpu_matmul": True}
+    expected = settings(**places, **without_file)
+    assert settings(**others, **logging, **without_file) == expected
+    assert settings("multi_gpu_train.json", **places, **without_file) == expected
+
+
+def test_handlers_that_only_watch_are_no_setting(settings):
+    watching = {"_target_": "monai.handlers.StatsHandler", "iteration_log": False}
+    assert settings(added=watching) == settings()
+    assert settings(added={**watching, "_target_": "mine.Handler"}) != settings()
+
+
+def test_default_that_is_given_is_the_same_and_a_change_is_named_with_both_values(settings):
+    before = settings(dataset_dir="/a")
+    assert other_settings(before, settings(dataset_dir="/b", lr=0.01, class_names=before["class_names"])) == []
+    assert other_settings(before, settings(dataset_dir="/a", lr=0.1)) == ["`lr` must be 0.01 but is 0.1"]
+    found = other_settings(before, settings(**{"train#weak_augmentation#transforms#1#prob": 0.1, "seed": 1}))
+    assert "`seed` must be 0 but is 1" in found
+    assert any(one.startswith("`train#weak_augmentation#transforms#1#prob` must be") for one in found)
+    assert other_settings({"a": 1}, {"b": [1]}) == ["`a` must be 1 but is left out", "`b` must be left out but is [1]"]
+
+
+@pytest.mark.parametrize("overlay", ["mean_teacher.json", "ua_mt.json", "bcp.json", "cps.json", "fixmatch.json"])
+def test_every_number_of_an_overlay_is_a_setting(settings, overlay):
+    overlays = ("network_pair.json" if overlay == "cps.json" else "network_plain.json", overlay)
+    before = settings(*overlays)
+    own = ConfigParser.load_config_file(BUNDLES / "knowsam_acdc" / "configs" / overlay)
+    numbers = [key for key in own if "#" not in key and isinstance(before.get(key), (int, float))]
+    assert len(numbers) >= 3
+    for key in numbers:
+        assert any(f"`{key}`" in one for one in other_settings(before, settings(*overlays, **{key: 0.123})))
+
+
+def test_weights_of_sam_are_compared_by_content_wherever_they_lie(settings, tmp_path):
+    files = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
+    for file, content in zip(files, ("same", "same", "other")):
+        file.write_text(content)
+    same, moved, other = (settings(sam_checkpoint=str(file)) for file in files)
+    assert same == moved
+    (found,) = other_settings(same, other)
+    assert found.startswith("`sam_checkpoint` must be 'a file of sha256 ")
+    assert settings(use_sam=False, sam_checkpoint=str(files[0])) == settings(use_sam=False, sam_checkpoint="nowhere")
+
+
+def test_objects_and_expressions_that_fail_are_compared_as_they_are_written():
+    config = {"a": "$object()", "b": "$1 / 0", "c": (1, {"d": None})}
+    assert configured(config) == {"a": "$object()", "b": "$1 / 0", "c": [1, {"d": None}]}
+
+
+def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
+    before = {"labeled": [("/a/1.nii", "07"), ("/a/2.nii", "1e")], "test": [("/a/3.nii", "ff")]}
+    moved = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "1e")], "test": [("b/3.nii", "00")]}
+    changed = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "00")]}
+    kept = digests(before)
+    assert kept == {"labeled": ["07", "1e"]} and other_data(kept, moved) == []
+    assert other_data(kept, changed) == ["b/2.nii, or its label, must be as it was but has other content"]
+    assert other_data(kept, {"labeled": [("b/1.nii", "07")]}) == ["`labeled` must have 2 items but has 1"]
+    assert other_data(None, moved) == other_data(kept, None) == [] and digests(None) is None

@@ -1,0 +1,163 @@
+"""The student is published whatever else fails, and any name of a case or class can be in what a run leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+
+from knowsam_monai.handlers import CaseMetrics, ValidationReport
+from knowsam_monai.run_record import close_log, open_log
+from knowsam_monai.runs.finishing import finish_run
+from knowsam_monai.texts import printable
+from knowsam_monai.trained_student import read_record
+
+from ..bundles.conftest import CONFIGS, CONFIGS_3D, Training, small_phantom, small_volumes  # noqa: F401
+from ..handlers.test_validation_report import NAMES, item, validate
+from ..report.conftest import write_run
+
+HOSTILE = [
+    "$a_b$ $",
+    "$\\frac{$",
+    "=HYPERLINK(1)",
+    "+1+2",
+    "-2+3",
+    "@SUM(A1)",
+    "\tcell",
+    "\rcell",
+    "two\nlines",
+    "<script>alert('x')</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}",
+    "%s %(name)s {0}",
+    "../../etc/passwd",
+    "..",
+    ".hidden",
+    "C:con",
+    "a\0b",
+    "_left out of legends",
+    "'=quoted",
+    "\udcff",
+    "x" * 300,
+]
+PRODUCTS = ["validation_cases.csv", "validation_slices", "validation.png", "report.html"]
+
+
+def finished_training(folder):
+    """What a training has left before it ends, and the report that will be written."""
+    write_run(folder)
+    for name in PRODUCTS[:3]:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    torch.save({"weight": torch.zeros(1)}, folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps({"dataset_dir": None}))
+    return validate(ValidationReport(folder, NAMES), [item("a", 1), item("b", 2)])
+
+
+@pytest.fixture
+def training(tmp_path, root_logging_as_it_was):
+    logging.getLogger().setLevel(logging.INFO)
+    report = finished_training(tmp_path / "run")
+    open_log(tmp_path / "run")
+    yield tmp_path / "run", report
+    close_log()
+
+
+def made(folder):
+    return [name for name in PRODUCTS if (folder / name).is_file() or list((folder / name).glob("*.png"))]
+
+
+@pytest.mark.parametrize("broken", PRODUCTS)
+def test_what_fails_is_one_sentence_and_keeps_nothing_else_from_being_made(training, broken, capsys, caplog):
+    folder, report = training
+    if broken == "validation_slices":
+        (folder / broken).write_text("a file where the folder belongs")
+    else:
+        (folder / broken).mkdir()
+    finish_run(report, folder, folder / "models")
+    assert read_record(folder / "models")["run"] == "run"
+    assert set(made(folder)) >= set(PRODUCTS) - {broken}
+    (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert said.getMessage().startswith(f"{broken} could not be made (") and "\n" not in said.getMessage()
+    assert ("knowsam_monai report " if broken == "report.html" else "pytest") in said.getMessage().split(": ")[-1]
+    log = (folder / "log.txt").read_text()
+    assert f"{broken} could not be made" in log and log.count("Traceback (most recent call last)") >= 1
+    assert "Traceback" not in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["model.pt", "config.json", "results.csv"])
+def test_student_that_cannot_be_published_is_an_error_after_all_else_was_made(training, missing, caplog):
+    folder, report = training
+    (folder / missing).unlink()
+    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*start the same command"):
+        finish_run(report, folder, folder / "models")
+    assert made(folder) == PRODUCTS and not (folder / "models" / "model.json").exists()
+    assert "the published student could not be made (FileNotFoundError" in caplog.text
+
+
+def test_nothing_is_published_where_no_validation_has_run(training, caplog):
+    folder, _ = training
+    finish_run(ValidationReport(folder, NAMES), folder, folder / "models")
+    assert "no student to publish" in caplog.text and not (folder / "models").exists()
+
+
+@pytest.mark.parametrize("enabled, rank", [(False, 0), (True, 1)])
+def test_preflight_and_other_ranks_do_nothing(training, enabled, rank, monkeypatch):
+    folder, report = training
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    finish_run(report, folder, folder / "models", enabled)
+    assert made(folder) == [] and not (folder / "models").exists()
+
+
+def test_picture_that_cannot_be_taken_ends_no_validation(training, caplog):
+    folder, report = training
+    validate(report, [item("a", affine=torch.zeros(4, 4))])  # a broken header: nowhere in space
+    finish_run(report, folder, folder / "models")
+    assert "No picture of /private/folder/a.nii.gz: " in caplog.text
+    assert (folder / "models" / "model.pt").is_file() and "ERROR" not in {r.levelname for r in caplog.records}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_name_is_data(training, name, caplog):
+    """As a case's and as a class's, in pictures, tables, the page and the log."""
+    folder, _ = training
+    classes = [name, "other"]
+    report, metrics = ValidationReport(folder, classes), CaseMetrics(folder, classes)
+    for handler in (report, metrics):
+        validate(handler, [item("a", 1), item(name.replace("/", ":"), 2)])
+    finish_run(report, folder, folder / "models")
+    assert made(folder) == PRODUCTS and not [r for r in caplog.records if r.levelname == "ERROR"]
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+    assert all(path.resolve().is_relative_to(folder.parent) for path in folder.parent.rglob("*"))
+    for table in ("validation_cases.csv", "metrics_raw.csv", "metrics_summary.csv"):
+        with open(folder / table, newline="", encoding="utf-8") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "<img src=x" not in page
+    if name == printable(name) and len(name) < 100:
+        assert escape(name).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["knowsam_acdc", "knowsam_la"])
+def test_bundle_publishes_its_student_whatever_cases_and_classes_are_called(configs, tmp_path, request):
+    data = Path(request.getfixturevalue("small_phantom" if configs == CONFIGS else "small_volumes"))
+    shutil.copytree(data.parent, tmp_path / "data")
+    datalist = tmp_path / "data" / data.name
+    sections = json.loads(datalist.read_text())
+    case = sections["validation"][0]
+    image = Path(case["image"])
+    case["image"] = str(image.with_name("=$a_b$ $ <b>" + "".join(image.suffixes)))
+    shutil.copy(datalist.parent / image, datalist.parent / case["image"])
+    datalist.write_text(json.dumps(sections))
+    classes = ["a $x_b$ $", "=1+1", "<i>"][: 3 if configs == CONFIGS else 1]
+    run = Training(tmp_path / "run", whole=True, configs=configs, dataset_dir=str(datalist), class_names=classes).run()
+    assert made(run.output_dir) == PRODUCTS
+    assert read_record(run.output_dir / "models")["metrics"].keys() >= {"val_mean_dice", f"val_mean_dice/{classes[0]}"}
+    page = (run.output_dir / "report.html").read_text()
+    assert "&lt;b&gt;" in page and "<b>" not in page.split("=$a_b$ $")[1][:9]

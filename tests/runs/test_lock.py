@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from knowsam_monai.runs.lock import lock_folder, unlock_folder
+
+from ..processes import start, wait_for
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    yield
+    unlock_folder()
+
+
+def hold(folder):
+    lock_folder(folder)
+    time.sleep(300)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, which has locked `tmp_path / "run"`."""
+    process = start(tmp_path / "console.txt", hold, tmp_path / "run")
+    assert wait_for((tmp_path / "run" / ".lock.json").exists, process)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_second_run_is_told_which_one_has_the_folder_until_that_is_killed(tmp_path, holder):
+    sentence = rf"{tmp_path}/run is in use by process {holder.pid} on \S+ since \d{{4}}-.* \(.*python.*\); wait"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=sentence):
+            lock_folder(tmp_path / "run")
+    lock_folder(tmp_path / "another")
+    holder.kill()
+    holder.join()
+    assert (tmp_path / "run" / ".lock.json").exists()
+    lock_folder(tmp_path / "run")
+
+
+def test_torn_note_of_the_holder_is_left_out(tmp_path, holder):
+    (tmp_path / "run" / ".lock.json").write_text("{")
+    with pytest.raises(RuntimeError, match=re.escape("is in use by another process; wait")):
+        lock_folder(tmp_path / "run")
+
+
+def test_next_run_of_the_same_process_takes_over(tmp_path):
+    for name in ("a", "a", "b"):
+        lock_folder(tmp_path / name)
+    process = start(tmp_path / "console.txt", hold, tmp_path / "a")
+    assert wait_for((tmp_path / "a" / ".lock.json").exists, process)
+    process.kill()
+    unlock_folder()
+    assert not (tmp_path / "b" / ".lock.json").exists()
+
+
+@pytest.mark.parametrize("rank,enabled", [("1", True), ("0", False)], ids=["second process", "preflight"])
+def test_other_processes_and_a_preflight_lock_nothing(tmp_path, holder, monkeypatch, rank, enabled):
+    monkeypatch.setenv("RANK", rank)
+    lock_folder(tmp_path / "run", enabled=enabled)

@@ -1,0 +1,272 @@
+"""Every teacher of this package keeps the contract, and a teacher that does not is told where."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from monai.networks.nets import BasicUNet, UNet
+
+from knowsam_monai.networks import SAMTeacher, SliceTeacher
+from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher, check_teacher, origin
+
+from .sam2_toys import toy_config
+
+
+def sam_teacher(**options):
+    return SAMTeacher(num_classes=3, image_size=64, **({"variant": "vit_t", "trainable": "all"} | options))
+
+
+def network(spatial_dims=2, channels=3):
+    return UNet(spatial_dims, 1, channels, channels=(4, 8), strides=(2,), norm="batch", dropout=0.2)
+
+
+def teacher_network(**options):
+    return NetworkTeacher(network(), channels=3, **options)
+
+
+def sam2_teacher(**options):
+    return Sam2Teacher(num_classes=3, image_size=64, variant=toy_config(), **options)
+
+
+IMAGE, VOLUME = (2, 1, 64, 64), (2, 1, 32, 32, 4)
+TEACHERS = {
+    "SAM 1": (sam_teacher, IMAGE),
+    "SAM 1, adapters alone": (lambda: sam_teacher(trainable="adapters"), IMAGE),
+    "SAM 1, cached": (lambda: sam_teacher(encoder="cached"), IMAGE),
+    "SAM 1, slices": (lambda: SliceTeacher(sam_teacher()), VOLUME),
+    "SAM 1, some slices a step": (lambda: SliceTeacher(sam_teacher(), slices=2), VOLUME),
+    "network": (teacher_network, IMAGE),
+    "network, windows": (lambda: teacher_network(patch_size=(32, 32)), IMAGE),
+    "network, z-score": (lambda: teacher_network(normalize="z_score"), IMAGE),
+    "network, merged": (lambda: NetworkTeacher(network(channels=4), channels=[(0, 3), 2, 1]), IMAGE),
+    "network, 3D": (lambda: NetworkTeacher(network(spatial_dims=3), channels=3), VOLUME),
+    "network, 3D windows": (
+        lambda: NetworkTeacher(network(spatial_dims=3), channels=3, patch_size=(16, 16, 8)),
+        VOLUME,
+    ),
+    "network, slices": (lambda: SliceTeacher(teacher_network()), VOLUME),
+    "network, TorchScript": (
+        lambda: NetworkTeacher(torch.jit.script(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1))), channels=3),
+        IMAGE,
+    ),
+    "SAM 2": (sam2_teacher, IMAGE),
+    "SAM 2, all": (lambda: sam2_teacher(trainable="all"), IMAGE),
+    "SAM 2, cached": (lambda: sam2_teacher(encoder="cached"), IMAGE),
+    "SAM 2, slices": (lambda: SliceTeacher(sam2_teacher()), VOLUME),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_of_this_package_keep_the_contract(name):
+    build, shape = TEACHERS[name]
+    torch.manual_seed(0)
+    facts = check_teacher(build(), torch.rand(shape))
+    assert facts.num_classes == 3
+    assert facts.frozen == name.startswith("network")
+    assert facts.pretrained == name.startswith("network")
+
+
+def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
+    """Also through the slices of a volume, which have what is said of their teacher."""
+    teacher = sam_teacher()
+    teacher.checkpoint = "/models/sam_vit_b_01ec64.pth"
+    for taught, shape in ((teacher, IMAGE), (SliceTeacher(teacher), VOLUME)):
+        facts = check_teacher(taught, torch.rand(shape))
+        assert "SA-1B" in facts.pretrained_on and facts.license == "Apache-2.0"
+    network_teacher = teacher_network(pretrained_on="our scans of 2019", license="CC-BY-4.0")
+    assert origin(SliceTeacher(network_teacher)) == ("our scans of 2019", "CC-BY-4.0")
+    teacher.checkpoint = "/models/medsam_vit_b.pth"
+    assert "look for your test patients" in origin(teacher).pretrained_on
+    stand_in = sam_teacher(checkpoint="procedural")
+    assert origin(stand_in).pretrained_on == "procedural images: a stand-in, not SAM"
+
+
+@pytest.mark.parametrize("name", ["SAM 1, adapters alone", "network", "SAM 2"])
+def test_other_sizes_go_in_and_come_out(name):
+    teacher, image = TEACHERS[name][0](), torch.rand(2, 1, 48, 40)
+    check_teacher(teacher, image)
+
+
+def test_a_check_leaves_teacher_and_random_states_as_they_were():
+    teacher = DropsOut(network()).train()
+    values = {name: value.clone() for name, value in teacher.state_dict().items()}
+    torch.manual_seed(3)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with pytest.raises(ValueError):
+        check_teacher(teacher, torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
+    assert all(module.training for module in teacher.modules())
+    assert all(torch.equal(value, values[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+class Kept(nn.Module):
+    """Keeps the contract; each teacher below breaks one line of it."""
+
+    num_classes = 3
+
+    def __init__(self, net=None):
+        super().__init__()
+        self.net = nn.Conv2d(1, 3, 1) if net is None else net
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, image, prompt_logits):
+        return self.net(image) + prompt_logits.detach()
+
+
+class Trains(Kept):
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+
+class DropsOut(Kept):
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+    def forward(self, image, prompt_logits):
+        random.random(), np.random.rand()
+        self.net.train()
+        return self.net(image) + prompt_logits.detach()
+
+
+class Draws(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image) + torch.rand(())
+
+
+class MixesRows(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image - image.mean())
+
+
+class Downsamples(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image[..., ::2])
+
+
+class GivesTwo(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image), prompt_logits
+
+
+class Halves(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image).half()
+
+
+class TakesLogarithms(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image).relu().log()
+
+
+class WritesIntoTheImage(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image.sub_(0.5))
+
+
+class CountsCalls(Kept):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image, prompt_logits):
+        self.calls += 1
+        return self.net(image)
+
+
+class LeadsToThePrompt(Kept):
+    def forward(self, image, prompt_logits):
+        return self.net(image) + prompt_logits
+
+
+class HasNoGraph(Kept):
+    @torch.no_grad()
+    def forward(self, image, prompt_logits):
+        return self.net(image)
+
+
+class HasAnIdleLayer(Kept):
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Linear(2, 2)
+
+
+class SaysANumber(Kept):
+    pretrained_on = 7
+
+
+class SaysFour(Kept):
+    num_classes = 4
+
+
+class SaysNoClasses(Kept):
+    num_classes = None
+
+
+BREAKS = {
+    Trains: r"stay in eval mode after `train\(\)`.*itself first",
+    Draws: "same logits for the same image",
+    MixesRows: "each row the logits that it has alone",
+    Downsamples: r"logits of shape \(2, 3, 8, 8\)",
+    GivesTwo: "gives a tuple",
+    Halves: "float32 but gives torch.float16",
+    TakesLogarithms: "finite logits",
+    WritesIntoTheImage: "leave the image as it is",
+    CountsCalls: "change none of its weights and buffers",
+    LeadsToThePrompt: "no gradient to the prompt",
+    HasNoGraph: "graph to the parameters that train",
+    HasAnIdleLayer: "every parameter that trains but leaves 2 of them out, idle.weight first",
+    SaysANumber: "have a str as `pretrained_on`, or None but has 7",
+    SaysFour: r"prompts of shape \(2, 4, 8, 8\) but raises RuntimeError: The size of tensor",
+    SaysNoClasses: "say its `num_classes`",
+}
+
+
+def test_a_teacher_that_keeps_the_contract_passes():
+    facts = check_teacher(Kept(), torch.rand(2, 1, 8, 8))
+    assert facts.trainable == ("net.weight", "net.bias") and facts.pretrained is None
+
+
+@pytest.mark.parametrize("teacher", BREAKS, ids=lambda teacher: teacher.__name__)
+def test_a_broken_contract_is_one_sentence(teacher):
+    with pytest.raises(ValueError, match=BREAKS[teacher]) as error:
+        check_teacher(teacher(), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert str(error.value).startswith("`teacher` must ") and str(error.value).endswith(".")
+    assert "\n" not in str(error.value)
+
+
+def test_classes_of_teacher_and_student_agree():
+    with pytest.raises(ValueError, match="must have the student's 4 classes but has 3"):
+        check_teacher(Kept(), torch.rand(2, 1, 8, 8), num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.rand(1, 1, 8, 8), "two or more images"),
+        (torch.rand(2, 8, 8), "two or more images"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.long), "of floats"),
+        (torch.full((2, 1, 8, 8), 300.0), r"in 0\.\.1 but is in 300\.\.300"),
+    ],
+)
+def test_an_image_that_serves_no_check_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        check_teacher(Kept(), image)
+
+
+def test_a_function_is_no_teacher():
+    with pytest.raises(TypeError, match="must be a torch module but is a function"):
+        check_teacher(lambda image, prompt_logits: prompt_logits, torch.rand(2, 1, 8, 8))
+
+
+def test_the_network_of_the_example_serves():
+    net = BasicUNet(spatial_dims=2, out_channels=4, features=(8, 8, 8, 8, 8, 8))
+    assert check_teacher(NetworkTeacher(net, channels=(0, 3, 2, 1)), torch.rand(2, 1, 32, 32)).frozen

@@ -1,0 +1,20 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knowsam_monai.texts import printable, shortened
+
+
+@given(st.text(st.characters()))
+def test_printable_text_is_one_line_that_can_be_encoded(text):
+    found = printable(text)
+    assert len(found) == len(text) and len(found.splitlines()) <= 1 and printable(found) == found
+    found.encode()
+
+
+@given(st.text(), st.integers(3, 50))
+def test_shortened_text_keeps_both_ends(text, length):
+    found = shortened(text, length)
+    assert len(found) == min(len(text), length)
+    assert len(text) <= length or (
+        printable(text).startswith(found.split("…")[0]) and printable(text).endswith(found[-1])
+    )
