@@ -55,15 +55,11 @@ def labels_as_images(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
     images = {real(path): name for name, items in datalist.items() for item in items for path in image_paths(item)}
     said = set()
     for name, items in datalist.items():
-        for item in items:
-            for path in image_paths(item, "label"):
-                if path.lower().endswith((".h5", ".hdf5")) or path in said or real(path) not in images:
-                    continue
+        for path in (path for item in items for path in image_paths(item, "label")):
+            of = None if path.lower().endswith((".h5", ".hdf5")) else images.get(real(path))
+            if of is not None and path not in said:
                 said.add(path)
-                yield (
-                    f"`label` must be another file than an image but `{name}` has {path}, an image of "
-                    f"`{images[real(path)]}`"
-                )
+                yield f"`label` must be another file than an image but `{name}` has {path}, an image of `{of}`"
 
 
 def patient_key(patient: object) -> str:
@@ -109,8 +105,9 @@ def shared_contents(
     for name, items in datalist.items():
         for item, hashes in zip(items, contents[name]):
             paths = image_paths(item)
-            firsts = [seen.setdefault(one, (name, paths)) for one in hashes]
-            others = [first for first in firsts if first[1] != paths]
+            own = (name, paths)
+            firsts = [seen.setdefault(one, own) for one in hashes]
+            others = [first for first in firsts if first is not own and first[1] != paths]
             for other, its in others[:1]:
                 sentence = f"{paths[0]} has the voxels of {its[0]} in {len(others)} of its {len(hashes)} slices"
                 found.setdefault((other, name), []).append(sentence)

@@ -18,6 +18,8 @@ AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # names of the ends of the axes, as
 
 # Resampling and arithmetic in float32 leave labels so far beside their integer.
 ROUNDED = 1e-3
+# The square of a larger one is no float32, and so neither is the variance.
+LARGEST_VALUE = 1e18
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,9 @@ class CheckDatad(Transform):
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has another number of channels or axes, NaN or infinite values, an affine is not
-            finite, the label has another spatial shape or more than one channel, or a label value is not an integer
-            from 0 to C - 1.
+        ValueError: if the image has another number of channels or axes, NaN, infinite values or some above 1e18, an
+            affine is not finite, the label has another spatial shape or more than one channel, or a label value is no
+            integer from 0 to C - 1.
 
     Example:
         >>> check = CheckDatad(num_classes=4)
@@ -89,6 +91,11 @@ class CheckDatad(Transform):
             raise ValueError(
                 f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
                 "Repair or remove the file."
+            )
+        if extremes.abs().max() > LARGEST_VALUE:
+            raise ValueError(
+                f"`{self.image_key}` must have values up to {LARGEST_VALUE:g} but {image_name(image)} goes from "
+                f"{extremes[0]:g} to {extremes[1]:g}, whose squares are infinite. Replace what stands for no value."
             )
         for key in (self.image_key, self.label_key):
             self._check_affine(key, data.get(key))

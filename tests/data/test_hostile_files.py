@@ -30,6 +30,7 @@ PIPELINES = {
     "3D inference": ("knowsam_la", "inference.json", "preprocessing"),
 }
 TRAINING = [name for name in PIPELINES if "training" in name]
+INFERENCE = [name for name in PIPELINES if "inference" in name]
 
 pytestmark = pytest.mark.usefixtures("root_logging_as_it_was")
 
@@ -158,6 +159,7 @@ FILES = {
     ),
     "no spacing": ("a.nii", lambda path: with_header(path, srow_z=[0, 0, 0, 0]), "must be finite and invertible"),
     "NaN voxels": ("a.nii.gz", lambda p: nifti(p, volume("a") * np.nan), "280 NaN or infinite values"),
+    "values of no voxel": ("a.nii.gz", lambda p: nifti(p, np.full((3, 4, 2), -3.4e38, "f4")), "goes from -3.4e.38 to"),
     "colors": ("a.nii.gz", lambda path: nifti(path, NO_NUMBERS), "no real numbers"),
     "complex": ("a.nii.gz", lambda path: nifti(path, volume("a") * 1j), "complex64, no real numbers"),
     "cut gz": ("a.nii.gz", cut, "is not: "),
@@ -251,7 +253,7 @@ def check(capsys, folder, sections, *options):
     return code, output.out + output.err
 
 
-@pytest.mark.parametrize("way", ["check", *PIPELINES])
+@pytest.mark.parametrize("way", ["check", *TRAINING, *INFERENCE])
 @pytest.mark.parametrize("name", FILES)
 def test_file_that_cannot_be_meant_is_one_sentence_with_its_name(tmp_path, datalist, capsys, name, way):
     file, write, message = FILES[name]
