@@ -65,7 +65,8 @@ class Attachment:
 
     Attributes:
         iteration: batches so far. Set it when a run goes on.
-        terms: distillation_loss, sam_loss (where the teacher learns) and gate_weight of the last call that was taught, detached.
+        terms: distillation_loss, sam_loss (where the teacher learns) and gate_weight of the last call that was taught,
+            detached.
 
     Raises:
         ValueError: when an argument is none of the above, or the student's input is not the image of the batch.

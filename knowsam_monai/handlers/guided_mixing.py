@@ -35,7 +35,8 @@ class UncertaintyGuidedMixing:
         num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
         pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
             teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student; where its
-            output is not finite it has none. A teacher that sees some slices of a volume only (``SliceTeacher(slices=k)``) labels none: there it is "student".
+            output is not finite it has none. A teacher that sees some slices of a volume only
+            (``SliceTeacher(slices=k)``) labels none: there it is "student".
         view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
 
     Raises:

@@ -146,7 +146,9 @@ def test_teacher_labels_as_far_as_its_gate_lets_it(gate_weight, expected):
     teacher_logits, student_logits = torch.tensor([[0.0, 0.0, 30.0]]), torch.tensor([[0.0, 30.0, 0.0]])
     mixed = gated(teacher_logits, student_logits, torch.tensor(gate_weight))
     assert mixed.argmax(1).item() == expected
-    torch.testing.assert_close(mixed.softmax(1)[0], torch.tensor([0.0, 1 - gate_weight, gate_weight]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        mixed.softmax(1)[0], torch.tensor([0.0, 1 - gate_weight, gate_weight]), rtol=0, atol=1e-6
+    )
     one_channel = gated(torch.tensor([[30.0]]), torch.tensor([[-30.0]]), torch.tensor(gate_weight))
     assert (one_channel > 0).item() == (expected == 2)
 
