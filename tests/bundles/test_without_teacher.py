@@ -34,6 +34,9 @@ def test_student_with_weight_0_and_preflight_is_the_one_without_either(
         for handler in training.workflow.parser["train#handlers"]:
             if handler["_target_"].endswith(".Preflight"):
                 handler["_disabled_"] = not use_sam
+        steps = training.workflow.parser["initialize"]
+        steps.remove("@teacher")  # here it is built before the student, whose first weights must not notice
+        steps.insert(1 + steps.index("$monai.utils.set_determinism(seed=@seed)"), "@teacher")
         training.run()
         averaged = training["ema_student"]
         students.append((training["network"].state_dict(), averaged and averaged.state_dict()))
