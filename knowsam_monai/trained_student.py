@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
@@ -47,7 +48,11 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
         >>> publish_student("output/knowsam_phantom_seed0", "models")     # doctest: +SKIP
     """
     run, folder = Path(output_dir).resolve(), Path(ckpt_dir)
-    best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
+    try:
+        best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
+    except (ValueError, KeyError, csv.Error) as error:  # torn or another's: the student is whole all the same
+        logger.warning("%s cannot be read (%s), so %s has no metrics.", run / "results.csv", error, RECORD)
+        best = {}
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
     copy_whole(run / MODEL, folder / MODEL)

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,12 +106,34 @@ def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
 
         best = max(read_csv("results.csv"), key=lambda row: float(row["val_mean_dice"]))
     """
+    return list(iter_csv(path))
+
+
+def iter_csv(path: str | os.PathLike) -> Iterator[dict[str, str]]:
+    """
+    The rows of :func:`read_csv` one by one: of a torn file those before the tear come before the error.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: at a row that has more or fewer columns than the first line.
+
+    Example::
+
+        for row in iter_csv("results.csv"):
+            print(row["epoch"])
+    """
+    columns: list[str] | None = None
     with open(path, newline="", encoding="utf-8") as file:
-        columns, *rows = [[_text(cell) for cell in line] for line in csv.reader(file) if line] or [[]]
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(columns):
-            raise ValueError(f"row {number} has more or fewer columns than the first line")
-    return [dict(zip(columns, row)) for row in rows]
+        for number, line in enumerate(filter(None, csv.reader(file))):
+            cells = [_text(cell) for cell in line]
+            columns = cells if columns is None else columns
+            if len(cells) != len(columns):
+                raise ValueError(f"row {number} has more or fewer columns than the first line")
+            if number:
+                yield dict(zip(columns, cells))
 
 
 def _cell(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -328,8 +329,16 @@ def ce_loss(logits, label):
     return sum(nn.functional.cross_entropy(view[: len(label)], label[:, 0].long()) for view in views)
 
 
-def train_on_a_rank(rank, folder):
+def in_a_group(rank, folder, train):
+    """Train on one of two ranks; what it built is gone before the group is, whose end would wait for it."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    train(rank, folder)
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train_on_a_rank(rank, folder):
     for name in ("wrapper", "student"):
         student, optimizer, distiller, batches = build(sam_loss=ce_loss)
         network = DistributedDataParallel(student)
@@ -339,11 +348,10 @@ def train_on_a_rank(rank, folder):
             ce_loss(network(batch["image"]), batch["label"]).backward()
             optimizer.step()
         torch.save((student.state_dict(), distiller.teacher.state_dict()), folder / f"{name}_{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(train_on_a_rank, args=(tmp_path,), nprocs=2)
+    torch.multiprocessing.spawn(in_a_group, args=(tmp_path, train_on_a_rank), nprocs=2)
     student, optimizer, distiller, batches = build(sam_loss=ce_loss)
     distiller.follow(optimizer)
     for batch in batches:
@@ -360,7 +368,6 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
 
 
 def train_with_labels_on_the_first_rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     student, optimizer, distiller, batches = build(sam_loss=ce_loss, gate="agreement")
     distiller.follow(optimizer)
     for i, batch in enumerate(batches):
@@ -371,11 +378,10 @@ def train_with_labels_on_the_first_rank(rank, folder):
         distiller(batch["image"], student(batch["image"]), label, "all").loss.backward()
         optimizer.step()
     torch.save((distiller.teacher.state_dict(), distiller.gate.state_dict()), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_rank_without_labels_or_without_unlabelled_rows_meets_the_other(tmp_path):
-    torch.multiprocessing.spawn(train_with_labels_on_the_first_rank, args=(tmp_path,), nprocs=2)
+    torch.multiprocessing.spawn(in_a_group, args=(tmp_path, train_with_labels_on_the_first_rank), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first[1]["num_measured"] > 1

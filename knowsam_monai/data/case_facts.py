@@ -173,7 +173,7 @@ def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
         stats = [os.stat(file) for names in files.values() for file in names]
     except (OSError, ValueError):  # not there, or no name that a file can have
         stats = None
-    state = None if stats is None else [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    state = None if stats is None else [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
     return json.dumps([settings, files]), state
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -159,7 +160,8 @@ class Resume:
                 self._save(engine)
             self._stop(engine)
         self._give_signals_back()
-        if isinstance(error, OSError) and error.errno is not None:
+        is_of_a_file = isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT))
+        if isinstance(error, OSError) and is_of_a_file:
             file = os.fsdecode(error.filename or "a file of this run")
             raise RuntimeError(
                 f"`output_dir` must be readable and have room but {file} cannot be read or written ({error.strerror}); "

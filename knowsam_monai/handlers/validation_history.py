@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from knowsam_monai.handlers.validation_case import check_class_names
-from knowsam_monai.whole_file import read_csv, write_csv
+from knowsam_monai.whole_file import iter_csv, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class ValidationHistory:
         rows: list[dict[str, object]] = []
         if os.path.isfile(self.path):
             try:
-                rows += [row for row in read_csv(self.path) if int(row["epoch"]) < epoch]
+                for row in iter_csv(self.path):
+                    rows += [row] if int(row["epoch"]) < epoch else []
             except (ValueError, KeyError, csv.Error) as error:
-                logger.warning("%s is torn or another's (%s); it begins anew.", self.path, error)
+                logger.warning("%s is torn or another's (%s); its first %d rows are kept.", self.path, error, len(rows))
         return rows

@@ -123,8 +123,8 @@ def _leaves(part: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(part, Mapping) and part:
         for name, inner in part.items():
             yield from _leaves(inner, f"{path}#{name}")
-    else:
-        yield path, part if _is_data(part) else str(part)
+    elif _is_data(part):  # an object that Python code put in has no text
+        yield path, part
 
 
 def _watches(part: Any) -> bool:

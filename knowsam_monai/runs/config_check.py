@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ def check_config() -> None:
         raise RuntimeError(
             "`check_config` must be called by a config but none is running; put it into the `initialize` of one."
         )
+    _refuse_none_on_the_command_line(parser.config)
     settled = {}
     for key, value in _given_paths(parser.config).items():
         path = expand_path(value, key)
@@ -60,6 +62,18 @@ def check_config() -> None:
         parser.config[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
     if settled:
         parser.parse(reset=True)
+
+
+def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
+    """MONAI leaves an option out whose value is None, and the run would have the config's own value."""
+    words = sys.argv[1:]
+    for word, following in zip(words, [*words[1:], ""]):
+        key, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and (value or following) == "None" and key.split("#")[0] in config:
+            raise ValueError(
+                f"`{key}` must not be None on the command line, where MONAI leaves such an option out; write "
+                f"--{key} '$None'."
+            )
 
 
 def expand_path(path: str | os.PathLike, argument: str) -> str:

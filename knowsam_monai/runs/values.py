@@ -40,8 +40,8 @@ def _listed(value: Any) -> Any:
 
 
 def _different(values: list) -> list:
-    """None is there twice."""
-    if len(set(values)) < len(values):
+    """None is there twice, whatever its case and spaces."""
+    if len({" ".join(str(value).split()).casefold() for value in values}) < len(values):
         raise ValueError("twice")
     return values
 
@@ -57,8 +57,8 @@ def _device(value: Any) -> torch.device:
     """A device of this machine, by name too."""
     try:
         device = torch.device(value)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        torch.zeros(1, device=device).item()  # of a device that holds no values it fails
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # torch without CUDA asserts
         raise ValueError from error
     return device
 
@@ -81,7 +81,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), "a number, 0 or more and below 1"
 Between = Annotated[float, Field(gt=0, lt=1), "a number between 0 and 1"]
 Probability = Annotated[float, Field(ge=0, le=1), "a number, 0 to 1"]
 Text = Annotated[str, Field(min_length=1), "text"]
-FileName = Annotated[str, Field(pattern=r"^[^/\\]+$"), "text without a slash"]
+FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not dots alone"]
 Path = Annotated[str, Field(min_length=1), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
 Device = Annotated[Any, PlainValidator(_device), "a device of this machine, such as cpu"]

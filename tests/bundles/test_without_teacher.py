@@ -36,7 +36,8 @@ def test_student_with_weight_0_and_preflight_is_the_one_without_either(
                 handler["_disabled_"] = not use_sam
         steps = training.workflow.parser["initialize"]
         steps.remove("@teacher")  # here it is built before the student, whose first weights must not notice
-        steps.insert(1 + steps.index("$monai.utils.set_determinism(seed=@seed)"), "@teacher")
+        start = next(number for number, step in enumerate(steps) if "start_run" in step)
+        steps.insert(start + 1, "@teacher")
         training.run()
         averaged = training["ema_student"]
         students.append((training["network"].state_dict(), averaged and averaged.state_dict()))

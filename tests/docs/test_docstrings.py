@@ -37,7 +37,7 @@ PUBLIC = {
     "trained_student": ("publish_student", "read_record", "student_options", "warn_of_phantom"),
     "watched_loader": ("CurrentBatch", "WatchedLoader"),
     "wiring": ("Wiring",),
-    "whole_file": ("read_csv", "remove_parts", "write_csv", "write_text", "write_whole"),
+    "whole_file": ("iter_csv", "read_csv", "remove_parts", "write_csv", "write_text", "write_whole"),
     "wrappers": ("plain_network", "plain_optimizer"),
 }
 # what comes from a paper is in these; the rest is engineering and cites nobody

@@ -35,6 +35,7 @@ def test_stored_outputs_are_small_and_without_errors(stored):
 
 def test_tutorial_runs_and_ends_with_a_segmentation_on_the_scan_s_grid(stored, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TUTORIAL.parents[2]))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm's, of a notebook without widgets
     notebook = nbformat.from_dict(stored)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

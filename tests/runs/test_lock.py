@@ -59,7 +59,7 @@ def test_next_run_of_the_same_process_takes_over(tmp_path):
     assert not (tmp_path / "b" / ".lock.json").exists()
 
 
-@pytest.mark.parametrize("rank,enabled", [("1", True), ("0", False)], ids=["second process", "preflight"])
+@pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])
 def test_other_processes_and_a_preflight_lock_nothing(tmp_path, holder, monkeypatch, rank, enabled):
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
     lock_folder(tmp_path / "run", enabled=enabled)
