@@ -142,7 +142,7 @@ class CropCentred(CropForegroundd):
             if after < before:
                 logger.warning(
                     "%s has %d of its %d labelled voxels outside of the %g mm around its image's centre of brightness, "
-                    "which is all that is kept; set `crop_size` larger, or to null.",
+                    "which is all that is kept; set `crop_size` larger, or to None (--crop_size '$None').",
                     image_name(data[key]),
                     before - after,
                     before,

@@ -90,6 +90,16 @@ def test_command_line_ends_with_the_sentence_and_exit_code_1(bundle, names, tmp_
     assert last.startswith("ValueError: `dataset_dri` must be a key") and last.endswith("did you mean `dataset_dir`?")
 
 
+@pytest.mark.parametrize("word", [["--sam_checkpoint", "None"], ["--sam_checkpoint=None"]])
+def test_none_on_the_command_line_which_monai_would_leave_out_is_said(word, tmp_path):
+    config = str(BUNDLES / "knowsam_acdc" / "configs" / "train.json")
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *word]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: `sam_checkpoint` must not be None on") and last.endswith("'$None'.")
+
+
 def run_wrong(folder):
     monai.bundle.run(
         config_file=files("knowsam_acdc", ("train", "multi_gpu_train")),

@@ -102,6 +102,15 @@ def test_student_that_cannot_be_published_is_an_error_after_all_else_was_made(tr
     assert "the published student could not be made (FileNotFoundError" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"epoch,val_mean_dice\n", b"\xff\x00\x9c" * 50, b""])
+def test_torn_table_of_validations_keeps_no_student_from_being_published(training, content, caplog):
+    folder, report = training
+    (folder / "results.csv").write_bytes(content)
+    finish_run(report, folder, folder / "models")
+    assert (folder / "models" / "model.pt").is_file() and (folder / "models" / "model.json").is_file()
+    assert "results.csv cannot be read" in caplog.text
+
+
 def test_nothing_is_published_where_no_validation_has_run(training, caplog):
     folder, _ = training
     finish_run(ValidationReport(folder, NAMES), folder, folder / "models")

@@ -80,7 +80,7 @@ WRONG = [
     *((TRAIN, "holdout_patients", value, "a whole number, 0 or more") for value in (-1, 0.5)),
     *(
         (TRAIN, "class_names", value, "a list of names")
-        for value in ([], ["a", "a"], "a", ["a", 1], [" "], None, {"a": 1})
+        for value in ([], ["a", "a"], ["a", "A "], "a", ["a", 1], [" "], None, {"a": 1})
     ),
     *((TRAIN, "dataset_dir", value, "a path, or None") for value in ("", 5, ["a.json"], False)),
     *(
@@ -88,9 +88,9 @@ WRONG = [
         for key in ("output_dir", "ckpt_dir", "bundle_root")
         for value in ("", None, 7)
     ),
-    *((TRAIN, "run_name", value, "text without a slash") for value in ("", "a/b", 2024)),
+    *((TRAIN, "run_name", value, "text without a slash") for value in ("", "a/b", 2024, ".", "..")),
     *((TRAIN, "method", value, "text but") for value in ("", 3)),
-    *((TRAIN, "device", value, "a device of this machine") for value in ("gpu", "cuda:99", None, "", 99)),
+    *((TRAIN, "device", value, "a device of this machine") for value in ("gpu", "cuda:99", "meta", None, "", 99)),
     *((TRAIN, "amp_dtype", value, "one of 'bfloat16', 'float16'") for value in ("float32", None, 16)),
     (TRAIN, "amp_dtype", "bfloat", "did you mean 'bfloat16'?"),
     *((TRAIN, "process_timeout", value, "above 0, or None") for value in (0, -1, "10 min")),
