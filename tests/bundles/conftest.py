@@ -43,7 +43,7 @@ TINY = {
     "epoch_length": 2,
     "log_interval": 1,
     "num_workers": 0,
-    "cache_workers": 0,
+    "cache_workers": 2,
     "mixing_start": 0,
     "sam_variant": "vit_t",
     "device": "$torch.device('cpu')",
