@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knowsam_monai.whole_file import read_csv, write_csv
+from knowsam_monai.whole_file import LOCK, PART, read_csv, remove_parts, write_csv
 
 CELLS = st.text(st.sampled_from("=+-@'\t\r\n,\"ab1."), min_size=1, max_size=5)
 
@@ -35,3 +35,16 @@ def test_torn_row_is_an_error(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match="row 1 has more or fewer columns than the first line"):
         read_csv(tmp_path / "a.csv")
+
+
+def test_parts_of_another_run_and_files_of_others_stay(tmp_path):
+    other = tmp_path / "other_run"
+    (tmp_path / "validation_slices").mkdir()
+    other.mkdir()
+    (other / LOCK).touch()
+    own = [tmp_path / f"run.json.0123abcd{PART}", tmp_path / "validation_slices" / f"a.png.0123abcd{PART}"]
+    others = [other / f"run.json.0123abcd{PART}", tmp_path / f"mine{PART}"]
+    for path in (*own, *others):
+        path.touch()
+    remove_parts(tmp_path)
+    assert not any(path.exists() for path in own) and all(path.exists() for path in others)

@@ -15,7 +15,8 @@ from torch import nn
 from knowsam_monai.distiller import SAMDistiller
 from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.wiring import UNTAUGHT_CALLS, Wiring
+from knowsam_monai.watched_loader import WatchedLoader
+from knowsam_monai.wiring import UNTAUGHT_CALLS, Wiring, has_each_row_twice
 
 from .attached import build, host, loss_of, plain_loop
 from .toys import toy_batches, toy_trainer
@@ -289,3 +290,33 @@ def test_copy_of_a_distiller_is_attached_to_nobody():
     skd = distiller.attach(student, optimizer)
     wirings = copy.deepcopy(distiller).wiring, pickle.loads(pickle.dumps(distiller.wiring))
     assert list(distiller.wiring.attachments) == [skd] and all(type(w) is Wiring and not w.attachments for w in wirings)
+
+
+def test_loader_that_is_watched_twice_counts_each_batch_once():
+    student, optimizer, distiller, batches = build()
+    watched_loader = WatchedLoader(batches)
+    skd = distiller.attach(student, optimizer, loader=watched_loader)
+    assert skd.watch(watched_loader) is watched_loader
+    for number, _ in enumerate(skd.watch(watched_loader), start=1):
+        assert skd.iteration == number
+
+
+def test_copied_distiller_hears_the_steps_of_its_own_teacher():
+    distiller = copy.deepcopy(build()[2])
+    distiller.wiring._since_step = 7
+    distiller.optimizer.step()
+    assert distiller.wiring._since_step == 0
+
+
+def test_an_empty_slice_hides_no_copies():
+    image = torch.rand(2, 1, 4, 4)
+    empty = torch.zeros(1, 1, 4, 4)
+    assert has_each_row_twice(torch.cat([image, empty, image, empty]))
+    assert not has_each_row_twice(torch.cat([image, empty, empty]))
+
+
+def test_default_ignore_index_of_torch_s_losses_is_none():
+    student, optimizer, distiller, batches = build(sam_loss=torch.nn.CrossEntropyLoss())
+    assert distiller.ignore_index is None
+    distiller.sam_loss = torch.nn.CrossEntropyLoss(ignore_index=255)
+    assert distiller.ignore_index == 255
