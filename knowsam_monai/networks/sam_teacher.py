@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter, add_adapters
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.prompt import LearnablePrompt
+from knowsam_monai.networks.prompted_teacher import PromptedTeacher
 from knowsam_monai.networks.sam import build_sam, check_image_size
 from knowsam_monai.networks.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.networks.sam_encoder import encode_image
@@ -33,7 +33,7 @@ UNUSED_IN_SAM = (
 )
 
 
-class SAMTeacher(nn.Module):
+class SAMTeacher(PromptedTeacher):
     """Segment Anything with adapters and learnable prompts, prompted by a student's logits.
 
     ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``: one decoder call for all classes of all images gives
@@ -88,6 +88,8 @@ class SAMTeacher(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8; adapters: Wu et al., arXiv:2304.12620.
     """
 
+    called = "SAM"
+
     @kept_random_state()
     def __init__(
         self,
@@ -102,27 +104,21 @@ class SAMTeacher(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         cache_dtype: torch.dtype = torch.float16,
     ) -> None:
-        super().__init__()
         if trainable not in ("adapters", "all"):
             raise ValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
-        if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
-            raise ValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
         if encoder not in ("adapted", "cached"):
             raise ValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
-        self.num_classes = num_classes
-        self.image_size = check_image_size(image_size)
+        super().__init__(num_classes, check_image_size(image_size), to_rgb)
         if encoder == "cached" and self.image_size[0] != self.image_size[1]:
             raise ValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder = encoder
         self.variant = variant
         self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
         self.trainable = trainable
-        self.to_rgb = to_rgb
         self.sam = build_sam(variant, self.image_size, checkpoint)
         add_adapters(self.sam, encoder=encoder == "adapted")
         self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
         self._freeze(trainable)
-        self._saw_image = False
         self.eval()
         if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
             logger.warning(
@@ -131,7 +127,6 @@ class SAMTeacher(nn.Module):
                 variant,
                 "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
             )
-        self.cache: EmbeddingCache | None = None
         if encoder == "cached":
             prompts = self.sam.prompt_encoder
             self.cache = EmbeddingCache(
@@ -168,47 +163,7 @@ class SAMTeacher(nn.Module):
         """Whether the weights came from a checkpoint that can't be SAM's, since none of ``vit_t`` was published."""
         return self.pretrained and self.variant == "vit_t"
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
-    def train(self, mode: bool = True) -> SAMTeacher:
-        """Stay in eval mode: a teacher makes targets, and neither dropout nor batch statistics belong in them."""
-        return super().train(False)
-
-    def forward(self, image: torch.Tensor, prompt_logits: torch.Tensor) -> torch.Tensor:
-        if image.ndim != 4:
-            raise ValueError(
-                f"`image` must be (B, channels, H, W) but is of shape {tuple(image.shape)}; volumes go through "
-                "SliceTeacher(sam_teacher)."
-            )
-        if prompt_logits.shape != (len(image), self.num_classes, *image.shape[2:]):
-            raise ValueError(
-                f"`prompt_logits` must be of shape {(len(image), self.num_classes, *image.shape[2:])}, for an image of "
-                f"shape {tuple(image.shape)} and {self.num_classes} classes, but are of shape "
-                f"{tuple(prompt_logits.shape)}; `num_classes` of teacher and student must agree."
-            )
-        return self.decode(self.encode(image), prompt_logits, size=image.shape[2:])
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """SAM's embedding of images: (B, channels, H, W) to (B, D, h, w), h x w being the token grid."""
-        rgb = self._three_channels(without_meta(image))
-        if not self._saw_image and not rgb.is_meta:
-            self._saw_image = True
-            _warn_of_range(rgb)
-        if self.cache is None:
-            return self._encode(rgb)
-        if rgb.shape[2] != rgb.shape[3]:
-            raise ValueError(f"`image` must be square for the encoder 'cached' but is of shape {tuple(image.shape)}.")
-        return self.cache(rgb, self._encode)
-
     def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
-        if rgb.shape[2:] != self.image_size:
-            rgb = F.interpolate(rgb, size=self.image_size, mode="bilinear")
         normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std
         return encode_image(self.sam.image_encoder, normalized)
 
@@ -228,37 +183,3 @@ class SAMTeacher(nn.Module):
         )
         masks = masks.to(prompts.dtype)  # under autocast they come in half precision
         return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
-
-    def _three_channels(self, image: torch.Tensor) -> torch.Tensor:
-        channels = image.shape[1]
-        if callable(self.to_rgb):
-            rgb = self.to_rgb(image)
-        elif self.to_rgb == "mean":
-            rgb = image.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-        elif self.to_rgb == "rgb":
-            rgb = image
-        else:
-            if not -channels <= self.to_rgb < channels:
-                raise ValueError(
-                    f"`to_rgb` must be a channel of the image, which has {channels}, but is {self.to_rgb}; "
-                    "the first is 0."
-                )
-            rgb = image[:, self.to_rgb, None].expand(-1, 3, -1, -1)
-        if rgb.ndim != 4 or rgb.shape[:2] != (len(image), 3):
-            raise ValueError(
-                f"`to_rgb` must make three channels of {tuple(image.shape)} but {self.to_rgb!r} makes "
-                f"{tuple(rgb.shape)}; choose a channel index or 'mean' for images that are not RGB."
-            )
-        return rgb
-
-
-def _warn_of_range(rgb: torch.Tensor) -> None:
-    """Augmented intensities may be somewhat out of 0..1; those of CT, or normalised ones, are far out."""
-    low, high = rgb.aminmax()
-    if low < -1 or high > 2:
-        logger.warning(
-            "SAM expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable that "
-            "does (IntensityWindow for CT).",
-            low,
-            high,
-        )

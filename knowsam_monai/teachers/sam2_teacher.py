@@ -15,8 +15,8 @@ from knowsam_monai.losses.class_logits import without_meta
 from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.embedding_cache import EmbeddingCache
 from knowsam_monai.networks.prompt import LearnablePrompt
+from knowsam_monai.networks.prompted_teacher import PromptedTeacher
 from knowsam_monai.random_state import kept_random_state
-from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
 
@@ -90,6 +90,7 @@ class Sam2Teacher(PromptedTeacher):
         Ravi et al., SAM 2, arXiv:2408.00714; Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8.
     """
 
+    called = "Sam2Teacher"
     stand_in = False
 
     @kept_random_state()

@@ -29,6 +29,8 @@ class PromptedTeacher(nn.Module):
             to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W).
     """
 
+    called = "The teacher"  # in warnings
+
     def __init__(
         self, num_classes: int, image_size: tuple[int, int], to_rgb: int | str | Callable[[Tensor], Tensor]
     ) -> None:
@@ -57,7 +59,7 @@ class PromptedTeacher(nn.Module):
         if image.ndim != 4:
             raise ValueError(
                 f"`image` must be (B, channels, H, W) but is of shape {tuple(image.shape)}; volumes go through "
-                "SliceTeacher."
+                "SliceTeacher(sam_teacher)."
             )
         if prompt_logits.shape != (len(image), self.num_classes, *image.shape[2:]):
             raise ValueError(
@@ -121,7 +123,7 @@ class PromptedTeacher(nn.Module):
             logger.warning(
                 "%s expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable "
                 "that does (IntensityWindow for CT).",
-                type(self).__name__,
+                self.called,
                 low,
                 high,
             )
