@@ -44,9 +44,8 @@ class CheckDatad(Transform):
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has another number of channels or axes, NaN, infinite values or some above 1e18, an
-            affine is not finite, the label has another spatial shape or more than one channel, or a label value is no
-            integer from 0 to C - 1.
+        ValueError: if the image has another number of channels or axes, NaN, infinite values or some above 1e18, the
+            label has another spatial shape or more than one channel, or a label value is no integer from 0 to C - 1.
 
     Example:
         >>> check = CheckDatad(num_classes=4)
@@ -97,20 +96,11 @@ class CheckDatad(Transform):
                 f"`{self.image_key}` must have values up to {LARGEST_VALUE:g} but {image_name(image)} goes from "
                 f"{extremes[0]:g} to {extremes[1]:g}, whose squares are infinite. Replace what stands for no value."
             )
-        for key in (self.image_key, self.label_key):
-            self._check_affine(key, data.get(key))
         if self.label_key not in data:
             return data
         label = self._on_grid_of(image, data[self.label_key])
         label = self._as_classes(image, label)
         return data if label is data[self.label_key] else {**data, self.label_key: label}
-
-    def _check_affine(self, key: str, image: torch.Tensor | None) -> None:
-        if isinstance(image, MetaTensor) and not image.affine.isfinite().all():
-            raise ValueError(
-                f"`{key}` must have a finite affine but that of {image_name(image)} has NaN or infinite values; repair "
-                "its header, or remove the file."
-            )
 
     def _on_grid_of(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         both = (image, label)

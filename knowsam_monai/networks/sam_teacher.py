@@ -170,7 +170,7 @@ class SAMTeacher(PromptedTeacher):
     def decode(
         self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Logits (B, C, *size) from embeddings of :meth:`encode`, kept or fresh; by default of the prompts' size."""
+        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
         prompt_encoder = self.sam.prompt_encoder
         prompts = without_meta(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
         masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
