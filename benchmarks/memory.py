@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from knowsam_monai.noisy_passes import NoisyPasses
+from knowsam_monai.networks.noisy_passes import NoisyPasses
 
 ROWS = (
     "la_views",
@@ -76,7 +76,7 @@ def measure(row: str) -> tuple[float, float]:
         patch(
             "torch.autocast", lambda device, *a, **k: nullcontext() if device == "meta" else autocast(device, *a, **k)
         ),
-        patch("knowsam_monai.noisy_passes._seeded", lambda *_: nullcontext()),
+        patch("knowsam_monai.networks.noisy_passes._seeded", lambda *_: nullcontext()),
         patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
     ):
         step = speed.VOLUME_ROWS[row][1]()

@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.transforms import Resized
 
-from knowsam_monai.data import LoadCased, ScaleVolumed, SplitSlicesd, load_datalist, slice_dataset
-from knowsam_monai.networks import build_sam
+from knowsam_monai.data import LoadCased, ScaleVolumed, SplitSlicesd, load_datalist, cached_dataset
+from knowsam_monai.teachers import build_sam
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import BOTTOM_RIGHT, TOP_LEFT, boxes_of
 
@@ -43,7 +43,7 @@ def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[t
     ]
     return [
         (torch.as_tensor(x["image"]).float(), torch.as_tensor(x["label"]))
-        for x in slice_dataset(items, preprocessing, progress=False)
+        for x in cached_dataset(items, preprocessing, progress=False)
     ]
 
 

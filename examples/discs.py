@@ -3,7 +3,7 @@
 import torch
 from monai.networks.nets import BasicUNet
 
-from knowsam_monai.data import SemiSupervisedLoader
+from knowsam_monai import SemiSupervisedLoader
 
 SIZE = 64
 

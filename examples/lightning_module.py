@@ -6,16 +6,15 @@ Lines that end in `# SKD`, and the block between its marks, are all there is to 
 import torch
 from discs import mean_dice, semi_supervised_loader, small_unet
 from lightning.pytorch import Callback, LightningModule, Trainer
+from monai.losses import DiceCELoss
 
-from knowsam_monai.distiller import SAMDistiller  # SKD
-from knowsam_monai.losses import dice_ce_loss
-from knowsam_monai.networks import SAMTeacher  # SKD
+from knowsam_monai import SAMDistiller, SAMTeacher  # SKD
 
 
 class Segmenter(LightningModule):
     def __init__(self):
         super().__init__()
-        self.network, self.loss = small_unet(), dice_ce_loss(num_classes=2)
+        self.network, self.loss = small_unet(), DiceCELoss(to_onehot_y=True, softmax=True)
 
     def training_step(self, batch, batch_idx):
         return self.loss(self.network(batch["image"])[: len(batch["label"])], batch["label"])

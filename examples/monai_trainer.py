@@ -7,11 +7,10 @@ import torch
 from discs import mean_dice, semi_supervised_loader, small_unet
 from monai.engines import SupervisedTrainer
 from monai.handlers import StatsHandler
+from monai.losses import DiceCELoss
 
-from knowsam_monai.distiller import SAMDistiller  # SKD
-from knowsam_monai.handlers import SAMDistillation  # SKD
-from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.networks import SAMTeacher  # SKD
+from knowsam_monai import SAMDistillation, SAMDistiller, SAMTeacher  # SKD
+from knowsam_monai.losses import PartiallyLabeledLoss
 
 
 def main(max_epochs: int = 10) -> float:
@@ -30,7 +29,7 @@ def main(max_epochs: int = 10) -> float:
         train_data_loader=semi_supervised_loader(),
         network=network,
         optimizer=optimizer,
-        loss_function=PartiallyLabeledLoss(dice_ce_loss(num_classes=2)),
+        loss_function=PartiallyLabeledLoss(DiceCELoss(to_onehot_y=True, softmax=True)),
         train_handlers=handlers,
         decollate=False,
     ).run()

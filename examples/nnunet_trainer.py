@@ -7,9 +7,7 @@ import os
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.losses import dice_ce_loss
-from knowsam_monai.networks import IntensityWindow, SAMTeacher, SliceTeacher
+from knowsam_monai import IntensityWindow, SAMDistiller, SAMTeacher, SliceTeacher, dice_ce_loss
 
 
 def finest(outputs):  # of deep supervision

@@ -5,16 +5,15 @@ Lines that end in `# SKD` are all there is to it; without them the loop runs as 
 
 import torch
 from discs import mean_dice, semi_supervised_loader, small_unet
+from monai.losses import DiceCELoss
 
-from knowsam_monai.distiller import SAMDistiller  # SKD
-from knowsam_monai.losses import dice_ce_loss
-from knowsam_monai.networks import SAMTeacher  # SKD
+from knowsam_monai import SAMDistiller, SAMTeacher  # SKD
 
 
 def main(max_epochs: int = 10) -> float:
     network, loader = small_unet(), semi_supervised_loader()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    supervised_loss = dice_ce_loss(num_classes=2)
+    supervised_loss = DiceCELoss(to_onehot_y=True, softmax=True)
 
     # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD

@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import somebodys_train as script
 import torch
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.networks import SAMTeacher
-from knowsam_monai.watched_loader import WatchedLoader
+from knowsam_monai import SAMDistiller, SAMTeacher, WatchedLoader
 
 # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"
 teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")

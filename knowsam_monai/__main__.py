@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from knowsam_monai.errors import KnowSAMError, root_cause
+
 DESCRIPTION = """\
 SAM-induced knowledge distillation for semi-supervised segmentation, as parts for MONAI trainers.
 
@@ -89,14 +91,14 @@ def check(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from knowsam_monai.report import write_report
+    from knowsam_monai.runs.report import write_report
 
     write_report(*options.folders, output=options.output)
     return 0
 
 
 def predict(options: argparse.Namespace) -> int:
-    from knowsam_monai.prediction import predict_folder
+    from knowsam_monai.runs.prediction import predict_folder
 
     predict_folder(
         options.scans,
@@ -193,15 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
 
-    from knowsam_monai.preparation import is_said_by_this_package, root_cause
-
     try:
         return options.call(options)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         root = root_cause(error)
-        if not is_said_by_this_package(root):
+        if not isinstance(root, KnowSAMError):
             raise  # a fault of the program and not of what it was given
         sys.stderr.write(f"error: {root}\n")
         return 1

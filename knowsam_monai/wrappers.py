@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from knowsam_monai.errors import KnowSAMTypeError
+
 
 def plain_network(network: nn.Module) -> nn.Module:
     """
@@ -52,7 +54,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     while isinstance(getattr(inner, "optimizer", None), Optimizer) and not _has_hooks_of_its_own(inner):
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
-        raise TypeError(
+        raise KnowSAMTypeError(
             f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; give the one inside "
             "of it, which has the hooks."
         )

@@ -3,7 +3,7 @@ Pretrain `vit_t` as a promptable segmenter on procedural images: a stand-in teac
 
 It is NOT SAM: 2 M parameters that have seen drawn shapes only.
 
-    python -m pretraining.pretrain_vit_t --minutes 110 --threads 2 --output knowsam_monai/networks/weights/vit_t.pt
+    python -m pretraining.pretrain_vit_t --minutes 110 --threads 2 --output knowsam_monai/teachers/weights/vit_t.pt
     python -m pretraining.pretrain_vit_t ... --resume          # goes on from vit_t.pt.resume
 
 With --minutes the learning rate follows the clock (time of an interrupted run counts, time between runs does not); with
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss, FocalLoss
 from torch.utils.data import DataLoader, Dataset
 
-from knowsam_monai.networks.sam import build_sam
+from knowsam_monai.teachers.sam import build_sam
 from pretraining.procedural_images import draw_image
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import NO_POINT, ON, TOP_LEFT, boxes_of, corrections, first_prompts, sample_points

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from knowsam_monai.networks.sam_decoder import dense_positions
-from knowsam_monai.networks.sam_encoder import encode_image
+from knowsam_monai.teachers.sam_decoder import dense_positions
+from knowsam_monai.teachers.sam_encoder import encode_image
 
 
 def encode(sam: nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def decode(
     """Masks and predicted IoUs of P prompts, P / B consecutive ones for each image.
 
     Args:
-        sam: a Sam of :func:`knowsam_monai.networks.sam.build_sam`.
+        sam: a Sam of :func:`knowsam_monai.teachers.build_sam`.
         embedding: (B, D, h, w).
         points: (P, T, 2), x and y in pixels.
         codes: (P, T), see :mod:`pretraining.prompts`; a box is two points, as in `segment_anything`'s ONNX model.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.networks import SliceTeacher
-
-from .hosts import assert_same_weights
-from .toys import ToyStudent, ToyTeacher, toy_batches
+from knowsam_monai.teachers import SliceTeacher
+from tests.hosts import assert_same_weights
+from tests.toys import ToyStudent, ToyTeacher, toy_batches
 
 
 def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.float64, device="cpu", **kwargs):

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from .toys import ToyStudent, ToyTeacher
+from tests.toys import ToyStudent, ToyTeacher
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,10 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from knowsam_monai.data.sampling import derive_seed
-from knowsam_monai.distiller import SAMDistiller
-
-from .toys import ToyStudent, ToyTeacher, toy_batches
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.seeds import derive_seed
+from tests.toys import ToyStudent, ToyTeacher, toy_batches
 
 CASES = [(2, (8, 8)), (4, (8, 8)), (2, (4, 4, 4)), (4, (4, 4, 4))]  # classes, image size
 

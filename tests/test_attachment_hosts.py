@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.networks import unstack_views
-
-from .attached import assert_same, build, host, loss_of, plain_loop
-from .toys import toy_batches
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.tensors import unstack_views
+from tests.attached import assert_same, build, host, loss_of, plain_loop
+from tests.toys import toy_batches
 
 # --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
 

@@ -6,10 +6,8 @@ import stat
 import pytest
 import torch
 
-from knowsam_monai.checkpoint_file import copy_whole, save_checkpoint
-from knowsam_monai.whole_file import remove_parts, write_csv, write_whole
-
-from .full_disk import full_disk
+from knowsam_monai.files import copy_whole, remove_parts, save_checkpoint, write_csv, write_whole
+from tests.full_disk import full_disk
 
 SMALL, LARGE = {"weight": torch.zeros(2)}, {"weight": torch.rand(500_000)}
 

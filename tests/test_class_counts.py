@@ -14,11 +14,12 @@ from monai.transforms import Activationsd, AsDiscreted, Compose
 from monai.utils import set_determinism
 from torch import nn
 
-from knowsam_monai import handlers, losses
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.ema_student import EMAStudent
-from knowsam_monai.losses.class_logits import class_logits
-from knowsam_monai.networks import MultiViewNet, SAMTeacher, UNet
+from knowsam_monai import handlers, losses, runs
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.networks import MultiViewNet, UNet
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.teachers import SAMTeacher
+from knowsam_monai.tensors import class_logits
 
 CLASSES = pytest.mark.parametrize("num_classes", [1, 2, 4])
 
@@ -212,7 +213,7 @@ def test_perfect_student_and_teacher_have_dice_1_in_every_table(num_classes, tmp
     label, _ = blocks(num_classes)
     classes, keys = max(num_classes, 2), ["pred", "teacher_pred"]
     names = [f"class {c}" for c in range(1, classes)]
-    report = handlers.ValidationReport(tmp_path, names)
+    report = runs.ValidationReport(tmp_path, names)
     activation = {"sigmoid": True} if num_classes == 1 else {"softmax": True}
     discrete = {"threshold": 0.5} if num_classes == 1 else {"argmax": True}
     distiller = SAMDistiller(Answer(), gate="validation")
@@ -227,8 +228,8 @@ def test_perfect_student_and_teacher_have_dice_1_in_every_table(num_classes, tmp
         val_handlers=[
             report,
             handlers.TeacherValidation(distiller),
-            handlers.CaseMetrics(tmp_path, names),
-            handlers.ValidationHistory(tmp_path, names),
+            runs.CaseMetrics(tmp_path, names),
+            runs.ValidationHistory(tmp_path, names),
         ],
     )
     evaluator.run()
@@ -239,7 +240,7 @@ def test_perfect_student_and_teacher_have_dice_1_in_every_table(num_classes, tmp
     assert (tmp_path / "results.csv").read_text().splitlines()[1].split(",") == ["1"] + ["1.0"] * 2 * classes
 
 
-@pytest.mark.parametrize("make", [handlers.CaseMetrics, handlers.ValidationReport])
+@pytest.mark.parametrize("make", [runs.CaseMetrics, runs.ValidationReport])
 def test_raw_logits_of_one_channel_are_not_taken_for_class_numbers(make, tmp_path):
     label, _ = blocks(1)
     evaluator = SupervisedEvaluator(

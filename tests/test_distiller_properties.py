@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.losses import DistillationLoss
-
-from .properties import assert_right, cases, dice_ce, few, log_softmax, pixels
+from tests.properties import assert_right, cases, dice_ce, few, log_softmax, pixels
 
 
 class RowTeacher(nn.Module):

@@ -52,7 +52,7 @@ def test_both_have_every_file_of_the_package(distributions):
     wheel, sdist = distributions
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "knowsam_monai").rglob("*") if path.is_file()}
     package = {name for name in package if "__pycache__" not in name}
-    assert {"knowsam_monai/networks/weights/vit_t.pt", "knowsam_monai/__init__.py"} <= package
+    assert {"knowsam_monai/teachers/weights/vit_t.pt", "knowsam_monai/__init__.py"} <= package
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == package
     with tarfile.open(sdist) as archive:

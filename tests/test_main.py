@@ -48,7 +48,7 @@ def test_mistake_is_one_sentence_on_stderr_and_exit_code_1(tmp_path, capsys, arg
 
 
 def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("knowsam_monai.report.page.render", lambda runs: {}["a fault"])
+    monkeypatch.setattr("knowsam_monai.runs.report.page.render", lambda runs: {}["a fault"])
     (tmp_path / "results.csv").write_text("epoch\n")
     with pytest.raises(KeyError, match="a fault"):
         main(["report", str(tmp_path)])

@@ -17,20 +17,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from knowsam_monai.data import SemiSupervisedLoader
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers import (
     MeanTeacher,
     MultiViewCoTraining,
     SAMDistillation,
     TeacherValidation,
     UncertaintyGuidedMixing,
-    ValidationReport,
 )
 from knowsam_monai.losses import PartiallyLabeledLoss
-
-from .processes import finish, start_ranks
-from .toys import ToyStudent, ToyTeacher, toy_trainer
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.runs import ValidationReport
+from tests.processes import finish, start_ranks
+from tests.toys import ToyStudent, ToyTeacher, toy_trainer
 
 
 def items(count: int, labeled: bool) -> list[dict]:

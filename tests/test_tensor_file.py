@@ -5,9 +5,8 @@ import random
 import pytest
 import torch
 
-from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file, write_tensor_file
-
-from .same_bits import assert_same_bits
+from knowsam_monai.files import NotATensorFile, read_tensor_file, write_tensor_file
+from tests.same_bits import assert_same_bits
 
 
 @pytest.fixture

@@ -21,15 +21,14 @@ from torch import nn
 from knowsam_monai.data import LoadCased, acdc_datalist, check_datalist, left_atrium_datalist, load_datalist
 from knowsam_monai.data.evaluation import inference_items
 from knowsam_monai.data.phantom import write_phantom
-from knowsam_monai.handlers.resume import Resume
-from knowsam_monai.handlers.student_loader import StudentLoader
-from knowsam_monai.networks.embedding_cache import EmbeddingCache
-from knowsam_monai.networks.sam_checkpoint import read_checkpoint
-from knowsam_monai.preparation import root_cause
-from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
+from knowsam_monai.errors import root_cause
+from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.runs.resume import Resume
+from knowsam_monai.runs.student_loader import StudentLoader
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.sam_checkpoint import read_checkpoint
 from pretraining.pretrain_vit_t import parse, pretrain
-
-from .toys import ToyStudent, toy_batches, toy_trainer
+from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 ROOT = Path(__file__).parents[1]
 WOULD_RUN = "pickle of Python objects, which would run code when it is loaded, so it was not"

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from knowsam_monai.wrappers import plain_network, plain_optimizer
-
-from .attached import build, host
+from tests.attached import build, host
 
 
 class Wrapped(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ import torch
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 
 
 class ToyTeacher(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from knowsam_monai.trained_student import RECORD
+from knowsam_monai.runs.trained_student import RECORD
 from zoo.configs import standalone_configs
 from zoo.scripts import DOTTED_NAME, copies, rename
 from zoo.weights import Training, find_training

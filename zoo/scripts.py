@@ -116,14 +116,14 @@ def _relative(origin: str, module: str) -> tuple[int, str | None]:
 def _definition(name: str) -> tuple[str, str | None]:
     """The module that defines a dotted name, and its name there; None for a module."""
     path = _path(name)
-    if path is not None and path.name != "__init__.py":
+    if path is not None and path.stem != "__init__":
         return name, None
     package, _, attribute = name.rpartition(".")
     path = _path(package)
     if path is None or not attribute:
         raise ValueError(f"`name` must be of {PACKAGE} but {name} is not there.")
     source = path.read_text(encoding="utf-8")
-    if path.name != "__init__.py":
+    if path.stem != "__init__":
         return package, attribute
     for node, names in _imports(source, f"{package}.__init__").items():
         for imported, alias in zip(names, node.names):
@@ -133,9 +133,10 @@ def _definition(name: str) -> tuple[str, str | None]:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module."""
+    """The file of a module; of a package, the one that names what it holds."""
     path = ROOT.joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+    files = (path.with_suffix(".py"), path / "__init__.pyi", path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
 
 
 def _formatted(source: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigParser
 
-from knowsam_monai.handlers.student_loader import StudentLoader
-from knowsam_monai.trained_student import CONFIG, KEY_METRIC, MODEL, PHANTOM, read_record, student_options
+from knowsam_monai.runs.student_loader import StudentLoader
+from knowsam_monai.runs.trained_student import CONFIG, KEY_METRIC, MODEL, PHANTOM, read_record, student_options
 
 
 class Training(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder, without_labels
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = [
     "ACDC_FORMS",
@@ -103,7 +104,7 @@ def acdc_datalist(
         "test": _test_items(root, pack, patient_volumes),
     }
     if pack and len(datalist["labeled"]) != ACDC_LABELED_SLICES[labeled_patients]:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`dataset_dir` must hold the {ACDC_LABELED_SLICES[labeled_patients]} slices of the first "
             f"{labeled_patients} training patients but {root} holds {len(datalist['labeled'])} of them. "
             "Unpack the SSL4MIS data again."
@@ -132,7 +133,9 @@ def _official_volumes(root: Path, patient: str) -> list[dict]:
     for phase in ("ED", "ES"):
         match = re.search(rf"^\s*{phase}\s*:\s*(\d+)", info, flags=re.MULTILINE)
         if match is None:
-            raise ValueError(f"`Info.cfg` must give the frame of {phase} but {root / patient / 'Info.cfg'} does not.")
+            raise KnowSAMValueError(
+                f"`Info.cfg` must give the frame of {phase} but {root / patient / 'Info.cfg'} does not."
+            )
         stem = f"{patient}_frame{int(match.group(1)):02d}"
         # Some copies of the release were unpacked to .nii.
         suffix = ".nii" if (root / patient / f"{stem}.nii").is_file() else ".nii.gz"

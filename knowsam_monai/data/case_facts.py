@@ -20,7 +20,7 @@ from tqdm import tqdm
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.transforms import CheckDatad
-from knowsam_monai.whole_file import write_whole
+from knowsam_monai.files import write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 

@@ -16,6 +16,7 @@ from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.left_atrium import find_left_atrium
 from knowsam_monai.data.overlap import image_paths, labels_as_images, patient_key, shared_contents, shared_names
 from knowsam_monai.data.transforms import check_slice_range
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["DatalistReport", "check_datalist", "check_dataset"]
 
@@ -67,7 +68,7 @@ class DatalistReport:
         if self.wrong:
             more = len(self.wrong) - 1
             rest = f" {more} more fault{'s are' if more > 1 else ' is'} in the table above." if more else ""
-            raise ValueError(self.wrong[0] + rest)
+            raise KnowSAMValueError(self.wrong[0] + rest)
 
 
 def check_datalist(
@@ -112,7 +113,7 @@ def check_datalist(
         '`label` must be a path but a.nii of `labeled` has none; leave it out or list it as unlabeled.'
     """
     if num_classes is not None and num_classes < 2:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`num_classes` must be at least 2, with the background, but is {num_classes}; leave it out to take any "
             "label values."
         )
@@ -174,7 +175,7 @@ def check_dataset(
     """
     path = Path(os.path.expanduser(dataset_dir))
     if path.suffix == ".json" and labeled_patients is not None:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; the `labeled` items "
             f"of {path} are the labeled ones."
         )

@@ -13,6 +13,7 @@ from knowsam_monai.data.left_atrium import LEFT_ATRIUM_FORMS, find_left_atrium, 
 from knowsam_monai.data.overlap import labels_as_images, shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.split import read_json, unknown_folder
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 
 __all__ = ["load_datalist"]
 
@@ -70,30 +71,32 @@ def load_datalist(
             try:
                 return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
             except ValueError as error:
-                raise ValueError(f"In {path}, a folder of {name}: {error}") from None
+                raise KnowSAMValueError(f"In {path}, a folder of {name}: {error}") from None
     raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))
 
 
 def _read_json(path: Path) -> dict[str, list[dict]]:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"`dataset_dir` must be an existing data-list JSON but {path} does not exist.")
+        raise KnowSAMFileNotFoundError(f"`dataset_dir` must be an existing data-list JSON but {path} does not exist.")
     try:
         content = read_json(path)
     except ValueError as error:
-        raise ValueError(f"`dataset_dir` must be valid JSON but {path} is not: {error}.") from error
+        raise KnowSAMValueError(f"`dataset_dir` must be valid JSON but {path} is not: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is no object.")
+        raise KnowSAMValueError(
+            f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is no object."
+        )
     _refuse_unknown_sections(path, content)
     datalist = {name: _read_section(path, name, content.get(name, [])) for name in SECTIONS}
     for name in ("labeled", "validation"):
         if not datalist[name]:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}."
             )
     for shared in shared_names(datalist):
-        raise ValueError(f"{shared} (in {path}). Leave it in one of them.")
+        raise KnowSAMValueError(f"{shared} (in {path}). Leave it in one of them.")
     for shared in labels_as_images(datalist):
-        raise ValueError(f"{shared} (in {path}). Correct one of them.")
+        raise KnowSAMValueError(f"{shared} (in {path}). Correct one of them.")
     return datalist
 
 
@@ -106,7 +109,9 @@ def _refuse_unknown_sections(path: Path, content: Mapping[str, object]) -> None:
         meant = _meant(name, SECTIONS, cutoff=0.6 if has_items else 0.85)
         if meant or has_items:
             remedy = f"did you mean `{meant}`?" if meant else "rename or remove it."
-            raise ValueError(f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}")
+            raise KnowSAMValueError(
+                f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}"
+            )
 
 
 def _meant(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
@@ -118,7 +123,7 @@ def _meant(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
 
 def _read_section(path: Path, name: str, items: object) -> list[dict]:
     if not isinstance(items, list):
-        raise ValueError(f"`{name}` must be a list of items but is {type(items).__name__} in {path}.")
+        raise KnowSAMValueError(f"`{name}` must be a list of items but is {type(items).__name__} in {path}.")
     section = []
     for number, item in enumerate(items):
         if isinstance(item, str) and name in ("unlabeled", "test"):
@@ -128,15 +133,17 @@ def _read_section(path: Path, name: str, items: object) -> list[dict]:
             for key in item.keys() - set(ITEM_KEYS):
                 meant = _meant(key, [known for known in ITEM_KEYS if known not in item])
                 if meant:
-                    raise ValueError(
+                    raise KnowSAMValueError(
                         f"`{key}` must be a key of an item but is none in {where}; did you mean `{meant}`?"
                     )
         if not isinstance(item, dict) or not item.get("image"):
-            raise ValueError(f"`image` must be a path but {where} has none.")
+            raise KnowSAMValueError(f"`image` must be a path but {where} has none.")
         if name == "unlabeled" and "label" in item:
-            raise ValueError(f"`unlabeled` items must have no label but {where} has {item['label']!r}. Remove it.")
+            raise KnowSAMValueError(
+                f"`unlabeled` items must have no label but {where} has {item['label']!r}. Remove it."
+            )
         if name in ("labeled", "validation") and not item.get("label"):
-            raise ValueError(f"`label` must be a path but {where} has none.")
+            raise KnowSAMValueError(f"`label` must be a path but {where} has none.")
         section.append({key: _resolve(path, key, value, where) for key, value in item.items()})
     return section
 
@@ -147,8 +154,8 @@ def _resolve(path: Path, key: str, value, where: str):
     if isinstance(value, list) and value:
         return [_resolve(path, key, one, where) for one in value]
     if not isinstance(value, str):
-        raise ValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
+        raise KnowSAMValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
     file = os.path.join(path.parent, os.path.expanduser(value))
     if not os.path.exists(file):
-        raise FileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
+        raise KnowSAMFileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
     return file

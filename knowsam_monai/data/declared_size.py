@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from knowsam_monai.errors import KnowSAMValueError
+
 __all__ = ["LARGEST_IMAGE", "check_size", "detached_files"]
 
 # Bytes of the voxels in memory, where each takes 4 or more: a CT of 512 x 512 x 2048.
@@ -41,15 +43,15 @@ def check_size(shape: Sequence[int], itemsize: int, held: int | None = None, rat
     declared = " x ".join(map(str, shape))
     count = math.prod(int(size) for size in shape)
     if count <= 0:
-        raise ValueError(f"its header declares {declared} voxels, which is no image.")
+        raise KnowSAMValueError(f"its header declares {declared} voxels, which is no image.")
     in_memory = count * max(4, itemsize)
     if in_memory > LARGEST_IMAGE:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"its header declares {declared} voxels, {in_memory / 2**30:.1f} GiB in memory, and the limit is "
             f"{LARGEST_IMAGE / 2**30:g} GiB; crop or resample it."
         )
     if held is not None and count * itemsize > held * ratio:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"its header declares {declared} voxels of {itemsize} bytes, which {max(held, 0)} bytes of the file cannot "
             "hold; it is cut off or damaged."
         )
@@ -74,7 +76,7 @@ def detached_files(header: str | os.PathLike) -> list[Path]:
     content = content.replace(b"\r", b"\n")
     fields = list((META_FIELD if is_meta else NRRD_FIELD).finditer(content))
     if is_meta and not fields:
-        raise ValueError(f"its first {LARGEST_HEADER} bytes have no `ElementDataFile`, which ends its header.")
+        raise KnowSAMValueError(f"its first {LARGEST_HEADER} bytes have no `ElementDataFile`, which ends its header.")
     files = []
     for field in fields:
         value = field[1].strip()
@@ -87,8 +89,12 @@ def detached_files(header: str | os.PathLike) -> list[Path]:
 
 def _beside(header: Path, name: str) -> Path:
     if "%" in name:
-        raise ValueError(f"it names its data files by a pattern, {name!r}, which is not read; join them to one file.")
+        raise KnowSAMValueError(
+            f"it names its data files by a pattern, {name!r}, which is not read; join them to one file."
+        )
     file = header.parent / name
     if not file.resolve().is_relative_to(header.parent.resolve()):
-        raise ValueError(f"it points at {name!r}, which lies outside of its own folder; put the data file beside it.")
+        raise KnowSAMValueError(
+            f"it points at {name!r}, which lies outside of its own folder; put the data file beside it."
+        )
     return file

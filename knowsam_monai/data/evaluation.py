@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["images_root", "inference_items", "split_items"]
 
@@ -64,16 +65,18 @@ def inference_items(
     if os.path.isfile(folder):
         return [{"image": folder}]
     if not os.path.isdir(folder):
-        raise ValueError(f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist.")
+        raise KnowSAMValueError(
+            f"`dataset_dir` must be a folder of images or an image file but {folder} does not exist."
+        )
     if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`image_pattern` must be a pattern below the folder of the images but is {pattern!r}; name the folder "
             "above as `dataset_dir`."
         )
     root = os.path.realpath(folder)
     output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))
     if output == root:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`output_dir` must be another folder than that of the images but is {folder}, in which the next run would "
             "take segmentations for images; name another, such as one in it."
         )
@@ -86,7 +89,7 @@ def inference_items(
         and not (_is_below(output, root) and _is_below(os.path.realpath(os.path.dirname(path)), output))
     )
     if not paths:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "
             "for example --image_pattern '**/*.nii.gz'."
         )
@@ -125,7 +128,7 @@ def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
     for image in map(_first_file, images):
         stem = IMAGE_ENDING.sub("", image)
         if stem in firsts:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`dataset_dir` must have one image of a name but {firsts[stem]} and {image} would be segmented into "
                 "one file; rename one, or choose by `image_pattern`."
             )
@@ -154,7 +157,9 @@ def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -
     items = _filled(datalist, split)
     for item in items:
         if not item.get("label"):
-            raise ValueError(f"`split` {split!r} must have a label for every image but {item['image']} has none.")
+            raise KnowSAMValueError(
+                f"`split` {split!r} must have a label for every image but {item['image']} has none."
+            )
     return list(items)
 
 
@@ -162,7 +167,7 @@ def _filled(datalist: Mapping[str, list[dict]], split: str) -> list[dict]:
     if not datalist.get(split):
         filled = ", ".join(key for key, items in datalist.items() if items and items[0].get("label"))
         none = " (none of its cases is in the folder)" if split in datalist else ""
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`split` must be one of the data list's splits with labels, {filled}, but is {split!r}{none}."
         )
     return datalist[split]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = [
     "LEFT_ATRIUM_FORMS",
@@ -111,7 +112,7 @@ def left_atrium_datalist(
     _check_disjoint({"train.list": training, "val.list": validation, "test.list": test})
     by_rule = 0 if validation or holdout_patients else LEFT_ATRIUM_VALIDATION
     if labeled_patients in LEFT_ATRIUM_LABELED and by_rule > len(training) - labeled_patients >= 0:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`train.list` must have {by_rule} cases more than the {labeled_patients} labelled ones, to validate on, "
             f"but has {len(training)}; give fewer `labeled_patients` (to evaluate, those of the training), add cases, "
             "list those to validate on in a val.list beside it, or set `holdout_patients`."
@@ -159,9 +160,9 @@ def _check_disjoint(lists: dict[str, Sequence[str]]) -> None:
     for name, cases in lists.items():
         for case in cases:
             if seen.get(case) == name:
-                raise ValueError(f"`{name}` must name each case once but names {case} twice. Mend the list.")
+                raise KnowSAMValueError(f"`{name}` must name each case once but names {case} twice. Mend the list.")
             if case in seen:
-                raise ValueError(
+                raise KnowSAMValueError(
                     f"`{name}` must share no case with `{seen[case]}` but both name {case}. Mend the lists."
                 )
             seen[case] = name

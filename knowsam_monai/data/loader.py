@@ -12,7 +12,9 @@ import torch
 from monai.data.utils import list_data_collate, set_rnd
 from torch.utils.data import DataLoader, Dataset
 
-from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler, derive_seed
+from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.seeds import derive_seed
 
 __all__ = ["SemiSupervisedLoader"]
 
@@ -29,7 +31,7 @@ class SemiSupervisedLoader:
 
     Args:
         labeled: map-style dataset of items with a label, with its random transforms in `.transform`
-            (MONAI's datasets; see `slice_dataset`).
+            (MONAI's datasets; see `cached_dataset`).
         unlabeled: dataset of items that have no label key at all. None or empty for supervised training.
         labeled_batch_size: labelled rows of the whole batch, over all ranks together.
         unlabeled_batch_size: unlabelled rows of the whole batch, 0 without `unlabeled`.
@@ -74,17 +76,19 @@ class SemiSupervisedLoader:
         unlabeled = [] if unlabeled is None else unlabeled
         sizes, batch_sizes = (len(labeled), len(unlabeled)), (labeled_batch_size, unlabeled_batch_size)
         if sizes[LABELED] == 0:
-            raise ValueError("`labeled` must have at least one item but is empty. Check the `labeled` data list.")
+            raise KnowSAMValueError(
+                "`labeled` must have at least one item but is empty. Check the `labeled` data list."
+            )
         for name, size, batch_size in zip(("labeled", "unlabeled"), sizes, batch_sizes):
             if size == 0 and batch_size != 0:
-                raise ValueError(
+                raise KnowSAMValueError(
                     f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}. "
                     f"Set it to 0 for supervised training, or give {name} items."
                 )
             if size > 0 and batch_size < 1 and not (name == "unlabeled" and batch_size == 0):
-                raise ValueError(f"`{name}_batch_size` must be at least 1 but is {batch_size}.")
+                raise KnowSAMValueError(f"`{name}_batch_size` must be at least 1 but is {batch_size}.")
             if batch_size > size:
-                raise ValueError(
+                raise KnowSAMValueError(
                     f"`{name}_batch_size` must be at most the number of {name} items, {size}, but is {batch_size}. "
                     f"Lower it, or give more {name} items."
                 )
@@ -108,7 +112,7 @@ class SemiSupervisedLoader:
     def set_iteration(self, iteration: int) -> None:
         """Make the next iteration over the loader start with batch number `iteration` (from 0) of the whole run."""
         if iteration < 0:
-            raise ValueError(f"`iteration` must be at least 0 but is {iteration}.")
+            raise KnowSAMValueError(f"`iteration` must be at least 0 but is {iteration}.")
         self._sampler.next_iteration = iteration
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -135,8 +139,12 @@ class _SeededRows(Dataset):
         is_labeled = key.stream == LABELED
         if any((self.label_key in row) != is_labeled for row in rows):
             if is_labeled:
-                raise ValueError(f"`labeled` items must have a {self.label_key!r} key but item {key.index} has none.")
-            raise ValueError(f"`unlabeled` items must have no {self.label_key!r} key but item {key.index} has one.")
+                raise KnowSAMValueError(
+                    f"`labeled` items must have a {self.label_key!r} key but item {key.index} has none."
+                )
+            raise KnowSAMValueError(
+                f"`unlabeled` items must have no {self.label_key!r} key but item {key.index} has one."
+            )
         return key.stream, rows
 
 

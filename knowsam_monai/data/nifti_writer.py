@@ -11,7 +11,8 @@ from typing import Any
 from monai.data import NibabelWriter
 from monai.utils import ImageMetaKey
 
-from knowsam_monai.whole_file import write_whole
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import write_whole
 
 __all__ = ["NiftiGeometryWriter"]
 
@@ -52,7 +53,7 @@ class NiftiGeometryWriter(NibabelWriter):
 
         files = (filename, str(self.source))
         if all(map(os.path.exists, files)) and os.path.samefile(*files):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`filename` must be another file than the input but is {filename}; give an `output_postfix`, or "
                 "another folder."
             )

@@ -13,6 +13,7 @@ import numpy as np
 
 from knowsam_monai.data.phantom_image import draw_patient
 from knowsam_monai.data.phantom_left_atrium import draw_left_atrium
+from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ def write_phantom(
     """
     counts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "validation": num_validation, "test": num_test}
     if num_labeled < 1 or min(counts.values()) < 0:
-        raise ValueError(f"`num_labeled` must be at least 1 and no count negative but they are {counts}.")
+        raise KnowSAMValueError(f"`num_labeled` must be at least 1 and no count negative but they are {counts}.")
     if anatomy not in MAX_SIZES:
-        raise ValueError(f"`anatomy` must be one of {list(MAX_SIZES)} but is {anatomy!r}.")
+        raise KnowSAMValueError(f"`anatomy` must be one of {list(MAX_SIZES)} but is {anatomy!r}.")
     max_size = MAX_SIZES[anatomy] if max_size is None else max_size
     if max_size < 32:
-        raise ValueError(f"`max_size` must be at least 32 voxels but is {max_size}.")
+        raise KnowSAMValueError(f"`max_size` must be at least 32 voxels but is {max_size}.")
     made_from = {
         "version": PHANTOM_VERSION,
         "anatomy": anatomy,
@@ -88,7 +89,7 @@ def write_phantom(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise PermissionError(f"`folder` must be writable but {folder} is not ({error.strerror}).") from error
+        raise KnowSAMPermissionError(f"`folder` must be writable but {folder} is not ({error.strerror}).") from error
     try:
         temporary.chmod(0o755)  # mkdtemp's own is private
         _write(temporary, counts, made_from)
@@ -180,7 +181,7 @@ def _refuse_foreign(folder: Path) -> None:
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not path.is_dir())
     foreign = next((path for path in files if path.relative_to(folder).as_posix() not in own), None)
     if foreign is not None:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`folder` must be empty or hold an earlier phantom and nothing else but {folder} holds {foreign.name}; "
             "name another folder."
         )

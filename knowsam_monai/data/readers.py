@@ -20,6 +20,7 @@ from monai.utils import ensure_tuple
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check_size
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
 
 __all__ = ["H5Reader", "LoadCased"]
 
@@ -64,7 +65,7 @@ class H5Reader(NumpyReader):
             return np.moveaxis(arrays[0], self.slice_axis, -1) if arrays[0].ndim == 3 else arrays[0]
         if any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
             shapes = sorted({array.shape for array in arrays})
-            raise ValueError(f"`data` must be slices of one shape (H, W) but has shapes {shapes}.")
+            raise KnowSAMValueError(f"`data` must be slices of one shape (H, W) but has shapes {shapes}.")
         return np.stack(arrays, axis=-1)
 
     def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -75,7 +76,9 @@ class H5Reader(NumpyReader):
         try:
             import h5py
         except ImportError as error:
-            raise ImportError("`h5py` must be installed to read h5 files but is not. Run pip install h5py.") from error
+            raise KnowSAMImportError(
+                "`h5py` must be installed to read h5 files but is not. Run pip install h5py."
+            ) from error
         try:
             with h5py.File(name, "r") as file:
                 link = file.get(self.dataset, getlink=True) if self.dataset in file.keys() else None
@@ -83,19 +86,23 @@ class H5Reader(NumpyReader):
                     return self._voxels(file[self.dataset])
                 found = sorted(file)
         except OSError as error:
-            raise ValueError(f"`data` must be a whole h5 file but {name} is not ({error}).") from error
+            raise KnowSAMValueError(f"`data` must be a whole h5 file but {name} is not ({error}).") from error
         if link is not None:
-            raise ValueError(f"its `{self.dataset}` is a link to {link.path!r}; give files that hold their voxels.")
-        raise ValueError(f"`dataset` must be in {name} but is {self.dataset!r}; the file has {found}.")
+            raise KnowSAMValueError(
+                f"its `{self.dataset}` is a link to {link.path!r}; give files that hold their voxels."
+            )
+        raise KnowSAMValueError(f"`dataset` must be in {name} but is {self.dataset!r}; the file has {found}.")
 
     def _voxels(self, dataset: Any) -> np.ndarray:
         import h5py
 
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf":
             found = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
-            raise ValueError(f"its `{self.dataset}` must be an array of numbers but is {found}.")
+            raise KnowSAMValueError(f"its `{self.dataset}` must be an array of numbers but is {found}.")
         if dataset.external or dataset.is_virtual:
-            raise ValueError(f"its `{self.dataset}` keeps its voxels in another file; give files that hold their own.")
+            raise KnowSAMValueError(
+                f"its `{self.dataset}` keeps its voxels in another file; give files that hold their own."
+            )
         check_size(dataset.shape, dataset.dtype.itemsize)
         array = np.asarray(dataset)
         while array.ndim > 3 and 1 in array.shape:
@@ -127,7 +134,7 @@ class NiftiReader(NibabelReader):
             image = nibabel.load(name)  # the header alone, as it is: MONAI repairs some
             dtype = image.get_data_dtype()
             if dtype.kind not in "biuf":
-                raise ValueError(f"its voxels are of type {dtype}, no real numbers.")
+                raise KnowSAMValueError(f"its voxels are of type {dtype}, no real numbers.")
             ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
             check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
             _check_affine(image.affine)
@@ -151,7 +158,7 @@ class ArchiveReader(NumpyReader):
                 with zipfile.ZipFile(name) as archive:
                     size = sum(member.file_size for member in archive.infolist())
             if size > LARGEST_IMAGE:
-                raise ValueError(
+                raise KnowSAMValueError(
                     f"its arrays take {size / 2**30:.1f} GiB and the limit is {LARGEST_IMAGE / 2**30:g} GiB."
                 )
         return super().read(data, **kwargs)
@@ -202,7 +209,9 @@ class LoadCased(MapTransform):
                     _check_is_file(one)
                 case[key] = _checked(self.loaders[key](path))
             except Exception as error:  # every reader has its own exceptions
-                raise ValueError(f"`{key}` must be a readable image but {path} is not: {_reason(error)}") from error
+                raise KnowSAMValueError(
+                    f"`{key}` must be a readable image but {path} is not: {_reason(error)}"
+                ) from error
         return case
 
 
@@ -210,12 +219,12 @@ def _check_is_file(path: PathLike) -> None:
     """A pipe or a device would be waited for; folders are read by those who have a reader of DICOM series."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError("it is no file but a pipe, a socket or a device.")
+        raise KnowSAMValueError("it is no file but a pipe, a socket or a device.")
 
 
 def _checked(image: torch.Tensor) -> torch.Tensor:
     if image.numel() == 0:
-        raise ValueError(f"it has no voxels, its shape is {tuple(image.shape)}.")
+        raise KnowSAMValueError(f"it has no voxels, its shape is {tuple(image.shape)}.")
     if isinstance(image, MetaTensor):
         _check_affine(image.affine.numpy())
     return image
@@ -223,7 +232,7 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
 
 def _check_affine(affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
-        raise ValueError(f"its affine {affine.tolist()} must be finite and invertible; repair its header.")
+        raise KnowSAMValueError(f"its affine {affine.tolist()} must be finite and invertible; repair its header.")
 
 
 def _reason(error: Exception) -> str:

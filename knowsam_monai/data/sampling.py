@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
+
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.seeds import derive_seed
 
 __all__ = ["LABELED", "UNLABELED", "RowKey", "TwoStreamSampler", "derive_seed"]
 
@@ -73,17 +76,16 @@ class TwoStreamSampler:
 
     def shard(self) -> tuple[int, int]:
         """This process's rank and the number of ranks."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, world_size = self.rank, self.world_size
         if world_size is None:
-            world_size = torch.distributed.get_world_size() if distributed else 1
+            world_size = ranks.world_size()
         if rank is None:
-            rank = torch.distributed.get_rank() if distributed else 0
+            rank = ranks.rank()
         if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` must be from 0 to {world_size - 1} but is {rank}.")
+            raise KnowSAMValueError(f"`rank` must be from 0 to {world_size - 1} but is {rank}.")
         for name, batch_size in zip(("labeled", "unlabeled"), self.batch_sizes):
             if batch_size % world_size:
-                raise ValueError(
+                raise KnowSAMValueError(
                     f"`{name}_batch_size` must be a multiple of the {world_size} processes that share it "
                     f"but is {batch_size}."
                 )
@@ -107,8 +109,3 @@ class TwoStreamSampler:
             generator = np.random.RandomState(derive_seed(self.seed, stream, epoch))
             self._orders[stream, epoch] = generator.permutation(self.sizes[stream]).tolist()
         return self._orders[stream, epoch]
-
-
-def derive_seed(*numbers: int) -> int:
-    """One 32-bit seed from several numbers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

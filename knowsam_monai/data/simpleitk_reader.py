@@ -13,6 +13,7 @@ from monai.data.utils import is_supported_format, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 
 from knowsam_monai.data.declared_size import LARGEST_RATIO, check_size, detached_files
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
 
 __all__ = ["SimpleITKReader"]
 
@@ -53,7 +54,7 @@ class SimpleITKReader(ImageReader):
                 images.append(_read_file(name))
             except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).rpartition("ERROR:")[2].split())
-                raise ValueError(f"`data` must be a whole image file but {name} is not ({reason})") from error
+                raise KnowSAMValueError(f"`data` must be a whole image file but {name} is not ({reason})") from error
         return images
 
     def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
@@ -63,7 +64,9 @@ class SimpleITKReader(ImageReader):
         affines = [_affine(image) for image in images]
         sizes = [image.GetSize() for image in images]
         if any(size != sizes[0] or not np.allclose(affine, affines[0]) for size, affine in zip(sizes, affines)):
-            raise ValueError(f"`data` must be files of one grid, the channels of an image, but has sizes {sizes}.")
+            raise KnowSAMValueError(
+                f"`data` must be files of one grid, the channels of an image, but has sizes {sizes}."
+            )
         # SimpleITK gives (z, y, x) and the values of a voxel last.
         arrays = [SimpleITK.GetArrayFromImage(image).T for image in images]
         has_channels = images[0].GetNumberOfComponentsPerPixel() > 1
@@ -84,7 +87,7 @@ def _read_file(name: str) -> Any:
     try:
         import SimpleITK
     except ImportError as error:
-        raise ImportError(
+        raise KnowSAMImportError(
             "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
         ) from error
     files = detached_files(name) or [Path(name)]
@@ -97,7 +100,7 @@ def _read_file(name: str) -> Any:
     itemsize = SimpleITK.Image([1, 1], reader.GetPixelID(), num_values).GetSizeOfPixelComponent()
     check_size((*size, num_values), itemsize, sum(file.stat().st_size for file in files), LARGEST_RATIO)
     if any(length > 1 for length in size[3:]):
-        raise ValueError(f"`data` must be 2D or 3D but {name} has {len(size)} axes.")
+        raise KnowSAMValueError(f"`data` must be 2D or 3D but {name} has {len(size)} axes.")
     reader.SetExtractSize([*size[:3], *(0 for _ in size[3:])])
     return reader.Execute()
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+
 __all__ = ["existing_file", "listed_names", "read_json", "split_training", "unknown_folder", "without_labels"]
 
 
@@ -30,18 +32,18 @@ def split_training(
         (['a', 'b'], ['c', 'd', 'e'], ['f'])
     """
     if type(labeled_patients) is not int or labeled_patients not in protocols:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`labeled_patients` must be one of {list(protocols)} but is {labeled_patients!r}. "
             "Other selections can be written as a data-list JSON."
         )
     if labeled_patients > len(training):
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`labeled_patients` must be at most the {len(training)} patients of the training list "
             f"but is {labeled_patients}."
         )
     most = len(training) - labeled_patients
     if type(holdout_patients) is not int or not 0 <= holdout_patients <= most:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`holdout_patients` must be from 0 to {most} with {labeled_patients} labeled patients "
             f"but is {holdout_patients}."
         )
@@ -57,7 +59,7 @@ def without_labels(items: Sequence[dict]) -> list[dict]:
 def existing_file(path: Path, whole: str) -> str:
     """The path of a file that must be there, as text; `whole` says in the error what it is a part of."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
+        raise KnowSAMFileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
     return str(path)
 
 
@@ -66,10 +68,12 @@ def listed_names(path: Path) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"`{path.name}` must be a text file of names but {path} is not. Unpack it again.") from error
+        raise KnowSAMValueError(
+            f"`{path.name}` must be a text file of names but {path} is not. Unpack it again."
+        ) from error
     for name in names:
         if ".." in (PurePosixPath(name).parts or "..") or name.startswith("/"):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{path.name}` must have names of its folder's data but {path} has {name!r}. Mend the list."
             )
     return names
@@ -85,20 +89,20 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_bytes(), object_pairs_hook=_different_keys)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise KnowSAMValueError("it is nested too deeply") from None
     except OSError as error:
-        raise ValueError(error.strerror) from error
+        raise KnowSAMValueError(error.strerror) from error
 
 
 def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise KnowSAMValueError(f"the key {twice!r} is there twice")
     return content
 
 
-def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> ValueError:
+def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> KnowSAMValueError:
     """The error for a `dataset_dir` in which no known form was found; `forms` say what was looked for."""
     root = Path(os.path.expanduser(dataset_dir))
     lists: list[Path] = []
@@ -113,7 +117,7 @@ def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bo
         lists = [path for path in sorted(root.glob("*.json")) if _is_datalist(path)]
     remedy = f"Give the data list in it, {lists[0]}" if lists else "Give the folder that contains one of these"
     phantom = ", or no `dataset_dir` for the synthetic phantom" if or_phantom else ""
-    return ValueError(
+    return KnowSAMValueError(
         f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}. {remedy}{phantom}."
     )
 

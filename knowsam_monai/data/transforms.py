@@ -12,6 +12,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation, ScaleIntensity, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
+from knowsam_monai.errors import KnowSAMValueError
+
 __all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # names of the ends of the axes, as nibabel has them
@@ -62,7 +64,7 @@ class CheckDatad(Transform):
         num_axes: int | None = None,
     ) -> None:
         if num_classes < 2:
-            raise ValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
+            raise KnowSAMValueError(f"`num_classes` must be at least 2 (background included) but is {num_classes}.")
         self.image_key = image_key
         self.label_key = label_key
         self.num_classes = num_classes
@@ -74,25 +76,25 @@ class CheckDatad(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         image = data[self.image_key]
         if image.ndim - 1 not in ((2, 3) if self.num_axes is None else (self.num_axes,)):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_axes or '2 or 3'} spatial axes but {image_name(image)} has "
                 f"{image.ndim - 1}, {tuple(image.shape[1:])}. Take the bundle for images of that kind, or write one "
                 "image to each file."
             )
         if self.num_channels not in (None, image.shape[0]):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
                 f"{image.shape[0]}. Set `in_channels` to the channels of the data."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
         if not extremes.isfinite().all():
             num_bad = int(image.numel() - torch.isfinite(image).sum())
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
                 "Repair or remove the file."
             )
         if extremes.abs().max() > LARGEST_VALUE:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.image_key}` must have values up to {LARGEST_VALUE:g} but {image_name(image)} goes from "
                 f"{extremes[0]:g} to {extremes[1]:g}, whose squares are infinite. Replace what stands for no value."
             )
@@ -122,7 +124,7 @@ class CheckDatad(Transform):
 
     def _as_classes(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.label_key}` must be one channel of the image's shape {tuple(image.shape[1:])} but "
                 f"{image_name(label)} has shape {tuple(label.shape)} for the image {image_name(image)}."
             )
@@ -141,7 +143,7 @@ class CheckDatad(Transform):
         if not (low >= 0 and high < self.num_classes and (plain == plain.floor()).all()):  # so for NaN
             wrong = [v for v in torch.unique(plain).tolist() if v not in range(self.num_classes)]
             shown = ", ".join(list(dict.fromkeys(f"{v:.5g}" for v in wrong))[:5])
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
                 f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
             )
@@ -230,7 +232,7 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
         >>> check_slice_range("patient001_frame01_slice_0.h5", low=0.0, high=0.8)
     """
     if low < 0 or high > 1:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but {name} goes from "
             f"{low:g} to {high:g}. Scale the volume first, or leave the number out to scale each file by itself."
         )

@@ -14,6 +14,7 @@ from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacin
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE
 from knowsam_monai.data.transforms import AXES, image_name
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["CropCentred", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
 
@@ -84,7 +85,7 @@ class ResampleVolumed(Spacingd):
         growth = math.prod(step / (wanted or step) for step, wanted in zip(spacing, self.pixdim))
         if image.numel() * growth * 4 > LARGEST_IMAGE:
             shown = " x ".join(f"{step:g}" for step in spacing)
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{key}` must take at most {LARGEST_IMAGE / 2**30:g} GiB at the spacing {self.pixdim} but "
                 f"{image_name(image)}, {tuple(image.shape[1:])} voxels of {shown} mm, takes "
                 f"{image.numel() * growth * 4 / 2**30:.3g}; correct the spacing in its header."
@@ -120,7 +121,7 @@ class CropCentred(CropForegroundd):
 
     def __init__(self, keys: Any = ("image", "label"), size: float | None = 200.0, source_key: str = "image") -> None:
         if size is not None and not size > 0:
-            raise ValueError(f"`size` must be a length above 0 mm, or None, but is {size}.")
+            raise KnowSAMValueError(f"`size` must be a length above 0 mm, or None, but is {size}.")
         super().__init__(
             keys,
             source_key=source_key,

@@ -10,9 +10,10 @@ from monai.transforms import KeepLargestConnectedComponent
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.data.sampling import derive_seed
-from knowsam_monai.ema_student import EMAStudent
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.seeds import derive_seed
+from knowsam_monai.tensors import without_meta
 
 PSEUDO_LABEL = "pseudo_label"
 
@@ -52,7 +53,7 @@ class BidirectionalCopyPaste:
         weight: w, of the unlabelled pixels; published: 0.5.
         box_fraction: part of each axis that the box takes up; published: 2/3.
         ignore_index: label of the pixels without a true one.
-        ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
+        ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.networks.EMAStudent.logits`.
         seed: of the box, a function of it and the iteration.
 
     Raises:
@@ -80,9 +81,9 @@ class BidirectionalCopyPaste:
         seed: int = 0,
     ) -> None:
         if not 0 < box_fraction < 1:
-            raise ValueError(f"`box_fraction` must be between 0 and 1 but is {box_fraction}; published: 2/3.")
+            raise KnowSAMValueError(f"`box_fraction` must be between 0 and 1 but is {box_fraction}; published: 2/3.")
         if pretraining < 0:
-            raise ValueError(f"`pretraining` must be 0 iterations or more but is {pretraining}.")
+            raise KnowSAMValueError(f"`pretraining` must be 0 iterations or more but is {pretraining}.")
         ema_student.check_mode(ema_mode)
         self.ema_student = ema_student
         self.loss = loss
@@ -112,7 +113,7 @@ class BidirectionalCopyPaste:
         """Put mixed rows into ``engine.state.batch``."""
         batch, iteration = engine.state.batch, engine.state.iteration
         if not isinstance(batch, Mapping) or Keys.LABEL not in batch:
-            raise ValueError("`batch` must be a dictionary with `image` and `label` for copy-paste but is not.")
+            raise KnowSAMValueError("`batch` must be a dictionary with `image` and `label` for copy-paste but is not.")
         image, label = (
             without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
             for key in (Keys.IMAGE, Keys.LABEL)
@@ -126,7 +127,7 @@ class BidirectionalCopyPaste:
         self.ema_student.follow()
         num_pairs = min(len(label), len(image) - len(label))
         if num_pairs == 0:
-            raise ValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
         unlabeled_image = image[len(label) :][:num_pairs]
         pseudo_label = self.pseudo_label(self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer))
         engine.state.batch = self.mix(
@@ -137,7 +138,9 @@ class BidirectionalCopyPaste:
         """Each of the first half of the labelled rows in the box, one of the second half outside of it."""
         half = len(label) // 2
         if half == 0:
-            raise ValueError(f"`label` must have 2 rows or more in pre-training, to mix them, but has {len(label)}.")
+            raise KnowSAMValueError(
+                f"`label` must have 2 rows or more in pre-training, to mix them, but has {len(label)}."
+            )
         first, second = slice(half), slice(half, 2 * half)
         return {
             key: torch.where(box_mask, x[first], x[second]) for key, x in ((Keys.IMAGE, image), (Keys.LABEL, label))

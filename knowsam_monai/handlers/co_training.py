@@ -6,9 +6,10 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
-from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.tensors import unstack_views
 
 
 class MultiViewCoTraining:
@@ -56,9 +57,9 @@ class MultiViewCoTraining:
         rows: str = "all",
     ) -> None:
         if len(views) != 2:
-            raise ValueError(f"`views` must name two views but is {views}.")
+            raise KnowSAMValueError(f"`views` must name two views but is {views}.")
         if rows not in ("all", "unlabeled"):
-            raise ValueError(f'`rows` must be "all" or "unlabeled" but is {rows!r}.')
+            raise KnowSAMValueError(f'`rows` must be "all" or "unlabeled" but is {rows!r}.')
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight
         self.views = tuple(views)
@@ -75,7 +76,7 @@ class MultiViewCoTraining:
         output = engine.state.output
         views = unstack_views(output[Keys.PRED], output[Keys.IMAGE])
         if max(self.views) >= len(views):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`pred` must have the stacked views {self.views} but has {len(views)}; co-training needs a multi-view "
                 "student such as MultiViewNet or StackedNetworks."
             )

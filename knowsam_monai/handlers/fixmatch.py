@@ -7,11 +7,11 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.following import is_distributed
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import PseudoLabelLoss
-from knowsam_monai.losses.class_logits import without_meta
-from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.tensors import unstack_views, without_meta
 from knowsam_monai.wrappers import plain_network
 
 IMAGE_STRONG = "image_strong"
@@ -75,7 +75,7 @@ class FixMatch:
             return
         weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
         # DistributedDataParallel reckons with one forward a backward; its hooks see the sum of both
-        network = plain_network(engine.network) if is_distributed() else engine.network
+        network = plain_network(engine.network) if ranks.is_distributed() else engine.network
         strong_logits = unstack_views(engine.inferer(image, network), image)[0]
         term = weight * self.loss(strong_logits, weak_logits)
         output[Keys.LOSS] = output[Keys.LOSS] + term
@@ -87,14 +87,14 @@ class FixMatch:
         image, batch = without_meta(engine.state.output[Keys.IMAGE]), engine.state.batch
         strong = batch.get(IMAGE_STRONG) if isinstance(batch, dict) else None
         if strong is None:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{IMAGE_STRONG}` must be in the batch but is not; add a copy of `image` with stronger intensity "
                 "augmentation to every item."
             )
         strong = without_meta(strong).to(image, non_blocking=engine.non_blocking)
         strong = strong[rows] if len(strong) == len(image) else strong
         if strong.shape != image[rows].shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{IMAGE_STRONG}` must be of the shape {tuple(image[rows].shape)} of the unlabelled images but is "
                 f"{tuple(strong.shape)}; leave its geometry as it is, strong augmentation changes intensities alone."
             )

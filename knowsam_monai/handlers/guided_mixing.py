@@ -11,10 +11,10 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import entropy_map
-from knowsam_monai.losses.class_logits import class_logits, without_meta
-from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 
 class UncertaintyGuidedMixing:
@@ -66,7 +66,7 @@ class UncertaintyGuidedMixing:
         grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
         if pseudo_label not in ("teacher", "student"):
-            raise ValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
+            raise KnowSAMValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
         self.loss = loss
         self.start = start
         self.weight = weight
@@ -122,7 +122,7 @@ class UncertaintyGuidedMixing:
         num_labeled = len(label)
         num_pairs = min(num_labeled, len(image) - num_labeled)
         if num_pairs == 0:
-            raise ValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
         labeled, unlabeled = slice(num_pairs), slice(num_labeled, num_labeled + num_pairs)
         both = (image[labeled], label[labeled])
         if pseudo_logits.shape[1] == 1:
@@ -151,7 +151,7 @@ class UncertaintyGuidedMixing:
         spatial = image.shape[2:]
         grid = (self.grid_size,) * len(spatial) if isinstance(self.grid_size, int) else self.grid_size
         if len(grid) != len(spatial) or any(cells > size for cells, size in zip(grid, spatial)):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`grid_size` must be at most the image's size {tuple(spatial)}, one number for each axis, but is "
                 f"{grid}; volumes have three axes, images two."
             )
@@ -161,7 +161,7 @@ class UncertaintyGuidedMixing:
 
 def _check_cells(num_cells: int, grid: Sequence[int]) -> None:
     if not 0 < num_cells < math.prod(grid):
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`num_cells` must be between 1 and {math.prod(grid) - 1}, of a grid of {' x '.join(map(str, grid))} "
             f"cells, but is {num_cells}."
         )

@@ -4,6 +4,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
     """The 0-dimensional entries of an iteration's output: every loss term, weight and Dice under its own name.
@@ -41,7 +43,7 @@ class LossTerms:
 
     def __init__(self, log_interval: int = 50) -> None:
         if log_interval < 1:
-            raise ValueError(f"`log_interval` must be at least 1 iteration but is {log_interval}.")
+            raise KnowSAMValueError(f"`log_interval` must be at least 1 iteration but is {log_interval}.")
         self.log_interval = log_interval
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -72,7 +74,7 @@ class LossTerms:
             name for name, value in means.items() if name.endswith("loss") and not torch.isfinite(torch.tensor(value))
         ]
         if bad:
-            raise RuntimeError(
+            raise KnowSAMRuntimeError(
                 f"Every loss term must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "
                 "lower the learning rate or that term's weight, or set amp to False. No checkpoint was written since."
             )

@@ -6,12 +6,12 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import SoftmaxMSELoss
-from knowsam_monai.losses.class_logits import without_meta
-from knowsam_monai.networks.views import unstack_views
-from knowsam_monai.noisy_passes import NoisyPasses
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.networks.noisy_passes import NoisyPasses
+from knowsam_monai.tensors import unstack_views, without_meta
 
 
 class MeanTeacher:
@@ -36,7 +36,8 @@ class MeanTeacher:
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The default is
             SSL4MIS's 1,000 of 30,000, whose first term is one iteration later. Averaging starts at once.
         rows: "unlabeled" or "all".
-        ema_mode: "dropout", "eval" (no dropout) or "train", see :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
+        ema_mode: "dropout", "eval" (no dropout) or "train", see
+            :meth:`~knowsam_monai.networks.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.
@@ -64,7 +65,7 @@ class MeanTeacher:
         seed: int = 0,
     ) -> None:
         if rows not in ("unlabeled", "all"):
-            raise ValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
+            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
         self.ema_student = ema_student
         self.weight = weight
         self.start = start

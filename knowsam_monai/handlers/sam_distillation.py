@@ -11,12 +11,13 @@ from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.attachment import all_in_eval_mode
-from knowsam_monai.data.orientation import SAM_IMAGE, check_orientations, is_cached, sam_image_for
-from knowsam_monai.distiller import Rows, SAMDistiller, labeled_slice
+from knowsam_monai.data.orientation import SAM_IMAGE
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
+from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision
-from knowsam_monai.losses.class_logits import without_meta
-from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
 
 class SAMDistillation:
@@ -29,7 +30,7 @@ class SAMDistillation:
     into ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
     foreground Dice on the labeled rows, which the teacher learns from and which therefore does not judge it.
 
-    A teacher that draws slices of volumes (:class:`knowsam_monai.networks.SliceTeacher`) draws by the iteration. Terms
+    A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws by the iteration. Terms
     and Dice are then those of the slices, and there are no `teacher_logits`, which are of whole images or none.
 
     A batch with a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`) has that shown to the teacher: the image
@@ -77,9 +78,9 @@ class SAMDistillation:
         logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if every < 1:
-            raise ValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
+            raise KnowSAMValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
         if gate_interval < 1 or log_interval < 1:
-            raise ValueError("`gate_interval` and `log_interval` must be at least 1 iteration.")
+            raise KnowSAMValueError("`gate_interval` and `log_interval` must be at least 1 iteration.")
         self.distiller = distiller
         self.weight = weight
         self.start = start
@@ -160,7 +161,9 @@ class SAMDistillation:
     def _logits(self, pred: Any) -> Tensor:
         logits = pred if self.logits_of is None else self.logits_of(pred)
         if not isinstance(logits, Tensor):
-            raise TypeError(f"`pred` must be logits but is a {type(logits).__name__}; pick them with `logits_of`.")
+            raise KnowSAMTypeError(
+                f"`pred` must be logits but is a {type(logits).__name__}; pick them with `logits_of`."
+            )
         return logits
 
 

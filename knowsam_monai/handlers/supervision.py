@@ -3,6 +3,7 @@ from __future__ import annotations
 from ignite.engine import Engine
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.supervised import check_loss_takes
 
 
@@ -31,7 +32,7 @@ def unlabeled_rows(output: dict) -> slice:
     num_rows, label = len(output[Keys.IMAGE]), output.get(Keys.LABEL)
     num_labeled = 0 if label is None else len(label)
     if num_labeled >= num_rows:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`image` must have unlabelled rows after the {num_labeled} labelled ones but has {num_rows} rows; give "
             "unlabelled items no label key, as SemiSupervisedLoader does, or leave this method out."
         )

@@ -7,9 +7,11 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.data.orientation import SAM_IMAGE, sam_image_for
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.data.orientation import SAM_IMAGE
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.sam_image import sam_image_for
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import without_meta
 
 TEACHER_PRED = "teacher_pred"
 
@@ -74,7 +76,7 @@ class TeacherValidation:
         metrics = engine.state.metrics
         missing = [name for name in (self.student_metric, self.teacher_metric) if name not in metrics]
         if missing:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`student_metric` and `teacher_metric` must be metrics of the evaluator but {missing[0]!r} is not one "
                 f"of {', '.join(metrics)}; add a MeanDice of that name."
             )

@@ -8,12 +8,12 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
-from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, class_logits, entropy_map
-from knowsam_monai.losses.class_logits import without_meta
-from knowsam_monai.networks.views import unstack_views
-from knowsam_monai.noisy_passes import NoisyPasses
+from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.networks.noisy_passes import NoisyPasses
+from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 
 class UncertaintyAwareMeanTeacher:
@@ -48,7 +48,7 @@ class UncertaintyAwareMeanTeacher:
         num_classes: C of threshold and divisor; None: the student's.
         rows: "unlabeled" or "all".
         ema_mode: "dropout" (normalisation keeps its running statistics), "eval" or "train", see
-            :meth:`knowsam_monai.ema_student.EMAStudent.logits`.
+            :meth:`knowsam_monai.networks.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.
@@ -81,9 +81,9 @@ class UncertaintyAwareMeanTeacher:
         seed: int = 0,
     ) -> None:
         if rows not in ("unlabeled", "all"):
-            raise ValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
+            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
         if num_passes < 1:
-            raise ValueError(f"`num_passes` must be at least 1 but is {num_passes}; the paper has 8.")
+            raise KnowSAMValueError(f"`num_passes` must be at least 1 but is {num_passes}; the paper has 8.")
         self.ema_student = ema_student
         self.weight = weight
         self.start = start

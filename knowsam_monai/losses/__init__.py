@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from knowsam_monai.losses.class_logits import class_logits
 from knowsam_monai.losses.consistency import MutualConsistencyLoss
 from knowsam_monai.losses.distillation import DistillationLoss
 from knowsam_monai.losses.entropy import EntropyLoss, entropy_map
@@ -19,7 +18,6 @@ __all__ = [
     "PseudoLabelLoss",
     "SigmoidRampUp",
     "SoftmaxMSELoss",
-    "class_logits",
     "dice_ce_loss",
     "entropy_map",
 ]

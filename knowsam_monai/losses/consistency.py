@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import class_logits
 
 
 class MutualConsistencyLoss(nn.Module):
@@ -39,12 +40,12 @@ class MutualConsistencyLoss(nn.Module):
     def __init__(self, target: str = "hard") -> None:
         super().__init__()
         if target not in ("hard", "soft"):
-            raise ValueError(f'`target` must be "hard" or "soft" but is {target!r}. "hard" is the paper\'s.')
+            raise KnowSAMValueError(f'`target` must be "hard" or "soft" but is {target!r}. "hard" is the paper\'s.')
         self.target = target
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
         if logits_a.shape != logits_b.shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`logits_b` must be of the shape of `logits_a`, {tuple(logits_a.shape)}, but is "
                 f"{tuple(logits_b.shape)}. Mutual consistency needs two views of the same rows."
             )

@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import class_logits
 
 
 class DistillationLoss(nn.Module):
@@ -48,9 +49,11 @@ class DistillationLoss(nn.Module):
     def __init__(self, temperature: float = 10.0, dice_weight: float = 0.0) -> None:
         super().__init__()
         if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive but is {temperature}. The authors' code uses 10.")
+            raise KnowSAMValueError(f"`temperature` must be positive but is {temperature}. The authors' code uses 10.")
         if dice_weight < 0:
-            raise ValueError(f"`dice_weight` must be 0 or more but is {dice_weight}; 0 leaves the Dice term out.")
+            raise KnowSAMValueError(
+                f"`dice_weight` must be 0 or more but is {dice_weight}; 0 leaves the Dice term out."
+            )
         self.temperature = temperature
         self.dice_weight = dice_weight
         self.dice_loss = DiceLoss(softmax=True, squared_pred=True, batch=True, soft_label=True)
@@ -58,7 +61,7 @@ class DistillationLoss(nn.Module):
     def forward(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         student, teacher = class_logits(student_logits), class_logits(teacher_logits.detach())
         if student.shape != teacher.shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`teacher_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
                 f"{tuple(teacher_logits.shape)}. Build teacher and student for the same classes and image size."
             )

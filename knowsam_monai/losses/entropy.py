@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn as nn
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import class_logits
 
 
 def entropy_map(logits: torch.Tensor) -> torch.Tensor:
@@ -58,5 +59,7 @@ class EntropyLoss(nn.Module):
 
     def forward(self, *logits: torch.Tensor) -> torch.Tensor:
         if not logits:
-            raise ValueError("`logits` must be one tensor or more but is empty. Give the logits of each sub-network.")
+            raise KnowSAMValueError(
+                "`logits` must be one tensor or more but is empty. Give the logits of each sub-network."
+            )
         return torch.stack([entropy_map(view).mean() / math.log(max(view.shape[1], 2)) for view in logits]).sum()

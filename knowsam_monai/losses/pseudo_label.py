@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import class_logits
 
 
 class PseudoLabelLoss(nn.Module):
@@ -40,15 +41,15 @@ class PseudoLabelLoss(nn.Module):
     def __init__(self, threshold: float = 0.95, average: str = "all") -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
-            raise ValueError(f"`threshold` must be a probability, 0..1, but is {threshold}. The paper has 0.95.")
+            raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}. The paper has 0.95.")
         if average not in ("all", "sure"):
-            raise ValueError(f'`average` must be "all" or "sure" but is {average!r}. "all" is the paper\'s.')
+            raise KnowSAMValueError(f'`average` must be "all" or "sure" but is {average!r}. "all" is the paper\'s.')
         self.threshold = threshold
         self.average = average
 
     def forward(self, student_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
         if student_logits.shape != target_logits.shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`target_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
                 f"{tuple(target_logits.shape)}. Pseudo-labels and student must be of the same rows and geometry."
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from knowsam_monai.errors import KnowSAMValueError
+
 
 class SigmoidRampUp:
     """Weight that grows from almost nothing to its maximum, a function of the iteration alone.
@@ -32,7 +34,7 @@ class SigmoidRampUp:
 
     def __init__(self, num_iterations: int, max: float = 1.0, start: int = 0) -> None:
         if num_iterations <= 0:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`num_iterations` must be positive but is {num_iterations}. For a constant weight use a number."
             )
         self.num_iterations = num_iterations

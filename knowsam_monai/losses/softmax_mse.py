@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import class_logits
 
 
 class SoftmaxMSELoss(nn.Module):
@@ -44,7 +45,7 @@ class SoftmaxMSELoss(nn.Module):
         self, student_logits: torch.Tensor, target_logits: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         if student_logits.shape != target_logits.shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`target_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
                 f"{tuple(target_logits.shape)}. Consistency needs two predictions of the same rows."
             )

@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from knowsam_monai.losses.class_logits import at_least_float32, class_logits, without_meta
-from knowsam_monai.networks.views import unstack_views
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
 
 
 def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
@@ -44,7 +44,9 @@ class _DiceCELoss(nn.Module):
     def __init__(self, num_classes: int, ignore_index: int | None) -> None:
         super().__init__()
         if ignore_index is not None and 0 <= ignore_index < max(num_classes, 2):
-            raise ValueError(f"`ignore_index` must be no class, 0..{max(num_classes, 2) - 1}, but is {ignore_index}.")
+            raise KnowSAMValueError(
+                f"`ignore_index` must be no class, 0..{max(num_classes, 2) - 1}, but is {ignore_index}."
+            )
         self.ignore_index = ignore_index
         self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
 
@@ -94,7 +96,7 @@ class PartiallyLabeledLoss(nn.Module):
     ) -> None:
         super().__init__()
         if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`view_weights` must be 0 or more, one of them positive, but are {tuple(view_weights)}. "
                 "Give one weight for each view, or None for 1 each."
             )
@@ -110,7 +112,7 @@ class PartiallyLabeledLoss(nn.Module):
         check_label(views[0], label, ignore_index=getattr(self.loss, "ignore_index", None))
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
         if len(weights) != len(views):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`view_weights` must be one weight for each of the {len(views)} views but are {weights}. "
                 "A plain network has one view, MultiViewNet three: fused, unet, vnet; in a bundle, network_plain.json "
                 "is the plain network."
@@ -138,15 +140,15 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
     """
     num_rows, num_classes = logits.shape[:2]
     if len(label) == 0:
-        raise ValueError("`label` must have one row or more but has none. Put a labeled item into every batch.")
+        raise KnowSAMValueError("`label` must have one row or more but has none. Put a labeled item into every batch.")
     if len(label) > num_rows:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
             "in a batch, and each label has its image."
         )
     _check_channel(label, logits.shape[2:])
     if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
             f"{tuple(label.shape)}. Load it with one channel of class indices, and resize it as its image."
         )
@@ -154,20 +156,20 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
         values = label if ignore_index is None else label[label != ignore_index]
         top = max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
         if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`label` must be in 0..{top}, the classes of the network, but is in "
                 f"{values.min():g}..{values.max():g}. Build the network for the labels' classes, or map the labels."
             )
         if values.is_floating_point() and not (values == values.floor()).all():
             broken = values[values != values.floor()][0]
-            raise ValueError(
+            raise KnowSAMValueError(
                 f'`label` must be class numbers but has {broken:g}. Resize and turn labels with mode "nearest".'
             )
 
 
 def _check_channel(label: torch.Tensor, spatial_shape: torch.Size) -> None:
     if label.shape[1:] == spatial_shape:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, spatial_shape))}) but is "
             f"{tuple(label.shape)}; give `label[:, None]`."
         )
@@ -195,7 +197,7 @@ def check_loss_takes(
         part is _DiceCELoss or getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts
     ):
         name = "dice_ce_loss" if isinstance(loss, _DiceCELoss) else getattr(loss, "__name__", type(loss).__name__)
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`loss_function` must be a PartiallyLabeledLoss where {num_labels} of {num_rows} rows have a label but is "
             f"{name}. Wrap it: PartiallyLabeledLoss(loss={name}(...))."
         )

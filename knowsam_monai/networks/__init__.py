@@ -1,35 +1,21 @@
-"""Networks of KnowSAM: the student of two views, and the SAM teacher."""
+"""Students: U-Net, V-Net, both with their aggregation, and the average of a student's past."""
 
 from __future__ import annotations
 
-from knowsam_monai.networks.adapter import Adapter
 from knowsam_monai.networks.aggregation import HybridAggregation
-from knowsam_monai.networks.embedding_cache import EmbeddingCache
-from knowsam_monai.networks.intensity_window import IntensityWindow
+from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.multi_view import MultiViewNet
-from knowsam_monai.networks.prompt import LearnablePrompt
-from knowsam_monai.networks.sam import build_sam
-from knowsam_monai.networks.sam_teacher import SAMTeacher
-from knowsam_monai.networks.slice_selection import SliceSelection
-from knowsam_monai.networks.slice_teacher import SliceTeacher
+from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.networks.stacked import StackedNetworks
 from knowsam_monai.networks.unet import UNet
-from knowsam_monai.networks.views import unstack_views
 from knowsam_monai.networks.vnet import VNet
 
 __all__ = [
-    "Adapter",
-    "EmbeddingCache",
+    "EMAStudent",
     "HybridAggregation",
-    "LearnablePrompt",
-    "IntensityWindow",
     "MultiViewNet",
-    "SAMTeacher",
-    "SliceSelection",
-    "SliceTeacher",
+    "NoisyPasses",
     "StackedNetworks",
     "UNet",
     "VNet",
-    "build_sam",
-    "unstack_views",
 ]

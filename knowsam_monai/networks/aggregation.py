@@ -6,9 +6,10 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv
 
-from knowsam_monai.losses.class_logits import class_logits
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.entropy import entropy_map
 from knowsam_monai.networks.convolution import ConvNormAct, channels_last
+from knowsam_monai.tensors import class_logits
 
 SLOPE = 0.2  # of the paper's LeakyReLU
 
@@ -67,7 +68,7 @@ class HybridAggregation(nn.Module):
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
         if logits_a.shape != logits_b.shape:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`logits_b` must be of the shape of `logits_a`, {logits_a.shape}, but is {logits_b.shape}. The two "
                 "sub-networks see the same rows and have the same classes."
             )

@@ -16,7 +16,7 @@ class MultiViewNet(nn.Module):
     """U-Net and V-Net on the same image, and the hybrid aggregation of their logits.
 
     In train mode all views come out, stacked; in eval mode the fused logits alone, as the deployed student gives them.
-    :func:`knowsam_monai.networks.unstack_views` takes the stack apart.
+    :func:`knowsam_monai.tensors.unstack_views` takes the stack apart.
 
     Args:
         spatial_dims: 2 or 3.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from knowsam_monai.errors import KnowSAMValueError
+
 
 def check_spatial_size(image: torch.Tensor, divisor: int) -> None:
     """Raise an error that names size and remedy when an image does not halve evenly down to the deepest level.
@@ -25,7 +27,7 @@ def check_spatial_size(image: torch.Tensor, divisor: int) -> None:
         return
     for size in image.shape[2:]:
         if size % divisor != 0:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`image` must have spatial sizes that are multiples of {divisor} but has {list(image.shape[2:])}. "
                 f"Resize it, or pad it with monai.transforms.DivisiblePad(k={divisor})."
             )

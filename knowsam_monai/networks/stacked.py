@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
+from knowsam_monai.errors import KnowSAMValueError
+
 
 class StackedNetworks(nn.Module):
     """Networks on the same image, each a view; for Cross Pseudo Supervision two of one kind, initialised differently.
 
     In train mode the logits of all come out, stacked; in eval mode one tensor, as a plain network gives it.
-    :func:`knowsam_monai.networks.unstack_views` takes the stack apart. With
+    :func:`knowsam_monai.tensors.unstack_views` takes the stack apart. With
     ``MultiViewCoTraining(views=(0, 1), entropy_weight=0)`` two networks are Cross Pseudo Supervision.
 
     Args:
@@ -42,12 +44,12 @@ class StackedNetworks(nn.Module):
     def __init__(self, networks: Sequence[nn.Module], deployed: str = "first") -> None:
         super().__init__()
         if len(networks) == 0:
-            raise ValueError("`networks` must have one network or more but is empty.")
+            raise KnowSAMValueError("`networks` must have one network or more but is empty.")
         if deployed not in ("first", "mean"):
-            raise ValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
+            raise KnowSAMValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
         parameters = [id(parameter) for network in networks for parameter in network.parameters()]
         if len(set(parameters)) < len(parameters):
-            raise ValueError(
+            raise KnowSAMValueError(
                 "`networks` must not share parameters but do; build each anew, they would teach themselves."
             )
         self.networks = nn.ModuleList(networks)

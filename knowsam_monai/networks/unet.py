@@ -9,9 +9,10 @@ import torch.nn as nn
 from monai.networks.blocks import UpSample
 from monai.networks.layers.factories import Conv, Pool
 
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.convolution import ConvNormAct, channels_last
 from knowsam_monai.networks.spatial_size import check_spatial_size
+from knowsam_monai.tensors import without_meta
 
 
 class UNet(nn.Module):
@@ -56,7 +57,7 @@ class UNet(nn.Module):
         super().__init__()
         memory_format = channels_last(spatial_dims)
         if len(dropout) != len(channels):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`dropout` must be one probability for each of the {len(channels)} levels of `channels` "
                 f"but is {tuple(dropout)}. Give both the same length."
             )

@@ -9,9 +9,10 @@ import torch.nn as nn
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
-from knowsam_monai.losses.class_logits import without_meta
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.convolution import channels_last
 from knowsam_monai.networks.spatial_size import check_spatial_size
+from knowsam_monai.tensors import without_meta
 
 
 class VNet(nn.Module):
@@ -56,7 +57,7 @@ class VNet(nn.Module):
         super().__init__()
         memory_format = channels_last(spatial_dims)
         if len(num_convs) != len(channels):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`num_convs` must be one count for each of the {len(channels)} levels of `channels` "
                 f"but is {tuple(num_convs)}. Give both the same length."
             )

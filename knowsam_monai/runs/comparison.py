@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from knowsam_monai.files import sha256
 from knowsam_monai.runs.config import SECTIONS, plain_values
-from knowsam_monai.tensor_file import sha256
 
 # A run may go on when these differ: they say where it runs and what it shows, and not what it comes to.
 LEFT_OUT = {
@@ -76,7 +76,7 @@ def digests(contents: Mapping[str, Sequence[tuple[str, str]]] | None) -> dict[st
     What is kept of the data: a hash for each item of the sets that a training reads. None of None.
 
     Args:
-        contents: of :class:`knowsam_monai.data.check.DatalistReport`.
+        contents: of :class:`knowsam_monai.data.DatalistReport`.
 
     Example:
         >>> digests({"labeled": [("a.nii", "07")], "test": [("b.nii", "1e")]})

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from monai.bundle import ConfigExpression
 
-from knowsam_monai.preparation import explain_errors
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
+from knowsam_monai.runs.preparation import explain_errors
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
@@ -28,7 +29,7 @@ def check_config() -> None:
     - What is right in another form is turned into the config's own: ``cuda:0`` into a device, 32.0 into 32.
 
     The config itself is changed, so that all its components see the same values. From here on an error that this
-    package found is one sentence, see :func:`knowsam_monai.preparation.explain_errors`.
+    package found is one sentence, see :func:`knowsam_monai.runs.preparation.explain_errors`.
 
     Raises:
         RuntimeError: when no config is running.
@@ -41,7 +42,7 @@ def check_config() -> None:
     explain_errors()
     parser = running_parser()
     if parser is None:
-        raise RuntimeError(
+        raise KnowSAMRuntimeError(
             "`check_config` must be called by a config but none is running; put it into the `initialize` of one."
         )
     _refuse_none_on_the_command_line(parser.config)
@@ -70,7 +71,7 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
     for word, following in zip(words, [*words[1:], ""]):
         key, _, value = word.removeprefix("--").replace("-", "_").partition("=")
         if word.startswith("--") and (value or following) == "None" and key.split("#")[0] in config:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`{key}` must not be None on the command line, where MONAI leaves such an option out; write "
                 f"--{key} '$None'."
             )
@@ -94,7 +95,7 @@ def expand_path(path: str | os.PathLike, argument: str) -> str:
     path = os.path.expanduser(os.fspath(path))
     if path.startswith("~"):
         user = path.split("/")[0]
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`{argument}` must be a path of this machine but begins with {user!r}, the home folder of nobody here; "
             f"write the path in full, or ./{user} for a folder of that name."
         )
@@ -103,7 +104,7 @@ def expand_path(path: str | os.PathLike, argument: str) -> str:
     path = os.path.expandvars(path)
     unknown = VARIABLE.search(path)
     if unknown:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`{argument}` must name environment variables that are set but {unknown.group()} of {path} is not; set "
             "it, or write the path in full."
         )

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import ignite.distributed as idist
-
-from knowsam_monai.handlers import ValidationReport
-from knowsam_monai.preparation import root_cause
-from knowsam_monai.report import write_report
-from knowsam_monai.run_record import LOG, RunLog
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMRuntimeError, root_cause
+from knowsam_monai.runs import ValidationReport
+from knowsam_monai.runs.report import write_report
+from knowsam_monai.runs.run_record import LOG, RunLog
+from knowsam_monai.runs.trained_student import MODEL, publish_student
 from knowsam_monai.texts import printable
-from knowsam_monai.trained_student import MODEL, publish_student
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def finish_run(
         trainer.run()
         finish_run(report, "output", "models")
     """
-    if not enabled or idist.get_rank() != 0:
+    if not enabled or ranks.rank() != 0:
         return
     page = ("report.html", partial(write_report, output_dir), shlex.join(_REPORT + [os.fspath(output_dir)]))
     if report.is_empty:
@@ -64,7 +63,7 @@ def finish_run(
     _try("validation.png", report.write_picture, again)
     _try(*page)
     if not is_published:
-        raise RuntimeError(
+        raise KnowSAMRuntimeError(
             f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is whole in "
             f"{Path(output_dir) / MODEL}; to publish it start the same command again."
         )

@@ -10,10 +10,11 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-import ignite.distributed as idist
 from filelock import FileLock, Timeout
 
-from knowsam_monai.whole_file import LOCK, write_text
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMRuntimeError
+from knowsam_monai.files import LOCK, write_text
 
 HOLDER = ".lock.json"
 
@@ -39,7 +40,7 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
     Example:
         >>> lock_folder("output")     # doctest: +SKIP
     """
-    if not enabled or idist.get_rank() != 0:
+    if not enabled or ranks.rank() != 0:
         return
     unlock_folder()
     folder = Path(folder)
@@ -48,7 +49,7 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(
+        raise KnowSAMRuntimeError(
             f"`output_dir` must be the folder of one run at a time but {folder} is in use by {_holder(folder)}; wait "
             "for it, stop it, or name another --output_dir."
         ) from None

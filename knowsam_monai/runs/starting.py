@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from monai.utils import set_determinism
 
-from knowsam_monai.preparation import check_writable, fast_cpu_matmul, ignore_known_warnings, keep_freed_memory
-from knowsam_monai.run_record import open_log
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.runs.lock import lock_folder
-from knowsam_monai.stop_signals import end_on_signals
+from knowsam_monai.runs.preparation import check_writable, fast_cpu_matmul, ignore_known_warnings, keep_freed_memory
+from knowsam_monai.runs.run_record import open_log
+from knowsam_monai.runs.stop_signals import end_on_signals
 
 
 def start_run(
@@ -39,7 +41,7 @@ def start_run(
         seed: of all that is drawn; the same in every process, see :func:`seed_ranks`.
         resume: add to the log of the run before.
         preflight: write no log.
-        fast_matmul: see :func:`knowsam_monai.preparation.fast_cpu_matmul`; on a CPU only.
+        fast_matmul: see :func:`knowsam_monai.runs.preparation.fast_cpu_matmul`; on a CPU only.
         process_timeout: seconds that processes wait for each other; None for one process.
 
     Raises:
@@ -57,7 +59,7 @@ def start_run(
         _join_processes(device, process_timeout)
     check_writable(output_dir, ckpt_dir)
     lock_folder(output_dir, not preflight)
-    if idist.get_rank() == 0:
+    if ranks.rank() == 0:
         open_log(output_dir, resume, not preflight)
     if fast_matmul and device.type == "cpu":
         fast_cpu_matmul()
@@ -75,8 +77,8 @@ def seed_ranks(seed: int) -> None:
 
         seed_ranks(0)     # after networks are built, which must be the same in all
     """
-    if idist.get_world_size() > 1:
-        torch.manual_seed(seed + idist.get_rank())
+    if ranks.world_size() > 1:
+        torch.manual_seed(seed + ranks.rank())
 
 
 def _join_processes(device: torch.device, timeout: float) -> None:
@@ -86,11 +88,11 @@ def _join_processes(device: torch.device, timeout: float) -> None:
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         except ValueError as error:  # what torchrun sets in the environment is missing
-            raise RuntimeError(
+            raise KnowSAMRuntimeError(
                 f"`process_timeout` must be None for a process that torchrun has not started but is {timeout}; start "
                 "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`."
             ) from error
     idist.sync()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    logging.getLogger().setLevel(logging.ERROR if idist.get_rank() > 0 else logging.INFO)
+    logging.getLogger().setLevel(logging.ERROR if ranks.rank() > 0 else logging.INFO)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
 
 # what the configs build: these keys hold components, not settings
@@ -42,14 +43,14 @@ def _listed(value: Any) -> Any:
 def _different(values: list) -> list:
     """None is there twice, whatever its case and spaces."""
     if len({" ".join(str(value).split()).casefold() for value in values}) < len(values):
-        raise ValueError("twice")
+        raise KnowSAMValueError("twice")
     return values
 
 
 def _some_positive(values: list[float]) -> list[float]:
     """One at least is above 0."""
     if not any(values):
-        raise ValueError("all 0")
+        raise KnowSAMValueError("all 0")
     return values
 
 
@@ -354,7 +355,7 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
     mistakes = mistakes or list(_contradictions(checked, is_training="train" in config and "split" not in config))
     mistakes = mistakes or list(_broken_expressions(current, fields, values))
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise KnowSAMValueError("\n".join(mistakes))
     return settled
 
 

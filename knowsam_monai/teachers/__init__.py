@@ -1,10 +1,33 @@
-"""Whatever can teach: the contract of a teacher, SAM 2, and a frozen network."""
+"""Whatever can teach: SAM with adapters and learnable prompts, SAM 2, a frozen network, slice by slice of a volume."""
 
 from __future__ import annotations
 
+from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.contract import TeacherFacts, check_teacher
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.intensity_window import IntensityWindow
 from knowsam_monai.teachers.network_teacher import NetworkTeacher
+from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.provenance import Origin, origin
+from knowsam_monai.teachers.sam import build_sam
 from knowsam_monai.teachers.sam2_teacher import Sam2Teacher
+from knowsam_monai.teachers.sam_teacher import SAMTeacher
+from knowsam_monai.teachers.slice_selection import SliceSelection
+from knowsam_monai.teachers.slice_teacher import SliceTeacher
 
-__all__ = ["NetworkTeacher", "Origin", "Sam2Teacher", "TeacherFacts", "check_teacher", "origin"]
+__all__ = [
+    "Adapter",
+    "EmbeddingCache",
+    "IntensityWindow",
+    "LearnablePrompt",
+    "NetworkTeacher",
+    "Origin",
+    "SAMTeacher",
+    "Sam2Teacher",
+    "SliceSelection",
+    "SliceTeacher",
+    "TeacherFacts",
+    "build_sam",
+    "check_teacher",
+    "origin",
+]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigParser
 from torch import nn
 
-from knowsam_monai.random_state import kept_random_state
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 CONFIGS = tuple(f"configs/inference.{ending}" for ending in ("json", "yaml", "yml"))
@@ -51,20 +52,20 @@ def build_bundle_network(folder: Path) -> nn.Module:
     """
     config_file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
     if config_file is None:
-        raise FileNotFoundError(f"`path` must be a bundle's folder but {folder} has no {CONFIGS[0]}.")
+        raise KnowSAMFileNotFoundError(f"`path` must be a bundle's folder but {folder} has no {CONFIGS[0]}.")
     try:
         config = ConfigParser.load_config_file(str(config_file))
         definition = config["network_def"]
     except KeyError:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`path` must be a bundle that defines its network but {config_file} has no `network_def`; build the "
             "network yourself and give it to `NetworkTeacher`."
         ) from None
     except Exception as error:  # JSON's and YAML's own
-        raise ValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it anew.") from error
+        raise KnowSAMValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it anew.") from error
     network = _built(_plain(definition, config, config_file), config_file)
     if not isinstance(network, nn.Module):
-        raise ValueError(f"`network_def` of {config_file} must be a network but is {definition!r}.")
+        raise KnowSAMValueError(f"`network_def` of {config_file} must be a network but is {definition!r}.")
     expectation = f"`path` must be a bundle with its network's weights but {folder / MODEL}"
     load_strictly(network, read_state_dict(folder / MODEL, expectation), expectation, "copy config and weights anew")
     return network
@@ -83,9 +84,9 @@ def check_bundle(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"`path` must be a bundle's folder but {folder} is none; unpack a zip first.")
+        raise KnowSAMFileNotFoundError(f"`path` must be a bundle's folder but {folder} is none; unpack a zip first.")
     if not any((folder / name).is_file() for name in (MODEL, TORCHSCRIPT)):
-        raise FileNotFoundError(
+        raise KnowSAMFileNotFoundError(
             f"`path` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; get it whole "
             f"with `python -m monai.bundle download --name {folder.name} --bundle_dir {folder.parent}`."
         )
@@ -158,7 +159,7 @@ def _built(value: Any, file: Path) -> Any:
     try:
         return _network_class(value["_target_"], file)(**arguments)
     except TypeError as error:
-        raise ValueError(f"`network_def` of {file} does not fit its class: {error}.") from error
+        raise KnowSAMValueError(f"`network_def` of {file} does not fit its class: {error}.") from error
 
 
 def _network_class(target: Any, file: Path) -> type[nn.Module]:
@@ -174,8 +175,8 @@ def _network_class(target: Any, file: Path) -> type[nn.Module]:
     raise _refused(file, f"the target {target}, no class of {', '.join(PACKAGES)}")
 
 
-def _refused(file: Path, what: str) -> ValueError:
-    return ValueError(
+def _refused(file: Path, what: str) -> KnowSAMValueError:
+    return KnowSAMValueError(
         f"`network_def` of {file} must be plain values around networks' classes but has {what}; a config is code, and "
         "code that came with a file is not run: build the network yourself and give it to `NetworkTeacher`, or take "
         "its TorchScript (`from_torchscript`)."

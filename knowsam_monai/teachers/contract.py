@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.teachers.provenance import origin
 
 TOLERANCE = 1e-3  # of the largest logit: a batch is computed in another order than its rows
@@ -95,14 +96,14 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         True
     """
     if not isinstance(teacher, nn.Module):
-        raise TypeError(f"`teacher` must be a torch module but is a {type(teacher).__name__}.")
+        raise KnowSAMTypeError(f"`teacher` must be a torch module but is a {type(teacher).__name__}.")
     if image.ndim not in (4, 5) or len(image) < 2 or not image.is_floating_point():
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`image` must be two or more images (B, channels, *spatial) of floats but is {image.dtype} of shape "
             f"{tuple(image.shape)}."
         )
     if not (0 <= image.min() and image.max() <= 1):
-        raise ValueError(f"`image` must be in 0..1 but is in {image.min():.4g}..{image.max():.4g}; scale it.")
+        raise KnowSAMValueError(f"`image` must be in 0..1 but is in {image.min():.4g}..{image.max():.4g}; scale it.")
     said = getattr(teacher, "num_classes", None)
     if said is not None and num_classes is not None and said != num_classes:
         raise _broken(f"have the student's {num_classes} classes", f"has {said}")
@@ -244,5 +245,5 @@ def _left_as_it_was(teacher: nn.Module, image: Tensor) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _broken(expected: str, actual: str, remedy: str = "") -> ValueError:
-    return ValueError(f"`teacher` must {expected} but {actual}{'; ' + remedy if remedy else ''}.")
+def _broken(expected: str, actual: str, remedy: str = "") -> KnowSAMValueError:
+    return KnowSAMValueError(f"`teacher` must {expected} but {actual}{'; ' + remedy if remedy else ''}.")

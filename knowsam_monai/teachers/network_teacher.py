@@ -11,7 +11,7 @@ import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from knowsam_monai.losses.class_logits import at_least_float32, class_logits, without_meta
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.teachers.bundle_network import (
     MODEL,
     TORCHSCRIPT,
@@ -19,6 +19,7 @@ from knowsam_monai.teachers.bundle_network import (
     check_bundle,
     read_bundle_facts,
 )
+from knowsam_monai.tensors import at_least_float32, class_logits, without_meta
 
 
 class NetworkTeacher(nn.Module):
@@ -78,7 +79,7 @@ class NetworkTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if not (normalize is None or normalize == "z_score" or callable(normalize)):
-            raise ValueError(f"`normalize` must be 'z_score', a callable or None but is {normalize!r}.")
+            raise KnowSAMValueError(f"`normalize` must be 'z_score', a callable or None but is {normalize!r}.")
         self.channels = _groups(channels)
         self.num_classes = len(self.channels)
         self.network = network
@@ -115,11 +116,11 @@ class NetworkTeacher(nn.Module):
             teacher = NetworkTeacher.from_torchscript("models/model.ts", channels=(0, 3, 2, 1))
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"`path` must be a TorchScript file but {path} does not exist.")
+            raise KnowSAMFileNotFoundError(f"`path` must be a TorchScript file but {path} does not exist.")
         try:
             network = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`path` must be a TorchScript file but {path} is none or damaged; a `state_dict` (.pt) needs its "
                 "network: `NetworkTeacher(network, ...)` or `from_bundle`."
             ) from error
@@ -174,13 +175,13 @@ class NetworkTeacher(nn.Module):
         image = without_meta(image)
         logits = self.inferer(self._normalized(image), self.network)
         if not isinstance(logits, Tensor):
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`network` must give one tensor but gives a {type(logits).__name__}; wrap it in a module that returns "
                 "its finest logits."
             )
         logits = at_least_float32(logits)
         if len(logits) != len(image) or logits.shape[2:] != image.shape[2:]:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`network` must give logits of the image's rows and size, {tuple(image.shape)}, but gives "
                 f"{tuple(logits.shape)}; give its `patch_size`, or wrap it in a module that resizes."
             )
@@ -193,7 +194,7 @@ class NetworkTeacher(nn.Module):
             rest = [channel for channel in everything if channel not in used]
             return _merged(logits, self.channels[0]) - _merged(logits, rest)
         if sorted(used) != everything:
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"`channels` must name each of the network's {len(everything)} channels once but are {self.channels}; "
                 "merge what the student has no class for into its background."
             )
@@ -217,7 +218,7 @@ def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, .
     used = [channel for group in groups for channel in group]
     valid = all(type(channel) is int and channel >= 0 for channel in used)
     if not groups or not all(groups) or not valid or len(set(used)) < len(used):
-        raise ValueError(
+        raise KnowSAMValueError(
             "`channels` must have for each class one or more channels of the network, 0 or above and none twice, but "
             f"are {channels!r}."
         )
@@ -230,7 +231,7 @@ def _several(entry: Any) -> Sequence[Any]:
 
 def _number(name: int | str, names: dict[str, int], folder: Path) -> int:
     if isinstance(name, str) and name not in names:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`channels` must be among {', '.join(names) or 'numbers'}, the channels of {folder}, but one is {name!r}."
         )
     return names[name] if isinstance(name, str) else name

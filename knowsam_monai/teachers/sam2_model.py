@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowsam_monai.networks.adapter import AdaptedAttention, AdaptedMLP
-from knowsam_monai.networks.sam_checkpoint import which_model
-from knowsam_monai.random_state import kept_random_state
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
+from knowsam_monai.teachers.sam_checkpoint import which_model
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] |
     """
     transformers = import_transformers()
     if not isinstance(variant, transformers.Sam2Config) and variant not in SAM2_VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(SAM2_VARIANTS)} but is {variant!r}.")
+        raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM2_VARIANTS)} but is {variant!r}.")
     config = _config(transformers, variant) if isinstance(variant, str) else variant
     state = None if checkpoint is None else read_sam2_checkpoint(checkpoint, variant, config)
     sam2 = transformers.Sam2Model(config)
@@ -146,7 +147,7 @@ def import_transformers() -> ModuleType:
 
         transformers.Sam2Model  # noqa: B018  # it is imported on the first look
     except (ImportError, AttributeError) as error:
-        raise ImportError(
+        raise KnowSAMImportError(
             "SAM 2 needs `transformers` with Sam2Model, which is not installed; get it with "
             "`pip install knowsam-monai[sam2]`."
         ) from error
@@ -163,7 +164,7 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
     """
     path, expectation = Path(checkpoint), _expectation(checkpoint, variant)
     if not path.exists():
-        raise FileNotFoundError(
+        raise KnowSAMFileNotFoundError(
             f"{expectation} does not exist; nothing is downloaded by itself: where there is a network, get it with "
             f"`hf download facebook/sam2.1-hiera-{_name(variant).replace('_', '-')} --local-dir {path}`."
         )
@@ -177,10 +178,12 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
     if PATCH_PROJECTION not in state:
         other = which_model(state)
         kind = f"another model (its tensors are {some(state)})" if other is None else other
-        raise ValueError(f"{expectation} holds {kind}; give the file of a SAM 2 {_name(variant)}.")
+        raise KnowSAMValueError(f"{expectation} holds {kind}; give the file of a SAM 2 {_name(variant)}.")
     found = _variant_of(state)
     if isinstance(variant, str) and found is not None and found != variant:
-        raise ValueError(f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}.")
+        raise KnowSAMValueError(
+            f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}."
+        )
     state = {name: value for name, value in state.items() if not OF_VIDEOS.match(name)}
     for name, twin in (POSITIONS, POSITIONS[::-1]):  # one matrix, which some files hold once
         if name not in state and twin in state:
@@ -202,7 +205,7 @@ def check_sam2_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
-        raise ValueError(
+        raise KnowSAMValueError(
             f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; the "
             "teacher resizes its images itself, so a near multiple will do."
         )
@@ -225,7 +228,7 @@ class AdaptedPairAttention(AdaptedAttention):
 
 def add_sam2_adapters(sam2: nn.Module, encoder: bool = True) -> None:
     """
-    Wrap attentions and MLPs of a Sam2Model in place, where :func:`knowsam_monai.networks.adapter.add_adapters` does.
+    Wrap attentions and MLPs of a Sam2Model in place, where :func:`knowsam_monai.teachers.adapter.add_adapters` does.
 
     Args:
         sam2: with its weights loaded: wrapping changes the names of its parameters.
@@ -279,12 +282,12 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = found["model_type"]
     except FileNotFoundError:
-        raise ValueError(f"{expectation} has no config.json; download the whole folder.") from None
+        raise KnowSAMValueError(f"{expectation} has no config.json; download the whole folder.") from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{expectation} has a damaged config.json; download it anew.") from None
+        raise KnowSAMValueError(f"{expectation} has a damaged config.json; download it anew.") from None
     if model not in ("sam2", "sam2_video"):
         remedy = "for SAM 1 take SAMTeacher and Meta's .pth" if model == "sam" else "give the folder of a SAM 2"
-        raise ValueError(f"{expectation} holds a {model!r}; {remedy}.")
+        raise KnowSAMValueError(f"{expectation} holds a {model!r}; {remedy}.")
     vision = found.get("vision_config") or {}
     backbone = import_transformers().Sam2HieraDetConfig.from_dict(vision.get("backbone_config") or {})
     expected = config.vision_config.backbone_config
@@ -293,7 +296,7 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
     for key in SAM2_VARIANTS["tiny"]:
         if list(getattr(backbone, key)) != list(getattr(expected, key)):
             remedy = f"set `variant` to {named!r}" if named else "give its Sam2Config as `variant`"
-            raise ValueError(
+            raise KnowSAMValueError(
                 f"{expectation} has {key} {list(getattr(backbone, key))} instead of {list(getattr(expected, key))}; "
                 f"{remedy}, or give the folder of a {_name(variant)}."
             )
@@ -308,9 +311,9 @@ def _weight_files(folder: Path, expectation: str) -> list[Path]:
         files = [folder / Path(shard).name for shard in shards]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(f"{expectation} lacks {some(missing)}; download the whole folder.")
+            raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the whole folder.")
         return files
-    raise FileNotFoundError(f"{expectation} has no model.safetensors; download the whole folder.")
+    raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the whole folder.")
 
 
 def _name(variant: str | Any) -> str:

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowsam_monai.losses.class_logits import without_meta
-from knowsam_monai.networks.adapter import Adapter
-from knowsam_monai.networks.embedding_cache import EmbeddingCache
-from knowsam_monai.networks.prompt import LearnablePrompt
-from knowsam_monai.networks.prompted_teacher import PromptedTeacher
-from knowsam_monai.random_state import kept_random_state
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.adapter import Adapter
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.prompt import LearnablePrompt
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
+from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Sam2Teacher(PromptedTeacher):
     """
     SAM 2 (2.1, MedSAM2) with adapters and learnable prompts, prompted by a student's logits, image by image.
 
-    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as :class:`knowsam_monai.networks.SAMTeacher` does it
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as :class:`knowsam_monai.teachers.SAMTeacher` does it
     with SAM 1: one decoder call for all classes of all images, the mask prompt the *detached raw* logits of the class,
     bilinear to 4 x the token grid, the masks bilinear to the size of the image in logit space. What SAM 2 adds is in
     it: the high-resolution features, the object-score token, and the no-memory embedding of a single image. It is
@@ -110,11 +111,11 @@ class Sam2Teacher(PromptedTeacher):
     ) -> None:
         super().__init__(num_classes, check_sam2_size(image_size), to_rgb)
         if trainable not in ("adapters", "all"):
-            raise ValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
+            raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
         if encoder not in ("adapted", "cached"):
-            raise ValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
+            raise KnowSAMValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
         if encoder == "cached" and self.image_size[0] != self.image_size[1]:
-            raise ValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
+            raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder, self.trainable = encoder, trainable
         self.variant = variant if isinstance(variant, str) else "own config"
         self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)

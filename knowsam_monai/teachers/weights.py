@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from knowsam_monai.tensor_file import NotATensorFile, read_tensor_file
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +42,17 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str) -> dict[str,
             content = read_tensor_file(path)
         except NotATensorFile as error:
             remedy = "save the plain `state_dict()` where you trust the file" if error.runs_code else "copy it anew"
-            raise ValueError(f"{expectation} {error}; {remedy}.") from error
+            raise KnowSAMValueError(f"{expectation} {error}; {remedy}.") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
         kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
+        raise KnowSAMValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
     low_rank = [name for name in content if any(part in name for part in LORA)]
     if low_rank:
-        raise ValueError(
+        raise KnowSAMValueError(
             f"{expectation} holds a LoRA, low-rank changes of other weights ({some(low_rank)}); merge it into its base "
             "model where it was trained (`merge_and_unload` of peft), and give that file."
         )
@@ -89,7 +90,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
     ]
     found = [f"{verb} {some(names)}" for verb, names in problems if names]
     if found:
-        raise ValueError(f"{expectation} holds another model ({'; '.join(found)}); {remedy}.")
+        raise KnowSAMValueError(f"{expectation} holds another model ({'; '.join(found)}); {remedy}.")
     module.load_state_dict(state)
 
 
@@ -113,4 +114,4 @@ def _read_safetensors(path: str | os.PathLike[str], expectation: str) -> dict[st
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{expectation} is truncated or no safetensors file; copy it anew.") from error
+        raise KnowSAMValueError(f"{expectation} is truncated or no safetensors file; copy it anew.") from error

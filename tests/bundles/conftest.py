@@ -15,9 +15,9 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
-from knowsam_monai import stop_signals
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
+from knowsam_monai.runs import stop_signals
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 CONFIGS = BUNDLES / "knowsam_acdc" / "configs"

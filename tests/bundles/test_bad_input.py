@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.errors import root_cause
 
 
 def write_volume(path, value=0.0, shape=(16, 16, 2), dtype=np.float32, corner=0.0):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from knowsam_monai.data import check
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.errors import root_cause
 
 ALONE = {"use_sam": False, "mixing_weight": 0, "max_iterations": 1}
 

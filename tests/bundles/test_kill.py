@@ -19,11 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from knowsam_monai.whole_file import PART
-
-from ..processes import finish, start, wait_for
-from ..same_bits import assert_same_bits
-from .conftest import CONFIGS, CONFIGS_3D, SMALL_UNET, TINY, TINY_3D, run_bundle
+from knowsam_monai.files import PART
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_UNET, TINY, TINY_3D, run_bundle
+from tests.processes import finish, start, wait_for
+from tests.same_bits import assert_same_bits
 
 RUNS = {
     "knowsam": (CONFIGS, ()),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ignite.engine import Events
 
-from .conftest import Training
+from tests.bundles.conftest import Training
 
 
 class SignalBefore:

@@ -17,10 +17,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export,
 from monai.networks.nets import VNet
 from monai.utils import set_determinism
 
-from knowsam_monai.networks import MultiViewNet, SAMTeacher, SliceTeacher
-from knowsam_monai.preparation import root_cause
-
-from .conftest import BUNDLES, CONFIGS_3D, Training
+from knowsam_monai.errors import root_cause
+from knowsam_monai.networks import MultiViewNet
+from knowsam_monai.teachers import SAMTeacher, SliceTeacher
+from tests.bundles.conftest import BUNDLES, CONFIGS_3D, Training
 
 LA = os.environ.get("KNOWSAM_LA_DIR")
 LOSSES = {"loss", "sam_loss", "distillation_loss", "mutual_loss", "entropy_loss", "mixing_loss"}

@@ -15,10 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai.handlers import scalar_terms
-
-from ..hosts import no_loss
-from ..toys import toy_trainer, with_gradient
-from .conftest import CONFIGS, CONFIGS_3D
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D
+from tests.hosts import no_loss
+from tests.toys import toy_trainer, with_gradient
 
 SIZES = {CONFIGS: (32, 32), CONFIGS_3D: (16, 16, 16)}
 BUNDLES = pytest.mark.parametrize("bundle", SIZES, ids=["slices", "volumes"])

@@ -18,10 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai.data import write_phantom
 from knowsam_monai.networks import MultiViewNet
-
-from ..processes import finish, start, start_ranks, wait_for
-from ..same_bits import assert_same_bits
-from .conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, SMALL_UNET, TINY, TINY_3D, run_bundle
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, SMALL_UNET, TINY, TINY_3D, run_bundle
+from tests.processes import finish, start, start_ranks, wait_for
+from tests.same_bits import assert_same_bits
 
 ROOT = Path(__file__).parents[2]
 

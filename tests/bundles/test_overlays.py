@@ -12,8 +12,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from knowsam_monai.networks import StackedNetworks, UNet
-
-from .conftest import CONFIGS, CONFIGS_3D, Training
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, Training
 
 SAM = {"sam_loss", "distillation_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
 QUICK = {

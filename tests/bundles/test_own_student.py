@@ -16,7 +16,7 @@ import pytest
 import torch
 from fire.parser import DefaultParseValue
 
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.errors import root_cause
 
 BASIC_UNET = """
     --network_def '{"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 4}'

@@ -12,7 +12,7 @@ from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.utils import BundlePropertyConfig, set_determinism
 from monai.utils.module import optional_import
 
-from .conftest import BUNDLES, TINY, TINY_3D
+from tests.bundles.conftest import BUNDLES, TINY, TINY_3D
 
 METHODS = ("supervised", "mean_teacher", "ua_mt", "cps", "fixmatch", "bcp")
 NETWORKS = (None, "network_plain", "network_pair")

@@ -17,10 +17,9 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 
+from knowsam_monai.errors import root_cause
 from knowsam_monai.networks import MultiViewNet
-from knowsam_monai.preparation import root_cause
-
-from .conftest import CONFIGS, SMALL_STUDENT, Training
+from tests.bundles.conftest import CONFIGS, SMALL_STUDENT, Training
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ..same_bits import assert_same_bits
-from .conftest import CONFIGS, CONFIGS_3D, Training
-from .test_overlays import SMALL_UNET_3D
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, Training
+from tests.bundles.test_overlays import SMALL_UNET_3D
+from tests.same_bits import assert_same_bits
 
 
 @pytest.mark.parametrize("overlays", [(), ("network_plain.json", "bcp.json")], ids=["knowsam", "bcp"])

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from monai.bundle import ConfigParser
 
 from knowsam_monai.__main__ import main
-from knowsam_monai.preparation import is_said_by_this_package, root_cause
+from knowsam_monai.errors import KnowSAMError, root_cause
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 AFFINE = np.diag([1.5, 1.5, 8.0, 1.0])
@@ -268,7 +268,7 @@ def test_file_that_cannot_be_meant_is_one_sentence_with_its_name(tmp_path, datal
         with pytest.raises(Exception) as error:
             pipeline(way)(dict.fromkeys(["image"] if "inference" in way else ["image", "label"], str(path)))
         cause = root_cause(error.value)
-        assert is_said_by_this_package(cause) and isinstance(cause, ValueError), repr(cause)
+        assert isinstance(cause, KnowSAMError) and isinstance(cause, ValueError), repr(cause)
         assert str(path) in str(cause) and re.search(message, str(cause)) and "\n" not in str(cause), str(cause)
 
 

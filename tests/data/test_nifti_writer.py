@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, SaveImage
 
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.errors import root_cause
 
 WRITER = "knowsam_monai.data.nifti_writer.NiftiGeometryWriter"
 AFFINE = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, 6], [0, 0, 9, 7], [0, 0, 0, 1]])

@@ -26,7 +26,8 @@ from monai.transforms import (
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
-from knowsam_monai.data.orientation import check_orientations, orient
+from knowsam_monai.data.orientation import orient
+from knowsam_monai.distillation.sam_image import check_orientations
 
 BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
 SQUARE = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])

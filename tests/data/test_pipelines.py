@@ -9,7 +9,7 @@ from monai.data import DataLoader, decollate_batch
 from monai.inferers import SliceInferer
 from monai.transforms import Compose, Invertd
 
-from knowsam_monai.data import SemiSupervisedLoader, phantom_datalist, slice_dataset, write_phantom
+from knowsam_monai.data import SemiSupervisedLoader, cached_dataset, phantom_datalist, write_phantom
 
 SIZE = 64
 PHANTOM = {"num_labeled": 1, "num_unlabeled": 1, "num_validation": 1, "num_test": 0, "max_size": 48}
@@ -93,8 +93,8 @@ CONFIG = {
 def data(tmp_path_factory) -> dict:
     items = phantom_datalist(write_phantom(tmp_path_factory.mktemp("data") / "phantom", **PHANTOM))
     return {
-        "labeled": slice_dataset(items["labeled"], build("slices"), progress=False),
-        "unlabeled": slice_dataset(items["unlabeled"], build("slices"), progress=False),
+        "labeled": cached_dataset(items["labeled"], build("slices"), progress=False),
+        "unlabeled": cached_dataset(items["unlabeled"], build("slices"), progress=False),
         "validation": items["validation"],
     }
 
@@ -105,7 +105,7 @@ def build(name: str) -> Compose:
 
 
 def augmented(dataset, name: str):
-    return slice_dataset([dict(item) for item in dataset], [], build(name), progress=False)
+    return cached_dataset([dict(item) for item in dataset], [], build(name), progress=False)
 
 
 def test_slices_have_the_network_size_and_the_values_of_their_volume(data):
@@ -165,7 +165,7 @@ def test_image_and_label_move_together(data):
 def test_validation_volume_goes_back_to_its_own_grid(data):
     """What a network would see, sent back as probabilities, is the truth again to the resolution of the grid."""
     preprocessing = build("volumes")
-    volumes = slice_dataset(data["validation"], preprocessing, progress=False)
+    volumes = cached_dataset(data["validation"], preprocessing, progress=False)
     batch = next(iter(DataLoader(volumes, batch_size=1)))
     assert batch["image"].shape[2:4] == (SIZE, SIZE)
     shape = batch["label"].shape

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from knowsam_monai.data.sampling import LABELED, UNLABELED, TwoStreamSampler, derive_seed
+from knowsam_monai.data.sampling import LABELED, UNLABELED, TwoStreamSampler
+from knowsam_monai.seeds import derive_seed
 
 
 def test_keys_of_a_batch_name_stream_pass_and_item():

@@ -11,7 +11,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 
-from knowsam_monai.data import SemiSupervisedLoader, phantom_datalist, slice_dataset, write_phantom
+from knowsam_monai.data import SemiSupervisedLoader, cached_dataset, phantom_datalist, write_phantom
 
 PHANTOM = {"num_labeled": 2, "num_unlabeled": 3, "num_validation": 1, "num_test": 0, "max_size": 32}
 PATCH = (16, 16, 16)
@@ -38,10 +38,10 @@ def data(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("data") / "phantom"
     items = phantom_datalist(write_phantom(folder, anatomy="left_atrium", **PHANTOM))
     patches = {
-        name: slice_dataset(items[name], build("volumes"), build("patches"), progress=False)
+        name: cached_dataset(items[name], build("volumes"), build("patches"), progress=False)
         for name in ("labeled", "unlabeled")
     }
-    return {**patches, "volumes": slice_dataset(items["labeled"], build("volumes"), progress=False)}
+    return {**patches, "volumes": cached_dataset(items["labeled"], build("volumes"), progress=False)}
 
 
 def batches(data: dict, num_workers: int = 0, first: int = 0, seed: int = 0) -> list[dict]:
@@ -79,7 +79,7 @@ def test_each_epoch_cuts_another_patch_of_the_same_volume(data):
 def test_image_and_label_of_a_patch_are_cut_at_the_same_place(data):
     """An image that is its own label stays so."""
     items = [{**item, "image": item["label"].clone()} for item in data["volumes"]]
-    masks = {"labeled": slice_dataset(items, [], build("patches"), progress=False), "unlabeled": data["unlabeled"]}
+    masks = {"labeled": cached_dataset(items, [], build("patches"), progress=False), "unlabeled": data["unlabeled"]}
     for batch in batches(masks):
         assert torch.equal(batch["image"][:2].as_tensor(), batch["label"].as_tensor())
         assert 0 < batch["label"].sum()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_docstrings import PUBLIC, SUBPACKAGES
+from tests.docs.test_docstrings import PUBLIC, SUBPACKAGES
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "docs" / "source"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import knowsam_monai.distiller
-from knowsam_monai.distiller import SAMDistiller
+import knowsam_monai.distillation.distiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ["monai_trainer", "plain_loop", "ignite_engine", "lightning_module"]
@@ -83,7 +83,9 @@ def test_script_without_skd_is_the_host_bit_for_bit(script, run, monkeypatch):
     assert not any(word in code for word in ("sam", "skd", "distil", "teacher"))
     alone, calls = run(left)
     assert not calls
-    monkeypatch.setattr(knowsam_monai.distiller, "DistillationLoss", lambda: lambda student, teacher: 0 * student.sum())
+    monkeypatch.setattr(
+        knowsam_monai.distillation.distiller, "DistillationLoss", lambda: lambda student, teacher: 0 * student.sum()
+    )
     attached, calls = run(source)
     assert calls
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), attached.parameters(), strict=True))

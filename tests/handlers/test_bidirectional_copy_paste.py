@@ -5,15 +5,14 @@ import copy
 import pytest
 import torch
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.bidirectional_copy_paste import BidirectionalCopyPaste
-from knowsam_monai.handlers.preflight import Preflight
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-
-from ..hosts import CASES, assert_same_weights, toy_host
-from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.runs.preflight import Preflight
+from tests.hosts import CASES, assert_same_weights, toy_host
+from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def build(student, num_classes=3, **kwargs):

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from knowsam_monai.handlers.co_training import MultiViewCoTraining
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.networks import StackedNetworks
-
-from ..hosts import CASES, no_loss
-from ..toys import ToyStudent, toy_batches, toy_trainer
+from tests.hosts import CASES, no_loss
+from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 
 @pytest.mark.parametrize("target", ["hard", "soft"])

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from knowsam_monai.handlers.fixmatch import FixMatch
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
-
-from ..hosts import CASES, TwoHeads, assert_same_weights, hand_written_run, no_loss, toy_host
-from ..toys import toy_batches, toy_trainer
+from tests.hosts import CASES, TwoHeads, assert_same_weights, hand_written_run, no_loss, toy_host
+from tests.toys import toy_batches, toy_trainer
 
 
 @pytest.mark.parametrize("num_classes, size", CASES)

@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing, gated
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.networks import SliceTeacher
-
-from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+from knowsam_monai.teachers import SliceTeacher
+from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def unsure_logits(cells, num_rows=2, size=8, cell=2):

@@ -7,8 +7,7 @@ from monai.handlers import CheckpointSaver
 
 from knowsam_monai.handlers.loss_terms import LossTerms
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-
-from ..toys import ToyStudent, toy_batches, toy_trainer
+from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 
 def trainer_with(term, log_interval, num=6, extra=(), max_epochs=1):

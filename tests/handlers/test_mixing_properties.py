@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from knowsam_monai.handlers import UncertaintyGuidedMixing
 from knowsam_monai.handlers.guided_mixing import gated
-
-from ..properties import cases, few, first_largest, log_softmax, pixels, softmax
+from tests.properties import cases, few, first_largest, log_softmax, pixels, softmax
 
 
 def cell_entropies(logits, row, grid):

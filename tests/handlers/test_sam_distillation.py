@@ -10,12 +10,11 @@ from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
-from knowsam_monai.networks import SAMTeacher, SliceTeacher
-
-from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gradient
+from knowsam_monai.teachers import SAMTeacher, SliceTeacher
+from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gradient
 
 
 def build(seed=0, **kwargs):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from ignite.engine import Events
 
-from knowsam_monai import attachment, handlers
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai import handlers
+from knowsam_monai.distillation import attachment
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
-
-from ..hosts import toy_host
-from ..toys import toy_trainer
+from knowsam_monai.networks.ema_student import EMAStudent
+from tests.hosts import toy_host
+from tests.toys import toy_trainer
 
 LOSS = PartiallyLabeledLoss(dice_ce_loss(2))
 # what takes `start` -> its handler for a student, an optimizer, a distiller and a start; the term that it adds

@@ -5,8 +5,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch.nn import functional as F
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.ema_student import EMAStudent
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers import (
     FixMatch,
     MeanTeacher,
@@ -17,8 +16,8 @@ from knowsam_monai.handlers import (
 )
 from knowsam_monai.handlers.supervision import unlabeled_rows
 from knowsam_monai.losses import PartiallyLabeledLoss
-
-from ..toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+from knowsam_monai.networks.ema_student import EMAStudent
+from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def handlers():

@@ -7,11 +7,10 @@ from monai.handlers import MeanDice, from_engine
 from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.transforms import AsDiscreted
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.teacher_validation import TeacherValidation
-from knowsam_monai.networks import SliceTeacher
-
-from ..toys import ToyStudent, ToyTeacher
+from knowsam_monai.teachers import SliceTeacher
+from tests.toys import ToyStudent, ToyTeacher
 
 
 def evaluator_of(distiller, student, handler=None, with_metric=True):

@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 
-from knowsam_monai.ema_student import EMAStudent
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.handlers.uncertainty_aware_mean_teacher import UncertaintyAwareMeanTeacher
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
-
-from ..hosts import CASES, assert_same_weights, hand_written_noise, hand_written_run, no_loss, toy_host
-from ..toys import toy_batches, toy_trainer
+from knowsam_monai.networks.ema_student import EMAStudent
+from tests.hosts import CASES, assert_same_weights, hand_written_noise, hand_written_run, no_loss, toy_host
+from tests.toys import toy_batches, toy_trainer
 
 
 def build(network, **kwargs):

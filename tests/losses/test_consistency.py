@@ -8,8 +8,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from knowsam_monai.losses import MutualConsistencyLoss
-
-from ..toys import with_gradient
+from tests.toys import with_gradient
 
 
 def reference(logits_a: torch.Tensor, logits_b: torch.Tensor, target: str) -> float:

@@ -8,8 +8,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from knowsam_monai.losses import DistillationLoss
-
-from ..toys import with_gradient
+from tests.toys import with_gradient
 
 
 def reference(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> float:

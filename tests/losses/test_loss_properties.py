@@ -19,8 +19,7 @@ from knowsam_monai.losses import (
     dice_ce_loss,
     entropy_map,
 )
-
-from ..properties import assert_right, cases, dice_ce, few, first_largest, log_softmax, pixels, softmax
+from tests.properties import assert_right, cases, dice_ce, few, first_largest, log_softmax, pixels, softmax
 
 
 def finite_gradient(loss, *inputs) -> bool:

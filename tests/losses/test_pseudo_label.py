@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.losses import PseudoLabelLoss
-
-from ..toys import with_gradient
+from tests.toys import with_gradient
 
 
 def test_pixels_checked_by_hand():

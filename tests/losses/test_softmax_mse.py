@@ -6,8 +6,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from knowsam_monai.losses import SoftmaxMSELoss
-
-from ..toys import with_gradient
+from tests.toys import with_gradient
 
 
 def test_pixels_checked_by_hand():

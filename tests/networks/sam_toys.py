@@ -7,8 +7,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from knowsam_monai.networks.sam_variants import SAMVariant
-from knowsam_monai.networks.segment_anything_import import import_segment_anything
+from knowsam_monai.teachers.sam_variants import SAMVariant
+from knowsam_monai.teachers.segment_anything_import import import_segment_anything
 
 TOY_VARIANT = SAMVariant(16, 3, 2, (1,), window_size=3, prompt_dim=32, decoder_mlp_dim=16)
 

@@ -6,9 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.networks import HybridAggregation
-
-from ..toys import with_gradient
-from .test_convolution import trained
+from tests.networks.test_convolution import trained
+from tests.toys import with_gradient
 
 
 def branch_inputs(

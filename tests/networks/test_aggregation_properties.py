@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knowsam_monai.networks.aggregation import SLOPE, HybridAggregation
-
-from ..properties import cases, few, log_softmax, pixels
+from tests.properties import cases, few, log_softmax, pixels
 
 
 def maps(logits):

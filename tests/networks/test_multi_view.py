@@ -8,10 +8,10 @@ import torch
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 
-from knowsam_monai.networks import MultiViewNet, unstack_views
-
-from ..toys import with_gradient
-from .test_convolution import trained
+from knowsam_monai.networks import MultiViewNet
+from knowsam_monai.tensors import unstack_views
+from tests.networks.test_convolution import trained
+from tests.toys import with_gradient
 
 WIDTHS = {"dissimilarity_channels": 4, "entropy_channels": 4, "logits_channels": 8}
 TINY = {"channels": (4, 6, 8, 10, 12), **WIDTHS}

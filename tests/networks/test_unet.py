@@ -7,9 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.networks import UNet
-
-from ..toys import with_gradient
-from .test_convolution import trained
+from tests.networks.test_convolution import trained
+from tests.toys import with_gradient
 
 TINY = {"channels": (4, 6, 8, 10, 12)}
 

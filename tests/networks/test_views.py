@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet
 
-from knowsam_monai.networks import unstack_views
+from knowsam_monai.tensors import unstack_views
 
 
 def test_logits_of_a_plain_network_are_their_only_view():

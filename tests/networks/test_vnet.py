@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.networks import VNet
-
-from ..toys import with_gradient
+from tests.toys import with_gradient
 
 TINY = {"channels": (4, 6, 8, 10, 12)}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from knowsam_monai.networks import SAMTeacher
-from knowsam_monai.networks.sam_checkpoint import resize_positions
+from knowsam_monai.teachers import SAMTeacher
+from knowsam_monai.teachers.sam_checkpoint import resize_positions
 from pretraining import pretrain_vit_t
 from pretraining.pretrain_vit_t import ProceduralDataset, _asked, _iou, _mask_losses, learning_rate, parse, pretrain
 

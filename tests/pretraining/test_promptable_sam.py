@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from knowsam_monai.networks.sam import build_sam
+from knowsam_monai.teachers.sam import build_sam
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import BOTTOM_RIGHT, NO_POINT, OFF, ON, TOP_LEFT
 from tests.networks.sam_toys import randomized

@@ -14,12 +14,11 @@ import torch
 import yaml
 from monai.bundle import ConfigWorkflow
 
-from knowsam_monai.preparation import root_cause
+from knowsam_monai.errors import root_cause
 from knowsam_monai.runs.config_check import PATHS, check_config, expand_path
-
-from ..bundles.conftest import BUNDLES
-from ..bundles.test_resolution import files
-from ..processes import finish, start_ranks
+from tests.bundles.conftest import BUNDLES
+from tests.bundles.test_resolution import files
+from tests.processes import finish, start_ranks
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")

@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from knowsam_monai.handlers import CaseMetrics, ValidationReport
-from knowsam_monai.run_record import close_log, open_log
+from knowsam_monai.runs import CaseMetrics, ValidationReport
 from knowsam_monai.runs.finishing import finish_run
+from knowsam_monai.runs.run_record import close_log, open_log
+from knowsam_monai.runs.trained_student import read_record
 from knowsam_monai.texts import printable
-from knowsam_monai.trained_student import read_record
-
-from ..bundles.conftest import CONFIGS, CONFIGS_3D, Training, small_phantom, small_volumes  # noqa: F401
-from ..handlers.test_validation_report import NAMES, item, validate
-from ..report.conftest import write_run
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, Training, small_phantom, small_volumes  # noqa: F401
+from tests.runs.report.conftest import write_run
+from tests.runs.test_validation_report import NAMES, item, validate
 
 HOSTILE = [
     "$_$",

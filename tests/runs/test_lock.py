@@ -6,8 +6,7 @@ import time
 import pytest
 
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
-
-from ..processes import start, wait_for
+from tests.processes import start, wait_for
 
 
 @pytest.fixture(autouse=True)

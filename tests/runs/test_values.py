@@ -12,8 +12,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.runs import values as models
 from knowsam_monai.runs.config import SECTIONS
 from knowsam_monai.runs.values import PARTS, Inference, Overlays, Slices, Volumes, check_values
-
-from ..bundles.test_resolution import RUNS, files
+from tests.bundles.test_resolution import RUNS, files
 
 ACDC, LA = "knowsam_acdc", "knowsam_la"
 TRAIN, INFERENCE, EVALUATE = ("train",), ("inference",), ("train", "evaluate")

@@ -10,10 +10,8 @@ import torch
 import torch.nn as nn
 from monai.networks.nets import BasicUNet, UNet
 
-from knowsam_monai.networks import SAMTeacher, SliceTeacher
-from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher, check_teacher, origin
-
-from .sam2_toys import toy_config
+from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher, SAMTeacher, SliceTeacher, check_teacher, origin
+from tests.teachers.sam2_toys import toy_config
 
 
 def sam_teacher(**options):

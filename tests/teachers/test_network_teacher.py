@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import DynUNet, UNet
 
-from knowsam_monai.distiller import SAMDistiller
+from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.teachers import NetworkTeacher, check_teacher
 

@@ -11,14 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.distiller import SAMDistiller
-from knowsam_monai.networks import SAMTeacher
-from knowsam_monai.networks.adapter import Adapter
-from knowsam_monai.teachers import Sam2Teacher
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.teachers import Sam2Teacher, SAMTeacher
+from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS, build_sam2
 from knowsam_monai.teachers.sam2_teacher import MEAN, STD
-
-from .sam2_toys import DIM, meta_state, toy_config, toy_model
+from tests.teachers.sam2_toys import DIM, meta_state, toy_config, toy_model
 
 transformers = pytest.importorskip("transformers", reason="SAM 2 needs the extra `sam2`")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -11,13 +11,12 @@ import zipfile
 import pytest
 import torch
 
-from knowsam_monai.trained_student import read_record, warn_of_phantom
+from knowsam_monai.runs.trained_student import read_record, warn_of_phantom
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
+from tests.zoo.conftest import RUN
 from zoo.__main__ import main
 from zoo.build import build, write
-
-from .conftest import RUN
 
 
 def names(hosted):

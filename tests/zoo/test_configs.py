@@ -7,7 +7,7 @@ import json
 import pytest
 from monai.bundle import ConfigParser
 
-from knowsam_monai.trained_student import student_options
+from knowsam_monai.runs.trained_student import student_options
 from tests.bundles.conftest import BUNDLES, CONFIGS_3D
 from zoo.configs import standalone_configs
 
@@ -71,7 +71,7 @@ def test_evaluation_leaves_nothing_of_the_package_to_training_s_config(bundle, s
         **{key: evaluation[key] for key in ("initialize", "run", *student) if key in own},
     }
     assert [one for one in evaluation["imports"] if "knowsam" in one] == [
-        "$import knowsam_monai.preparation as preparation",
+        "$import knowsam_monai.runs.preparation as preparation",
         "$import knowsam_monai.runs.config_check as config_check",
     ]
 

@@ -15,9 +15,8 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from tests.bundles.conftest import TINY_3D, Training
+from tests.zoo.conftest import BRIEF, BRIEF_OF
 from zoo.weights import find_training
-
-from .conftest import BRIEF, BRIEF_OF
 
 # put in the way of Python's start: what is not installed in an environment with MONAI alone
 BLOCKER = """

@@ -12,8 +12,8 @@ from zoo.scripts import copied_name, copies, rename
     [
         ("knowsam_monai.networks.UNet", "scripts.networks.unet.UNet"),
         ("knowsam_monai.networks.unet.UNet", "scripts.networks.unet.UNet"),
-        ("knowsam_monai.handlers.CaseMetrics", "scripts.handlers.case_metrics.CaseMetrics"),
-        ("knowsam_monai.preparation", "scripts.preparation"),
+        ("knowsam_monai.runs.CaseMetrics", "scripts.runs.case_metrics.CaseMetrics"),
+        ("knowsam_monai.runs.preparation", "scripts.runs.preparation"),
     ],
 )
 def test_name_is_the_copy_s_in_the_module_that_defines_it(name, copied):
@@ -21,12 +21,8 @@ def test_name_is_the_copy_s_in_the_module_that_defines_it(name, copied):
 
 
 def test_only_names_of_the_package_are_renamed():
-    text = (
-        '{"_target_": "knowsam_monai.data.LoadCased", "x": "$import knowsam_monai.preparation as p", "run": "knowsam"}'
-    )
-    expected = (
-        '{"_target_": "scripts.data.readers.LoadCased", "x": "$import scripts.preparation as p", "run": "knowsam"}'
-    )
+    text = '{"_target_": "knowsam_monai.data.LoadCased", "x": "$import knowsam_monai.seeds as s", "run": "knowsam"}'
+    expected = '{"_target_": "scripts.data.readers.LoadCased", "x": "$import scripts.seeds as s", "run": "knowsam"}'
     assert rename(text) == expected
 
 

@@ -12,13 +12,12 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple_rep
 
 from knowsam_monai.data import write_phantom
-from knowsam_monai.trained_student import PHANTOM, publish_student, read_record, warn_of_phantom
+from knowsam_monai.runs.trained_student import PHANTOM, publish_student, read_record, warn_of_phantom
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
+from tests.zoo.conftest import RUN
 from zoo.configs import standalone_configs
 from zoo.weights import find_training
-
-from .conftest import RUN
 
 
 @pytest.fixture

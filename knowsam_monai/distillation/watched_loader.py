@@ -1,0 +1,265 @@
+"""The batch that a host is at: a loader that tells of it, and what SAM takes from it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knowsam_monai.data.orientation import SAM_IMAGE
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.tensors import without_meta
+
+
+class WatchedLoader:
+    """
+    A loader that passes for the one inside, and calls `next_batch` with each batch before the host gets it.
+
+    It iterates, has the length, the attributes (to read and to set) and the class of the loader for ``isinstance``.
+    ``type`` alone tells them apart. Pickled, as for another process, it is the loader itself.
+
+    Args:
+        loader: anything to iterate over, or to call ``next`` on.
+        next_batch: what is told; None where there is no attachment yet:
+            ``distiller.attach(student, optimizer, loader=watched_loader)`` brings it.
+
+    Attributes:
+        watched_by: all that are told, in this order.
+
+    Example::
+
+        >>> list(WatchedLoader([1, 2], next_batch=print))
+        1
+        2
+        [1, 2]
+        >>> isinstance(WatchedLoader([1, 2]), list)
+        True
+    """
+
+    __slots__ = ("_watched_loader", "watched_by", "_watched_iterator", "__weakref__")
+
+    def __init__(self, loader: Iterable, next_batch: Callable[[Any], None] | None = None) -> None:
+        self._watched_loader = loader
+        self.watched_by = [] if next_batch is None else [next_batch]  # one list for the iterators too
+        self._watched_iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._watched_loader)
+        return self if iterator is self._watched_loader else self._with_watchers(iterator)  # type: ignore[return-value]
+
+    def __next__(self) -> Any:
+        """The next batch; of a loader that is no iterator, of the one over it, which begins anew after its end."""
+        if not isinstance(self._watched_loader, Iterator):
+            self._watched_iterator = iter(self) if self._watched_iterator is None else self._watched_iterator
+            try:
+                return next(self._watched_iterator)
+            except StopIteration:
+                self._watched_iterator = None
+                raise
+        return self._tell(next(self._watched_loader))
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._watched_loader[index]  # type: ignore[index]
+        return self._tell(item) if hasattr(index, "__index__") else item
+
+    def __len__(self) -> int:
+        return len(self._watched_loader)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return bool(self._watched_loader)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return self._watched_loader.__class__
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return self._watched_loader.__dict__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watched_loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in WatchedLoader.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._watched_loader, name, value)
+
+    def __copy__(self) -> WatchedLoader:
+        return self._with_watchers(self._watched_loader)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedLoader:
+        return self._with_watchers(copy.deepcopy(self._watched_loader, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return copy.copy, (self._watched_loader,)
+
+    def _with_watchers(self, loader: Iterable) -> WatchedLoader:
+        watched = WatchedLoader(loader)
+        watched.watched_by = self.watched_by
+        return watched
+
+    def _tell(self, batch: Any) -> Any:
+        for next_batch in self.watched_by:
+            next_batch(batch)
+        return batch
+
+
+class CurrentBatch:
+    """
+    The batch that a host is at, by what the host has taken, and whether the student is called on it.
+
+    Attributes:
+        batch: taken last; None before the first.
+        is_over: whether the student has stepped since, so that a further call must be on a new batch.
+        num_calls: of the student, on this batch.
+
+    Raises:
+        RuntimeError: when a call is counted or checked that is for no batch, or for another one.
+
+    Example::
+
+        >>> current = CurrentBatch()
+        >>> current.take({"image": torch.zeros(2, 1, 8, 8)})
+        >>> current.count_call()
+        1
+    """
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.is_over = False
+        self._moved: tuple[torch.device, Any] | None = None
+        self.num_calls = 0
+        self._uncalled_images: list[weakref.ref[Tensor]] = []  # of batches before, on which the student was not called
+
+    def take(self, batch: Any) -> None:
+        """Be at the next batch."""
+        former_image = _image_of(self.batch)
+        if self.num_calls:
+            self._uncalled_images.clear()
+        elif former_image is not None:
+            self._uncalled_images.append(weakref.ref(former_image))
+        self.batch, self.is_over, self.num_calls, self._moved = batch, False, 0, None
+
+    def on(self, device: torch.device) -> Any:
+        """The batch with its tensors on a device, moved when it is first asked for."""
+        if self._moved is None or self._moved[0] != device:
+            self._moved = device, on_device(self.batch, device)
+        return self._moved[1]
+
+    def count_call(self) -> int:
+        """Number of the student's calls for this batch, with the one that is made now."""
+        if self.batch is None:
+            raise KnowSAMRuntimeError(
+                "`student` must be called on a batch of `watch(loader)` but none was taken; let the host iterate over "
+                "that, or call `next_batch(batch)` before each step."
+            )
+        self.num_calls += 1
+        return self.num_calls
+
+    def check(self, image: Tensor) -> None:
+        """Raise a RuntimeError when the student is called on another batch, as far as its image tells."""
+        if self.is_over:
+            raise KnowSAMRuntimeError(
+                "`student` must be called on a new batch after its step but is called on the one before; let the host "
+                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came of it, "
+                "or call `next_batch(batch)` before each step."
+            )
+        is_of_former = any(_begins_with(image, former()) for former in self._uncalled_images)
+        if is_of_former and not _begins_with(image, _image_of(self.batch)):
+            raise KnowSAMRuntimeError(
+                "`student` must be called on the batch that was taken last but is called on one before: batches are "
+                "fetched ahead. Call `next_batch(batch)` before each step, or `watch` what the host iterates over."
+            )
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """
+    A batch with its tensors on a device.
+
+    Args:
+        batch: mappings, sequences and named tuples, nested; whatever else is in them stays as it is.
+        device: of the tensors; what has them there already is returned itself.
+
+    Example::
+
+        >>> batch = {"image": torch.zeros(2, 1, 8, 8), "name": ["a", "b"]}
+        >>> on_device(batch, torch.device("cpu")) is batch
+        True
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        items: Any = {key: on_device(value, device) for key, value in batch.items()}
+        if all(items[key] is value for key, value in batch.items()):
+            return batch
+        if not isinstance(batch, MutableMapping):
+            return items
+        moved = copy.copy(batch)
+        moved.update(items)
+        return moved
+    if isinstance(batch, (tuple, list)):
+        items = [on_device(item, device) for item in batch]
+        if all(item is former for item, former in zip(items, batch)):
+            return batch
+        if isinstance(batch, tuple):
+            return batch._make(items) if hasattr(batch, "_make") else tuple(items)
+        moved = copy.copy(batch)
+        moved[:] = items
+        return moved
+    return batch
+
+
+def _image_of(batch: Any) -> Tensor | None:
+    """The image of a batch that is a mapping or a sequence, where it is a tensor."""
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    if isinstance(batch, Sequence) and len(batch) > 0:
+        image = batch[0]
+    return image if isinstance(image, Tensor) else None
+
+
+def _begins_with(image: Tensor, first: Tensor | None) -> bool:
+    """Whether a student's input has these rows first, value for value."""
+    if first is None or first.shape[1:] != image.shape[1:] or not 0 < len(first) <= len(image):
+        return False
+    return torch.equal(without_meta(first).to(image), image[: len(first)])
+
+
+def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """
+    SAM's image, if the batch has one of its own, and the label, of a batch whose image the student was called on.
+
+    Args:
+        batch: a mapping with "image" and maybe "label" and "sam_image", or a pair (image, label).
+        image: (B, channels, *spatial), what the student was called on.
+
+    Raises:
+        ValueError: when `batch` is neither, or its image is not `image`, value for value: no label is guessed.
+    """
+    if isinstance(batch, Mapping) and "image" in batch:
+        batch_image, label, sam_image = batch["image"], batch.get("label"), batch.get(SAM_IMAGE, image)
+    elif isinstance(batch, Sequence) and len(batch) == 2:
+        (batch_image, label), sam_image = batch, image
+    else:
+        raise KnowSAMValueError(
+            "A watched batch must be a mapping with 'image' and 'label' or a pair (image, label) but is a "
+            f"{type(batch).__name__}; give `select`."
+        )
+    if not isinstance(batch_image, (Tensor, np.ndarray)):
+        raise KnowSAMValueError(
+            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; where a batch is "
+            "made of several, `watch` the loader of the labeled ones and give `select`."
+        )
+    batch_image = without_meta(torch.as_tensor(batch_image))
+    if batch_image.shape != image.shape or not torch.equal(batch_image.to(image), image):
+        raise KnowSAMValueError(
+            f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
+            f"{tuple(batch_image.shape)}, but differs: where it is changed in the step, give `select`; where batches "
+            "are fetched ahead, call `next_batch(batch)` before each step."
+        )
+    return sam_image, label

@@ -1,0 +1,14 @@
+from .case_metrics import CaseMetrics as CaseMetrics
+from .checkpoint_saver import WholeCheckpointSaver as WholeCheckpointSaver
+from .inferers import AutocastInferer as AutocastInferer
+from .last_iteration import LastIteration as LastIteration
+from .preflight import Preflight as Preflight
+from .report import write_report as write_report
+from .resume import Resume as Resume
+from .run_record_handler import RunRecord as RunRecord
+from .student_loader import StudentLoader as StudentLoader
+from .tracking import track_terms as track_terms
+from .trained_student import publish_student as publish_student
+from .training_progress import TrainingProgress as TrainingProgress
+from .validation_history import ValidationHistory as ValidationHistory
+from .validation_report import ValidationReport as ValidationReport

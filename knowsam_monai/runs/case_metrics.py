@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from itertools import product
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
+from monai.transforms import KeepLargestConnectedComponent
+from torch import Tensor
+
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMPermissionError
+from knowsam_monai.files import write_csv
+from knowsam_monai.runs.validation_case import (
+    Spacing,
+    case_names,
+    check_class_names,
+    class_dice,
+    names_of_ranks,
+    validation_cases,
+)
+from knowsam_monai.texts import shortened
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("dice", "jaccard", "hd95_mm", "asd_mm", "hd95_voxel", "asd_voxel")
+COMPONENTS = ("all", "largest")
+
+
+class CaseMetrics:
+    """
+    Dice, Jaccard, HD95 and ASD of every case and class, over the whole volume on the label's own grid, as CSV.
+
+    Every value is there twice: of the prediction as it is (``components`` = all), and with only the largest 3D
+    connected component of each class kept (largest; corners connect). Distances are there twice too: in mm where the
+    spacing is known, and in voxels (every edge 1).
+
+    - Dice: ``2 |P n T| / (|P| + |T|)``, Jaccard: ``|P n T| / |P u T|``. nan, and left out of the mean, where class and
+      prediction are both empty.
+    - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
+    - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).
+    - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
+    - Each case counts once under a name of its own: its file's, ``case_000`` and so on without one, and with a number
+      after it where two cases are of one file. A case that a sampler repeats is known by its image and label.
+    - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
+
+    ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known; num_undefined: the
+    row's nan).
+    ``metrics_summary.csv`` has mean, standard deviation (population), median, count and num_undefined of each metric,
+    class and filter; its class ``mean`` is the mean over a case's classes first, and then over the cases.
+
+    Args:
+        output_dir: folder of the two files, made when missing.
+        class_names: names of classes 1, 2, ... (no background).
+        spacing: "meta" takes each case's own from its metadata; mm along each axis for data whose files have lost it;
+            None for unknown. Units of NIfTI headers other than mm are not converted.
+        file_prefix: what the names of the two files begin with.
+
+    Shape:
+        ``pred`` and ``label`` of the evaluator's output: (1, *spatial) class numbers or (C, *spatial) one-hot,
+        decollated (MONAI's default) or as a batch.
+
+    Raises:
+        ValueError: when `class_names` is empty, is one string or has a name twice; during a run, when label and
+            prediction do not fit.
+        OSError: when the run starts and `output_dir` cannot be written.
+
+    Example::
+
+        SupervisedEvaluator(..., val_handlers=[CaseMetrics("eval", ["RV", "myocardium", "LV"])])
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        class_names: Sequence[str],
+        spacing: Spacing = "meta",
+        file_prefix: str = "metrics",
+    ) -> None:
+        self.output_dir = str(output_dir)
+        self.class_names = check_class_names(class_names, reserved=["mean"])
+        self.spacing = spacing
+        self.file_prefix = file_prefix
+        self._cases: dict[str, tuple[tuple[float, ...] | None, np.ndarray]] = {}  # by path
+        self._contents: dict[str, int] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI evaluator, after its postprocessing."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run, and see that the folder can be written."""
+        self._cases, self._contents = {}, {}
+        os.makedirs(self.output_dir, exist_ok=True)
+        if not os.access(self.output_dir, os.W_OK):
+            raise KnowSAMPermissionError(
+                f"`output_dir` must be writable but {self.output_dir} is not; choose another folder."
+            )
+
+    def __call__(self, engine: Engine) -> None:
+        for case in validation_cases(engine, len(self.class_names) + 1, spacing=self.spacing, seen=self._contents):
+            values = case_metrics(case.preds["pred"], case.label, len(self.class_names) + 1, case.spacing)
+            self._cases[case.path], self._contents[case.path] = (case.spacing, values), case.content
+
+    def completed(self, engine: Engine) -> None:
+        """Gather the cases of all ranks; the first rank writes both files and logs a table."""
+        cases = self._cases
+        if ranks.world_size() > 1:
+            gathered, contents = zip(*idist.all_gather((cases, self._contents)))
+            names_by_rank = names_of_ranks(contents)
+            cases = {names[path]: case for rank, names in zip(gathered, names_by_rank) for path, case in rank.items()}
+        if ranks.rank() != 0 or not cases:
+            return
+        names = case_names(list(cases))
+        values = np.stack([values for _, values in cases.values()])  # (cases, components, classes, metrics)
+        spacings = [spacing for spacing, _ in cases.values()]
+        raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
+        for name, rows in (("raw", raw), ("summary", summary)):
+            write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
+        for line in self._table(values):
+            logger.info(line)
+        logger.info(f"{os.path.join(self.output_dir, self.file_prefix)}_raw.csv has every case.")
+
+    def _raw_rows(self, names: list[str], spacings: list, values: np.ndarray) -> list[dict]:
+        rows = []
+        for (n, name), (k, components), (c, class_name) in product(
+            enumerate(names), enumerate(COMPONENTS), enumerate(self.class_names)
+        ):
+            metrics = dict(zip(METRICS, values[n, k, c].tolist()))
+            undefined = sum(math.isnan(v) for m, v in metrics.items() if spacings[n] is not None or "_mm" not in m)
+            if spacings[n] is None:
+                metrics.update(hd95_mm="", asd_mm="")
+            spacing = "" if spacings[n] is None else "x".join(f"{edge:g}" for edge in spacings[n])
+            rows.append(
+                {"case": name, "class": class_name, "components": components}
+                | {m: v if v == "" else f"{v:.6f}" for m, v in metrics.items()}
+                | {"spacing_mm": spacing, "num_undefined": undefined}
+            )
+        return rows
+
+    def _summary_rows(self, spacings: list, values: np.ndarray) -> list[dict]:
+        known = np.array([spacing is not None for spacing in spacings])
+        rows = []
+        for (m, metric), (k, components), (c, class_name) in product(
+            enumerate(METRICS), enumerate(COMPONENTS), enumerate([*self.class_names, "mean"])
+        ):
+            of_cases = values[known if metric.endswith("_mm") else slice(None), k, :, m]  # (cases, classes)
+            per_case = _nanmean(of_cases) if class_name == "mean" else of_cases[:, c]
+            defined = per_case[~np.isnan(per_case)]
+            statistics = [f(defined) if len(defined) else math.nan for f in (np.mean, np.std, np.median)]
+            undefined = int(np.isnan(of_cases if class_name == "mean" else per_case).sum())
+            rows.append(
+                {"metric": metric, "class": class_name, "components": components}
+                | {s: f"{v:.6f}" for s, v in zip(("mean", "std", "median"), statistics)}
+                | {"count": len(defined), "num_undefined": undefined}
+            )
+        return rows
+
+    def _table(self, values: np.ndarray) -> list[str]:
+        """Mean and standard deviation over the cases; undefined distances are counted, not averaged."""
+        shown = [m for m in METRICS if m != "jaccard" and not (m.endswith("_mm") and np.isnan(values[..., 2:4]).all())]
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
+        width = max(map(len, (*names, "class")))
+        header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
+        lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
+        for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
+            line = f"{name:<{width}}  {components:<10}"
+            of_class = (
+                values[:, k] if c == len(self.class_names) else values[:, k, c : c + 1]
+            )  # (cases, classes, metrics)
+            for metric in shown:
+                per_case = _nanmean(of_class[..., METRICS.index(metric)])
+                digits = 3 if metric == "dice" else 2
+                per_case = per_case[~np.isnan(per_case)]
+                text = f"{per_case.mean():.{digits}f} ± {per_case.std():.{digits}f}" if len(per_case) else "-"
+                line += f"{text:>16}"
+            lines.append(line + f"{int(np.isnan(of_class[..., METRICS.index('hd95_voxel')]).sum()):>12}")
+        return lines
+
+
+def case_metrics(pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[float, ...] | None = None) -> np.ndarray:
+    """
+    All metrics of one case.
+
+    Args:
+        pred: (*spatial), class numbers.
+        label: (*spatial), class numbers.
+        num_classes: C, background included.
+        spacing: mm along each axis; None leaves the distances in mm nan.
+
+    Shape:
+        - output: (2, C - 1, 6), the prediction as it is and its largest components, in the order of ``METRICS``
+    """
+    if label.ndim == 3 and label.shape[-1] == 1:
+        pred, label, spacing = pred[..., 0], label[..., 0], spacing and spacing[:2]
+    largest = KeepLargestConnectedComponent(applied_labels=list(range(1, num_classes)), is_onehot=False)(
+        pred[None].clone()
+    )[0]
+    values = np.full((len(COMPONENTS), num_classes - 1, len(METRICS)), math.nan)
+    for k, filtered in enumerate((pred, torch.as_tensor(largest).long())):
+        dice = class_dice(filtered, label, num_classes).numpy()
+        values[k, :, 0], values[k, :, 1] = dice, dice / (2 - dice)
+        for c in range(1, num_classes):
+            masks = [(x == c)[None, None] for x in (filtered, label)]
+            if k and torch.equal(filtered == c, pred == c):
+                values[k, c - 1] = values[0, c - 1]
+            elif all(mask.any() for mask in masks):
+                values[k, c - 1, 4:] = _distances(*masks, None)
+                values[k, c - 1, 2:4] = math.nan if spacing is None else _distances(*masks, spacing)
+    return values
+
+
+def _distances(pred: Tensor, label: Tensor, spacing: tuple[float, ...] | None) -> list[float]:
+    """HD95 and ASD of two masks (1, 1, *spatial), neither of them empty."""
+    metrics = (
+        HausdorffDistanceMetric(include_background=True, percentile=95),
+        SurfaceDistanceMetric(include_background=True, symmetric=True),
+    )
+    with warnings.catch_warnings():
+        # about an argument that MONAI's metrics give to its own function
+        warnings.filterwarnings("ignore", ".*get_mask_edges:always_return_as_numpy", FutureWarning)
+        return [float(metric(pred.float(), label.float(), spacing=spacing)) for metric in metrics]
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis, nan where nothing is defined."""
+    count = (~np.isnan(values)).sum(-1)
+    return np.where(count > 0, np.nansum(values, -1) / np.maximum(count, 1), math.nan)

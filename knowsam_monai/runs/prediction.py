@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.bundle import ConfigWorkflow, ReferenceResolver
+from torch.utils.data import DataLoader
+
+from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.runs.config_check import expand_path
+from knowsam_monai.runs.preparation import check_writable
+from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
+
+__all__ = ["predict_folder"]
+
+# Keys of inference.json that predict has arguments for.
+OWN_ARGUMENTS = {
+    "bundle_root": "name the bundle as `bundle` (--bundle)",
+    "dataset_dir": "name the images as `scans`",
+    "output_dir": "name the folder as `output` (--output)",
+    "ckpt_path": "name the weights as `ckpt_path` (--ckpt_path)",
+    "device": "name it as `device` (--device)",
+    "image_pattern": "give it as `image_pattern` (--image_pattern)",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def predict_folder(
+    scans: str | os.PathLike,
+    bundle: str | os.PathLike,
+    output: str | os.PathLike,
+    run: str | os.PathLike | None = None,
+    ckpt_path: str | os.PathLike | None = None,
+    image_pattern: str | None = None,
+    device: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> int:
+    """
+    Segment scans by a bundle's ``inference.json``, with a progress bar.
+
+    An image that cannot be segmented, at whichever step, is left out, and the rest are segmented before the error that
+    lists it with its reason.
+
+    Args:
+        scans: a folder of images, or one image.
+        bundle: the bundle's folder. Its configs are code that is run, and so is that of `run`.
+        output: folder of the segmentations, made when missing.
+        run: folder of a training, whose student is taken at the size and with the classes of that training; None for
+            the bundle's ``models``, where its last training left these.
+        ckpt_path: another student's weights, at the sizes of ``inference.json``.
+        image_pattern: glob pattern of the images below `scans`; None for the config's own.
+        device: such as "cpu"; None for the config's own.
+        overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
+            text. Nothing in them is evaluated, referred to or built: a value that would be is refused.
+
+    Returns:
+        Number of scans.
+
+    Raises:
+        FileNotFoundError: when there is no such bundle, run or file of weights.
+        PermissionError: when `output` cannot be written.
+        ValueError: when a config is damaged, the run is of another bundle, a key is none of ``inference.json``, a value
+            of `overrides` does not work, or there is no such device; of the bundle, about the scans; and at the end,
+            when there are images that could not be segmented, with a line for each.
+
+    Example:
+        >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
+    """
+    bundle = Path(expand_path(bundle, "bundle"))
+    config_file = next((f for f in sorted((bundle / "configs").glob("inference.*"))), None)
+    if config_file is None:
+        raise KnowSAMFileNotFoundError(
+            f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json."
+        )
+    known = read_config(config_file, "bundle")
+    values = _plain_values(overrides or {}, known, config_file)
+    scans, output = expand_path(scans, "scans"), expand_path(output, "output")
+    options: dict[str, Any] = {"bundle_root": _literal(str(bundle)), "dataset_dir": _literal(scans)}
+    options["output_dir"] = _literal(output)
+    if image_pattern is not None:
+        options["image_pattern"] = _literal(image_pattern)
+    if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
+        run = bundle / "models"
+    if run is not None:
+        options.update(_options_of_run(Path(expand_path(run, "run")), known))
+    if ckpt_path is not None:
+        options["ckpt_path"] = _literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
+    if device is not None:
+        options["device"] = f"$torch.device({_checked(device)!r})"
+    check_writable(output, arguments=("output",))
+    options.update({key: _literal(value) for key, value in values.items()})
+
+    _quieten()
+    sys.path.insert(1, str(bundle))  # `scripts` of the bundle
+    try:
+        number, broken = _segment(
+            ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
+        )
+    except Exception as error:
+        root = root_cause(error)
+        if not overrides or isinstance(root, KnowSAMError):
+            raise
+        given = " ".join(f"{key}={value}" for key, value in overrides.items())
+        raise KnowSAMValueError(
+            f"`overrides` (--set) must be values that {config_file} works with but {given} ended in {_said(root)}; "
+            "correct them or leave them out."
+        ) from error
+    logger.info("%d segmentations in %s", number, output)
+    if broken:
+        said = [(str(image), _said(root)) for image, root in broken]
+        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in said)
+        raise KnowSAMValueError(
+            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not; "
+            f"repair or remove:{lines}"
+        )
+    return number
+
+
+class _Segmenting:
+    """
+    The batches of a loader, and the step on each of them: where one fails its images are kept with the error.
+
+    Args:
+        loader: of a dataset of items with an `image`, in their order.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self.broken: list[tuple[Any, BaseException]] = []
+        self.number = 0  # of the batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)  # goes on with the next batch after an error
+        for self.number in range(len(self.loader)):
+            try:
+                batch = next(batches)
+            except Exception as error:  # every reader and transform has its own
+                self._leave_out(error)
+            else:
+                yield batch
+
+    def step(self, engine: Engine, batch: Any) -> Any:
+        """What the engine does with a batch: network, postprocessing, writing."""
+        try:
+            return engine._iteration(engine, batch)
+        except Exception as error:
+            self._leave_out(error)
+            return []
+
+    def _leave_out(self, error: BaseException) -> None:
+        size = self.loader.batch_size
+        items = self.loader.dataset.data[self.number * size : (self.number + 1) * size]
+        root = root_cause(error)
+        traceback.clear_frames(root.__traceback__)  # they hold the image
+        self.broken += [(item["image"], root) for item in items]
+
+
+def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
+    """Number of images that were segmented; those that could not be, each with why."""
+    if "datalist" in workflow.parser:
+        workflow.parser.get_parsed_content("datalist")  # no scans: said before anything about the student
+    workflow.initialize()
+    evaluator = workflow.evaluator
+    segmenting = evaluator.data_loader = _Segmenting(evaluator.data_loader)
+    evaluator._process_function = segmenting.step
+    # fewer batches than the length of the loader: ignite would begin anew
+    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
+    ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
+    workflow.run()
+    workflow.finalize()
+    broken, number = segmenting.broken, len(segmenting.loader.dataset)
+    if len(broken) == number and not any(isinstance(root, KnowSAMError) for _, root in broken):
+        raise broken[0][1]  # not the images, but what is done with them
+    return number - len(broken), broken
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error, with its kind where it is not a sentence of this package."""
+    lines = str(error).strip().splitlines() or [""]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]  # MONAI's SaveImage puts the writer's error into its text
+    return lines[0] if isinstance(error, KnowSAMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def _existing_weights(path: Path) -> Path:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise KnowSAMFileNotFoundError(
+            f"`ckpt_path` must be a file of a student's weights but {path} {found}; name the file, such as model.pt."
+        )
+    return path
+
+
+def _plain_values(overrides: Mapping[str, str], known: Iterable[str], config_file: Path) -> dict[str, Any]:
+    """JSON or text for keys of a config, without what the config's parser would evaluate, refer to or build."""
+    values = {}
+    for key, text in overrides.items():
+        if key not in known:
+            raise KnowSAMValueError(f"`{key}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
+        if key in OWN_ARGUMENTS:
+            raise KnowSAMValueError(
+                f"`{key}` must be left out of `overrides` (--set) but is {text!r}; {OWN_ARGUMENTS[key]}."
+            )
+        try:
+            values[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[key] = text
+        if _is_code(values[key]):
+            raise KnowSAMValueError(
+                f"`{key}` must be JSON or text in `overrides` (--set), of which nothing is evaluated or built, but is "
+                f"{text!r}; give the value itself, or put the expression into a config of your own."
+            )
+    return values
+
+
+def _is_code(value: Any) -> bool:
+    """Whether MONAI's parser would do more with a value than take it."""
+    if isinstance(value, Mapping):
+        return any(key.startswith("_") or _is_code(one) for key, one in value.items())
+    if isinstance(value, list):
+        return any(map(_is_code, value))
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def _literal(value: Any) -> Any:
+    """A text as the config's parser takes it for itself, whatever is in it: `#` it replaces, and `@` it looks up."""
+    if not isinstance(value, str):
+        return value
+    return "$" + repr(value).replace("@", "\\x40").replace("#", "\\x23")
+
+
+def _checked(device: str) -> str:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise KnowSAMValueError(
+            f"`device` must be one of this machine but is {device!r} ({reason}); cpu is always there."
+        ) from None
+    return device
+
+
+def _quieten() -> None:
+    """The bar says how far it is: no line for each file, nor that the bundle's own logging is not used."""
+    for name in ("monai.bundle.workflows", "monai.data.image_writer", "ignite"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a run, and what inference must share with their training."""
+    for name in (MODEL, CONFIG):
+        if not (run / name).is_file():
+            raise KnowSAMFileNotFoundError(f"`run` must be the `output_dir` of a training but {run} has no {name}.")
+    options = student_options(run / CONFIG, known)
+    network, own = options.get("network_def"), known.get("network_def")
+    references = [name.split("::")[0] for name in ReferenceResolver.find_refs_in_config(network, "network_def")]
+    unknown = [name for name in references if name not in known]
+    dims = [one.get("spatial_dims") if isinstance(one, Mapping) else None for one in (network, own)]
+    if unknown or (None not in dims and dims[0] != dims[1]):
+        why = (
+            f"needs `{unknown[0]}`, which it does not have"
+            if unknown
+            else f"is in {dims[0]}D and its own in {dims[1]}D"
+        )
+        raise KnowSAMValueError(
+            f"`run` must be of a training of this bundle but the network of {run / CONFIG} {why}; name the bundle that "
+            "it was trained with, or another run."
+        )
+    return {**options, "ckpt_path": str(run / MODEL)}

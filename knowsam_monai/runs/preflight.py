@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from datetime import datetime, timedelta
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from knowsam_monai import ranks
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.runs.last_iteration import last_iteration
+from knowsam_monai.seeds import kept_random_state
+
+logger = logging.getLogger(__name__)
+
+
+class Preflight:
+    """
+    Before the first step, say what this run is: rows, what trains, the teacher, time, memory and expected finish.
+
+    Two trial iterations at the first, the middle and the last iteration number are run on one real batch (so that
+    terms that start later are counted) and undone: weights, optimizers, modes, the engine's state and the global random
+    generators are as before. A loader whose transforms have generators of their own and that does not seed them for
+    each row, as :class:`knowsam_monai.data.SemiSupervisedLoader` does, draws its first batch anew.
+
+    Args:
+        network: the student.
+        optimizer: its optimiser.
+        distiller: teacher with its optimiser, or None for a run without SAM.
+        num_rows: numbers of labelled and unlabelled rows, for the report.
+        stop: end the run after the report.
+        ema_student: the averaged student of a method that has one: it is put back with the student.
+
+    Example::
+
+        preflight = Preflight(network, optimizer, distiller, num_rows=(136, 1176))
+        SupervisedTrainer(..., train_handlers=[*handlers, preflight])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        distiller: SAMDistiller | None = None,
+        num_rows: tuple[int, int] = (0, 0),
+        stop: bool = False,
+        ema_student: EMAStudent | None = None,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.distiller = distiller
+        self.num_rows = tuple(num_rows)
+        self.stop = stop
+        self.ema_student = ema_student
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer, after all handlers that act in a step."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration >= last_iteration(engine):  # a run that went on from its end
+            return
+        seconds = self._seconds_per_iteration(engine)
+        if ranks.rank() == 0:  # the trial iterations are made on every rank: they wait for each other
+            for line in self.report(engine, seconds):
+                logger.info(line)
+        if self.stop:
+            engine.terminate()
+
+    def report(self, engine: Engine, seconds: float) -> list[str]:
+        """The lines of the table, for `seconds` an iteration."""
+        remaining = last_iteration(engine) - engine.state.iteration
+        finish = timedelta(seconds=round(seconds * remaining))
+        if torch.device(engine.state.device).type == "cuda":
+            memory = torch.cuda.max_memory_allocated(engine.state.device) / 2**30
+        else:
+            memory = _peak_process_memory()
+        rows = [
+            ("rows", f"{self.num_rows[0]} labelled, {self.num_rows[1]} unlabelled"),
+            ("student", f"{type(getattr(self.network, 'module', self.network)).__name__}, {_trainable(self.network)}"),
+            *self._teacher_rows(),
+            *self._process_rows(),
+            ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
+            ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
+            ("peak memory", f"{memory:.1f} GiB"),
+            ("expected finish", f"{datetime.now() + finish:%Y-%m-%d %H:%M} (in {finish}, validation not counted)"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return ["Preflight", *(f"  {name:<{width}}  {value}" for name, value in rows)]
+
+    def _teacher_rows(self) -> list[tuple[str, str]]:
+        if self.distiller is None:
+            return [("teacher", "none (use_sam is False)")]
+        teacher = self.distiller.teacher
+        weights = "pretrained" if getattr(teacher, "pretrained", False) else "NOT pretrained: random weights, not SAM's"
+        if getattr(teacher, "stand_in", False):
+            weights = "pretrained stand-in, NOT SAM"
+        groups: dict[str, int] = {}
+        for name, parameter in getattr(teacher, "sam_teacher", teacher).named_parameters():
+            if parameter.requires_grad:
+                group = "adapters" if "adapter" in name else name.split(".")[0]
+                groups[group] = groups.get(group, 0) + parameter.numel()
+        trains = ", ".join(f"{name} {count:,}" for name, count in groups.items()) or "nothing"
+        gate = self.distiller.gate
+        return [
+            ("teacher", f"{type(teacher).__name__} {getattr(teacher, 'variant', '')}, {weights}"),
+            ("teacher trains", f"{_trainable(teacher)}: {trains}" if self.distiller.learns else "nothing"),
+            ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
+        ]
+
+    def _process_rows(self) -> list[tuple[str, str]]:
+        """How many processes share a batch, and whose batch normalisation's statistics are."""
+        if ranks.world_size() == 1:
+            return []
+        kinds = {type(module) for module in self.network.modules() if isinstance(module, _BatchNorm)}
+        norm = "none" if not kinds else "synchronised" if kinds == {nn.SyncBatchNorm} else "each process's own"
+        return [("processes", f"{ranks.world_size()}, batch normalisation: {norm}")]
+
+    @kept_random_state()
+    def _seconds_per_iteration(self, engine: Engine) -> float:
+        """Mean seconds of a step at the start, in the middle and at the end of the run."""
+        states = [copy.deepcopy(item.state_dict()) for item in self._objects(engine)]
+        modes = [(module, module.training) for module in self.network.modules()]
+        is_followed = self.ema_student is not None and self.ema_student.is_followed
+        state = engine.state
+        before = (state.iteration, state.batch, state.output)
+        batch = next(iter(engine.data_loader))
+        if hasattr(engine.data_loader, "set_iteration"):  # a loader that knows its place goes back to it
+            engine.data_loader.set_iteration(state.iteration)
+        last = last_iteration(engine)
+        times = []
+        for trial in (1, 1, last // 2, last):  # the first warms up
+            state.iteration, state.batch = max(trial, 1), batch
+            start = time.perf_counter()
+            engine.fire_event(Events.ITERATION_STARTED)  # a method may change the batch there
+            engine._process_function(engine, state.batch)
+            if torch.device(state.device).type == "cuda":
+                torch.cuda.synchronize(state.device)
+            times.append(time.perf_counter() - start)
+        state.iteration, state.batch, state.output = before
+        for item, item_state in zip(self._objects(engine), states):
+            item.load_state_dict(item_state)
+        for module, mode in modes:
+            module.training = mode
+        if self.ema_student is not None:
+            self.ema_student.follow() if is_followed else self.ema_student.unfollow()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum(times[1:]) / 3
+
+    def _objects(self, engine: Engine) -> list[Any]:
+        objects = [self.network, self.optimizer]
+        if self.distiller is not None:
+            objects += [self.distiller] + ([self.distiller.optimizer] if self.distiller.optimizer is not None else [])
+        if self.ema_student is not None:
+            objects.append(self.ema_student)
+        if engine.scaler is not None:
+            objects.append(engine.scaler)
+        return objects
+
+
+def _peak_process_memory() -> float:
+    """Largest resident size of this process so far in GiB, nan where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _trainable(module: nn.Module) -> str:
+    total = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{trainable:,} of {total:,} parameters train"

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.files import write_whole
+from knowsam_monai.runs.report.figures import NUM_SERIES, Line, case_chart, line_chart
+from knowsam_monai.runs.report.run_folder import RunFolder, read_run
+from knowsam_monai.runs.validation_picture import COLORS
+
+__all__ = ["write_report"]
+
+logger = logging.getLogger(__name__)
+
+STUDENT, TEACHER = "val_mean_dice", "val_teacher_dice"
+LABELED_DICE = ("student_labeled_dice", "teacher_labeled_dice")
+
+
+def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None = None) -> Path | None:
+    """
+    Write one HTML page about a run, or about several side by side.
+
+    The page holds everything it shows: it opens offline, in light and dark, on a phone. It has slices of the
+    validation's images in it: share it as you would share these.
+
+    Args:
+        folders: `output_dir` of each run, finished or not.
+        output: the file; default: ``report.html`` in the run's folder, of several runs in the working directory.
+
+    Returns:
+        The file's path; None under several processes on all but the first, which alone writes.
+
+    Raises:
+        FileNotFoundError: when a folder is none of a run.
+        ValueError: when no folder is given, or more than there are colours, or a file in one is broken.
+
+    Example:
+        >>> write_report("output/knowsam_phantom_seed0")     # doctest: +SKIP
+    """
+    if ranks.rank() > 0:
+        return None
+    if not 1 <= len(folders) <= NUM_SERIES:
+        raise KnowSAMValueError(f"`folders` must be 1 to {NUM_SERIES} runs' folders but are {len(folders)}.")
+    runs = [read_run(folder) for folder in folders]
+    path = Path(output) if output else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    page = render(runs).encode("utf-8", "replace")
+    try:
+        write_whole(path, lambda file: file.write(page))
+    except OSError as error:
+        raise KnowSAMPermissionError(
+            f"`output` must be a file that can be written but {path} cannot ({error.strerror})."
+        ) from error
+    logger.info("Report: %s", path)
+    return path
+
+
+def render(runs: Sequence[RunFolder]) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
+        names=[run.name for run in runs],
+        has_teacher=any(run.validation_curve(TEACHER)[0] for run in runs),
+        results=list(_results(runs)),
+        facts=list(_facts(runs)),
+        differences=_differences(runs),
+        dice_charts=list(_dice_charts(runs)),
+        term_charts=list(_term_charts(runs)),
+        cases=[_cases(run, _series(index, len(runs))) for index, run in enumerate(runs)],
+        slices=[[(_data_url(s.png), s) for s in run.slices] for run in runs],
+        structure_colors=COLORS,
+        configs=[json.dumps(run.config, indent=2) if run.config else "" for run in runs],
+    )
+
+
+def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the upper table: what it is, and for each run its value in the validation that was kept."""
+    best = [_best(run) for run in runs]
+    structures = _structures(runs)
+    columns = [("Student, mean Dice", STUDENT), *((name, f"{STUDENT}/{name}") for name in structures)]
+    for name, column in [*columns, ("SAM teacher, mean Dice", TEACHER)]:
+        if any(math.isfinite(row.get(column, math.nan)) for row in best):
+            yield name, [_dice(row.get(column)) for row in best]
+    yield "validation", [
+        f"{b['epoch']:.0f}, the best of {len(r.validations)}" if b else "–" for r, b in zip(runs, best)
+    ]
+    yield "last iteration logged", [
+        str(max((steps[-1] for steps, _ in run.terms.values()), default="–")) for run in runs
+    ]
+
+
+def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the lower table: how each run was made."""
+    last = [run.starts[-1] if run.starts else {} for run in runs]
+    yield "started", [", ".join(start["time"].replace("T", " ") for start in run.starts) or "–" for run in runs]
+    yield "seed", [str(start.get("seed", "–")) for start in last]
+    yield "git revision", [start.get("git_revision") or "none" for start in last]
+    for name in dict.fromkeys(name for start in last for name in start.get("versions", {})):
+        yield name, [start.get("versions", {}).get(name, "–") for start in last]
+    yield "command", [start.get("command", "–") for start in last]
+
+
+def _best(run: RunFolder) -> dict[str, float]:
+    """The validation whose weights were kept."""
+    rows = [row for row in run.validations if math.isfinite(row.get(STUDENT, math.nan))]
+    return max(rows, key=lambda row: row[STUDENT], default={})
+
+
+def _structures(runs: Sequence[RunFolder]) -> list[str]:
+    """Those of all runs, or none where a single one is the mean itself."""
+    structures = list(dict.fromkeys(name for run in runs for name in run.structures))
+    return structures if len(structures) > 1 else []
+
+
+def _dice_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
+    structures = _structures(runs)
+    for title, suffix in [("Mean over the structures", ""), *((name, f"/{name}") for name in structures)]:
+        lines = _pairs(
+            runs, [(run.validation_curve(STUDENT + suffix), run.validation_curve(TEACHER + suffix)) for run in runs]
+        )
+        if lines:
+            yield title, line_chart(lines, "validation", unit_interval=True)
+
+
+def _term_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
+    """The loss first, then its terms, the gate, and whatever else was logged."""
+    names = sorted(
+        {name for run in runs for name in run.terms if name not in LABELED_DICE},
+        key=lambda name: (name != "loss", not name.endswith("loss"), name),
+    )
+    for name in names:
+        lines = [Line(*run.terms[name], series) for series, run in enumerate(runs) if name in run.terms]
+        yield _title(name), line_chart(lines, "iteration", unit_interval=name == "gate_weight")
+    empty: tuple[list, list] = ([], [])
+    lines = _pairs(runs, [tuple(run.terms.get(name, empty) for name in LABELED_DICE) for run in runs])
+    if lines:
+        yield "Dice on the labelled rows of a step", line_chart(lines, "iteration", unit_interval=True)
+
+
+def _pairs(runs: Sequence[RunFolder], curves: Sequence[Sequence[Any]]) -> list[Line]:
+    """Student and teacher of each run, solid and dashed."""
+    lines = []
+    for run, pair in enumerate(curves):
+        for (x, y), series, is_teacher in zip(pair, _series(run, len(runs)), (False, True)):
+            if x:
+                lines.append(Line(x, y, series, dashed=is_teacher))
+    return lines
+
+
+def _series(run: int, num_runs: int) -> tuple[int, int]:
+    """Colours of student and teacher: two in a single run, one in each of several."""
+    return (run, run) if num_runs > 1 else (0, 1)
+
+
+def _cases(run: RunFolder, series: tuple[int, int]) -> dict[str, Any]:
+    """Chart and table of the cases, the best student's first."""
+    models = list(dict.fromkeys(row["model"] for row in run.cases))
+    if not models:
+        return {}
+    by_case: dict[str, dict[str, dict[str, str]]] = {}
+    for row in run.cases:
+        by_case.setdefault(row["case"], {})[row["model"]] = row
+
+    def mean(case: str, model: str) -> float:
+        return float(by_case[case].get(model, {}).get("mean") or math.nan)
+
+    names = sorted(by_case, key=lambda case: -mean(case, models[0]) if math.isfinite(mean(case, models[0])) else 2)
+    columns = [column for column in run.cases[0] if column not in ("case", "model")]
+    return {
+        "chart": case_chart(names, [[mean(case, model) for case in names] for model in models[:2]], series),
+        "columns": columns,
+        "rows": [row for case in names for row in by_case[case].values()],
+    }
+
+
+def _differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
+    """What the configs of several runs do not share."""
+    flat = [dict(_leaves(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    values = {key: [config.get(key, "–") for config in flat] for key in keys}
+    return [(key, row) for key, row in values.items() if len(set(row)) > 1]
+
+
+def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    children = [leaf for name, value in items for leaf in _leaves(value, f"{key}#{name}" if key else str(name))]
+    yield from children or [(key, json.dumps(config))]
+
+
+def _title(name: str) -> str:
+    return {"loss": "Loss", "sam_loss": "SAM loss"}.get(name, name.replace("_", " ").capitalize())
+
+
+def _dice(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

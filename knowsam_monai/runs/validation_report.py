@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import write_csv, write_whole
+from knowsam_monai.runs.validation_case import (
+    ValidationCase,
+    case_names,
+    check_class_names,
+    class_dice,
+    names_of_ranks,
+    validation_cases,
+)
+from knowsam_monai.runs.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
+from knowsam_monai.texts import printable, shortened
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationReport:
+    """
+    A picture of a few validation slices, image, truth and prediction side by side, and a small table of Dice.
+
+    After each validation the report keeps what it needs (of the best one so far, or of the last); :meth:`write` makes
+    ``validation.png`` and logs the table: Dice per structure over whole volumes, the mean over the cases, for the
+    student and, where the evaluator's output has it, for the teacher. Beside the best validation, which is picked on
+    the very volumes it is reported on, stands the student of the last one. The picture's first rows are slices of the
+    largest structures, from cases spread evenly between the best and the median; the last row is the worst slice.
+    The same slices are in ``validation_slices/`` one by one, with what they show in the PNG's text fields, and
+    ``validation_cases.csv`` has the Dice of every case, for student and teacher.
+
+    Args:
+        output_dir: folder of the files, made when missing.
+        class_names: names of classes 1, 2, ... (no background).
+        num_slices: rows of the picture.
+        keep: "best" keeps the validation of the highest key metric of the evaluator, by which checkpoints are chosen
+            too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose
+            label is empty, the table counts one in which something was found as 0.
+        teacher_key: the teacher's label map in the evaluator's output.
+        student_name: heading of the student's column.
+        teacher_name: heading of the teacher's.
+
+    Raises:
+        ValueError: when `class_names` is empty, one string or has a name twice, `num_slices` below 1 or `keep` is
+            neither of both.
+
+    Example::
+
+        report = ValidationReport("eval", ["RV", "myocardium", "LV"])
+        evaluator = SupervisedEvaluator(..., val_handlers=[report])
+        trainer.run()
+        report.write()
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        class_names: Sequence[str],
+        num_slices: int = 4,
+        keep: str = "best",
+        teacher_key: str = "teacher_pred",
+        student_name: str = "student",
+        teacher_name: str = "SAM teacher",
+    ) -> None:
+        if num_slices < 1:
+            raise KnowSAMValueError(f"`num_slices` must be at least 1 but is {num_slices}.")
+        if keep not in ("best", "last"):
+            raise KnowSAMValueError(f'`keep` must be "best" or "last" but is {keep!r}.')
+        self.output_dir = str(output_dir)
+        self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
+        self.num_slices = num_slices
+        self.keep = keep
+        self.pred_keys = ("pred", teacher_key)
+        self.column_names = (student_name, teacher_name)
+        self.score = float("-inf")  # of the validation that is kept
+        self._num_validations = 0
+        self._kept: dict[str, Any] = {}
+        self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
+        self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
+        self._contents: dict[str, int] = {}
+        self._views: list[SliceView] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI evaluator, after its postprocessing."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        self._dice, self._contents, self._views = {key: {} for key in self.pred_keys}, {}, []
+
+    def __call__(self, engine: Engine) -> None:
+        num_classes = len(self.class_names) + 1
+        for case in validation_cases(engine, num_classes, self.pred_keys, seen=self._contents):
+            self._contents[case.path] = case.content
+            for key, pred in case.preds.items():
+                self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
+            if ranks.rank() == 0:
+                self._views += self._views_of(case, num_classes)
+
+    def _views_of(self, case: ValidationCase, num_classes: int) -> list[SliceView]:
+        """The slices that may be shown of a case; none, and a warning, where they cannot be taken."""
+        try:
+            return slice_views(case, num_classes)
+        except Exception as error:  # whatever a picture fails by, the training goes on
+            logger.warning(
+                "No picture of %s: %s: %s", printable(case.path), type(error).__name__, printable(str(error))
+            )
+            return []
+
+    def completed(self, engine: Engine) -> None:
+        """Gather Dice of all ranks, and keep this validation when it is the one to be reported."""
+        self._num_validations += 1
+        if ranks.world_size() > 1:
+            gathered, contents = zip(*idist.all_gather((self._dice, self._contents)))
+            named = list(zip(gathered, names_of_ranks(contents)))
+            self._dice = {
+                key: {names[path]: dice for rank, names in named for path, dice in rank[key].items()}
+                for key in self.pred_keys
+            }
+        if not self._dice["pred"]:
+            return
+        dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
+        self._last = dice["pred"]
+        score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
+        if self.keep == "last" or not self._kept or score > self.score:
+            self.score = float(score)
+            self._kept = {
+                "dice": dice,
+                "cases": {key: {path: d.tolist() for path, d in rows.items()} for key, rows in self._dice.items()},
+                "num_cases": len(self._dice["pred"]),
+                "validation": self._num_validations,
+                "views": choose_views(self._views, self._dice["pred"], self.num_slices),
+            }
+        self._views = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, as tensors and plain values alone; no tensor has the nan of an absent structure's Dice."""
+        views = [
+            [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
+            for view in (view._replace(dice=view.dice.tolist()) for view in self._kept.get("views", []))
+        ]
+        kept = {**self._kept, "views": views}
+        return {"kept": kept, "last": self._last, "score": self.score, "num": self._num_validations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what another report has kept."""
+        self.score, self._num_validations, self._kept = state["score"], state["num"], dict(state["kept"])
+        self._last = list(state["last"])
+        views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
+        views = [view._replace(dice=np.asarray(view.dice)) for view in views]
+        if self._kept:
+            self._kept["views"] = views
+
+    def table(self) -> list[str]:
+        """The lines of the table, for a fixed-width font."""
+        kept = self._kept
+        which = f", the {self.keep} of {self._num_validations} validations (number {kept['validation']})"
+        which = which if self._num_validations > 1 else ""
+        columns = [(self.column_names[self.pred_keys.index(key)], dice) for key, dice in kept["dice"].items()]
+        if self.keep == "best" and self._num_validations > 1:
+            columns.append((f"{self.column_names[0]}, last", self._last))
+        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
+        width = max(len(name) for name in (*names, "structure"))
+        rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
+        head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
+        lines = [f"Validation Dice, {kept['num_cases']} volumes{which}", head, rule]
+        for i, name in enumerate(names):
+            cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
+            lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]
+        return lines
+
+    @property
+    def is_empty(self) -> bool:
+        """Has no validation run?"""
+        return not self._kept
+
+    def write(self) -> str | None:
+        """
+        Write pictures and cases and log the table, on the first rank.
+
+        Returns:
+            The picture's path; None where no validation has run, and on other ranks.
+        """
+        if ranks.rank() != 0:
+            return None
+        if self.is_empty:
+            logger.warning("No validation has run, so there is no validation report.")
+            return None
+        self.log_table()
+        self.write_cases()
+        self.write_slices()
+        return self.write_picture()
+
+    def log_table(self) -> None:
+        """Log :meth:`table`, line by line."""
+        for line in self.table():
+            logger.info("%s", line)
+
+    def _names(self) -> dict[str, str]:
+        """The name of each case by its path."""
+        paths = sorted(self._kept["cases"]["pred"])
+        return dict(zip(paths, case_names(paths)))
+
+    def write_picture(self) -> str | None:
+        """Write ``validation.png``; returns its path, None where the first rank had no case."""
+        views = self._kept["views"]
+        if not views:
+            return None
+        path = os.path.join(self.output_dir, "validation.png")
+        figure = draw(views, self._names(), self.class_names)
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        logger.info("Validation slices, truth and prediction: %s", path)
+        return path
+
+    def write_cases(self) -> None:
+        """Write ``validation_cases.csv``."""
+        rows: list[dict[str, str]] = []
+        for path, name in self._names().items():
+            for key, model in zip(self.pred_keys, self.column_names):
+                dice = torch.tensor(self._kept["cases"][key].get(path, []))
+                if len(dice):
+                    values = zip((*self.class_names, "mean"), (*dice.tolist(), dice.nanmean().item()))
+                    cells = {column: "" if value != value else f"{value:.4f}" for column, value in values}
+                    rows.append({"case": name, "model": model, **cells})
+        write_csv(os.path.join(self.output_dir, "validation_cases.csv"), rows)
+
+    def write_slices(self) -> None:
+        """Write ``validation_slices/``, and remove the pictures that were there."""
+        folder = Path(self.output_dir) / "validation_slices"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        views, names = self._kept["views"], self._names()
+        for i, view in enumerate(views):
+            last = "worst slice" if len(views) > 1 else "largest slice"
+            kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
+            dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
+            title = f"{names[view.path]}, {view.position}"
+            fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
+            save = partial(draw_slice(view, len(self.class_names)).savefig, format="png", dpi=150, metadata=fields)
+            write_whole(folder / f"{i + 1}.png", save)
+
+
+def mean_over_cases(dice: dict[str, Tensor]) -> list[float]:
+    """Mean Dice of each class, then of all: over a case's classes first, and then over the cases. nan is left out."""
+    stacked = torch.stack(list(dice.values()))  # (cases, C - 1)
+    return [*stacked.nanmean(0).tolist(), stacked.nanmean(1).nanmean().item()]

@@ -1,0 +1,139 @@
+"""Adapters: small trainable bottlenecks that wrap the frozen modules of SAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ADAPTER_RATIO = 0.25  # hidden width of an adapter, as a fraction of its input
+MLP_ADAPTER_SCALE = 0.5  # weight of the adapter beside an MLP
+
+
+class Adapter(nn.Module):
+    """A bottleneck that starts as the identity (with skip) or as zero (without).
+
+    ``A(x) = W_2 GELU(W_1 x + b_1) + b_2 (+ x)`` with ``W_2 = 0, b_2 = 0`` at the start, so that a network with adapters
+    begins exactly where the network without them is. The authors' code initialises both layers at random.
+
+    Args:
+        dim: C, the number of channels of input and output.
+        skip: whether the input is added to the output.
+
+    Shape:
+        - x: (..., C)
+        - output: (..., C)
+
+    Example::
+
+        >>> tokens = torch.randn(2, 16, 64)
+        >>> torch.equal(Adapter(dim=64, skip=True)(tokens), tokens)
+        True
+
+    Reference:
+        Wu et al., Medical SAM Adapter, arXiv:2304.12620, figure 2.
+    """
+
+    def __init__(self, dim: int, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+        self.down = nn.Linear(dim, int(dim * ADAPTER_RATIO))
+        self.up = nn.Linear(int(dim * ADAPTER_RATIO), dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        change = self.up(F.gelu(self.down(x)))
+        return x + change if self.skip else change
+
+
+class AdaptedAttention(nn.Module):
+    """An attention of SAM (after its output projection, before the residual sum) followed by an adapter with skip.
+
+    ``y = A(attention(...))``
+
+    Args:
+        attention: the module to wrap; it gets the arguments of the call as they are.
+        dim: number of channels of its output.
+
+    Shape:
+        - arguments: those of ``attention``
+        - output: (..., dim)
+
+    Example::
+
+        >>> attention = AdaptedAttention(nn.Linear(8, 8), dim=8)
+        >>> attention(torch.zeros(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, attention: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.attention = attention
+        self.adapter = Adapter(dim, skip=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.adapter(self.attention(*args, **kwargs))
+
+
+class AdaptedMLP(nn.Module):
+    """An MLP of SAM with an adapter beside it that sees the same input.
+
+    ``y = mlp(x) + 0.5 A(x)``
+
+    Args:
+        mlp: the module to wrap.
+        dim: number of channels of its input and output.
+
+    Shape:
+        - x: (..., dim)
+        - output: (..., dim)
+
+    Example::
+
+        >>> mlp = AdaptedMLP(nn.Linear(8, 8), dim=8)
+        >>> mlp(torch.zeros(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, mlp: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.adapter = Adapter(dim, skip=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(self.mlp(x), self.adapter(x), alpha=MLP_ADAPTER_SCALE)
+
+
+def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
+    """Wrap attentions and MLPs of a SAM in place.
+
+    Encoder block: an adapter on the attention's output and one beside the MLP. Decoder layer: one on the output of each
+    of the three attentions and one beside the token MLP; one on the final attention. Both forwards, upstream's own and
+    those of :mod:`knowsam_monai.teachers.sam_encoder` and :mod:`knowsam_monai.teachers.sam_decoder`, run them.
+
+    Args:
+        sam: a `segment_anything` Sam, with its weights loaded: wrapping changes the names of its parameters.
+        encoder: whether the image encoder gets adapters too.
+
+    Example::
+
+        >>> from knowsam_monai.teachers.sam import build_sam
+        >>> sam = build_sam("vit_t", image_size=64)
+        >>> add_adapters(sam)
+        >>> type(sam.image_encoder.blocks[0].mlp).__name__
+        'AdaptedMLP'
+    """
+    for block in sam.image_encoder.blocks if encoder else ():
+        dim = block.attn.proj.out_features
+        block.attn = AdaptedAttention(block.attn, dim)
+        block.mlp = AdaptedMLP(block.mlp, dim)
+    transformer = sam.mask_decoder.transformer
+    dim = transformer.embedding_dim
+    for layer in transformer.layers:
+        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            setattr(layer, name, AdaptedAttention(getattr(layer, name), dim))
+        layer.mlp = AdaptedMLP(layer.mlp, dim)
+    transformer.final_attn_token_to_image = AdaptedAttention(transformer.final_attn_token_to_image, dim)

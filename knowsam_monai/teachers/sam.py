@@ -1,0 +1,127 @@
+"""SAM at any input size, built from the classes of `segment_anything`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.sam_checkpoint import load_checkpoint, read_checkpoint
+from knowsam_monai.teachers.sam_variants import SAM_VARIANTS
+from knowsam_monai.teachers.segment_anything_import import import_segment_anything
+from knowsam_monai.teachers.stand_in import STAND_IN, stand_in_checkpoint
+
+SIZE_DIVISOR = 16
+
+
+@kept_random_state()
+def build_sam(
+    variant: str = "vit_b", image_size: int | Sequence[int] = 1024, checkpoint: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """Build SAM for one input size and load a published checkpoint into it, strictly.
+
+    The checkpoint's position table and its relative positions of global attention are resized once, here, to the token
+    grid (bilinear and linear; upstream resizes the latter the same way in every forward). Windows keep theirs.
+
+    Args:
+        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes (2 M parameters,
+            patch size 8 so that 128 x 128 pixels keep 16 x 16 tokens) for which no published weights exist.
+        image_size: height and width of the encoder's input, or one number for both; multiples of 16.
+        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). "procedural" is the package's
+            own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None leaves them random: a
+            function of torch's global generator, which is left as it was.
+
+    Returns:
+        `segment_anything`'s Sam in eval mode.
+
+    Raises:
+        ValueError: when variant or size are none of the above, or the checkpoint is damaged or of another model.
+        FileNotFoundError: when the checkpoint is missing; the message holds the command that gets it.
+        ImportError: when `segment_anything` is not installed.
+
+    Example::
+
+        >>> sam = build_sam("vit_t", image_size=(128, 96))
+        >>> sam.image_encoder(torch.zeros(1, 3, 128, 96)).shape
+        torch.Size([1, 128, 16, 12])
+
+    Reference:
+        Kirillov et al., Segment Anything, arXiv:2304.02643.
+    """
+    if variant not in SAM_VARIANTS:
+        raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM_VARIANTS)} but is {variant!r}.")
+    numbers = SAM_VARIANTS[variant]
+    size = check_image_size(image_size)
+    grid = (size[0] // numbers.patch_size, size[1] // numbers.patch_size)
+    if checkpoint == STAND_IN:
+        checkpoint = stand_in_checkpoint(variant)
+    state = None if checkpoint is None else read_checkpoint(checkpoint, variant)
+
+    modeling = import_segment_anything().modeling
+    sam = modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            img_size=max(size),
+            patch_size=numbers.patch_size,
+            embed_dim=numbers.embed_dim,
+            depth=numbers.depth,
+            num_heads=numbers.num_heads,
+            out_chans=numbers.prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=numbers.window_size,
+            global_attn_indexes=numbers.global_attention_blocks,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=numbers.prompt_dim,
+            image_embedding_size=grid,
+            input_image_size=size,
+            mask_in_chans=16,
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            transformer_dim=numbers.prompt_dim,
+            transformer=modeling.TwoWayTransformer(
+                depth=2, embedding_dim=numbers.prompt_dim, num_heads=8, mlp_dim=numbers.decoder_mlp_dim
+            ),
+            iou_head_hidden_dim=numbers.prompt_dim,
+        ),
+    )
+    _size_positions(sam.image_encoder, grid)
+    if state is not None:
+        load_checkpoint(sam, state, checkpoint, variant)
+    return sam.eval()
+
+
+def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of SAM's input.
+
+    Example::
+
+        >>> check_image_size(256)
+        (256, 256)
+    """
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
+        raise KnowSAMValueError(
+            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "
+            "SAM resizes its images itself, so a near multiple will do."
+        )
+    return size
+
+
+def _size_positions(encoder: nn.Module, grid: tuple[int, int]) -> None:
+    """Give the position tables the token grid's shape: upstream makes them square.
+
+    Upstream starts them at zero, which leaves a SAM that is trained from scratch with equal tokens for equal patches.
+    """
+    channels = encoder.pos_embed.shape[-1]
+    encoder.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *grid, channels), std=0.02))
+    for block in encoder.blocks:
+        if block.window_size == 0:
+            head_dim = block.attn.rel_pos_h.shape[-1]
+            block.attn.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_dim))
+            block.attn.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_dim))

@@ -1,0 +1,176 @@
+"""SAM's image encoder without work on padded tokens: a forward that drives the submodules of `segment_anything`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from knowsam_monai.teachers.adapter import AdaptedAttention
+
+
+def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Run `segment_anything`'s ImageEncoderViT on its real tokens only.
+
+    Upstream pads the token grid to whole windows (16 x 16 tokens to 28 x 28) and lets queries attend to the padding.
+    The padding comes after the norm and is zero, so all padded tokens of a window have one key and one value, the
+    biases of the projection, and differ in their relative positions alone. They fold exactly into one key of logit
+
+        ``q.k_pad / sqrt(d) + logsumexp over padded positions of (rel_h + rel_w)``
+
+    The decomposed relative positions are appended to the queries, against one-hot rows and columns in the keys: no
+    (tokens x tokens) bias is written, and `scaled_dot_product_attention` takes its fused path, with gradients too.
+    Tokens are kept window by window throughout, so that windows are slices.
+
+    Args:
+        encoder: ImageEncoderViT, with or without adapters, whose position tables fit the token grid.
+        image: normalised image (B, 3, H, W) of the encoder's input size, square or not.
+
+    Returns:
+        The image embedding (B, D, H / patch size, W / patch size), equal to ``encoder(image)`` up to rounding.
+
+    Example::
+
+        >>> from knowsam_monai.teachers.sam import build_sam
+        >>> encode_image(build_sam("vit_t", image_size=64).image_encoder, torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 128, 8, 8])
+    """
+    tokens = encoder.patch_embed(image)  # (B, h, w, channels)
+    if encoder.pos_embed is not None:
+        tokens = tokens + encoder.pos_embed
+    grid = (tokens.shape[1], tokens.shape[2])
+    window_size = max(block.window_size for block in encoder.blocks)
+    order = _window_order(grid, window_size).to(tokens.device)
+    layouts = {size: _layout(order, grid, size, tokens) for size in (0, window_size)}
+
+    tokens = tokens.flatten(1, 2).index_select(1, order)  # (B, h * w, channels), window by window
+    for block in encoder.blocks:
+        tokens = tokens + _attend(block.attn, block.norm1(tokens), layouts[block.window_size])
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return _neck(encoder.neck, tokens.index_select(1, order.argsort()).unflatten(1, grid))
+
+
+class _Windows(NamedTuple):
+    """Equal windows of an image, and the real tokens in each."""
+
+    count: int
+    height: int
+    width: int
+
+
+class _Layout(NamedTuple):
+    """Where the tokens are in their windows."""
+
+    windows: list[_Windows]  # consecutive in the order of tokens
+    padded: tuple[int, int]  # height and width of a window with upstream's padding
+    distances: torch.Tensor  # (h * w, rows + columns) entry of (rel_pos_h, rel_pos_w) for each row and column
+    one_hot: torch.Tensor  # (h * w, rows + columns) the token's own row and column
+
+
+def _spans(size: int, window_size: int) -> list[tuple[int, int, int]]:
+    """(start, stop, real extent of a window) of the whole windows along an axis, then of the cut one."""
+    whole = size - size % (window_size or size)
+    spans = [(0, whole, window_size or size), (whole, size, size - whole)]
+    return [span for span in spans if span[0] < span[1]]
+
+
+def _window_order(grid: tuple[int, int], window_size: int) -> torch.Tensor:
+    """Indices into the flat token grid: whole windows first, then those cut at the right, at the bottom, at both."""
+    index = torch.arange(grid[0] * grid[1]).view(grid)
+    return torch.cat(
+        [
+            index[top:bottom, left:right].unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten()
+            for top, bottom, height in _spans(grid[0], window_size)
+            for left, right, width in _spans(grid[1], window_size)
+        ]
+    )
+
+
+def _layout(order: torch.Tensor, grid: tuple[int, int], window_size: int, tokens: torch.Tensor) -> _Layout:
+    windows = [
+        _Windows((bottom - top) // height * ((right - left) // width), height, width)
+        for top, bottom, height in _spans(grid[0], window_size)
+        for left, right, width in _spans(grid[1], window_size)
+    ]
+    padded = (window_size, window_size) if window_size else grid
+    first_entry, distances, one_hot = 0, [], []
+    for position, length in zip((order // grid[1], order % grid[1]), padded):
+        position = position[:, None] % length
+        others = torch.arange(length, device=order.device)
+        distances.append(position - others + length - 1 + first_entry)
+        one_hot.append((position == others).to(tokens.dtype))
+        first_entry += 2 * length - 1
+    return _Layout(windows, padded, torch.cat(distances, dim=1), torch.cat(one_hot, dim=1))
+
+
+def _attend(attention: nn.Module, tokens: torch.Tensor, layout: _Layout) -> torch.Tensor:
+    """Attention inside windows, (B, h * w, channels) to the same."""
+    if isinstance(attention, AdaptedAttention):
+        return attention.adapter(_attend(attention.attention, tokens, layout))
+    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, h * w, d)
+    relative = query @ torch.cat((attention.rel_pos_h, attention.rel_pos_w)).T
+    relative = relative.gather(-1, layout.distances.expand(*query.shape[:2], -1, -1))
+    query = torch.cat((query * attention.scale, relative), dim=-1)
+    key = torch.cat((key, layout.one_hot.to(key.dtype).expand(*key.shape[:2], -1, -1)), dim=-1)
+
+    sizes = [windows.count * windows.height * windows.width for windows in layout.windows]
+    attended = []
+    for windows, *qkv in zip(layout.windows, *(x.split(sizes, dim=2) for x in (query, key, value))):
+        qkv = [x.flatten(0, 1).unflatten(1, (windows.count, -1)) for x in qkv]  # (B * heads, windows, tokens, d)
+        if (windows.height, windows.width) != layout.padded:
+            qkv = _with_padding_key(*qkv, attention.qkv.bias, windows, layout.padded)
+        attended.append(_softmax_attention(*qkv).flatten(1, 2).unflatten(0, key.shape[:2]).transpose(1, 2))
+    return attention.proj(torch.cat(attended, dim=1).flatten(2))
+
+
+def _with_padding_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    windows: _Windows,
+    padded: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Append the one key and value that stand for all padded tokens of a window.
+
+    Padded are the rows below (all columns) and, beside the real rows, the columns to the right.
+    """
+    rel_h, rel_w = query[..., -sum(padded) :].to(torch.promote_types(query.dtype, torch.float32)).split(padded, dim=-1)
+    terms = []
+    if windows.height < padded[0]:
+        terms.append(rel_h[..., windows.height :].logsumexp(-1, True) + rel_w.logsumexp(-1, True))
+    if windows.width < padded[1]:
+        terms.append(rel_h[..., : windows.height].logsumexp(-1, True) + rel_w[..., windows.width :].logsumexp(-1, True))
+    logit = terms[0] if len(terms) == 1 else torch.logaddexp(*terms)
+
+    num_heads = len(bias) // (3 * value.shape[-1])
+    images = len(query) // num_heads
+    _, pad_key, pad_value = (
+        part.repeat(images, windows.count, 1, 1) for part in bias.to(key.dtype).view(3, num_heads, 1, 1, -1)
+    )
+    query = torch.cat((query, logit.to(query.dtype)), dim=-1)
+    key = torch.cat((F.pad(key, (0, 1)), F.pad(F.pad(pad_key, (0, sum(padded))), (0, 1), value=1.0)), dim=2)
+    return query, key, torch.cat((value, pad_value), dim=2)
+
+
+def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    channels = value.shape[-1]
+    value = F.pad(value, (0, key.shape[-1] - channels))  # the fused kernels want one width for keys and values
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
+
+
+def _neck(neck: nn.Sequential, tokens: torch.Tensor) -> torch.Tensor:
+    """Conv 1x1, norm, conv 3x3, norm, channels last throughout: the norms are layer norms of the tokens."""
+    project, first_norm, mix, second_norm = neck
+    tokens = F.linear(tokens, project.weight.flatten(1))
+    tokens = layer_norm_of_channels(first_norm, tokens)
+    tokens = mix(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return layer_norm_of_channels(second_norm, tokens).permute(0, 3, 1, 2)
+
+
+def layer_norm_of_channels(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`segment_anything`'s LayerNorm2d on channels-last tokens (..., C)."""
+    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,186 @@
+"""SAM as a teacher: adapters, learnable prompts, and one mask for each class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.adapter import Adapter, add_adapters
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.prompt import LearnablePrompt
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
+from knowsam_monai.teachers.sam import build_sam, check_image_size
+from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
+from knowsam_monai.teachers.sam_encoder import encode_image
+from knowsam_monai.tensors import without_meta
+
+logger = logging.getLogger(__name__)
+
+# what a single mask from prompt tokens and a mask prompt never touches
+UNUSED_IN_SAM = (
+    "prompt_encoder.point_embeddings.",
+    "prompt_encoder.not_a_point_embed.",
+    "prompt_encoder.no_mask_embed.",
+    "mask_decoder.iou_prediction_head.",
+    "mask_decoder.output_hypernetworks_mlps.1.",
+    "mask_decoder.output_hypernetworks_mlps.2.",
+    "mask_decoder.output_hypernetworks_mlps.3.",
+)
+
+
+class SAMTeacher(PromptedTeacher):
+    """Segment Anything with adapters and learnable prompts, prompted by a student's logits.
+
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``: one decoder call for all classes of all images gives
+    one mask a class; the low-resolution masks, bilinear to the size of the image in logit space, are the teacher's
+    logits. The mask prompt is the *detached raw* logits of the class, bilinear to 4 x the token grid, no sigmoid. It is
+    always in eval mode, and no row sees another, so labelled rows with a graph and unlabelled rows without one can run
+    apart and give what one call gives.
+
+    With ``encoder="cached"`` SAM's image encoder is frozen and has no adapters, and each image is encoded once: a step
+    costs no more than the decoder. It pays where images come again, value for value: SAM sees them before intensities
+    are augmented, in the eight orientations of :class:`knowsam_monai.data.RandOrientationd`, 2D and square.
+
+    What is random in it at first is a function of torch's seed. Building and calling it leave all global generators as
+    they were, so that a student with this teacher and one without begin alike and see the same data.
+
+    Args:
+        num_classes: C, background included (1 for a sigmoid student).
+        image_size: height and width of SAM's input, multiples of 16; images of other sizes are resized to it.
+        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, none published), see :func:`build_sam`.
+        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``vit_t``). None leaves them
+            random: for "adapters" that is a test, not a teacher.
+        trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM without
+            pretrained weights.
+        to_rgb: how an image becomes SAM's three channels: the index of the channel to repeat, "mean" of the channels,
+            "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+        num_prompt_tokens: prompt tokens of each class (2 in the paper).
+        encoder: "adapted" (the paper), or "cached": frozen, its embeddings kept, adapters in the decoder alone.
+        cache_dir: folder that keeps the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
+        cache_dtype: torch.float16 or torch.float32, how they are kept. The deviation of float16 is in the tests.
+
+    Attributes:
+        num_classes, image_size, variant, checkpoint, pretrained, stand_in, encoder: as built.
+        cache: the embeddings of a "cached" encoder, else None.
+
+    Shape:
+        - image: (B, channels, H, W), 0..1 (another range is warned of once); SAM's scale, mean and deviation are
+          applied here
+        - prompt_logits: (B, C, H, W)
+        - output: (B, C, H, W), float32 (float64 for a float64 teacher)
+
+    Raises:
+        ValueError: when an argument is none of the above, or ``image`` and ``prompt_logits`` do not fit.
+        FileNotFoundError: when the checkpoint is missing.
+
+    Example::
+
+        >>> teacher = SAMTeacher(num_classes=4, image_size=64, variant="vit_t", trainable="all")
+        >>> teacher(torch.rand(2, 1, 64, 64), prompt_logits=torch.zeros(2, 4, 64, 64)).shape
+        torch.Size([2, 4, 64, 64])
+
+    Reference:
+        Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8; adapters: Wu et al., arXiv:2304.12620.
+    """
+
+    called = "SAM"
+
+    @kept_random_state()
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int | Sequence[int] = (256, 256),
+        variant: str = "vit_b",
+        checkpoint: str | os.PathLike[str] | None = None,
+        trainable: str = "adapters",
+        to_rgb: int | str | Callable[[torch.Tensor], torch.Tensor] = 0,
+        num_prompt_tokens: int = 2,
+        encoder: str = "adapted",
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        if trainable not in ("adapters", "all"):
+            raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
+        if encoder not in ("adapted", "cached"):
+            raise KnowSAMValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
+        super().__init__(num_classes, check_image_size(image_size), to_rgb)
+        if encoder == "cached" and self.image_size[0] != self.image_size[1]:
+            raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
+        self.encoder = encoder
+        self.variant = variant
+        self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
+        self.trainable = trainable
+        self.sam = build_sam(variant, self.image_size, checkpoint)
+        add_adapters(self.sam, encoder=encoder == "adapted")
+        self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
+        self._freeze(trainable)
+        self.eval()
+        if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
+            logger.warning(
+                "SAM %s has no pretrained weights and its %s frozen: a teacher that knows nothing. "
+                "Give `checkpoint`, or train it whole with `trainable='all'` and `encoder='adapted'`.",
+                variant,
+                "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
+            )
+        if encoder == "cached":
+            prompts = self.sam.prompt_encoder
+            self.cache = EmbeddingCache(
+                self.sam.image_encoder,
+                facts={
+                    "variant": variant,
+                    "image_size": self.image_size,
+                    "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
+                },
+                shape=(prompts.embed_dim, *prompts.image_embedding_size),
+                folder=cache_dir,
+                dtype=cache_dtype,
+            )
+
+    def _freeze(self, trainable: str) -> None:
+        for parameter in self.sam.parameters():
+            parameter.requires_grad_(trainable == "all")
+        for name, parameter in self.sam.named_parameters():
+            if name.startswith(UNUSED_IN_SAM):
+                parameter.requires_grad_(False)
+        for module in self.sam.modules():
+            if isinstance(module, Adapter):
+                module.requires_grad_(True)
+        if self.encoder == "cached":
+            self.sam.image_encoder.requires_grad_(False)
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether SAM's weights came from a checkpoint."""
+        return self.checkpoint is not None
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether the weights came from a checkpoint that can't be SAM's, since none of ``vit_t`` was published."""
+        return self.pretrained and self.variant == "vit_t"
+
+    def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
+        normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std
+        return encode_image(self.sam.image_encoder, normalized)
+
+    def decode(
+        self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
+        prompt_encoder = self.sam.prompt_encoder
+        prompts = without_meta(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
+        masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
+        masks = decode_masks(
+            decoder=self.sam.mask_decoder,
+            embedding=embedding,
+            positions=dense_positions(prompt_encoder),
+            prompt_tokens=self.prompt(embedding),
+            mask_tokens=embed_masks(prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
+        )
+        masks = masks.to(prompts.dtype)  # under autocast they come in half precision
+        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")

@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from functools import partial
+from operator import itemgetter
+
+import pytest
+import torch
+from torch import nn
+
+from knowsam_monai.distillation.attachment import Attachment
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.watched_loader import WatchedLoader
+from knowsam_monai.handlers import SAMDistillation
+from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
+from tests.attached import assert_same, build, host, loss_of, plain_loop
+from tests.hosts import CASES
+from tests.toys import toy_trainer
+
+WEIGHT = SigmoidRampUp(3)
+
+
+# --- the three ways in ------------------------------------------------------------------------------------------------
+
+
+def gradients_of_steps(optimizer):
+    steps = []
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.register_step_post_hook(lambda *_: steps.append([p.grad.clone() for p in parameters]))
+    return steps
+
+
+@pytest.mark.parametrize(("num_classes", "size"), CASES)
+def test_handler_loop_and_attachment_train_the_same(num_classes, size):
+    ways = {name: build(num_classes, size) for name in ("handler", "loop", "attachment")}
+    gradients = {name: gradients_of_steps(way[1]) for name, way in ways.items()}
+
+    student, optimizer, distiller, batches = ways["handler"]
+    loss = PartiallyLabeledLoss(dice_ce_loss(num_classes))
+    toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=WEIGHT)], optimizer=optimizer).run()
+    plain_loop(*ways["loop"], weight=WEIGHT)
+    student, optimizer, distiller, batches = ways["attachment"]
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    skd = distiller.attach(student, optimizer, weight=WEIGHT)
+    host(student, optimizer, skd.watch(batches))
+
+    for way in ("loop", "attachment"):
+        assert len(gradients[way]) == 3
+        torch.testing.assert_close(gradients[way], gradients["handler"], rtol=1e-10, atol=1e-12)
+        assert_same(ways[way], ways["handler"])
+    weights = distiller.teacher.state_dict()
+    assert not any(torch.equal(before[name], weights[name]) for name in before if "extra_state" not in name)
+    assert set(skd.terms) == {"distillation_loss", "sam_loss", "gate_weight"}
+
+
+def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_handler():
+    options = dict(start=2, every=2, gate_interval=2)
+    ours, expected = (build(num_batches=6, gate="agreement") for _ in range(2))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    toy_trainer(expected[0], expected[3], loss, [SAMDistillation(expected[2], **options)], optimizer=expected[1]).run()
+    skd = ours[2].attach(ours[0], ours[1], **options)
+    toy_trainer(ours[0], skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
+    assert_same(ours, expected)
+    assert ours[2].gate.num_measured == expected[2].gate.num_measured == 2
+    assert torch.equal(ours[2].gate.scores, expected[2].gate.scores)
+
+
+def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.requires_grad_(False)
+    skd = distiller.attach(student, optimizer)
+    for batch in skd.watch([{"image": batch["image"]} for batch in batches]):
+        student(batch["image"]).sum().backward()
+        optimizer.step()
+    assert set(skd.terms) == {"distillation_loss", "gate_weight"} and skd.terms["distillation_loss"] > 0
+
+
+class Pair(nn.Module):
+    """A network that returns its logits as a part of something else."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image):
+        logits = self.network(image)
+        return logits, logits.mean()
+
+
+def test_logits_may_be_a_part_of_what_the_student_returns():
+    def loss(pred, label):
+        return PartiallyLabeledLoss(dice_ce_loss(3))(pred[0], label) + pred[1]
+
+    ours, expected = (build(gate="agreement") for _ in range(2))
+    handler = SAMDistillation(expected[2], logits_of=itemgetter(0))
+    toy_trainer(Pair(expected[0]), expected[3], loss, [handler], optimizer=expected[1]).run()
+    student = Pair(ours[0])
+    skd = ours[2].attach(student, ours[1], logits_of=itemgetter(0))
+    toy_trainer(student, skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
+    assert_same(ours, expected)
+    assert ours[2].gate.num_measured == 1
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_output_that_is_no_tensor_is_an_error(attached):
+    student, optimizer, distiller, batches = build()
+    student, handlers = Pair(student), [] if attached else [SAMDistillation(distiller)]
+    batches = distiller.attach(student, optimizer).watch(batches) if attached else batches
+    with pytest.raises(TypeError, match="tuple; .*`logits_of`"):
+        toy_trainer(student, batches, lambda pred, label: pred[1], handlers, optimizer=optimizer).run()
+
+
+def test_loader_made_before_the_optimizer_is_given_to_attach():
+    ours, expected = build(), build()
+    loader = WatchedLoader(ours[3])
+    skd = ours[2].attach(ours[0], ours[1], loader=loader)
+    host(ours[0], ours[1], loader)
+    plain_loop(*expected)
+    assert_same(ours, expected)
+    skd.remove()
+    assert skd.iteration == 3 and loader.watched_by == []
+    with pytest.raises(
+        TypeError, match=r"`loader` must be a WatchedLoader but is a list; give .*WatchedLoader\(loader"
+    ):
+        ours[2].attach(ours[0], ours[1], loader=ours[3])
+
+
+def test_select_is_given_the_batch_itself_where_it_is_on_the_student_s_device():
+    student, optimizer, distiller, batches = build()
+    seen = []
+
+    def select(batch, image):
+        seen.append(batch)
+        return (image, batch["label"], None) if torch.equal(image, batch["image"]) else None
+
+    host(student, optimizer, distiller.attach(student, optimizer, select=select).watch(batches))
+    assert all(given is batch for given, batch in zip(seen, batches, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_select_compares_images_where_the_loader_s_batch_is_on_another_device():
+    student, optimizer, distiller, batches = build()
+    student.cuda()
+    seen = []
+
+    def select(batch, image):
+        seen.append(torch.equal(image, batch["image"]))
+        return image, batch["label"], None
+
+    for batch in distiller.attach(student, optimizer, select=select).watch(batches):
+        host(student, optimizer, [{name: tensor.cuda() for name, tensor in batch.items()}])
+    assert seen == [True] * 3
+
+
+# --- detaching --------------------------------------------------------------------------------------------------------
+
+
+def test_detached_host_is_as_it_was_bit_for_bit():
+    student, optimizer, distiller, batches = build()
+    alone = copy.deepcopy(student)
+    names = set(vars(student)), set(vars(optimizer))
+    skd = distiller.attach(student, optimizer)
+    loader = skd.watch(batches)
+    assert student._forward_hooks and optimizer._optimizer_step_post_hooks
+    skd.remove()
+    assert (set(vars(student)), set(vars(optimizer))) == names
+    assert not student._forward_hooks and not student._forward_hooks_with_kwargs
+    assert not optimizer._optimizer_step_post_hooks
+    host(student, optimizer, loader)
+    host(alone, torch.optim.SGD(alone.parameters(), lr=0.1), batches)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), alone.parameters(), strict=True))
+
+
+def test_detaching_between_forward_and_backward_leaves_that_backward_alone():
+    student, optimizer, distiller, batches = build()
+    alone = copy.deepcopy(student)
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    loss = loss_of(student(batch["image"]), batch)
+    skd.remove()
+    loss.backward()
+    loss_of(alone(batch["image"]), batch).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(student.parameters(), alone.parameters(), strict=True))
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
+def test_detaching_between_backward_and_step_leaves_no_gradient_for_another_attachment():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    loss_of(student(batch["image"]), batch).backward()
+    assert any(p.grad is not None for p in distiller.teacher.parameters())
+    skd.remove()
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+
+
+def test_deep_copy_of_the_student_is_not_taught_and_copies_no_teacher():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    average = copy.deepcopy(student)
+    loss_of(average(batch["image"]), batch).backward()
+    assert skd.terms == {} and average._forward_hooks
+
+
+def test_student_saved_whole_while_attached_is_loaded_and_needs_nothing_of_the_attachment(tmp_path):
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    torch.save(student, tmp_path / "student.pt")
+    loaded = torch.load(tmp_path / "student.pt", weights_only=False)
+    image = batches[0]["image"]
+    assert torch.equal(loaded.eval()(image), student.eval()(image))
+    (hook,) = student._forward_hooks.values()
+    assert b"attachment" not in pickle.dumps(hook)
+    skd.remove()
+
+
+# --- what can't be right is one clear error ---------------------------------------------------------------------------
+
+
+def test_optimizer_of_sam_in_the_place_of_the_student_s_is_an_error():
+    student, optimizer, distiller, batches = build()
+    together = torch.optim.SGD([*student.parameters(), *distiller.teacher.parameters()], lr=0.1)
+    for mixed_up in (distiller.optimizer, together):
+        for way in (distiller.follow, partial(distiller.attach, student)):
+            with pytest.raises(ValueError, match="`optimizer` must (be the student's but is|step no parameters of)"):
+                way(mixed_up)
+    with pytest.raises(ValueError, match="`optimizer` must be the student's but is the distiller's own"):
+        toy_trainer(student, batches, None, [SAMDistillation(distiller)], optimizer=distiller.optimizer).run()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `teacher` but has none"):
+        SAMDistiller(distiller.teacher, optimizer)
+    assert not student._forward_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_second_attachment_of_a_teacher_is_an_error_until_the_first_is_removed():
+    student, optimizer, distiller, _ = build()
+    skd = distiller.attach(student, optimizer)
+    with pytest.raises(RuntimeError, match=r"must be attached to once but is already; call `remove\(\)`"):
+        distiller.attach(student, optimizer)
+    skd.remove()
+    distiller.attach(student, optimizer).remove()
+
+
+@pytest.mark.parametrize(
+    ("selected", "said"), [(lambda batch, image: (image, batch["label"]), "2 values"), (lambda *_: [], "a list")]
+)
+def test_select_of_other_than_three_values_is_an_error(selected, said):
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer, select=selected)
+    batch = next(skd.watch(batches))
+    with pytest.raises(TypeError, match=rf"`select` must return \(sam_image, .* but returns {said}"):
+        student(batch["image"])
+
+
+def test_second_call_for_a_batch_without_select_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    student(batch["image"])
+    with pytest.raises(RuntimeError, match="must be called once for each batch but is called again; give `select`"):
+        student(batch["image"])
+
+
+def test_second_backward_through_the_same_logits_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    loss = loss_of(student(batch["image"]), batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="must be backpropagated once but are a second time"):
+        loss.backward()
+
+
+def test_step_without_a_backward_through_the_logits_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    student(batch["image"])
+    student.first.weight.square().sum().backward()
+    with pytest.raises(RuntimeError, match="must step after a backward through the student's logits but none came"):
+        optimizer.step()
+
+
+def test_student_compiled_and_called_before_it_was_attached_to_is_taught_or_an_error():
+    torch.compiler.reset()
+    student, optimizer, distiller, batches = build()
+    network = torch.compile(student, backend="eager")
+    network(batches[0]["image"])
+    skd = distiller.attach(student, optimizer)
+    try:
+        host(network, optimizer, skd.watch(batches))
+    except RuntimeError as error:
+        assert "attach to the module that the host calls" in str(error)
+    else:
+        expected = build()
+        plain_loop(*expected)
+        assert_same((student, optimizer, distiller), expected)
+
+
+def test_call_without_a_batch_is_an_error_and_in_eval_mode_or_without_gradient_none():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    with torch.no_grad():
+        student(batches[0]["image"])
+    student.eval()(batches[0]["image"])
+    with pytest.raises(RuntimeError, match=r"must be called on a batch of `watch\(loader\)` but none was taken"):
+        student.train()(batches[0]["image"])
+    assert skd.iteration == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image[:3], r"of shape \(3, 1, 8, 8\), must be the image of the watched batch, of shape \(4, 1"),
+        (lambda image: image + 0.01, "but differs: where it is changed in the step, give `select`"),
+    ],
+)
+def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match=message):
+        student(change(batch["image"]))
+
+
+def all_labels(batch, image):
+    """As hosts have it that carry labels for every row."""
+    return image, batch["label"], len(batch["label"])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("select", [None, all_labels])
+def test_batches_fetched_ahead_are_an_error(select, depth):
+    student, optimizer, distiller, batches = build(num_batches=4)
+    skd = distiller.attach(student, optimizer, select=select)
+    iterator = iter(skd.watch(batches))
+    fetched = [next(iterator) for _ in range(depth + 1)]
+    with pytest.raises(RuntimeError, match="on the batch that was taken last but is called on one before"):
+        host(student, optimizer, fetched[:1])
+
+
+def test_batches_that_are_left_out_are_none():
+    student, optimizer, distiller, batches = build(num_batches=4)
+    skd = distiller.attach(student, optimizer, select=all_labels)
+    host(student, optimizer, list(skd.watch(batches))[3:])
+    assert set(skd.terms) == {"distillation_loss", "sam_loss", "gate_weight"}
+
+
+def test_batch_that_comes_again_past_the_watched_loader_is_an_error():
+    student, optimizer, distiller, batches = build(num_batches=2)
+    skd = distiller.attach(student, optimizer, select=all_labels)
+    with pytest.raises(RuntimeError, match="on a new batch after its step .* not from `itertools.cycle`"):
+        host(student, optimizer, itertools.islice(itertools.cycle(skd.watch(batches)), 3))
+    assert skd.iteration == 2
+
+
+def test_call_after_the_step_that_is_not_taught_is_let_be():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if x is b["image"] else None)
+    for batch in skd.watch(batches):
+        host(student, optimizer, [batch])
+        student(batch["image"] + 0)
+
+
+def test_batch_of_batches_is_an_error():
+    student, optimizer, distiller, batches = build()
+    pairs = [(list(batches[0].values()), list(batches[1].values()))]
+    skd = distiller.attach(student, optimizer)
+    (pair,) = skd.watch(pairs)
+    with pytest.raises(ValueError, match="image of a watched batch must be a tensor but is a list; .* give `select`"):
+        student(pair[0][0])
+
+
+def test_batch_that_is_neither_mapping_nor_pair_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    image = next(skd.watch([batches[0]["image"]]))
+    with pytest.raises(ValueError, match="a mapping with 'image' and 'label' or a pair .* but is a Tensor"):
+        student(image)
+
+
+def test_image_for_sam_of_other_rows_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer, select=lambda batch, image: (image[:3], batch["label"], None))
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match="`sam_image` must have the rows and the size of the image"):
+        student(batch["image"])
+
+
+def test_label_without_a_channel_is_an_error():
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"][:, 0], 2))
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but is \(2, 8, 8\); give `label\[:, None\]`"):
+        student(batch["image"])
+
+
+def test_sam_sees_the_batch_s_own_image_and_a_cached_teacher_needs_it():
+    student, optimizer, distiller, batches = build()
+    seen = []
+    distiller.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    distiller.teacher.encoder = "cached"
+    own = {**batches[0], "sam_image": batches[0]["image"] + 1}
+    loader = iter(distiller.attach(student, optimizer).watch([own, batches[1]]))
+    student(next(loader)["image"])
+    assert torch.equal(torch.cat(seen), own["sam_image"])
+    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher whose encoder is 'cached'"):
+        student(next(loader)["image"])
+
+
+def test_student_that_is_not_called_on_a_tensor_is_an_error():
+    class OfBatches(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, batch):
+            return self.network(batch["image"])
+
+    student, optimizer, distiller, batches = build()
+    student = OfBatches(student)
+    skd = distiller.attach(student, optimizer)
+    batch = next(skd.watch(batches))
+    with pytest.raises(TypeError, match="`student` must be called on a tensor, its image"):
+        student(batch)
+
+
+@pytest.mark.parametrize("name", ["accumulation_steps", "every", "gate_interval"])
+def test_intervals_below_one_are_errors(name):
+    student, optimizer, distiller, _ = build()
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1 but is 0"):
+        Attachment(distiller, student, optimizer, **{name: 0})
+    assert not student._forward_hooks
+
+
+def test_optimizer_of_another_network_is_an_error():
+    student, optimizer, distiller, _ = build()
+    with pytest.raises(ValueError, match="`optimizer` must step parameters of `student` .*, not to an averaged copy"):
+        distiller.attach(copy.deepcopy(student), optimizer)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_teacher_that_does_not_learn_only_teaches():
+    student, optimizer, distiller, batches = build()
+    fixed = SAMDistiller(distiller.teacher, taught_views=(1, 2))
+    before = copy.deepcopy((student.state_dict(), fixed.teacher.state_dict()))
+    host(student, optimizer, fixed.attach(student, optimizer).watch(batches))
+    assert all(torch.equal(before[1][name], tensor) for name, tensor in fixed.teacher.state_dict().items())
+    assert not any(torch.equal(before[0][name], tensor) for name, tensor in student.state_dict().items())

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.networks.nets import BasicUNet
+
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
+from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.teachers import SliceTeacher
+from tests.toys import ToyStudent, ToyTeacher, distiller_of, toy_batches, with_gradient
+
+
+def test_distillation_reaches_the_student_alone_and_only_the_taught_views(student, teacher):
+    batch = toy_batches(1)[0]
+    result = distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    result.distillation_loss.backward()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_fused_view_is_never_taught_by_default_of_the_paper(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"]).detach().requires_grad_()
+    distiller_of(teacher)(batch["image"], logits, batch["label"]).distillation_loss.backward()
+    assert logits.grad[:, 0].abs().sum() == 0 and (logits.grad[:, 1:].flatten(2).abs().sum(-1) > 0).all()
+
+
+def test_sam_loss_reaches_the_teacher_alone(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"]).sam_loss.backward()
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_terms_equal_hand_written_ones(student, teacher):
+    batch = toy_batches(1)[0]
+    image, label, logits = batch["image"], batch["label"], student(batch["image"])
+    result = distiller_of(teacher, distillation_loss=DistillationLoss(2.0))(image, logits, label, weight=0.5)
+    target = teacher(image, logits[:, 0])
+    p, q = (target / 2).softmax(1), [(logits[:, v] / 2).softmax(1) for v in (1, 2)]
+    expected = 0.5 * sum(4 * (p * (p.log() - v.log())).sum(1).mean() for v in q)
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[:2], label), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.teacher_logits, target, rtol=1e-12, atol=0)
+    assert not result.teacher_logits.requires_grad
+    torch.testing.assert_close(result.loss, result.distillation_loss + result.sam_loss)
+
+
+@pytest.mark.parametrize("rows", [2, slice(0, 2), slice(1, 4, 2)])
+def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(student, teacher, rows):
+    batch = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"], labeled_rows=rows)
+    chosen = rows if isinstance(rows, slice) else slice(rows)
+    target = teacher(batch["image"], logits[:, 0])
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[chosen], batch["label"][chosen]))
+    torch.testing.assert_close(result.teacher_logits, target)
+
+
+@pytest.mark.parametrize(
+    "rows,error,said",
+    [
+        ([0, 3], TypeError, "must be a number of rows, a slice or 'all' but is a list"),
+        ("both", TypeError, "must be a number of rows, a slice or 'all' but is 'both'"),
+        (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labeled rows side by side"),
+        (-2, ValueError, "must be 0 or more but is -2"),
+        (slice(0, 3), ValueError, r"as `labeled_rows` takes \(3\) or as `image` has \(4\) but has 2"),
+    ],
+)
+def test_rows_that_are_no_number_and_no_slice_are_one_clear_error(student, teacher, rows, error, said):
+    batch = toy_batches(1)[0]
+    with pytest.raises(error, match=said):
+        distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"], labeled_rows=rows)
+
+
+@pytest.mark.parametrize("shut_by", ["weight", "gate"])
+def test_teacher_that_overflows_leaves_a_student_that_is_not_taught_alone(student, teacher, shut_by):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"])
+    kwargs = {"gate": "validation"} if shut_by == "gate" else {}
+    teacher.forward = lambda image, prompt: prompt / 0
+    distiller = SAMDistiller(teacher, **kwargs)
+    loss = distiller(batch["image"], logits, weight=float(shut_by == "gate")).distillation_loss
+    (loss + 0 * logits.sum()).backward()
+    assert loss == 0 and all(torch.all(p.grad == 0) for p in student.parameters())
+
+
+@pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
+def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
+    batch = toy_batches(1, num_labeled=4 if rows else 2, num_unlabeled=0 if rows else 2)[0]
+    image, logits = batch["image"], student(batch["image"]).detach().requires_grad_()
+    result = distiller_of(teacher, taught_rows="unlabeled")(image, logits, batch["label"], labeled_rows=rows)
+    result.distillation_loss.backward()
+    unlabeled = [0, 2] if rows else [2, 3]
+    assert logits.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist() == unlabeled
+    target = teacher(image, logits[:, 0].detach())
+    expected = sum(DistillationLoss()(logits[unlabeled, v], target[unlabeled]) for v in (1, 2))
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+
+
+def test_without_unlabeled_rows_nothing_is_left_to_teach_and_it_is_said_once(student, teacher, caplog):
+    batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
+    distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement")
+    for _ in range(2):
+        result = distiller(batch["image"], student(batch["image"]), batch["label"], "all")
+        distiller.measure_agreement(student, batch["image"], batch["label"], "all")
+    assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0 and distiller.gate.num_measured == 0
+    assert len(caplog.messages) == 2 and "no row is taught" in caplog.messages[0]
+    assert "the gate 'agreement' was not measured" in caplog.messages[1]
+
+
+def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
+    """Bidirectional copy-paste has a label for every row, with pixels that nobody labelled."""
+    batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
+    loss = dice_ce_loss(3, ignore_index=255)
+    distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement", sam_loss=loss)
+    distiller.measure_agreement(student, batch["image"], batch["label"])
+    assert distiller.gate.num_measured == 0  # pre-training: every pixel has its label
+    batch["label"][1, :, :4] = 255
+    judged = []
+    teacher.register_forward_hook(lambda module, arguments, output: judged.append(len(output)))
+    distiller.measure_agreement(student, batch["image"], batch["label"])
+    assert distiller.gate.num_measured == 1 and judged == [1, 1]
+    logits = student(batch["image"]).detach().requires_grad_()
+    distiller.gate.weight.fill_(1)
+    distiller(batch["image"], logits, batch["label"]).distillation_loss.backward()
+    assert (logits.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_no_graph_through_the_teacher_for_unlabeled_rows(student, teacher):
+    seen = []
+    teacher.register_forward_hook(lambda m, a, out: seen.append((len(out), out.requires_grad)))
+    batch = toy_batches(1, num_labeled=1, num_unlabeled=3)[0]
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    assert seen == [(1, True), (3, False)]
+
+
+def test_without_labels_or_without_optimizer_the_teacher_is_left_alone(student, teacher):
+    batch = toy_batches(1)[0]
+    image, logits = batch["image"], student(batch["image"])
+    assert not distiller_of(teacher)(image, logits).sam_loss.requires_grad
+    assert not SAMDistiller(teacher).train()(image, logits, batch["label"]).sam_loss.requires_grad
+
+
+def test_plain_network_is_prompt_and_pupil_whatever_the_view_arguments_say(teacher):
+    batch = toy_batches(1)[0]
+    logits = torch.randn(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    expected = DistillationLoss()(logits, teacher(batch["image"], logits.detach()))
+    torch.testing.assert_close(result.distillation_loss, expected)
+
+
+def test_sigmoid_student_of_one_channel_learns(teacher):
+    teacher = ToyTeacher(1).double()
+    batch = toy_batches(1, num_classes=2)[0]
+    logits = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    result.loss.backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+
+
+def test_teacher_stays_in_eval_mode(teacher):
+    distiller = distiller_of(teacher)
+    assert distiller.training and not teacher.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(classes=4), "`logits` must have 3 channels"),
+        (dict(label_rows=5), "`label` must have as many rows"),
+        (dict(label_value=3), "`label` must be in 0..2"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(teacher, change, message):
+    image = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    logits = torch.zeros(4, change.get("classes", 3), 8, 8, dtype=torch.float64)
+    label = torch.full((change.get("label_rows", 2), 1, 8, 8), float(change.get("label_value", 0)), dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        distiller_of(teacher)(image, logits, label)
+
+
+def test_view_that_the_student_lacks_is_one_clear_error(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller = SAMDistiller(teacher, taught_views=(3,))
+    with pytest.raises(ValueError, match="must be below 3"):
+        distiller(batch["image"], student(batch["image"]), batch["label"])
+
+
+def test_bfloat16_autocast_reaches_the_teacher_and_losses_stay_float32():
+    teacher, dtypes = ToyTeacher(), []
+    teacher.image_conv.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
+    distiller = distiller_of(teacher, autocast_dtype=torch.bfloat16)
+    image = torch.rand(4, 1, 8, 8)
+    result = distiller(image, ToyStudent()(image), torch.zeros(2, 1, 8, 8))
+    assert set(dtypes) == {torch.bfloat16}
+    assert result.distillation_loss.dtype == result.sam_loss.dtype == torch.float32
+
+
+def test_state_dict_holds_the_gate(teacher):
+    distiller = distiller_of(teacher, gate="validation")
+    distiller.gate.update(0.5, 0.45)
+    other = distiller_of(copy.deepcopy(teacher), gate="validation")
+    other.load_state_dict(distiller.state_dict())
+    assert other.gate.weight.item() == pytest.approx(0.5) and other.gate.num_measured.item() == 1
+
+
+def test_monai_network_of_a_user_is_taught():
+    network = BasicUNet(spatial_dims=2, in_channels=1, out_channels=3, features=(4, 4, 4, 4, 4, 4))
+    teacher = ToyTeacher()
+    image = torch.rand(2, 1, 32, 32)
+    result = distiller_of(teacher)(image, network(image), torch.zeros(1, 1, 32, 32))
+    result.distillation_loss.backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+# --- volumes, taught by their slices ----------------------------------------------------------------------------------
+
+
+def volume_case(slices, **kwargs):
+    torch.manual_seed(0)
+    student, teacher = ToyStudent(spatial_dims=3).double(), SliceTeacher(ToyTeacher().double(), slices=slices, **kwargs)
+    batch = toy_batches(1, size=(4, 5, 6))[0]
+    return student, teacher, batch
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "entropy"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_both_losses_of_drawn_slices_equal_hand_written_ones(axis, sampling):
+    student, teacher, batch = volume_case(2, axes=axis, sampling=sampling)
+    image, label, logits = batch["image"], batch["label"], student(batch["image"])
+    result = distiller_of(teacher)(image, logits, label, iteration=4)
+    index = teacher.draw_slices(logits[:, 0], 4).index.tolist()
+
+    pairs = [(row, i) for row in range(4) for i in index[row]]
+    images, labels, fused, first, second = (
+        torch.stack([volume[row].select(axis + 1, i) for row, i in pairs if row < len(volume)])
+        for volume in (image, label, logits[:, 0], logits[:, 1], logits[:, 2])
+    )
+    target = teacher.sam_teacher(images, fused)
+    expected = DistillationLoss()(first, target) + DistillationLoss()(second, target)
+    torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[:4], labels), rtol=1e-10, atol=0)
+    assert result.slices.axis == axis and result.slices.index.tolist() == index
+    stacked = result.teacher_logits.movedim(axis + 2, 1).flatten(0, 1)
+    torch.testing.assert_close(stacked, target, rtol=0, atol=1e-12)
+
+
+def test_student_learns_on_the_drawn_slices_alone():
+    student, teacher, batch = volume_case(2)
+    logits = student(batch["image"]).detach().requires_grad_()
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"], iteration=4)
+    result.distillation_loss.backward()
+    for row in range(4):
+        touched = logits.grad[row, 1:].abs().sum(dim=(0, 1, 2, 3)).nonzero().flatten()
+        assert torch.equal(touched, result.slices.index[row])
+
+
+def test_drawn_slices_leave_who_learns_from_what_as_it_is():
+    student, teacher, batch = volume_case(2)
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    result.distillation_loss.backward()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert with_gradient(teacher) == set()
+    student.zero_grad()
+    result.sam_loss.backward()
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+    assert with_gradient(student) == set()
+
+
+def test_only_the_slices_of_labeled_rows_build_a_graph():
+    student, teacher, batch = volume_case(3)
+    seen = []
+    teacher.sam_teacher.register_forward_hook(lambda m, a, out: seen.append((len(out), out.requires_grad)))
+    distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"])
+    assert seen == [(2 * 3, True), (2 * 3, False)]
+
+
+@pytest.mark.parametrize("rows", [2, slice(1, 4, 2)])
+def test_rows_draw_the_same_slices_whichever_of_them_are_labeled(rows):
+    student, teacher, batch = volume_case(2)
+    label = torch.cat([batch["label"]] * 2)
+    logits = student(batch["image"])
+    chosen = rows if isinstance(rows, slice) else slice(rows)
+    result = distiller_of(teacher)(batch["image"], logits, label, labeled_rows=rows, iteration=4)
+    reference = SAMDistiller(teacher, taught_views=(1, 2))(batch["image"], logits, iteration=4)
+    torch.testing.assert_close(result.teacher_logits, reference.teacher_logits, rtol=0, atol=1e-12)
+    expected = dice_ce_loss(3)(reference.teacher_logits[chosen], reference.slices.take(label)[chosen])
+    torch.testing.assert_close(result.sam_loss, expected, rtol=1e-10, atol=0)
+
+
+def test_all_slices_are_a_whole_volume_and_no_selection():
+    student, teacher, batch = volume_case(None)
+    logits = student(batch["image"])
+    result = distiller_of(teacher)(batch["image"], logits, batch["label"])
+    assert result.slices is None
+    torch.testing.assert_close(result.teacher_logits, teacher(batch["image"], logits[:, 0]), rtol=0, atol=1e-12)
+
+
+def test_loop_without_iterations_draws_other_slices_at_each_call():
+    student, teacher, batch = volume_case(2)
+    distiller = distiller_of(teacher)
+    drawn = [distiller(batch["image"], student(batch["image"]), batch["label"]).slices.index for _ in range(3)]
+    assert len({tuple(index.flatten().tolist()) for index in drawn}) == 3
+
+
+def test_label_of_another_depth_is_an_error_before_slices_are_taken():
+    student, teacher, batch = volume_case(2)
+    with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 4, 5, 6\)"):
+        distiller_of(teacher)(batch["image"], student(batch["image"]), torch.zeros(2, 1, 4, 5, 8).double())
+
+
+@pytest.mark.parametrize("gate,is_warned", [("agreement", True), ("validation", True), ("none", False)])
+def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypatch, caplog, gate, is_warned):
+    monkeypatch.setitem(UNMEASURED_CALLS, "validation", 3)
+    monkeypatch.setitem(UNMEASURED_CALLS, "agreement", 3)
+    batch = toy_batches(1)[0]
+    image, label, logits = batch["image"], batch["label"], student(batch["image"]).detach()
+    unmeasured, measured = (distiller_of(teacher, gate=gate) for _ in range(2))
+    measured.measure_agreement(student.eval(), image, label)
+    for distiller in (unmeasured, measured):
+        for _ in range(5):
+            distiller(image, logits, label)
+    said = [line for line in caplog.messages if "was not measured in 3 steps" in line]
+    assert len(said) == is_warned
+
+
+@pytest.mark.parametrize("kept_by", ["no optimizer", "requires_grad"])
+def test_teacher_that_does_not_learn_has_no_sam_loss_and_needs_no_graph_and_no_label(student, teacher, kept_by):
+    batch = toy_batches(1)[0]
+    optimizer = None if kept_by == "no optimizer" else torch.optim.Adam(teacher.parameters(), lr=0.01)
+    if kept_by == "requires_grad":
+        teacher.requires_grad_(False)
+    has_graph = []
+    teacher.register_forward_hook(lambda module, args, out: has_graph.append(out.requires_grad))
+    distiller = SAMDistiller(teacher, optimizer, taught_views=(1, 2), sam_loss=lambda *_: pytest.fail("computed"))
+    logits = student(batch["image"])
+    results = [distiller.train()(batch["image"], logits, label) for label in (batch["label"], None)]
+    for result in results:
+        assert result.sam_loss == 0 and torch.equal(result.loss, results[0].distillation_loss) and result.loss > 0
+    assert not distiller.learns and has_graph == [False, False]
+
+
+def test_sam_loss_begins_when_a_frozen_teacher_is_thawed(student, teacher):
+    batch = toy_batches(1)[0]
+    distiller = distiller_of(teacher.requires_grad_(False))
+    losses = []
+    for requires_grad in (False, True):
+        teacher.requires_grad_(requires_grad)
+        losses.append(distiller(batch["image"], student(batch["image"]), batch["label"]).sam_loss)
+    assert losses[0] == 0 and losses[1] > 0 and losses[1].requires_grad
+
+
+@pytest.mark.parametrize("forgotten", ["nothing", "follow", "label", "parameters"])
+def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatch, caplog, forgotten):
+    monkeypatch.setattr("knowsam_monai.distillation.wiring.UNTAUGHT_CALLS", 3)
+    distiller = distiller_of(teacher)
+    if forgotten == "parameters":
+        teacher.requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    if forgotten != "follow":
+        distiller.follow(optimizer)
+    for batch in toy_batches(5):
+        label = None if forgotten == "label" else batch["label"]
+        distiller(batch["image"], student(batch["image"]), label).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [line for line in caplog.messages if "SAM learns nothing" in line]
+    remedies = {"nothing": [], "follow": ["call `distiller.follow"], "label": ["has not seen a label"]}
+    remedies["parameters"] = ["holds no parameter of the teacher that requires a gradient"]
+    assert len(said) == len(remedies[forgotten]) and all(x in line for x, line in zip(remedies[forgotten], said))
+
+
+def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(student, teacher):
+    image = toy_batches(1)[0]["image"].float()
+    seen = []
+    student.float().train().register_forward_hook(lambda m, args, out: seen.append(m.training))
+    teacher.float().register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    SAMDistiller(teacher, gate="agreement", autocast_dtype=torch.bfloat16).measure_agreement(student, image)
+    assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
+
+
+def test_no_labeled_rows_are_no_label(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"])
+    label = torch.zeros_like(batch["image"][:, :1])
+    ours, expected = (distiller_of(teacher)(batch["image"], logits, *rest) for rest in ((label, 0), ()))
+    assert ours.sam_loss == 0 and torch.equal(ours.distillation_loss, expected.distillation_loss)

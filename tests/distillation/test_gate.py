@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from knowsam_monai.distillation.gate import TeacherGate
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "weight"),
+    [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weight):
+    gate = TeacherGate("validation", tolerance=0.1)
+    gate.update(student, teacher)
+    assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_gate_is_shut_until_the_first_measurement_and_open_without_a_gate():
+    assert TeacherGate("validation").weight == 0 and TeacherGate("agreement").weight == 0
+    assert TeacherGate("none").weight == 1
+
+
+def test_no_gate_stays_open_whatever_is_measured():
+    gate = TeacherGate("none")
+    gate.update(0.9, 0.1)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([0.9, 0.1])
+
+
+def test_measurement_that_is_not_finite_changes_nothing():
+    gate = TeacherGate("validation")
+    gate.update(float("nan"), 0.5)
+    assert gate.weight == 0 and gate.num_measured == 0
+
+
+def test_unknown_mode_and_tolerance_are_errors():
+    with pytest.raises(ValueError, match="`gate` must be one of none, validation, agreement"):
+        TeacherGate("open")
+    with pytest.raises(ValueError, match="`gate_tolerance` must be a positive"):
+        TeacherGate("none", tolerance=0)
+
+
+def images():
+    """Bright discs on a dark ground, which an equivariant threshold finds."""
+    grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
+    centers = torch.tensor([[5.0, 6.0], [9.0, 7.0], [10.0, 11.0]])
+    return torch.stack([((grid - c[:, None, None]).norm(dim=0) < 3.5).float()[None] for c in centers])
+
+
+def threshold_student(x):
+    return torch.cat([torch.full_like(x, 0.5), x], 1)
+
+
+def test_equivariant_teacher_opens_the_agreement_gate():
+    gate = TeacherGate("agreement")
+    for turn in range(5):
+        gate.measure_agreement(threshold_student, lambda x, prompt: prompt, images(), turn)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_each_model_is_measured_on_its_own_image():
+    gate = TeacherGate("agreement")
+    seen = {"student": [], "teacher": []}
+
+    def student(x):
+        seen["student"].append(x)
+        return threshold_student(x)
+
+    def teacher(x, prompt):
+        seen["teacher"].append(x)
+        return prompt
+
+    gate.measure_agreement(student, teacher, images(), 0, sam_image=10 * images().expand(-1, 3, -1, -1))
+    for ours, theirs in zip(*seen.values(), strict=True):
+        assert torch.equal(10 * ours.expand(-1, 3, -1, -1), theirs)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_teacher_that_is_not_finite_does_not_agree_with_itself(num_classes, bad):
+    gate = TeacherGate("agreement")
+    for turn in range(3):
+        gate.measure_agreement(
+            lambda x: threshold_student(x) if num_classes == 2 else x - 0.5,
+            lambda x, prompt: torch.cat([prompt[:, :-1], torch.full_like(prompt[:, -1:], bad)], 1),
+            images(),
+            turn,
+        )
+    assert gate.num_measured == 3 and gate.weight == 0 and gate.scores.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
+    gate = TeacherGate("agreement")
+    gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)
+    assert gate.weight == 0 and gate.scores[1] == 0
+
+
+def test_teacher_that_memorised_its_labelled_rows_shuts_the_agreement_gate():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2 * 256))
+    shapes, labeled = images(), images()[:1]
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
+    for _ in range(60):  # a network without any idea of space learns its one labelled row by heart
+        loss = nn.functional.cross_entropy(teacher(labeled).reshape(1, 2, 16, 16), labeled[:, 0].long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (teacher(labeled).reshape(1, 2, 16, 16).argmax(1) == labeled[:, 0]).all()  # perfect on what it learned from
+    gate = TeacherGate("agreement", tolerance=0.1)
+    for turn in range(5):
+        gate.measure_agreement(threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn)
+    assert gate.weight == 0 and gate.scores[0] == 1
+
+
+def test_agreement_of_not_square_images_uses_flips_only():
+    gate = TeacherGate("agreement")
+    for turn in range(6):
+        gate.measure_agreement(threshold_student, lambda x, prompt: prompt, images()[..., :12], turn)
+    assert gate.num_measured == 6
+
+
+def volumes(size=(8, 8, 6)):
+    """Bright blocks on a dark ground, in no orientation their own mirror image."""
+    image = torch.zeros(2, 1, *size)
+    image[0, 0, 1:4, 2:4, 1:3] = 1
+    image[1, 0, 3:7, 1:6, 2:5] = 1
+    return image
+
+
+@pytest.mark.parametrize(("size", "num_turns"), [((8, 8), 3 + 2), ((8, 6), 3), ((8, 8, 6), 7 + 2), ((6, 6, 6), 7 + 6)])
+def test_turns_are_flips_of_all_axes_and_quarters_of_square_planes_each_once(size, num_turns):
+    image = torch.rand(1, 1, *size)
+    seen = set()
+
+    def student(x):
+        seen.add(tuple(x.flatten().tolist()))
+        return threshold_student(x)
+
+    for turn in range(num_turns):
+        TeacherGate("agreement").measure_agreement(student, lambda x, prompt: prompt, image, turn)
+    assert len(seen) == 1 + num_turns  # as it is, and in each orientation
+    TeacherGate("agreement").measure_agreement(student, lambda x, prompt: prompt, image, num_turns)
+    assert len(seen) == 1 + num_turns  # and from the start again
+
+
+def test_equivariant_teacher_of_volumes_opens_the_agreement_gate():
+    gate = TeacherGate("agreement")
+    for turn in range(9):
+        gate.measure_agreement(threshold_student, lambda x, prompt: prompt, volumes(), turn)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_teacher_that_looks_at_one_side_of_the_volumes_shuts_the_agreement_gate(axis):
+    gate = TeacherGate("agreement")
+
+    def teacher(x, prompt):
+        side = torch.arange(x.shape[axis]) < x.shape[axis] // 2
+        return prompt * side.view([-1 if i == x.ndim + axis else 1 for i in range(x.ndim)]) + torch.tensor(
+            [0.1, 0.0]
+        ).view(1, 2, 1, 1, 1)
+
+    for turn in range(9):
+        gate.measure_agreement(threshold_student, teacher, volumes(), turn)
+    assert gate.weight == 0 and gate.scores[0] == 1

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from knowsam_monai.distillation.distiller import SAMDistiller
+from tests.toys import distiller_of, toy_batches
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_following_teacher_steps_exactly_when_the_student_steps(student, teacher, accumulation):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = distiller.follow(optimizer)
+    reference = copy.deepcopy(teacher)
+    reference_optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
+    reference_distiller = SAMDistiller(reference, reference_optimizer, taught_views=(1, 2)).train()
+    for i, batch in enumerate(toy_batches(4)):
+        if i % accumulation == 0:
+            optimizer.zero_grad()
+            reference_optimizer.zero_grad()
+        logits = student(batch["image"])
+        distiller(batch["image"], logits, batch["label"]).loss.backward()
+        reference_distiller(batch["image"], logits.detach(), batch["label"]).sam_loss.backward()
+        if (i + 1) % accumulation == 0:
+            reference_optimizer.step()
+            optimizer.step()
+        for ours, expected in zip(teacher.parameters(), reference.parameters()):
+            assert torch.equal(ours, expected)
+    handle.remove()
+    assert "zero_grad" not in vars(optimizer) and not optimizer._optimizer_step_post_hooks
+
+
+def test_gradients_of_a_skipped_step_do_not_reach_the_teachers_next_one(student, teacher):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer)
+    batches = toy_batches(2)
+    distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"]).loss.backward()
+    optimizer.zero_grad()  # the host skips its step
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("student_alone", [False, True])
+def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher, fused, student_alone):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)  # a fused one skips inside its step
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    distiller.follow(optimizer, scaler)
+    before = copy.deepcopy(teacher.state_dict())
+    steps = []
+    for i, batch in enumerate(toy_batches(3)):
+        image, label = batch["image"].float(), batch["label"].float()
+        optimizer.zero_grad()
+        logits = student(image)
+        loss = distiller(image, logits, label).loss
+        if i == 1:
+            loss = loss + float("inf") * logits.sum() if student_alone else float("inf") * loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(not all(torch.equal(before[k], v) for k, v in teacher.state_dict().items()))
+        before = copy.deepcopy(teacher.state_dict())
+    assert steps == [True, False, True]
+    assert all(torch.isfinite(p).all() for p in teacher.parameters())
+
+
+def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller, other = distiller_of(teacher), distiller_of(copy.deepcopy(teacher))
+    for removed_first in (0, 1):
+        handles = [d.follow(optimizer) for d in (distiller, other)]
+        handles[removed_first].remove()
+        parameter = (other if removed_first == 0 else distiller).optimizer.param_groups[0]["params"][0]
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.zero_grad()
+        assert parameter.grad is None  # the one that is left still clears its teacher
+        handles[1 - removed_first].remove()
+        assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
+
+
+def test_host_that_wraps_zero_grad_afterwards_is_rid_of_the_teacher_too(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
+    ours, calls = optimizer.zero_grad, []
+    optimizer.zero_grad = lambda *args, **kwargs: (calls.append("host"), ours(*args, **kwargs))
+    handle.remove()
+    for parameter in (*student.parameters(), *teacher.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.zero_grad()
+    assert calls == ["host"] and all(p.grad is None for p in student.parameters())
+    assert all(p.grad is not None for p in teacher.parameters())
+
+
+def test_host_s_own_zero_grad_is_put_back(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    calls = []
+    own = optimizer.zero_grad = lambda **kwargs: calls.append(kwargs)
+    distiller = distiller_of(teacher)
+    handle = distiller.follow(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    assert calls == [{"set_to_none": False}] and optimizer.zero_grad is not own
+    handle.remove()
+    handle.remove()
+    assert optimizer.zero_grad is own
+
+
+def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
+    with pytest.raises(RuntimeError, match="`optimizer` of the distiller must be the teacher's but is None"):
+        SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fused):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
+    distiller.follow(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
+    scaler.scale(distiller(image, student(image), label).loss).backward()
+    before = copy.deepcopy(teacher.state_dict())
+    with pytest.raises(
+        RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"
+    ):
+        scaler.step(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("host", ["clips", "accumulates", "halves", "gives a disabled scaler"])
+def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, host):
+    distiller = distiller_of(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer, torch.amp.GradScaler(enabled=False) if host.startswith("gives") else None)
+    factors = {"accumulates": 1 / 100, "halves": 1 / 64, "gives a disabled scaler": 1 / 1024}
+    for batch in toy_batches(3):
+        optimizer.zero_grad()
+        distiller(batch["image"], student(batch["image"]), batch["label"]).loss.backward()
+        for parameter in student.parameters():
+            parameter.grad *= factors.get(host, 1.0)
+        if host == "clips":
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-4)
+        optimizer.step()
+    assert all(parameter._post_accumulate_grad_hooks in (None, {}) for parameter in student.parameters())

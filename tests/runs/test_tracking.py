@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.handlers import MLFlowHandler
+
+from knowsam_monai.handlers import LossTerms
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
+from knowsam_monai.runs import track_terms
+from tests.toys import ToyStudent, toy_batches, toy_trainer
+
+
+def logging_handler(monkeypatch):
+    """MONAI's handler, with a list in place of a database."""
+    logged = []
+    handler = object.__new__(MLFlowHandler)
+    handler.iteration_log, handler.epoch_log, handler.close_on_complete = True, False, False
+    handler.iteration_logger, handler.optimizer_param_names = None, ()
+    monkeypatch.setattr(handler, "start", lambda engine: None, raising=False)
+    monkeypatch.setattr(handler, "complete", lambda: None, raising=False)
+    monkeypatch.setattr(handler, "_log_metrics", lambda metrics, step: logged.append((step, metrics)), raising=False)
+    return handler, logged
+
+
+def test_every_term_is_logged_by_name_each_log_interval(monkeypatch):
+    handler, logged = logging_handler(monkeypatch)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    handlers = track_terms([LossTerms(), handler], log_interval=2)
+    trainer = toy_trainer(ToyStudent().double(), toy_batches(5), loss, handlers)
+    trainer.run()
+    assert [step for step, _ in logged] == [2, 4]
+    assert all(set(metrics) == {"loss"} and metrics["loss"].ndim == 0 for _, metrics in logged)
+
+
+def test_other_handlers_pass_as_they_are():
+    handlers = (LossTerms(7), torch.nn.Identity())
+    assert track_terms(handlers) == list(handlers) and handlers[0].log_interval == 7
+
+
+def test_mlflow_has_the_terms_in_its_database(tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (pip install 'knowsam-monai[mlflow]')")
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    handlers = track_terms([MLFlowHandler(tracking_uri=uri, run_name="toy")], log_interval=1)
+    toy_trainer(ToyStudent().double(), toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), handlers).run()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs(client.get_experiment_by_name("monai_experiment").experiment_id)
+    assert [entry.step for entry in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
