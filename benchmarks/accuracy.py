@@ -31,7 +31,7 @@ OUTPUT = ROOT / "benchmarks" / "output"
 UNET = {"_target_": "knowsam_monai.networks.UNet", "in_channels": "@in_channels", "out_channels": "@num_classes"}
 PLAIN_UNET: dict[str, object] = {
     "network_def": json.dumps(UNET),
-    "train#handlers#0#_disabled_": True,  # no co-training of two views
+    "train#method#_disabled_": True,  # no co-training of two views
     "mixing_weight": 0,
 }
 WITHOUT_SAM = {"use_sam": False}

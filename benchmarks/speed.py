@@ -144,7 +144,7 @@ def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
 
 
 def fast_matmul_step(mixing: bool) -> Callable[[], None]:
-    from knowsam_monai.runs.preparation import fast_cpu_matmul
+    from knowsam_monai.runs.cpu import fast_cpu_matmul
 
     if not fast_cpu_matmul():
         raise RuntimeError("`fast_cpu_matmul` must be exact to 1e-5 on this processor but is not; leave this row out.")

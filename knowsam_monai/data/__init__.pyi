@@ -8,12 +8,16 @@ from .check import DatalistReport as DatalistReport
 from .check import check_datalist as check_datalist
 from .check import check_dataset as check_dataset
 from .datalist import load_datalist as load_datalist
+from .evaluation import images_root as images_root
+from .evaluation import inference_items as inference_items
+from .evaluation import split_items as split_items
 from .left_atrium import LEFT_ATRIUM_LABELED as LEFT_ATRIUM_LABELED
 from .left_atrium import LEFT_ATRIUM_TEST_CASES as LEFT_ATRIUM_TEST_CASES
 from .left_atrium import LEFT_ATRIUM_TRAINING_CASES as LEFT_ATRIUM_TRAINING_CASES
 from .left_atrium import LEFT_ATRIUM_VALIDATION as LEFT_ATRIUM_VALIDATION
 from .left_atrium import left_atrium_datalist as left_atrium_datalist
 from .loader import SemiSupervisedLoader as SemiSupervisedLoader
+from .nifti_writer import NiftiGeometryWriter as NiftiGeometryWriter
 from .orientation import RandOrientationd as RandOrientationd
 from .phantom import phantom_datalist as phantom_datalist
 from .phantom import write_phantom as write_phantom

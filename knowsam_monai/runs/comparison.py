@@ -21,9 +21,10 @@ LEFT_OUT = {
 }
 DATA = {"datalist", "data_check"}  # top-level keys that read the data
 PLACED = {"network", "validate#dataloader", "validate#sampler"}  # put on devices and ranks, by multi_gpu_train.json
-WATCHING = {  # classes of handlers that change nothing in the run
+WATCHING = {  # handlers, and what assembles them, that change nothing in the run
     *("StatsHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler", "MLFlowHandler", "LossTerms"),
     *("TrainingProgress", "WholeCheckpointSaver", "Resume", "RunRecord", "Preflight", "ValidationHistory"),
+    *("ValidationReport", "training_handlers", "validation_handlers"),
 }
 WEIGHTS = "sam_checkpoint"  # names a file, or weights that come with the package
 TRAINED_ON = ("labeled", "unlabeled", "validation")
@@ -116,10 +117,10 @@ def other_data(
 
 def _leaves(part: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Path and text of all that is in a section."""
-    if path in PLACED or path.rpartition("#")[2] in LEFT_OUT:
+    if path in PLACED or path.rpartition("#")[2] in LEFT_OUT or _watches(part):
         return
     if isinstance(part, (list, tuple)):
-        part = dict(enumerate(one for one in part if not _watches(one)))
+        part = dict(enumerate(entry for entry in part if not _watches(entry)))
     if isinstance(part, Mapping) and part:
         for name, inner in part.items():
             yield from _leaves(inner, f"{path}#{name}")

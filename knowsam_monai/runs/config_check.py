@@ -13,7 +13,7 @@ from monai.bundle import ConfigExpression
 
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
-from knowsam_monai.runs.preparation import explain_errors
+from knowsam_monai.runs.messages import explain_errors
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
@@ -29,7 +29,7 @@ def check_config() -> None:
     - What is right in another form is turned into the config's own: ``cuda:0`` into a device, 32.0 into 32.
 
     The config itself is changed, so that all its components see the same values. From here on an error that this
-    package found is one sentence, see :func:`knowsam_monai.runs.preparation.explain_errors`.
+    package found is one sentence, see :func:`knowsam_monai.runs.messages.explain_errors`.
 
     Raises:
         RuntimeError: when no config is running.

@@ -16,8 +16,8 @@ from monai.bundle import ConfigWorkflow, ReferenceResolver
 from torch.utils.data import DataLoader
 
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config_check import expand_path
-from knowsam_monai.runs.preparation import check_writable
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
 
 __all__ = ["predict_folder"]
@@ -97,7 +97,7 @@ def predict_folder(
         options["ckpt_path"] = _literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
     if device is not None:
         options["device"] = f"$torch.device({_checked(device)!r})"
-    check_writable(output, arguments=("output",))
+    check_writable(output=output)
     options.update({key: _literal(value) for key, value in values.items()})
 
     _quieten()

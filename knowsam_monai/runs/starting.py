@@ -1,4 +1,4 @@
-"""How a training starts, in one process or in several: the part of `initialize` that all its configs share."""
+"""How a training starts and ends, in one process or in several."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from monai.utils import set_determinism
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
-from knowsam_monai.runs.lock import lock_folder
-from knowsam_monai.runs.preparation import check_writable, fast_cpu_matmul, ignore_known_warnings, keep_freed_memory
+from knowsam_monai.runs.checks import check_writable
+from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
+from knowsam_monai.runs.lock import lock_folder, unlock_folder
+from knowsam_monai.runs.messages import ignore_known_warnings
 from knowsam_monai.runs.run_record import open_log
-from knowsam_monai.runs.stop_signals import end_on_signals
+from knowsam_monai.runs.stop_signals import end_on_signals, give_back
 
 
 def start_run(
@@ -41,7 +43,7 @@ def start_run(
         seed: of all that is drawn; the same in every process, see :func:`seed_ranks`.
         resume: add to the log of the run before.
         preflight: write no log.
-        fast_matmul: see :func:`knowsam_monai.runs.preparation.fast_cpu_matmul`; on a CPU only.
+        fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; on a CPU only.
         process_timeout: seconds that processes wait for each other; None for one process.
 
     Raises:
@@ -57,7 +59,7 @@ def start_run(
     keep_freed_memory()
     if process_timeout is not None:
         _join_processes(device, process_timeout)
-    check_writable(output_dir, ckpt_dir)
+    check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
     lock_folder(output_dir, not preflight)
     if ranks.rank() == 0:
         open_log(output_dir, resume, not preflight)
@@ -79,6 +81,23 @@ def seed_ranks(seed: int) -> None:
     """
     if ranks.world_size() > 1:
         torch.manual_seed(seed + ranks.rank())
+
+
+def end_run(process_timeout: float | None = None) -> None:
+    """
+    Undo what :func:`start_run` took for the process: signals, the lock of the folder, the group of processes.
+
+    Args:
+        process_timeout: as :func:`start_run` had it; None leaves a group alone.
+
+    Example::
+
+        end_run()     # when the run is over: of a bundle, in `finalize`
+    """
+    give_back()
+    unlock_folder()
+    if process_timeout is not None and ranks.is_distributed():
+        dist.destroy_process_group()
 
 
 def _join_processes(device: torch.device, timeout: float) -> None:

@@ -167,6 +167,7 @@ class Everywhere(BaseModel):
 
     bundle_root: Path = _about("the bundle's folder")
     dataset_dir: PathOrNone = _about("data-list JSON, or folder of data; None for the synthetic phantom")
+    is_phantom: Switch = _about("whether it runs on the synthetic phantom; follows from dataset_dir")
     output_dir: Path = _about("folder of all that is written")
     device: Device = _about("where it runs")
     in_channels: Channels = _about("channels of an image")

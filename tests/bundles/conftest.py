@@ -17,7 +17,7 @@ from monai.utils import set_determinism
 
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
-from knowsam_monai.runs import stop_signals
+from knowsam_monai.runs import stop_signals, training_handlers
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 CONFIGS = BUNDLES / "knowsam_acdc" / "configs"
@@ -70,6 +70,11 @@ BESIDE_THE_STEP = (
 )
 
 
+def step_handlers(**options: Any) -> list[Any]:
+    """Of a run's handlers those that act in its steps."""
+    return [handler for handler in training_handlers(**options) if type(handler).__name__ not in BESIDE_THE_STEP]
+
+
 def run_bundle(configs: Path, overlays: Sequence[str], options: dict[str, Any]) -> None:
     """What `python -m monai.bundle run` does with these configs over train.json and these options."""
     monai.bundle.run(config_file=[str(configs / name) for name in ("train.json", *overlays)], **options)
@@ -106,9 +111,7 @@ class Training:
             **options,
         )
         if not whole:
-            for handler in self.workflow.parser["train#handlers"]:
-                if handler["_target_"].split(".")[-1] in BESIDE_THE_STEP:
-                    handler["_disabled_"] = True
+            self.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.step_handlers"
 
     def __getitem__(self, name: str) -> Any:
         """What a key of the config came to be."""

@@ -179,8 +179,9 @@ def test_evaluation_is_of_the_train_config_without_sam(bundle):
         workflow_type="train",
     )
     assert workflow.parser["use_sam"] is False
-    targets = [handler["_target_"].split(".")[-1] for handler in workflow.parser["validate#handlers"]]
-    assert targets == ["StudentLoader", "CaseMetrics", "ValidationReport"]
+    loader, metrics, report = workflow.parser["validate#handlers"]
+    assert report == "@validate#report"
+    assert [part["_target_"].split(".")[-1] for part in (loader, metrics)] == ["StudentLoader", "CaseMetrics"]
     assert "train" not in "".join(workflow.parser["run"])
 
 
@@ -225,17 +226,37 @@ def test_bundles_differ_only_where_the_data_differs():
     """Everything but data, student, sizes and numbers is the same, and of every overlay the handler is."""
     one, other = (ConfigParser.load_config_file(bundle / "configs" / "train.json") for bundle in BUNDLES)
     same = ("run_name", "optimizer", "lr_scheduler", "loss", "sam_optimizer", "sam_lr_scheduler", "distiller")
-    for key in (*same, "initialize", "run", "lr", "momentum", "weight_decay", "mutual_weight", "entropy_weight"):
+    for key in (
+        *same,
+        "initialize",
+        "run",
+        "finalize",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "mutual_weight",
+        "entropy_weight",
+    ):
         assert one[key] == other[key], key
-    for key in ("dataset", "unlabeled_dataset", "dataloader", "inferer", "handlers", "trainer"):
+    for key in ("dataset", "unlabeled_dataset", "dataloader", "inferer", "handlers", "all_handlers", "trainer"):
         assert one["train"][key] == other["train"][key], key
-    for key in ("dataset", "dataloader", "postprocessing", "key_metric", "additional_metrics", "evaluator"):
+    for key in (
+        "dataset",
+        "dataloader",
+        "postprocessing",
+        "key_metric",
+        "additional_metrics",
+        "report",
+        "best",
+        "all_handlers",
+        "evaluator",
+    ):
         assert one["validate"][key] == other["validate"][key], key
     names = [{path.name for path in CONFIGS if path.parents[1] == bundle} for bundle in BUNDLES]
     assert names[0] == names[1]
     for name in ("supervised", "mean_teacher", "ua_mt", "cps", "fixmatch", "bcp", "evaluate", "multi_gpu_train"):
         overlays = [ConfigParser.load_config_file(bundle / "configs" / f"{name}.json") for bundle in BUNDLES]
-        for key in ("train#handlers#0", "ema_student", "validate#handlers", "initialize", "run", "validate#dataset"):
+        for key in ("train#method", "ema_student", "validate#handlers", "initialize", "run", "validate#dataset"):
             assert overlays[0].get(key) == overlays[1].get(key), (name, key)
 
 

@@ -76,12 +76,12 @@ def test_teacher_is_validated_on_whole_volumes_beside_the_student(whole_run):
 
 
 def test_last_is_reported_beside_the_best_of_the_validation_cases(whole_run):
-    title, head = whole_run["validate#handlers#0"].table()[:2]
+    title, head = whole_run["validate#report"].table()[:2]
     assert "the best of 2 validations" in title and head.endswith("student, last")
 
 
 def test_picture_shows_the_image_on_the_grid_of_truth_and_prediction(whole_run):
-    views = whole_run["validate#handlers#0"]._kept["views"]
+    views = whole_run["validate#report"]._kept["views"]
     assert all(view.image.shape == view.label.shape and view.image.std() > 0.1 for view in views)
 
 

@@ -32,13 +32,13 @@ NETWORKS: dict[str, str | None] = {
 WITH_DROPOUT = [name for name in NETWORKS if name != "VNet"]
 # method -> its handler in the configs, and the terms that it adds
 METHODS: dict[str, tuple[str, set[str]]] = {
-    "mean_teacher": ("train#handlers#0", {"consistency_loss"}),
-    "ua_mt": ("train#handlers#0", {"consistency_loss", "certain_fraction"}),
-    "fixmatch": ("train#handlers#0", {"pseudo_label_loss", "sure_fraction"}),
-    "bcp": ("train#handlers#0", {"pseudo_label_loss"}),
-    "cps": ("train#handlers#0", {"mutual_loss"}),
-    "co-training": ("train#handlers#0", {"mutual_loss", "entropy_loss"}),  # KnowSAM's, in train.json itself
-    "mixing": ("train#handlers#2", {"mixing_loss"}),
+    "mean_teacher": ("train#method", {"consistency_loss"}),
+    "ua_mt": ("train#method", {"consistency_loss", "certain_fraction"}),
+    "fixmatch": ("train#method", {"pseudo_label_loss", "sure_fraction"}),
+    "bcp": ("train#method", {"pseudo_label_loss"}),
+    "cps": ("train#method", {"mutual_loss"}),
+    "co-training": ("train#method", {"mutual_loss", "entropy_loss"}),  # KnowSAM's, in train.json itself
+    "mixing": ("train#mixing", {"mixing_loss"}),
 }
 TWO_VIEWS = {"cps": "pair", "co-training": "views"}  # methods that are made for one network
 CASES = [

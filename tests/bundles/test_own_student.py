@@ -20,18 +20,18 @@ from knowsam_monai.errors import root_cause
 
 BASIC_UNET = """
     --network_def '{"_target_": "BasicUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 4}'
-    --train#handlers#0#_disabled_ True
+    --train#method#_disabled_ True
 """
 DYN_UNET = """
     --network_def '{"_target_": "DynUNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 4,
         "kernel_size": [3, 3, 3, 3], "strides": [1, 2, 2, 2], "upsample_kernel_size": [2, 2, 2],
         "deep_supervision": True, "deep_supr_num": 2}'
-    --view_weights '[1.0, 0.5, 0.25]' --taught_views '[0]' --train#handlers#0#_disabled_ True
+    --view_weights '[1.0, 0.5, 0.25]' --taught_views '[0]' --train#method#_disabled_ True
 """
 SWIN_UNETR = """
     --network_def '{"_target_": "SwinUNETR", "spatial_dims": 2, "in_channels": 1, "out_channels": 4,
         "feature_size": 12}'
-    --train#handlers#0#_disabled_ True
+    --train#method#_disabled_ True
 """
 NARROW = {"BasicUNet": {"features": [4, 4, 8, 8, 8, 4]}, "DynUNet": {"filters": [4, 8, 8, 8]}}
 
@@ -77,7 +77,7 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
         (DYN_UNET, {"view_weights": [1.0, 1.0]}, r"`view_weights` must be one weight for each of the 3 views"),
         (DYN_UNET, {"taught_views": [5]}, "`taught_views` and `prompt_view` must be below 3, the student's views"),
         (BASIC_UNET, {"view_weights": [1.0] * 3}, "each of the 1 views .* A plain network has one view"),
-        (BASIC_UNET, {"train#handlers#0#_disabled_": False}, "co-training needs a multi-view student"),
+        (BASIC_UNET, {"train#method#_disabled_": False}, "co-training needs a multi-view student"),
     ],
     ids=["weights of heads", "taught views", "weights of a plain network", "co-training"],
 )

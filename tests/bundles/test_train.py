@@ -333,7 +333,7 @@ def test_bfloat16_on_the_cpu_trains_both_networks_with_finite_terms(training):
 
 @pytest.mark.parametrize(
     "key,term",
-    [("train#handlers#0#entropy_weight", "entropy_loss"), ("train#handlers#1#weight", "distillation_loss")],
+    [("train#method#entropy_weight", "entropy_loss"), ("train#distillation#weight", "distillation_loss")],
 )
 def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_written(training, key, term):
     run = training(whole=True, distillation_gate="none", **{key: float("nan")})

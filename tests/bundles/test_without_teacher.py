@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from knowsam_monai.runs import Preflight, training_handlers
 from tests.bundles.conftest import CONFIGS, CONFIGS_3D, Training
 from tests.bundles.test_overlays import SMALL_UNET_3D
 from tests.same_bits import assert_same_bits
+
+
+def without_preflight(**options):
+    return [handler for handler in training_handlers(**options) if not isinstance(handler, Preflight)]
 
 
 @pytest.mark.parametrize("overlays", [(), ("network_plain.json", "bcp.json")], ids=["knowsam", "bcp"])
@@ -31,12 +36,11 @@ def test_student_with_weight_0_and_preflight_is_the_one_without_either(
     students = []
     for use_sam in (True, False):
         training = Training(tmp_path / str(use_sam), whole=True, configs=configs, use_sam=use_sam, **options)
-        for handler in training.workflow.parser["train#handlers"]:
-            if handler["_target_"].endswith(".Preflight"):
-                handler["_disabled_"] = not use_sam
+        if not use_sam:
+            training.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.without_preflight"
         steps = training.workflow.parser["initialize"]
         steps.remove("@teacher")  # here it is built before the student, whose first weights must not notice
-        start = next(number for number, step in enumerate(steps) if "start_run" in step)
+        start = next(number for number, step in enumerate(steps) if "start_run" in str(step))
         steps.insert(start + 1, "@teacher")
         training.run()
         averaged = training["ema_student"]

@@ -292,7 +292,7 @@ RIGHT = [
     # keys of the user's own that something refers to
     (ACDC, TRAIN, {"base_lr": 0.1, "lr": "$@base_lr / 2"}, {}),
     (ACDC, TRAIN, {"depth": [4] * 5, "network_def#channels": "@depth", "train#trainer#epoch_length": 10}, {}),
-    (ACDC, TRAIN, {"train#handlers#0#_disabled_": True, "network_def": {"_target_": "BasicUNet"}}, {}),
+    (ACDC, TRAIN, {"train#method#_disabled_": True, "network_def": {"_target_": "BasicUNet"}}, {}),
 ]
 
 

@@ -13,7 +13,7 @@ from zoo.scripts import copied_name, copies, rename
         ("knowsam_monai.networks.UNet", "scripts.networks.unet.UNet"),
         ("knowsam_monai.networks.unet.UNet", "scripts.networks.unet.UNet"),
         ("knowsam_monai.runs.CaseMetrics", "scripts.runs.case_metrics.CaseMetrics"),
-        ("knowsam_monai.runs.preparation", "scripts.runs.preparation"),
+        ("knowsam_monai.runs.checks", "scripts.runs.checks"),
     ],
 )
 def test_name_is_the_copy_s_in_the_module_that_defines_it(name, copied):

@@ -55,8 +55,8 @@ def test_several_runs_stand_side_by_side_with_what_differs(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     text = write_report(first, second).read_text(encoding="utf-8")
     assert (tmp_path / "report.html").is_file()
-    rows = re.findall(r"<tr><th>(lr|seed|train#handlers#0#weight)</th><td>(.*?)</td><td>(.*?)</td></tr>", text)
-    assert rows == [("lr", "0.1", "0.2"), ("train#handlers#0#weight", "1", "–"), ("seed", "7", "7")]
+    rows = re.findall(r"<tr><th>(lr|seed|train#method#weight)</th><td>(.*?)</td><td>(.*?)</td></tr>", text)
+    assert rows == [("lr", "0.1", "0.2"), ("train#method#weight", "1", "–"), ("seed", "7", "7")]
 
 
 def charts_of_cases(page):
