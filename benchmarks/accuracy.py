@@ -47,7 +47,7 @@ SUPERVISED = {**PLAIN_UNET, **WITHOUT_SAM, "unlabeled_batch_size": 0}
 
 
 def distillation(temperature: float, gate: str, tolerance: float = 0.1) -> dict[str, object]:
-    """A plain U-Net taught by SAM and by its labelled rows, nothing else."""
+    """A plain U-Net taught by SAM and by its labeled rows, nothing else."""
     return {
         **PLAIN_UNET,
         "distillation_temperature": temperature,
@@ -150,12 +150,12 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         {
             "without SKD": {**WITHOUT_SAM, "unlabeled_batch_size": 0},
             "KL on all rows, as published": {},
-            "KL on unlabelled rows": {"taught_rows": "unlabeled"},
+            "KL on unlabeled rows": {"taught_rows": "unlabeled"},
             "KL and Dice on all rows": {"distillation_dice_weight": 1.0},
-            "KL and Dice on unlabelled rows": {"distillation_dice_weight": 1.0, "taught_rows": "unlabeled"},
+            "KL and Dice on unlabeled rows": {"distillation_dice_weight": 1.0, "taught_rows": "unlabeled"},
         },
     ),
-    # 8 labelled cases; a third of the resolution, a smaller patch, narrower networks, fewer iterations than published
+    # 8 labeled cases; a third of the resolution, a smaller patch, narrower networks, fewer iterations than published
     "left_atrium": (
         {
             "bundle": "knowsam_la",

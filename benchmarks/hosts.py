@@ -7,11 +7,11 @@ What SKD adds to semi-supervised methods on real ACDC: each host without SKD, wi
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --image_size 256 --iterations 30000 --batch_size 12
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --iterations 400 --channels 8 16 32 64 128 --adamw 0.002
 
-The last is for slow CPUs: narrower students and an optimiser that gets somewhere in so few steps.
+The last is for slow CPUs: narrower students and an optimizer that gets somewhere in so few steps.
 
 The teacher is `vit_t` pretrained on procedural images, frozen with adapters, and is NOT SAM. The gate of the rows is
 "agreement", which sees no label: the "validation" gate would look at the patients that the table reports. SKD teaches
-the unlabelled rows alone, with the Dice term, from the first quarter of the run on, as held-out training patients chose
+the unlabeled rows alone, with the Dice term, from the first quarter of the run on, as held-out training patients chose
 (`accuracy.py tuning_stand_in`). Rows of one host and seed share everything but SKD, so their differences are paired.
 What has finished is kept in benchmarks/output and not run again. "last", HD95 and ASD (pixels) are of the last weights
 without component filtering; "best" is of the best validation, picked on the very volumes it is reported on.
@@ -81,7 +81,7 @@ def register(options: argparse.Namespace) -> str:
         own |= {f"{network}#channels": options.channels for network in networks}
         for column in columns_of(host):
             rows[host + column] = {"overlays": overlays, **own, **COLUMNS[column]}
-        if host == "supervised":  # without SKD nothing looks at the unlabelled rows
+        if host == "supervised":  # without SKD nothing looks at the unlabeled rows
             rows[host]["unlabeled_batch_size"] = 0
     TABLES[name] = (shared, rows)
     return name
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=4, help="labelled rows, and unlabelled ones")
+    parser.add_argument("--batch_size", type=int, default=4, help="labeled rows, and unlabeled ones")
     parser.add_argument("--channels", type=int, nargs=5, default=[16, 32, 64, 128, 256], help="of the students")
     parser.add_argument("--adamw", type=float, metavar="LR", help="AdamW of this learning rate instead of SGD")
     parser.add_argument("--sam_lr", type=float, default=1e-3, help="of the teacher's adapters and prompts")

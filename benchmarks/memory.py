@@ -4,9 +4,9 @@ Memory and floating-point operations of steps of the bundle of volumes, counted 
     python benchmarks/memory.py                                    # every row at the published patch
     python benchmarks/memory.py la_views la_knowsam --patch 80 80 64
 
-A step runs on torch's "meta" device, where tensors have a shape and no values, so that 2 labelled + 2 unlabelled rows
+A step runs on torch's "meta" device, where tensors have a shape and no values, so that 2 labeled + 2 unlabeled rows
 of the published patch, which want 15.6 GiB, are counted on any machine in a minute. Rows are of benchmarks/speed.py.
-Memory is the largest sum of all tensors alive at once, weights, gradients and the optimisers' states included. What the
+Memory is the largest sum of all tensors alive at once, weights, gradients and the optimizers' states included. What the
 process itself needs and the scratch space of a convolution's algorithm come on top, whatever the device.
 """
 
@@ -62,7 +62,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def bytes_alive() -> int:
-    """Storage of all tensors there are: weights, gradients, what optimisers keep, the batch."""
+    """Storage of all tensors there are: weights, gradients, what optimizers keep, the batch."""
     tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -80,7 +80,7 @@ def measure(row: str) -> tuple[float, float]:
         patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
     ):
         step = speed.VOLUME_ROWS[row][1]()
-        step()  # makes gradients and the optimisers' states
+        step()  # makes gradients and the optimizers' states
         gc.collect()
         before, memory = bytes_alive(), PeakMemory()
         with memory:

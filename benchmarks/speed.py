@@ -6,7 +6,7 @@ Seconds, floating-point operations and memory of training steps and of inference
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
 
 Each row is a process of its own, so that its peak memory is its own. Steps are those that the bundle's trainer takes:
-SAM ViT-B (random weights: they cost the same), 256 x 256, 2 labelled + 2 unlabelled rows, 4 classes. Between steps a
+SAM ViT-B (random weights: they cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between steps a
 2048 x 2048 float32 matrix product is timed; "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest
 rate, which makes machines comparable. The table is written to benchmarks/speed.md.
 
@@ -14,7 +14,7 @@ Rows whose names begin with `la_` are of the bundle of volumes, run where they a
 
     python benchmarks/speed.py la_views la_knowsam la_ua_mt la_ua_mt_sam --patch 112 112 80 --steps 2
 
-2 labelled + 2 unlabelled patches of the phantom, drawn at the size of the published pack, fp32, SAM ViT-B at 112 with 8
+2 labeled + 2 unlabeled patches of the phantom, drawn at the size of the published pack, fp32, SAM ViT-B at 112 with 8
 slices of each volume. The published patch wants tens of GiB; --patch 64 64 48 fits small machines.
 """
 

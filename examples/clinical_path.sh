@@ -1,5 +1,5 @@
 #!/bin/sh
-# From 20 scans of which 3 are labelled to a student in a bundle, in four commands.
+# From 20 scans of which 3 are labeled to a student in a bundle, in four commands.
 #
 #   sh examples/clinical_path.sh [FOLDER]      from the repository's root; FOLDER is new or empty, default: clinical_path
 #
