@@ -1,5 +1,5 @@
 """
-Validation Dice of the bundle's training with some of its parts on and off: trains each row and prints a table.
+Validation Dice of a bundle with some of its parts on and off: trains each row and prints a table.
 
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py knowsam          # one table, hours on two CPU cores
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/accuracy.py tuning --seeds 0 1
@@ -8,9 +8,9 @@ Validation Dice of the bundle's training with some of its parts on and off: trai
     KNOWSAM_LA_DIR=/data/LA python benchmarks/accuracy.py left_atrium_published   # as published; needs a GPU and SAM
     python benchmarks/accuracy.py knowsam --only "without SAM" --print        # the command line of a row, nothing runs
 
-A row is one run of the bundle's command line, in a process of its own. What has finished is kept in benchmarks/output
-and not run again, so a table can be broken off and gone on with. "last" is the Dice of the last weights, the number to
-compare; "best" is of the best validation, which is picked on the very volumes it is reported on.
+A row is one run of the bundle's command line, in its own process. Finished rows are kept in benchmarks/output and not
+run again, so an interrupted table resumes. "last" is the Dice of the last weights, the number to compare. "best" is the
+best validation, chosen on the same volumes it is reported on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SUPERVISED = {**PLAIN_UNET, **WITHOUT_SAM, "unlabeled_batch_size": 0}
 
 
 def distillation(temperature: float, gate: str, tolerance: float = 0.1) -> dict[str, object]:
-    """A plain U-Net taught by SAM and by its labelled rows, nothing else."""
+    """A plain U-Net taught only by SAM and by its labeled rows."""
     return {
         **PLAIN_UNET,
         "distillation_temperature": temperature,
@@ -66,18 +66,18 @@ LEFT_ATRIUM: dict[str, dict[str, object]] = {
     "KnowSAM, without SAM": WITHOUT_SAM,
     "KnowSAM": {},
 }
-# and for a CPU one of KnowSAM's own views, which has dropout, as UA-MT wants it
+# on a CPU it is one of KnowSAM's own views, which has the dropout that UA-MT needs
 UNET_3D = {"network_def": {**UNET, "spatial_dims": 3, "channels": "@channels"}}
 LEFT_ATRIUM_ON_A_CPU = {row: {**(UNET_3D if "overlays" in keys else {}), **keys} for row, keys in LEFT_ATRIUM.items()}
 
 
 def a_third_of_the_resolution(keys: list[str], mode: list[str]) -> dict[str, object]:
-    """Resampling for the UA-MT pack, whose spacing is lost: its voxels count as 1. Dice stays that of the full grid."""
+    """Resampling for the UA-MT pack, which has no spacing: a voxel counts as 1. Dice is still on the full grid."""
     pixdim = [3.0, 3.0, 2.75]  # the pack's 88 slices become 33
     return {"_target_": "Spacingd", "keys": keys, "pixdim": pixdim, "mode": mode, "allow_missing_keys": True}
 
 
-# table -> (what all rows share, row -> its own keys)
+# table -> (keys of all rows, row -> its own keys)
 TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
     "knowsam": (
         {
@@ -102,7 +102,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "supervised U-Net, bf16": {**SUPERVISED, "cpu_autocast": True},
         },
     ),
-    # on training patients that are held out: the validation patients choose nothing
+    # on held-out training patients, so that the validation patients choose nothing
     "tuning": (
         {
             "labeled_patients": 3,
@@ -128,7 +128,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "T = 10, gate of tolerance 0.1": distillation(10, "validation", 0.1),
         },
     ),
-    # as the one before, with the stand-in, on a budget for slow CPUs
+    # the same with the stand-in, for slow CPUs
     "tuning_stand_in": (
         {
             "labeled_patients": 3,
@@ -150,12 +150,12 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         {
             "without SKD": {**WITHOUT_SAM, "unlabeled_batch_size": 0},
             "KL on all rows, as published": {},
-            "KL on unlabelled rows": {"taught_rows": "unlabeled"},
+            "KL on unlabeled rows": {"taught_rows": "unlabeled"},
             "KL and Dice on all rows": {"distillation_dice_weight": 1.0},
-            "KL and Dice on unlabelled rows": {"distillation_dice_weight": 1.0, "taught_rows": "unlabeled"},
+            "KL and Dice on unlabeled rows": {"distillation_dice_weight": 1.0, "taught_rows": "unlabeled"},
         },
     ),
-    # 8 labelled cases; a third of the resolution, a smaller patch, narrower networks, fewer iterations than published
+    # 8 labeled cases; a third of the resolution, a smaller patch, narrower networks, fewer iterations than published
     "left_atrium": (
         {
             "bundle": "knowsam_la",
@@ -175,7 +175,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "distillation_gate": "agreement",
             "distillation_dice_weight": 1.0,
             "distillation_start": 300,
-            "mixing_start": 900,  # of 1,200: from a quarter on, as published, it held a young student back
+            "mixing_start": 900,  # of 1,200; from a quarter on, as published, it held a young student back
             "taught_rows": "unlabeled",
             "max_iterations": 1200,
             "epoch_length": 300,
@@ -205,7 +205,7 @@ def command_of(table: str, row: str, seed: int) -> tuple[list[str], Path]:
 
 
 def train(table: str, row: str, seed: int) -> dict[str, float]:
-    """Dice and minutes of a row; trains it unless it has finished before."""
+    """Dice and minutes of a row; trains it unless it is finished."""
     command, folder = command_of(table, row, seed)
     settings = {key: str(value) for key, value in {**TABLES[table][0], **TABLES[table][1][row]}.items()}
     finished = folder / "finished.json"
@@ -217,12 +217,12 @@ def train(table: str, row: str, seed: int) -> dict[str, float]:
                 [sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             ).returncode
         if status != 0:
-            raise SystemExit(f"`{row}` of seed {seed} must end well but ended with {status}; see {folder / 'log.txt'}.")
+            raise SystemExit(f"`{row}` of seed {seed} ended with exit code {status}; see {folder / 'log.txt'}.")
         facts = {"minutes": (time.perf_counter() - start) / 60, "settings": settings}
         finished.write_text(json.dumps(facts))
     facts = json.loads(finished.read_text())
     if facts["settings"] != settings:
-        raise SystemExit(f"`{row}` of seed {seed} was trained with other settings; to train it anew, delete {folder}.")
+        raise SystemExit(f"`{row}` of seed {seed} was trained with other settings; to train it again, delete {folder}.")
     with open(folder / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     dice = [float(one["val_mean_dice"]) for one in rows]
@@ -243,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run; default all of the table")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to run; default: all of the table")
     parser.add_argument("--print", action="store_true", help="print the rows' command lines and run nothing")
     args = parser.parse_args()
     rows = args.only or list(TABLES[args.table][1])

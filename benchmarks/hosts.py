@@ -1,5 +1,5 @@
 """
-What SKD adds to semi-supervised methods on real ACDC: each host without SKD, with SKD gated, and two hosts ungated.
+What SKD adds to semi-supervised methods on ACDC: each host without SKD, with gated SKD, and two hosts without a gate.
 
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py                          # the table, many hours on a CPU
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --time                   # seconds an iteration of each row
@@ -7,14 +7,14 @@ What SKD adds to semi-supervised methods on real ACDC: each host without SKD, wi
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --image_size 256 --iterations 30000 --batch_size 12
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --iterations 400 --channels 8 16 32 64 128 --adamw 0.002
 
-The last is for slow CPUs: narrower students and an optimiser that gets somewhere in so few steps.
+The last command is for slow CPUs: narrower students, and an optimizer that makes progress in so few steps.
 
-The teacher is `vit_t` pretrained on procedural images, frozen with adapters, and is NOT SAM. The gate of the rows is
-"agreement", which sees no label: the "validation" gate would look at the patients that the table reports. SKD teaches
-the unlabelled rows alone, with the Dice term, from the first quarter of the run on, as held-out training patients chose
+The teacher is `vit_t` pretrained on procedural images, frozen with adapters. It is NOT SAM. The gate is "agreement",
+which sees no label; the "validation" gate would use the patients that the table reports. SKD teaches only the unlabeled
+rows, with the Dice term, from the first quarter of the run on, as chosen on held-out training patients
 (`accuracy.py tuning_stand_in`). Rows of one host and seed share everything but SKD, so their differences are paired.
-What has finished is kept in benchmarks/output and not run again. "last", HD95 and ASD (pixels) are of the last weights
-without component filtering; "best" is of the best validation, picked on the very volumes it is reported on.
+Finished rows are kept in benchmarks/output and not run again. "last", HD95 and ASD (pixels) are of the last weights
+without component filtering. "best" is the best validation, chosen on the same volumes it is reported on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HOSTS: dict[str, tuple[str, ...]] = {
     "BCP": ("network_plain", "bcp"),
     "KnowSAM": (),
 }
-# schedules that the overlays give in iterations, as fractions of the run
+# schedules that the overlays set in iterations, as fractions of the run
 SCHEDULES = {"Mean Teacher": {"consistency_start": 1 / 30}, "BCP": {"pretraining_iterations": 1 / 4}}
 UNGATED = ("supervised", "Mean Teacher")
 COLUMNS: dict[str, dict[str, object]] = {
@@ -53,7 +53,7 @@ def columns_of(host: str, gated_only: bool = False) -> list[str]:
 
 
 def register(options: argparse.Namespace) -> str:
-    """Put the grid among the tables of `accuracy.py`; returns its name."""
+    """Add the grid to the tables of `accuracy.py`; returns its name."""
     name = f"hosts_{options.labeled_patients}_patients_{options.image_size}_{options.iterations}_iterations"
     name += f"_{options.channels[0]}_channels" + "_adamw" * bool(options.adamw) + "_bf16" * options.bf16
     shared = {
@@ -81,14 +81,14 @@ def register(options: argparse.Namespace) -> str:
         own |= {f"{network}#channels": options.channels for network in networks}
         for column in columns_of(host):
             rows[host + column] = {"overlays": overlays, **own, **COLUMNS[column]}
-        if host == "supervised":  # without SKD nothing looks at the unlabelled rows
+        if host == "supervised":  # without SKD nothing uses the unlabeled rows
             rows[host]["unlabeled_batch_size"] = 0
     TABLES[name] = (shared, rows)
     return name
 
 
 def distances(table: str, row: str, seed: int) -> dict[str, float]:
-    """Mean HD95 and ASD of the last weights in pixels; evaluates them unless that was done before."""
+    """Mean HD95 and ASD of the last weights in pixels; evaluates them unless that is done."""
     command, folder = command_of(table, row, seed)
     summary = folder / "evaluation" / "metrics_summary.csv"
     if not summary.is_file():
@@ -134,13 +134,15 @@ def line_of(row: str, results: list[dict[str, float]], baseline: list[dict[str, 
 
 
 def print_times(table: str, rows: list[str], seed: int) -> None:
-    """Seconds an iteration of each row, as its preflight measures them."""
+    """Seconds an iteration of each row, from its preflight."""
     for row in rows:
         command = [sys.executable, *command_of(table, row, seed)[0], "--preflight", "True"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         found = re.search(r"of ([\d.]+) s each", done.stdout + done.stderr)
         if found is None:
-            raise SystemExit(f"`{row}` must print its preflight but ended with {done.returncode}:\n{done.stderr}")
+            raise SystemExit(
+                f"`{row}` ended with exit code {done.returncode} before it printed its preflight:\n{done.stderr}"
+            )
         print(f"{row}: {found[1]} s an iteration", flush=True)
 
 
@@ -151,20 +153,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=4, help="labelled rows, and unlabelled ones")
+    parser.add_argument("--batch_size", type=int, default=4, help="labeled rows; as many unlabeled ones")
     parser.add_argument("--channels", type=int, nargs=5, default=[16, 32, 64, 128, 256], help="of the students")
     parser.add_argument("--adamw", type=float, metavar="LR", help="AdamW of this learning rate instead of SGD")
     parser.add_argument("--sam_lr", type=float, default=1e-3, help="of the teacher's adapters and prompts")
     parser.add_argument("--bf16", action="store_true", help="CPU autocast; slow on a CPU without bf16 instructions")
     parser.add_argument("--gated_only", action="store_true", help="leave out the columns without a gate")
-    parser.add_argument("--time", action="store_true", help="measure every row's seconds an iteration, train nothing")
+    parser.add_argument("--time", action="store_true", help="only measure seconds an iteration of each row")
     options = parser.parse_args()
     table = register(options)
     columns = {host: columns_of(host, options.gated_only) for host in options.hosts}
     if options.time:
         return print_times(table, [host + c for host in columns for c in columns[host]], options.seeds[0])
 
-    # seeds outermost: a grid that is broken off has every host of the seeds it reached
+    # seeds outermost, so that an interrupted grid has every host for the seeds it reached
     for seed in options.seeds:
         for host in columns:
             for column in columns[host]:

@@ -1,13 +1,13 @@
 """
-Memory and floating-point operations of steps of the bundle of volumes, counted without doing them.
+Memory and floating-point operations of training steps of the left-atrium bundle, counted without computing them.
 
     python benchmarks/memory.py                                    # every row at the published patch
     python benchmarks/memory.py la_views la_knowsam --patch 80 80 64
 
-A step runs on torch's "meta" device, where tensors have a shape and no values, so that 2 labelled + 2 unlabelled rows
-of the published patch, which want 15.6 GiB, are counted on any machine in a minute. Rows are of benchmarks/speed.py.
-Memory is the largest sum of all tensors alive at once, weights, gradients and the optimisers' states included. What the
-process itself needs and the scratch space of a convolution's algorithm come on top, whatever the device.
+A step runs on torch's "meta" device, where tensors have a shape but no values. So any machine counts 2 labeled + 2
+unlabeled rows of the published patch, which need 15.6 GiB, in a minute. benchmarks/speed.py defines the rows. Memory is
+the largest sum of all tensors alive at once, including weights, gradients and optimizer states. The process itself and
+the scratch space of convolutions need more on top, on any device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS = (
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follows every storage from the operation that makes it until nobody holds it; `peak` in bytes."""
+    """Tracks every storage from the operation that creates it until it is freed; `peak` in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def bytes_alive() -> int:
-    """Storage of all tensors there are: weights, gradients, what optimisers keep, the batch."""
+    """Storage of all tensors: weights, gradients, optimizer states, the batch."""
     tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
@@ -72,7 +72,7 @@ def measure(row: str) -> tuple[float, float]:
     """GiB at the peak of a step, and its GFLOP."""
     autocast = torch.autocast
     with (
-        # this device has neither autocast nor random numbers, and needs neither
+        # the meta device has neither autocast nor random numbers
         patch(
             "torch.autocast", lambda device, *a, **k: nullcontext() if device == "meta" else autocast(device, *a, **k)
         ),
@@ -80,7 +80,7 @@ def measure(row: str) -> tuple[float, float]:
         patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
     ):
         step = speed.VOLUME_ROWS[row][1]()
-        step()  # makes gradients and the optimisers' states
+        step()  # creates gradients and optimizer states
         gc.collect()
         before, memory = bytes_alive(), PeakMemory()
         with memory:
@@ -92,7 +92,7 @@ def measure(row: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default all")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default: all")
     parser.add_argument("--patch", type=int, nargs=3, default=speed.PATCH, help="voxels of a patch")
     args = parser.parse_args()
     unknown = [row for row in args.rows if row not in ROWS]
@@ -103,13 +103,13 @@ def main() -> None:
     speed.PATCH, speed.DEVICE, speed.PHANTOM_SIZE = tuple(args.patch), "meta", 48
     print(f"| row, patch {' x '.join(map(str, args.patch))} | memory, GiB | GFLOP |\n| --- | --- | --- |", flush=True)
     for row in args.rows or ROWS:
-        process = os.fork()  # each row starts with nothing of the others in memory
+        process = os.fork()  # each row starts with empty memory
         if process == 0:
             memory, gflop = measure(row)
             print(f"| {speed.VOLUME_ROWS[row][0]} | {memory:.2f} | {gflop:.0f} |", flush=True)
             os._exit(0)
         if os.waitpid(process, 0)[1]:
-            raise SystemExit(f"{row} must end well but did not; what it printed is above.")
+            raise SystemExit(f"{row} failed; its output is above.")
 
 
 if __name__ == "__main__":

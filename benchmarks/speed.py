@@ -1,21 +1,21 @@
 """
 Seconds, floating-point operations and memory of training steps and of inference, on this machine.
 
-    python benchmarks/speed.py                       # every row of 2D, an hour on two CPU cores
+    python benchmarks/speed.py                       # every 2D row, an hour on two CPU cores
     python benchmarks/speed.py mean_teacher mean_teacher_sam mean_teacher_cached   # a method, with SKD, and cached
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
 
-Each row is a process of its own, so that its peak memory is its own. Steps are those that the bundle's trainer takes:
-SAM ViT-B (random weights: they cost the same), 256 x 256, 2 labelled + 2 unlabelled rows, 4 classes. Between steps a
-2048 x 2048 float32 matrix product is timed; "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest
-rate, which makes machines comparable. The table is written to benchmarks/speed.md.
+Each row runs in its own process, so its peak memory is its own. Steps are those of the bundle's trainer: SAM ViT-B
+(random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between steps a 2048 x 2048
+float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest rate, which
+makes machines comparable. The table is written to benchmarks/speed.md.
 
-Rows whose names begin with `la_` are of the bundle of volumes, run where they are named:
+Rows whose names begin with `la_` are of the left-atrium bundle and run only if named:
 
     python benchmarks/speed.py la_views la_knowsam la_ua_mt la_ua_mt_sam --patch 112 112 80 --steps 2
 
-2 labelled + 2 unlabelled patches of the phantom, drawn at the size of the published pack, fp32, SAM ViT-B at 112 with 8
-slices of each volume. The published patch wants tens of GiB; --patch 64 64 48 fits small machines.
+2 labeled + 2 unlabeled patches of the phantom, generated at the size of the published pack, fp32, SAM ViT-B at 112 with
+8 slices of each volume. The published patch needs tens of GiB; --patch 64 64 48 fits small machines.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
 VOLUME_BUNDLE = ROOT / "bundles" / "knowsam_la"
 PATCH = (112, 112, 80)
-DEVICE = "cpu"  # of the rows of volumes, and the size of the phantom that they are drawn from; benchmarks/memory.py
+DEVICE = "cpu"  # of the rows `la_`; benchmarks/memory.py sets it and the size of their phantom
 PHANTOM_SIZE: int | None = None
 GEMM_SIZE = 2048
 
 
 def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -> tuple[Any, dict]:
-    """The trainer of a bundle's train.json and overlays, and one batch of it."""
+    """The trainer of a bundle's train.json with overlays, and one of its batches."""
     from monai.bundle import ConfigWorkflow
 
     files = [str(bundle / "configs" / name) for name in ("train.json", *overlays)]
@@ -60,7 +60,7 @@ def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -
 
 
 def trainer_of(*overlays: str, **overrides: Any) -> Any:
-    """The bundle's own trainer at benchmark size, and one batch of it."""
+    """The ACDC bundle's trainer at benchmark size, and one of its batches."""
     keys = {
         "bundle_root": str(BUNDLE),
         "dataset_dir": os.environ.get("KNOWSAM_ACDC_DIR") or "$None",
@@ -85,7 +85,7 @@ def trainer_of(*overlays: str, **overrides: Any) -> Any:
 
 
 def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
-    """The same of the bundle of volumes."""
+    """The same for the left-atrium bundle."""
     folder, size = ROOT / "benchmarks" / "output", PHANTOM_SIZE or 2 * max(PATCH)
     phantom = {"anatomy": "left_atrium", "max_size": size, "num_labeled": 2, "num_unlabeled": 2}
     keys = {
@@ -112,7 +112,7 @@ def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
 
 
 def views_step() -> Callable[[], None]:
-    """One forward and backward of both views and HAM with their supervised loss: what memory is compared with."""
+    """One forward and backward pass of both views and HAM with their supervised loss, the reference for memory."""
     trainer, batch = volume_trainer_of(use_sam=False)
     image, label = (batch[key].as_tensor().to(DEVICE) for key in ("image", "label"))
 
@@ -128,12 +128,12 @@ def knowsam_step(mixing: bool, **overrides: Any) -> Callable[[], None]:
 
 
 def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
-    """A step of a trainer, `late` in its run (with mixing) or at its start."""
-    for handler_event, handlers in trainer._event_handlers.items():  # teacher and EMA follow from STARTED on
+    """A step of a trainer, `late` in its run (with mixing) or at the start."""
+    for handler_event, handlers in trainer._event_handlers.items():  # at STARTED teacher and EMA hook the optimizer
         if handler_event.name == "STARTED":
             for handler, args, kwargs in handlers:
                 if getattr(handler, "__qualname__", "").startswith(("SAMDistillation", "EMAStudent")):
-                    handler(*([trainer] if args else []))  # ignite hands the engine to handlers that take it
+                    handler(*([trainer] if args else []))  # ignite passes the engine to handlers that take it
 
     def step() -> None:
         trainer.state.iteration = 999 if late else 1
@@ -147,34 +147,34 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
     from knowsam_monai.runs.cpu import fast_cpu_matmul
 
     if not fast_cpu_matmul():
-        raise RuntimeError("`fast_cpu_matmul` must be exact to 1e-5 on this processor but is not; leave this row out.")
+        raise RuntimeError("`fast_cpu_matmul` is not exact to 1e-5 on this processor; leave this row out.")
     return knowsam_step(mixing)
 
 
 def host_step(host: str, **overrides: Any) -> Callable[[], None]:
-    """A late step of a semi-supervised method, as the bundle's overlays train it, what starts later under way."""
+    """A late step of a semi-supervised method of the bundle's overlays, with every delayed term started."""
     begun = dict.fromkeys(SCHEDULES.get(host, {}), 0)
     return step_of(*trainer_of(*(f"{overlay}.json" for overlay in HOSTS[host]), **begun, **overrides), True)
 
 
 def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
-    """Each method without SKD, with it, and with cached embeddings, whose cache the step that warms up fills."""
+    """Each method without SKD, with it, and with cached embeddings; the warm-up step fills the cache."""
     rows: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {}
     for host, overlays in HOSTS.items():
-        if host == "KnowSAM":  # has rows of its own
+        if host == "KnowSAM":  # has its own rows
             continue
         row = overlays[-1]
         rows[row] = host, partial(host_step, host, use_sam=False)
         rows[f"{row}_sam"] = f"{host} + SKD", partial(host_step, host)
         rows[f"{row}_bf16"] = f"{host}, bf16 autocast", partial(host_step, host, use_sam=False, cpu_autocast=True)
         rows[f"{row}_sam_bf16"] = f"{host} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
-        if host != "BCP":  # it mixes images, and no mixed image comes again
+        if host != "BCP":  # it mixes images, and no mixed image recurs
             rows[f"{row}_cached"] = f"{host} + SKD, cached", partial(host_step, host, sam_encoder="cached")
     return rows
 
 
 def inference_of_volume(network_name: str) -> Callable[[], None]:
-    """A volume of nine slices through the deployed student."""
+    """Inference of the deployed student on a volume of nine slices."""
     from knowsam_monai import networks
 
     network = getattr(networks, network_name)().to(memory_format=torch.channels_last).eval()
@@ -223,7 +223,7 @@ VOLUME_ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
 
 
 def count_gflop(step: Callable[[], None]) -> float:
-    """Operations of one step; torch's counter knows attention on GPUs only, so the CPU's kernel is told to it."""
+    """GFLOP of one step. torch's counter knows attention only on GPUs, so the CPU kernel is registered here."""
     ops = torch.ops.aten
 
     def forward(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -249,7 +249,7 @@ def measure(name: str, num_steps: int) -> dict[str, float]:
     seconds, gemm_seconds = [], []
     precision = torch.get_float32_matmul_precision()
     for _ in range(num_steps):
-        torch.set_float32_matmul_precision("highest")  # the unit is the same whatever the row's route is
+        torch.set_float32_matmul_precision("highest")  # the same unit for every row
         for _ in range(3):
             start = time.perf_counter()
             matrix @ matrix
@@ -264,7 +264,7 @@ def measure(name: str, num_steps: int) -> dict[str, float]:
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it."""
+    """The processor's name on Linux."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
@@ -275,7 +275,7 @@ def main() -> None:
     global PATCH
     every_row = {**ROWS, **VOLUME_ROWS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(every_row)}; default all but la_")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(every_row)}; default: all but la_")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a row")
     parser.add_argument("--patch", type=int, nargs=3, default=PATCH, help="voxels of a patch, for the rows la_")
@@ -327,7 +327,7 @@ def main() -> None:
         source = "real ACDC slices" if os.environ.get("KNOWSAM_ACDC_DIR") else "the phantom's slices"
         head = (
             f"# Speed\n\nPrinted by `python benchmarks/speed.py --threads {args.threads} --steps {args.steps}` on "
-            f"{source}; torch {torch.__version__}, {processor()}. See the script for what a row is.\n\n"
+            f"{source}; torch {torch.__version__}, {processor()}. The script defines each row.\n\n"
         )
         Path(args.output).write_text(head + "\n".join(lines) + "\n")
 

@@ -5,9 +5,9 @@ Zero-shot Dice of `vit_t` with a box prompt: the stand-in pretrained on procedur
     KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC's validation slices
     python -m benchmarks.zero_shot --checkpoint some/vit_t.pt --image_size 64
 
-Neither network has seen a medical image, and neither is SAM. Each class of each slice is asked for by its true box,
-`--padding` pixels wider on each side; the single mask at logit 0 is compared with the class, and Dice is averaged over
-slices and then classes. Prompted by the box, a mask that fills it has a high Dice: "box filled" is that floor.
+Neither network has seen a medical image, and neither is SAM. The prompt for each class of each slice is its true box,
+enlarged by `--padding` pixels on each side. The single mask at logit 0 is compared with the class, and Dice is averaged
+over slices, then classes. A mask that fills the box already has a high Dice; "box filled" is that baseline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.transforms import Resized
 
-from knowsam_monai.data import LoadCased, ScaleVolumed, SplitSlicesd, load_datalist, cached_dataset
+from knowsam_monai.data import LoadCased, ScaleVolumed, SplitSlicesd, cached_dataset, load_datalist
 from knowsam_monai.teachers import build_sam
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import BOTTOM_RIGHT, TOP_LEFT, boxes_of
@@ -32,7 +32,7 @@ CLASSES = ("right ventricle", "myocardium", "left ventricle")
 
 
 def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(image (1, size, size), label (1, size, size)) of each validation slice, preprocessed as the bundle does."""
+    """(image (1, size, size), label (1, size, size)) of each validation slice, preprocessed as in the bundle."""
     items = load_datalist(dataset_dir, phantom_dir=folder)["validation"]
     keys = ["image", "label"]
     preprocessing = [
@@ -51,7 +51,7 @@ def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[t
 def box_prompted_dice(
     sam: nn.Module | None, slices: list[tuple[torch.Tensor, torch.Tensor]], padding: int
 ) -> dict[str, float]:
-    """Mean Dice of each class with its padded true box as prompt; without a network, of the filled box."""
+    """Mean Dice of each class with its padded true box as prompt; without a network, Dice of the filled box."""
     dice = defaultdict(list)
     for image, label in slices:
         present = [c for c in range(1, len(CLASSES) + 1) if (label == c).any()]
@@ -84,7 +84,7 @@ def box_prompted_dice(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="procedural", help="'procedural' or a file of vit_t")
+    parser.add_argument("--checkpoint", default="procedural", help="'procedural', or a file with weights of vit_t")
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--padding", type=int, default=2, help="pixels added to each side of the true box")
     options = parser.parse_args()

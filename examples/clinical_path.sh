@@ -1,10 +1,10 @@
 #!/bin/sh
-# From 20 scans of which 3 are labelled to a student in a bundle, in four commands.
+# From 20 scans, 3 of them labeled, to a student in a bundle, in four commands.
 #
 #   sh examples/clinical_path.sh [FOLDER]      from the repository's root; FOLDER is new or empty, default: clinical_path
 #
-# The scans are synthetic left atria, small enough for a CPU. With scans of your own leave the first command out and write
-# their data list by hand ("Your own data" in README.md). On a GPU give SIZES=" " for the published sizes and SAM.
+# The scans are synthetic left atria, small enough for a CPU. For your own scans, skip the first command and write a data
+# list (docs/source/own_data.md). On a GPU, SIZES=" " selects the published sizes and SAM.
 set -e
 FOLDER=${1:-clinical_path}
 BUNDLE=${BUNDLE:-bundles/knowsam_la}
@@ -13,13 +13,13 @@ SIZES=${SIZES:-"--image_size [32,32,32] --spacing [2.0,2.0,2.0] --sam_variant vi
   --channels [8,16,32,64,128] --aggregation_channels [4,4,8] --window_overlap 0.5 --labeled_batch_size 2
   --unlabeled_batch_size 2 --num_workers 0"}
 
-# 1. 20 scans and their data list: 2 with labels to learn from, 1 with a label to choose the best student by, 17 without
+# 1. 20 scans and their data list: 2 labeled for training, 1 labeled to choose the best student, 17 unlabeled
 $PYTHON -m knowsam_monai phantom "$FOLDER/scans" --anatomy left_atrium --labeled 2 --validation 1 --unlabeled 17 --test 0
 
-# 2. is the list fit to train on?
+# 2. check the data list
 $PYTHON -m knowsam_monai check "$FOLDER/scans/dataset.json" --num_classes 2
 
-# 3. train; the student goes into the bundle, "$FOLDER/run/report.html" shows how it went
+# 3. train; the student is saved into the bundle, and "$FOLDER/run/report.html" reports the run
 $PYTHON -m monai.bundle run --config_file "$BUNDLE/configs/train.json" --bundle_root "$BUNDLE" \
     --dataset_dir "$FOLDER/scans/dataset.json" --output_dir "$FOLDER/run" $SIZES
 

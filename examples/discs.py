@@ -9,7 +9,7 @@ SIZE = 64
 
 
 def draw(num_images, seed):
-    """Image (1, 64, 64) and label of each, a disc anywhere."""
+    """Items with an image (1, 64, 64) of a disc and its label (1, 64, 64)."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     items = []
@@ -22,20 +22,20 @@ def draw(num_images, seed):
 
 
 def semi_supervised_loader():
-    """Batches of 2 images with a label, first, and 4 without: image (6, 1, 64, 64), label (2, 1, 64, 64)."""
+    """Batches of 2 labeled images, which come first, and 4 unlabeled: image (6, 1, 64, 64), label (2, 1, 64, 64)."""
     unlabeled = [{"image": item["image"]} for item in draw(12, seed=1)]
     return SemiSupervisedLoader(draw(4, seed=0), unlabeled, labeled_batch_size=2, unlabeled_batch_size=4)
 
 
 def small_unet():
-    """A student of two classes."""
+    """A student for two classes."""
     torch.manual_seed(0)
     return BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(8, 8, 16, 16, 32, 8))
 
 
 @torch.no_grad()
 def mean_dice(network):
-    """Dice of the disc on eight images that nobody trained on."""
+    """Dice of the disc on eight unseen images."""
     network.eval()
     scores = []
     for item in draw(8, seed=2):

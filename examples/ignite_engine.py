@@ -1,6 +1,6 @@
-"""SKD on an Ignite engine whose step nobody edits: hooks on the student, labels by way of the loader.
+"""SKD on an Ignite engine without editing its step: hooks on the student, labels from the watched loader.
 
-Lines that end in `# SKD` are all there is to it; without them the engine runs as before.
+Only lines that end in `# SKD` belong to SKD; without them the engine runs as before.
 """
 
 import torch
@@ -25,7 +25,7 @@ def main(max_epochs: int = 10) -> float:
         optimizer.step()
         return loss.item()
 
-    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     skd = SAMDistiller(teacher, sam_optimizer, gate="agreement").attach(network, optimizer)  # SKD

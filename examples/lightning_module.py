@@ -1,6 +1,6 @@
-"""SKD on a Lightning module that stays as it is: a callback attaches it, and takes it away after training.
+"""SKD on an unchanged Lightning module: a callback attaches it and removes it after training.
 
-Lines that end in `# SKD`, and the block between its marks, are all there is to it. Needs `pip install lightning`.
+Only lines that end in `# SKD` and the marked block belong to SKD. Needs `pip install lightning`.
 """
 
 import torch
@@ -43,7 +43,7 @@ class Distillation(Callback):
 # ---
 def main(max_epochs: int = 10) -> float:
     module, callbacks = Segmenter(), []
-    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     callbacks.append(Distillation(SAMDistiller(teacher, sam_optimizer, gate="agreement")))  # SKD

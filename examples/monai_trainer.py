@@ -1,6 +1,6 @@
-"""SKD on MONAI's own trainer: one entry of `train_handlers`.
+"""SKD on MONAI's own trainer: one entry in `train_handlers`.
 
-Lines that end in `# SKD` are all there is to it; without them the trainer runs as before.
+Only lines that end in `# SKD` belong to SKD; without them the trainer runs as before.
 """
 
 import torch
@@ -10,7 +10,7 @@ from monai.handlers import StatsHandler
 from monai.losses import DiceCELoss
 
 from knowsam_monai import SAMDistillation, SAMDistiller, SAMTeacher  # SKD
-from knowsam_monai.losses import PartiallyLabeledLoss
+from knowsam_monai.losses import PartiallyLabeledLoss  # of the host, so on a line of its own
 
 
 def main(max_epochs: int = 10) -> float:
@@ -18,7 +18,7 @@ def main(max_epochs: int = 10) -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     handlers = [StatsHandler(output_transform=lambda output: output["loss"])]
 
-    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     handlers.append(SAMDistillation(SAMDistiller(teacher, sam_optimizer, gate="agreement")))  # SKD

@@ -1,10 +1,10 @@
-"""An nnU-Net raw data set of scans with and without labels: where there is none, every voxel is the ignore label.
+"""Write an nnU-Net raw data set of labeled and unlabeled scans; unlabeled scans have the ignore label in every voxel.
 
     python nnunet_dataset.py DATASET CHANNEL CLASSES SCANS LABELS [UNLABELED]
     python nnunet_dataset.py Dataset501_Heart MR rv,myo,lv scans/ labels/ unlabeled/
 
-Scans and labels are NIfTI files of the same names. The split has five folds of the labeled cases. In each, labeled
-cases are named so often that half of the training cases have a label, as nnU-Net draws every named case equally often.
+Scans and labels are NIfTI files of the same names. The split has five folds of the labeled cases. nnU-Net draws each
+entry equally often, so labeled cases are repeated until half of the training cases have a label.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""SKD on nnU-Net v2: `nnUNetv2_train 501 2d 0 -tr nnUNetTrainerSKD`; unlabeled cases are all ignore label.
+"""SKD on nnU-Net v2: `nnUNetv2_train 501 2d 0 -tr nnUNetTrainerSKD`. Unlabeled cases have only the ignore label.
 
-Copy this file into a folder of its own and name that folder in the environment variable `nnUNet_extTrainer`."""
+Copy this file into its own folder and set the environment variable `nnUNet_extTrainer` to that folder."""
 
 import os
 
@@ -14,7 +14,7 @@ def finest(outputs):  # of deep supervision
     return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
-class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, nnUNetTrainerMine): ...
+class WithSKD:  # put it before any trainer: class nnUNetTrainerMineSKD(WithSKD, nnUNetTrainerMine): ...
     variant, image_size, num_slices, gate, to_rgb = "vit_b", 256, 8, "agreement", IntensityWindow(-2, 4)
 
     def on_train_start(self):
@@ -28,7 +28,7 @@ class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, n
         optimizer = torch.optim.Adam((p for p in sam.parameters() if p.requires_grad), lr=1e-4)
         sam_loss = dice_ce_loss(classes, ignore_index=labels.ignore_label)
         distiller = SAMDistiller(teacher, optimizer, sam_loss=sam_loss, gate=self.gate)
-        options = dict(labeled_rows="all", logits_of=finest)  # what has no label is the ignore label
+        options = dict(labeled_rows="all", logits_of=finest)  # unlabeled voxels have the ignore label
         self.skd = distiller.attach(self.network, self.optimizer, scaler=self.grad_scaler, **options)
         self.skd.iteration, self.sam = self.current_epoch * self.num_iterations_per_epoch, (distiller, optimizer)
         if hasattr(self, "resumed_from"):
@@ -43,7 +43,7 @@ class WithSKD:  # goes before any trainer: class nnUNetTrainerMineSKD(WithSKD, n
         super().on_train_epoch_end(outputs)
         self.print_to_log_file({term: sum(o[term] for o in outputs) / len(outputs) for term in self.skd.terms})
 
-    def save_checkpoint(self, filename):  # SAM beside it, the host's name in it, so that inference needs no SKD
+    def save_checkpoint(self, filename):  # the host's name in it and SAM beside it: inference needs no SKD
         super().save_checkpoint(filename)
         if self.local_rank == 0 and not self.disable_checkpointing:
             host = type(self).__mro__[type(self).__mro__.index(WithSKD) + 1]

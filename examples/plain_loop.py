@@ -1,6 +1,6 @@
 """SKD in a plain PyTorch loop: one line before it, one line in it.
 
-Lines that end in `# SKD` are all there is to it; without them the loop runs as before.
+Only lines that end in `# SKD` belong to SKD; without them the loop runs as before.
 """
 
 import torch
@@ -15,7 +15,7 @@ def main(max_epochs: int = 10) -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     supervised_loss = DiceCELoss(to_onehot_y=True, softmax=True)
 
-    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3))  # SKD
     distiller.follow(optimizer)  # SKD

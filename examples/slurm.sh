@@ -1,10 +1,10 @@
 #!/bin/bash
-# Train a bundle on several machines of a SLURM cluster, one torchrun a machine; over the time limit it goes on by itself.
+# Train a bundle on several machines of a SLURM cluster, one torchrun per machine. It resumes after the time limit.
 #
 #   sbatch examples/slurm.sh --dataset_dir /data/ACDC --labeled_patients 7
 #
-# Two minutes before the limit every process gets SIGTERM, saves and ends; the job is put into the queue again and goes
-# on there, with the same weights. An error ends the job. `output_dir` must be on a file system that all machines share.
+# Two minutes before the limit every process gets SIGTERM, saves and exits. The job is queued again and resumes with the
+# same weights. An error ends the job. `output_dir` must be on a file system that all machines share.
 #SBATCH --job-name=knowsam
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 
 set -u
 bundle=${BUNDLE:-bundles/knowsam_acdc}
-methods=${METHODS:-}  # overlays between the two, as in METHODS="network_plain.json mean_teacher.json"
+methods=${METHODS:-}  # overlays, as in METHODS="network_plain.json mean_teacher.json"
 port=${PORT:-29500}
 
 configs="'$bundle/configs/train.json'"

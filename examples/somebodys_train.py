@@ -1,6 +1,6 @@
-"""A made-up training script in the style of SSL4MIS (Mean Teacher), whose student, optimizer and loader are locals.
+"""A made-up training script in the style of SSL4MIS (Mean Teacher); student, optimizer and loader are local variables.
 
-It knows nothing of SKD. `wrapped_script.py` adds SKD to it.
+It contains nothing about SKD. `wrapped_script.py` adds SKD to it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ args = parser.parse_args()
 
 
 class BaseDataSets(Dataset):
-    """16 images, each with a label (H, W); the script takes those of the first 4 alone."""
+    """16 images, each with a label (H, W); the script uses only the labels of the first 4."""
 
     def __init__(self):
         self.items = draw(16, seed=0)

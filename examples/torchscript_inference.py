@@ -1,9 +1,8 @@
-"""Segment a scan with the exported 2D student: MONAI and torch alone, neither this package nor the bundle.
+"""Segment a scan with the exported 2D student. Needs only MONAI and torch, neither this package nor the bundle.
 
     python torchscript_inference.py model.ts scan.nii.gz 256 segmentations/
 
-256 is the `image_size` that the student was trained with (64 for the phantom's). The scan's slices are along its last
-axis.
+256 is the `image_size` of the student's training (64 for the phantom's student). Slices lie along the scan's last axis.
 """
 
 import sys

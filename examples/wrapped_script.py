@@ -1,8 +1,8 @@
-"""SKD in somebody's script, whose student, optimizer and loader are locals of its `train()`: no line of it is edited.
+"""SKD in an unchanged script whose student, optimizer and loader are local variables of its `train()`.
 
-What builds the three is wrapped. The student is the network whose parameters the optimizer steps; the loader that is
-built first is that of training. Importing the script skips its `__main__` block: whatever that does before it calls
-`train`, such as setting seeds, belongs at the end of this file.
+The functions that build the three are wrapped. The student is the network whose parameters the optimizer steps; the
+loader that is built first is the training loader. Importing the script skips its `__main__` block. If that block does
+more than call `train`, such as setting seeds, do the same at the end of this file.
 """
 
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class SGD(torch.optim.SGD):
         self.skd = distiller.attach(student, self, select=select, loader=loaders[0])
 
 
-def select(batch, image):  # labels (B, H, W) of all rows, of which the first `labeled_bs` may be learned from
+def select(batch, image):  # labels (B, H, W) of all rows; SAM may learn from the first `labeled_bs`
     return image, batch["label"][:, None], script.args.labeled_bs
 
 

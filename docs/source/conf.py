@@ -1,4 +1,4 @@
-"""Sphinx configuration: `make docs` writes docs/build/html. Nothing is fetched while it builds."""
+"""Sphinx configuration: `make docs` writes docs/build/html. The build downloads nothing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ extensions = [
 # Markdown
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "tasklist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebook's outputs are shown as they are stored; a test executes it
+nb_execution_mode = "off"  # pages show the notebook's stored outputs; a test executes it
 
 # docstrings
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings = False  # torch's own text on `forward` says nothing of ours
+autodoc_inherit_docstrings = False  # torch's text on `forward` does not describe ours
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
@@ -39,7 +39,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape"]
 
-# the classes of other packages: their documents are elsewhere, and nothing is fetched to link them
+# classes of other packages are documented elsewhere; without downloads they cannot be linked
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|monai|ignite|numpy|np|collections|os|pathlib|typing)\b.*"),
@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"Spacing|Scaler|Selection|Rows"),  # our own names for unions of types
 ]
 suppress_warnings = ["myst.header"]  # the Model Zoo's README template leaves heading levels out
-# files of the repository that documents link to, and the pages that show them
+# files of the repository that pages link to, and the pages that include them
 PAGES = {
     "docs/fidelity.md": "fidelity",
     "docs/source/own_data.md": "own_data",
@@ -57,7 +57,7 @@ PAGES = {
     "bundles/knowsam_la/docs/README.md": "bundle_la",
 }
 
-html_math_renderer = "mathml"  # every browser has it, and a page opens offline
+html_math_renderer = "mathml"  # works in every browser, and offline
 html_theme = "furo"
 html_title = f"knowsam_monai {release}"
 html_static_path = ["_static"]
@@ -67,7 +67,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
-    """Shapes are `(B, C, *spatial)`, files `*.json`: outside of literals the star would begin an emphasis."""
+    """Escape the star of `(B, C, *spatial)` and `*.json`, which outside of literals would start an emphasis."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.+?``|`[^`]+`)", line)
         parts[::2] = [re.sub(r"(?<!\\)\*(?=spatial|size|\.\w)", r"\\*", part) for part in parts[::2]]
@@ -75,18 +75,18 @@ def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def skip_fields(app, what, name, item, skip, options) -> bool | None:
-    """Leave out the fields of named tuples, which Python calls "alias for field number 0": they are arguments."""
+    """Skip the fields of named tuples ("Alias for field number 0"); they are documented as arguments."""
     return True if (getattr(item, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 def link_pages(app, doctree) -> None:
-    """Lead links between the repository's files to the pages that show these files."""
+    """Redirect links between the repository's files to the pages that include these files."""
     for link in doctree.findall(pending_xref):
         link["reftarget"] = PAGES.get(link["reftarget"], link["reftarget"])
 
 
 def visit_math(translator, node) -> None:
-    """An equation as MathML, which docutils makes of its LaTeX."""
+    """Write an equation as MathML; docutils converts its LaTeX."""
     mathml = tex2mathml(node.astext())
     if isinstance(node, math_block):
         mathml = mathml.replace("<math", '<math display="block"', 1)

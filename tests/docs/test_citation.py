@@ -24,7 +24,7 @@ def test_it_has_what_the_format_requires():
         assert all(is_author(author) for author in reference["authors"])
 
 
-def test_version_and_licence_are_the_package_s():
+def test_version_and_license_are_the_package_s():
     assert CITATION["version"] == knowsam_monai.__version__
     assert f"license = {CITATION['license']}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 

@@ -31,7 +31,7 @@ def test_commands_name_files_that_are_there(path):
         r"\b(?:bundles|examples|benchmarks|tests)/[\w/]+\.(?:json|py|md)", path.read_text(encoding="utf-8")
     )
     inventions = ("bundles/knowsam_acdc/configs/my_method.json", "tests/handlers/test_my_method.py")
-    others = ("tests/networks/test_my_teacher.py", "tests/data/test_my_data.py")
+    others = ("tests/teachers/test_my_teacher.py", "tests/data/test_my_data.py")
     assert not [name for name in named if name not in (*inventions, *others) and not (ROOT / name).is_file()]
 
 
