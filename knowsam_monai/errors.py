@@ -1,13 +1,13 @@
-"""The errors of this package: each says in one sentence what was wrong and what to do."""
+"""The errors of this package; each message says what is wrong and what to do."""
 
 from __future__ import annotations
 
 
 class KnowSAMError(Exception):
     """
-    Base of every error that this package raises, so that a command line can show the sentence alone.
+    Base class of all errors of this package, so that the command line can show the message alone.
 
-    Each is also the built-in error of its kind: ``except ValueError`` catches a :class:`KnowSAMValueError`.
+    Each subclass is also the built-in error of its kind: ``except ValueError`` catches a :class:`KnowSAMValueError`.
 
     Example::
 
@@ -25,15 +25,15 @@ class KnowSAMTypeError(KnowSAMError, TypeError):
 
 
 class KnowSAMRuntimeError(KnowSAMError, RuntimeError):
-    """A wrong order of calls, or something that went wrong in a run."""
+    """A wrong order of calls, or a failure during a run."""
 
 
 class KnowSAMFileNotFoundError(KnowSAMError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A missing file or folder."""
 
 
 class KnowSAMNotADirectoryError(KnowSAMError, NotADirectoryError):
-    """A file where a folder must be."""
+    """A file in place of a folder."""
 
 
 class KnowSAMPermissionError(KnowSAMError, PermissionError):
@@ -46,12 +46,12 @@ class KnowSAMImportError(KnowSAMError, ImportError):
 
 def root_cause(error: BaseException) -> BaseException:
     """
-    What was wrong: of an error and its causes the first of this package, else the last cause of all.
+    The first error of this package in the chain of causes, or else the last cause.
 
-    An error of this package may have a cause of its own, such as the operating system's, but says more than that.
+    The causes of an error of this package, such as one of the operating system, say less than the error itself.
 
     Args:
-        error: the last of the chain, as it was caught.
+        error: the error as it was caught, the start of the chain.
 
     Example::
 

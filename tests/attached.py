@@ -12,7 +12,7 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches
 
 
 def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.float64, device="cpu", **kwargs):
-    """Student, its optimiser, distiller and batches; of volumes SAM sees two slices a step."""
+    """Student, its optimizer, distiller and batches; of volumes SAM sees two slices a step."""
     torch.manual_seed(0)
     student = ToyStudent(num_classes, len(size)).to(device, dtype)
     teacher = ToyTeacher(num_classes).to(device, dtype)

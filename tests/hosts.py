@@ -15,7 +15,7 @@ CASES = [(2, (8, 8)), (4, (8, 8)), (2, (4, 4, 4)), (4, (4, 4, 4))]  # classes, i
 
 
 def toy_host(num_classes: int, size: tuple[int, ...], scale: float = 8.0):
-    """A student of varied confidence, batches with strong images, and SAM's stand-in with its optimiser, in float64."""
+    """A student of varied confidence, batches with strong images, and SAM's stand-in with its optimizer, in float64."""
     torch.manual_seed(0)
     student, teacher = (kind(num_classes, len(size)).double() for kind in (ToyStudent, ToyTeacher))
     with torch.no_grad():

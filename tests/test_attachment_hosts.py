@@ -94,7 +94,7 @@ def test_host_that_calls_its_student_twice_says_which_call_is_taught(backwards):
 
 @pytest.mark.parametrize("clears_by", ["optimizer", "student"])
 def test_two_students_of_one_teacher_bring_it_the_gradients_of_both(clears_by):
-    """Cross pseudo supervision as SSL4MIS writes it: two networks, two optimisers, one backward."""
+    """Cross pseudo supervision as SSL4MIS writes it: two networks, two optimizers, one backward."""
     gradients = []
     for is_attached in (True, False):
         student, optimizer, distiller, batches = build(num_batches=2)
@@ -188,7 +188,7 @@ def test_gradient_of_half_precision_logits_is_of_their_type_and_sam_s_in_its_own
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in distiller.teacher.parameters())
 
 
-def test_normalisation_that_the_host_keeps_in_eval_mode_stays_in_it():
+def test_normalization_that_the_host_keeps_in_eval_mode_stays_in_it():
     student, optimizer, distiller, batches = build(gate="agreement")
     student = nn.Sequential(nn.BatchNorm2d(1).double().eval(), student)
     skd = distiller.attach(student, optimizer)
@@ -379,7 +379,7 @@ def train_with_labels_on_the_first_rank(rank, folder):
     torch.save((distiller.teacher.state_dict(), distiller.gate.state_dict()), folder / f"{rank}.pt")
 
 
-def test_rank_without_labels_or_without_unlabelled_rows_meets_the_other(tmp_path):
+def test_rank_without_labels_or_without_unlabeled_rows_meets_the_other(tmp_path):
     torch.multiprocessing.spawn(in_a_group, args=(tmp_path, train_with_labels_on_the_first_rank), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -23,14 +23,14 @@ class TeacherGate(nn.Module):
 
     and 0 for a teacher that finds nothing at all. Pixels where its output is not finite count as background.
 
-    Dice on the labelled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
+    Dice on the labeled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
 
     - "none": g = 1 throughout, the paper.
     - "validation": Dice of both in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`);
       g = 0 until the first.
     - "agreement": no labels at all. d is the foreground Dice of a model's labels on an image with its labels on the
-      flipped or turned image, turned back, on unlabelled rows; a running mean. A teacher that has only memorised its
-      labelled rows does not agree with itself elsewhere. It cannot see a teacher that is consistently wrong.
+      flipped or turned image, turned back, on unlabeled rows; a running mean. A teacher that has only memorized its
+      labeled rows does not agree with itself elsewhere. It cannot see a teacher that is consistently wrong.
 
     In a distributed run every process has the same g: validations are gathered, and agreement is that of all rows.
     The state (g, both scores, number of measurements) is in the state dict.
@@ -90,7 +90,7 @@ class TeacherGate(nn.Module):
         sam_image: Tensor | None = None,
     ) -> None:
         """
-        One measurement of "agreement" on unlabelled images.
+        One measurement of "agreement" on unlabeled images.
 
         Args:
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.

@@ -20,14 +20,14 @@ PSEUDO_LABEL = "pseudo_label"
 
 class BidirectionalCopyPaste:
     """
-    BCP: the batch is replaced by images mixed from labelled and unlabelled ones, before the step.
+    BCP: the batch is replaced by images mixed from labeled and unlabeled ones, before the step.
 
     A random box M takes up 2/3 of each axis. Rows are paired, i with B_l + i; half of the pairs give
 
     .. math::
         x = M x_u + (1 - M) x_l \\qquad \\text{and the others} \\qquad x = M x_l + (1 - M) x_u
 
-    and the loss is that of the labelled pixels plus `weight` times that of the unlabelled ones against q, the argmax of
+    and the loss is that of the labeled pixels plus `weight` times that of the unlabeled ones against q, the argmax of
     the averaged student, of which each class keeps its largest component:
 
     .. math:: L(f(x), y) + w L(f(x), q)
@@ -38,9 +38,9 @@ class BidirectionalCopyPaste:
     ``SAMDistiller(sam_loss=dice_ce_loss(num_classes, ignore_index=255))``. Nothing but `image` and `label` stays in
     the batch; SAM's cached embeddings know no mixed image, so its encoder must be "adapted".
 
-    Before that, for `pretraining` iterations, *labelled* rows are mixed with each other and all pixels have true
+    Before that, for `pretraining` iterations, *labeled* rows are mixed with each other and all pixels have true
     labels; the averaged student begins as the student at the end of it. The public code goes on with the best of the
-    pre-training on validation, here the run goes on with the last; it normalises each direction by itself and adds up
+    pre-training on validation, here the run goes on with the last; it normalizes each direction by itself and adds up
     the two, and in pre-training the inside and the outside of the box, where here they are one batch: its
     (Dice + CE) / 2 corresponds to Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
 
@@ -50,7 +50,7 @@ class BidirectionalCopyPaste:
             ``PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))``.
         pretraining: iterations of pre-training, 0 for none; self-training begins with the one after. Published: 10,000
             of 40,000 (ACDC), 2,000 of 17,000 (LA).
-        weight: w, of the unlabelled pixels; published: 0.5.
+        weight: w, of the unlabeled pixels; published: 0.5.
         box_fraction: part of each axis that the box takes up; published: 2/3.
         ignore_index: label of the pixels without a true one.
         ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.networks.EMAStudent.logits`.
@@ -127,7 +127,7 @@ class BidirectionalCopyPaste:
         self.ema_student.follow()
         num_pairs = min(len(label), len(image) - len(label))
         if num_pairs == 0:
-            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labeled and unlabeled rows to mix but has one kind only.")
         unlabeled_image = image[len(label) :][:num_pairs]
         pseudo_label = self.pseudo_label(self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer))
         engine.state.batch = self.mix(
@@ -135,7 +135,7 @@ class BidirectionalCopyPaste:
         )
 
     def mix_labeled(self, image: Tensor, label: Tensor, box_mask: Tensor) -> dict[str, Tensor]:
-        """Each of the first half of the labelled rows in the box, one of the second half outside of it."""
+        """Each of the first half of the labeled rows in the box, one of the second half outside of it."""
         half = len(label) // 2
         if half == 0:
             raise KnowSAMValueError(
@@ -150,14 +150,14 @@ class BidirectionalCopyPaste:
         self, labeled: tuple[Tensor, Tensor], unlabeled: tuple[Tensor, Tensor], box_mask: Tensor
     ) -> dict[str, Tensor]:
         """
-        Mix P labelled rows with as many unlabelled ones.
+        Mix P labeled rows with as many unlabeled ones.
 
         Args:
             labeled: image (P, channels, *spatial) and label (P, 1, *spatial).
             unlabeled: image and pseudo-label of the same shapes. box_mask: (1, 1, *spatial), bool.
 
         Returns:
-            Image, label and pseudo-label of P rows; in the first (P + 1) // 2 the box is unlabelled.
+            Image, label and pseudo-label of P rows; in the first (P + 1) // 2 the box is unlabeled.
         """
         (image, label), (unlabeled_image, pseudo_label) = labeled, unlabeled
         box_is_unlabeled = torch.arange(len(image), device=image.device) < (len(image) + 1) // 2

@@ -21,7 +21,7 @@ class MultiViewCoTraining:
     `mutual_loss` and `entropy_loss` (weighted, detached) are written into ``engine.state.output``.
 
     On :class:`knowsam_monai.networks.StackedNetworks` of two networks, with hard targets, ``views=(0, 1)`` and
-    ``entropy_weight=0``, this is Cross Pseudo Supervision (CPS). The public ACDC code of CPS (SSL4MIS) has unlabelled
+    ``entropy_weight=0``, this is Cross Pseudo Supervision (CPS). The public ACDC code of CPS (SSL4MIS) has unlabeled
     rows alone and a weight of ``SigmoidRampUp(max_iterations, max=0.1)``.
 
     Args:
@@ -38,7 +38,7 @@ class MultiViewCoTraining:
 
     Raises:
         ValueError: when an argument is none of these; at the first step when the student has no such views, or the
-            batch no unlabelled rows where they are asked for.
+            batch no unlabeled rows where they are asked for.
 
     Example::
 

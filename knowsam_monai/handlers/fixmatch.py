@@ -25,10 +25,10 @@ class FixMatch:
         L + \\frac{w(t)}{N} \\sum_i [\\max_c q_{ic} \\ge \\tau] \\, CE(f_\\theta(x_{strong})_i, \\arg\\max_c q_{ic}),
         \\qquad q = \\text{stopgrad softmax} f_\\theta(x)
 
-    The sum runs over the pixels of the unlabelled rows; unsure ones are ignored (SSL4MIS makes them background). q is
+    The sum runs over the pixels of the unlabeled rows; unsure ones are ignored (SSL4MIS makes them background). q is
     the prediction that the trainer has made already, in train mode; the strong images are one more forward, of the
-    unlabelled rows alone. ``engine.state.batch["image_strong"]`` has the geometry of `image`, only intensities differ,
-    for all rows or for the unlabelled ones. `pseudo_label_loss` (weighted) and `sure_fraction` (of the pixels) are
+    unlabeled rows alone. ``engine.state.batch["image_strong"]`` has the geometry of `image`, only intensities differ,
+    for all rows or for the unlabeled ones. `pseudo_label_loss` (weighted) and `sure_fraction` (of the pixels) are
     written, detached, into ``engine.state.output``. Of a multi-view student view 0 teaches and learns.
 
     Args:
@@ -38,7 +38,7 @@ class FixMatch:
         average: what N counts, "all" pixels (the paper) or the "sure" ones.
 
     Raises:
-        ValueError: when an argument is none of these, or a batch has no unlabelled rows or no such `image_strong`.
+        ValueError: when an argument is none of these, or a batch has no unlabeled rows or no such `image_strong`.
 
     Example::
 
@@ -83,7 +83,7 @@ class FixMatch:
         output["sure_fraction"] = self.loss.pseudo_label(weak_logits)[1].float().mean()
 
     def strong_image(self, engine: Engine, rows: slice) -> Tensor:
-        """The strongly augmented unlabelled rows, (B_u, channels, *spatial), on the trainer's device."""
+        """The strongly augmented unlabeled rows, (B_u, channels, *spatial), on the trainer's device."""
         image, batch = without_meta(engine.state.output[Keys.IMAGE]), engine.state.batch
         strong = batch.get(IMAGE_STRONG) if isinstance(batch, dict) else None
         if strong is None:
@@ -95,7 +95,7 @@ class FixMatch:
         strong = strong[rows] if len(strong) == len(image) else strong
         if strong.shape != image[rows].shape:
             raise KnowSAMValueError(
-                f"`{IMAGE_STRONG}` must be of the shape {tuple(image[rows].shape)} of the unlabelled images but is "
+                f"`{IMAGE_STRONG}` must be of the shape {tuple(image[rows].shape)} of the unlabeled images but is "
                 f"{tuple(strong.shape)}; leave its geometry as it is, strong augmentation changes intensities alone."
             )
         return strong

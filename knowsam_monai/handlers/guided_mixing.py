@@ -19,11 +19,11 @@ from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 class UncertaintyGuidedMixing:
     """
-    Uncertainty-guided data augmentation (UGDA): train on labelled and unlabelled images mixed where one is unsure.
+    Uncertainty-guided data augmentation (UGDA): train on labeled and unlabeled images mixed where one is unsure.
 
-    The entropy map of the student is averaged over a grid of cells. In each pair of a labelled and an unlabelled row
-    the most uncertain cells of the unlabelled image are overwritten by labelled content, and the most uncertain cells
-    of the labelled image by unlabelled content; labels follow: truth, or the pseudo-label. The mixed images are a
+    The entropy map of the student is averaged over a grid of cells. In each pair of a labeled and an unlabeled row
+    the most uncertain cells of the unlabeled image are overwritten by labeled content, and the most uncertain cells
+    of the labeled image by unlabeled content; labels follow: truth, or the pseudo-label. The mixed images are a
     second forward with a backward of its own, so that one graph lives at a time; the gradients add up to the same.
     Row i is paired with row i: the loader has shuffled both streams. `mixing_loss` goes into ``engine.state.output``.
 
@@ -111,18 +111,18 @@ class UncertaintyGuidedMixing:
         Mix rows i and B_l + i, for as many pairs P as both kinds have.
 
         Args:
-            image: (B, channels, *spatial), labelled rows first. label: (B_l, 1, *spatial).
+            image: (B, channels, *spatial), labeled rows first. label: (B_l, 1, *spatial).
             logits: (B, C, *spatial), whose entropy guides. pseudo_logits: (B, C, *spatial), whose argmax labels.
 
         Returns:
-            Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabelled ones come first.
+            Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabeled ones come first.
         """
         image, label = without_meta(image), without_meta(label)
         logits, pseudo_logits = without_meta(logits), without_meta(pseudo_logits)
         num_labeled = len(label)
         num_pairs = min(num_labeled, len(image) - num_labeled)
         if num_pairs == 0:
-            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labeled and unlabeled rows to mix but has one kind only.")
         labeled, unlabeled = slice(num_pairs), slice(num_labeled, num_labeled + num_pairs)
         both = (image[labeled], label[labeled])
         if pseudo_logits.shape[1] == 1:

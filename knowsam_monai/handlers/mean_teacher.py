@@ -20,13 +20,13 @@ class MeanTeacher:
 
     .. math:: L + w(t) \\cdot \\text{mean} (\\text{softmax} f_\\theta(x) - \\text{softmax} f_{\\theta'}(x + \\eta))^2
 
-    x are the unlabelled rows. `consistency_loss` (weighted, detached) is written into ``engine.state.output``. Of a
+    x are the unlabeled rows. `consistency_loss` (weighted, detached) is written into ``engine.state.output``. Of a
     multi-view student view 0 is compared.
 
     The defaults are those of SSL4MIS, the public benchmark's code, on ACDC, but for the ramp of `weight`, which wants
-    the run's length. Where it and the paper differ: the paper asks for agreement on the labelled rows too
-    (``rows="all"``) and raises alpha to 0.999 after its ramp-up; SSL4MIS on the unlabelled rows alone. Both run the
-    averaged student in train mode, where batch normalisation takes the statistics of the batch (``ema_mode="train"``);
+    the run's length. Where it and the paper differ: the paper asks for agreement on the labeled rows too
+    (``rows="all"``) and raises alpha to 0.999 after its ramp-up; SSL4MIS on the unlabeled rows alone. Both run the
+    averaged student in train mode, where batch normalization takes the statistics of the batch (``ema_mode="train"``);
     the default keeps its dropout and takes the running statistics. SSL4MIS raises the weight once in 150 iterations,
     here it rises with each.
 
@@ -43,7 +43,7 @@ class MeanTeacher:
         seed: of noise and dropout, which are functions of it and the iteration.
 
     Raises:
-        ValueError: when `rows`, `ema_mode` or the noise is none of these, or a batch has no unlabelled rows.
+        ValueError: when `rows`, `ema_mode` or the noise is none of these, or a batch has no unlabeled rows.
 
     Example::
 

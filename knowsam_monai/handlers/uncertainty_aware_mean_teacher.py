@@ -28,13 +28,13 @@ class UncertaintyAwareMeanTeacher:
         L + w(t) \\frac{\\sum m \\sum_c (p_c - q_c)^2}{C \\sum m}, \\qquad
         q = \\text{softmax} f_{\\theta'}(x + \\eta_0)
 
-    p is the student's prediction, q one further noisy pass, not the mean. x are the unlabelled rows. With no pixel
+    p is the student's prediction, q one further noisy pass, not the mean. x are the unlabeled rows. With no pixel
     certain the term is 0. `consistency_loss` (weighted) and `certain_fraction` (of the pixels) are written, detached,
     into ``engine.state.output``. Of a multi-view student view 0 is compared.
 
     Where the public code (SSL4MIS, ACDC) differs: log 2 and 2 in place of log C and C whatever C is
     (``num_classes=2``), and the averaged student in train mode, with the batch's statistics (``ema_mode="train"``).
-    The paper sums over all rows (``rows="all"``), the code over the unlabelled ones, which is the default here. The
+    The paper sums over all rows (``rows="all"``), the code over the unlabeled ones, which is the default here. The
     code has no delay, unlike its Mean Teacher.
 
     Args:
@@ -47,14 +47,14 @@ class UncertaintyAwareMeanTeacher:
         passes_at_once: how many of the T + 1 passes run as one batch; None: all. Fewer need less memory.
         num_classes: C of threshold and divisor; None: the student's.
         rows: "unlabeled" or "all".
-        ema_mode: "dropout" (normalisation keeps its running statistics), "eval" or "train", see
+        ema_mode: "dropout" (normalization keeps its running statistics), "eval" or "train", see
             :meth:`knowsam_monai.networks.EMAStudent.logits`.
         noise_std: deviation of the noise eta, for images in 0..1.
         noise_clip: largest noise.
         seed: of noise and dropout, which are functions of it and the iteration.
 
     Raises:
-        ValueError: when an argument is none of these, or a batch has no unlabelled rows.
+        ValueError: when an argument is none of these, or a batch has no unlabeled rows.
 
     Example::
 

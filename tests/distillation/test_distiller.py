@@ -113,7 +113,7 @@ def test_without_unlabeled_rows_nothing_is_left_to_teach_and_it_is_said_once(stu
 
 
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
-    """Bidirectional copy-paste has a label for every row, with pixels that nobody labelled."""
+    """Bidirectional copy-paste has a label for every row, with pixels that nobody labeled."""
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
     loss = dice_ce_loss(3, ignore_index=255)
     distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement", sam_loss=loss)
@@ -311,7 +311,7 @@ def test_loop_without_iterations_draws_other_slices_at_each_call():
 
 def test_label_of_another_depth_is_an_error_before_slices_are_taken():
     student, teacher, batch = volume_case(2)
-    with pytest.raises(ValueError, match=r"`label` must be of shape \(labeled rows, 1, 4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"`label` must have shape \(labeled rows, 1, 4, 5, 6\)"):
         distiller_of(teacher)(batch["image"], student(batch["image"]), torch.zeros(2, 1, 4, 5, 8).double())
 
 

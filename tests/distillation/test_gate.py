@@ -96,12 +96,12 @@ def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     assert gate.weight == 0 and gate.scores[1] == 0
 
 
-def test_teacher_that_memorised_its_labelled_rows_shuts_the_agreement_gate():
+def test_teacher_that_memorized_its_labeled_rows_shuts_the_agreement_gate():
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2 * 256))
     shapes, labeled = images(), images()[:1]
     optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
-    for _ in range(60):  # a network without any idea of space learns its one labelled row by heart
+    for _ in range(60):  # a network without any idea of space learns its one labeled row by heart
         loss = nn.functional.cross_entropy(teacher(labeled).reshape(1, 2, 16, 16), labeled[:, 0].long())
         optimizer.zero_grad()
         loss.backward()

@@ -90,7 +90,7 @@ def test_box_takes_two_thirds_of_each_axis_and_is_a_function_of_seed_and_iterati
         assert covered.any(dim=tuple({0, 1, 2} - {axis})).all()
 
 
-def test_half_of_the_mixed_rows_have_the_unlabelled_image_in_the_box():
+def test_half_of_the_mixed_rows_have_the_unlabeled_image_in_the_box():
     handler = build(ToyStudent())[2]
     box = torch.tensor([[[[True, False]]]])
 
@@ -170,7 +170,7 @@ def test_preflight_leaves_no_trace_in_student_and_average(pretraining):
 @pytest.mark.parametrize(
     "options, rows, message",
     [
-        ({"pretraining": 0}, (2, 0), "must have labelled and unlabelled rows to mix"),
+        ({"pretraining": 0}, (2, 0), "must have labeled and unlabeled rows to mix"),
         ({"pretraining": 1}, (1, 2), "`label` must have 2 rows or more in pre-training"),
     ],
 )

@@ -37,13 +37,13 @@ def test_cells_of_highest_entropy_are_chosen(spatial_dims):
 
 def test_content_and_labels_are_exchanged_in_uncertain_cells():
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
-    image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labelled, unlabelled
+    image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labeled, unlabeled
     label = torch.zeros(1, 1, 8, 8)
     logits = torch.cat([unsure_logits([(0, 0)], 1), unsure_logits([(3, 3)], 1)])
     pseudo = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(2, 2, 8, 8)  # class 1 everywhere
     mixed_image, mixed_label = mixing.mix(image, label, logits, pseudo)
     unlabeled, labeled = mixed_image[0, 0], mixed_image[1, 0]
-    assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labelled content
+    assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labeled content
     assert (labeled[:2, :2] == 20).all() and (labeled == 20).sum() == 4
     assert torch.equal(mixed_label[0, 0], (unlabeled == 20).float()) and torch.equal(
         mixed_label[1, 0], (labeled == 20).float()
@@ -52,11 +52,11 @@ def test_content_and_labels_are_exchanged_in_uncertain_cells():
 
 def test_blocks_of_a_small_volume_are_exchanged_with_their_labels():
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), grid_size=(1, 2, 3), num_cells=1)  # cells of 2 x 2 x 1 voxels
-    image = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 4, 3)  # labelled, unlabelled
+    image = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 4, 3)  # labeled, unlabeled
     label = torch.zeros(1, 1, 2, 4, 3)
     logits = torch.tensor([0.0, 9.0]).reshape(1, 2, 1, 1, 1).repeat(2, 1, 2, 4, 3)
-    logits[0, :, :, :2, 2] = 0  # the labelled image is unsure in the first half of the last plane
-    logits[1, :, :, 2:, 0] = 0  # the unlabelled one in the second half of the first plane
+    logits[0, :, :, :2, 2] = 0  # the labeled image is unsure in the first half of the last plane
+    logits[1, :, :, 2:, 0] = 0  # the unlabeled one in the second half of the first plane
     mixed_image, mixed_label = mixing.mix(image, label, logits, logits)  # the pseudo-label is 1, and 0 where unsure
     unlabeled, labeled = torch.full((2, 4, 3), 20.0), torch.full((2, 4, 3), 10.0)
     unlabeled[:, 2:, 0], labeled[:, :2, 2] = 10, 20
@@ -135,7 +135,7 @@ def test_pseudo_labels_come_from_the_teacher_when_one_runs():
         IterationEvents.LOSS_COMPLETED, lambda e: e.state.output.update(teacher_logits=teacher_logits)
     )
     trainer.run()
-    unlabeled = seen[0][:2]  # the mostly unlabelled rows: 11 of 16 cells keep the pseudo-label 2
+    unlabeled = seen[0][:2]  # the mostly unlabeled rows: 11 of 16 cells keep the pseudo-label 2
     assert (unlabeled == 2).float().mean() >= 11 / 16
 
 

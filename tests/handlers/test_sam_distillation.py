@@ -65,7 +65,7 @@ def test_terms_are_logged_under_their_names_and_detached():
     assert output["teacher_logits"].shape == (4, 3, 8, 8) and not output["teacher_logits"].requires_grad
 
 
-def test_labelled_dice_is_of_the_named_rows_where_all_have_labels():
+def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
     all_labeled = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
     first_labeled = {**all_labeled, "label": all_labeled["label"][:2]}
     named = []
@@ -92,7 +92,7 @@ def test_shut_gate_leaves_the_students_step_exactly_as_without_distillation():
 def test_poor_teacher_costs_nothing_under_the_validation_gate():
     batches = toy_batches(3)
     student, _, distiller = build(gate="validation")
-    distiller.gate.update(student_dice=0.6, teacher_dice=0.3)  # it has memorised its labelled rows
+    distiller.gate.update(student_dice=0.6, teacher_dice=0.3)  # it has memorized its labeled rows
     alone = copy.deepcopy(student)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     toy_trainer(student, batches, loss, [SAMDistillation(distiller)]).run()
@@ -158,7 +158,7 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(None))
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, every=2)]).run()
-    assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 2 and 4
+    assert len(calls) == 2 * 2  # labeled and unlabeled rows of steps 2 and 4
 
     other = SAMDistiller(
         other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)
@@ -191,7 +191,7 @@ def test_step_without_the_teacher_has_no_terms_of_it():
 
 
 @pytest.mark.parametrize("every,expected", [(1, [4, 8]), (2, [4, 8]), (3, [6, 9]), (4, [4, 8])])
-def test_labelled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs(every, expected):
+def test_labeled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs(every, expected):
     logged = []
     trainer = toy_trainer(
         build()[0],

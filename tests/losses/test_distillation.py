@@ -145,7 +145,7 @@ def test_any_form_of_logits_gives_plain_float32(form):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 4, 4, 8), (1, 4, 4, 4)])
 def test_other_shape_of_the_teacher_is_an_error_with_both_shapes(shape):
-    with pytest.raises(ValueError, match=r"`teacher_logits` must be of the student's shape \(2, 4, 4, 4\) but is"):
+    with pytest.raises(ValueError, match=r"`teacher_logits` must have the student's shape \(2, 4, 4, 4\) but have"):
         DistillationLoss()(torch.zeros(2, 4, 4, 4), torch.zeros(shape))
 
 

@@ -39,7 +39,7 @@ def convolved(x, weight):
 
 
 def activated(x, block, is_training):
-    """Convolution, batch normalisation by the batch's or the kept statistics, LeakyReLU."""
+    """Convolution, batch normalization by the batch's or the kept statistics, LeakyReLU."""
     x = convolved(x, block.conv.weight)
     norm = block.adn.N
     axes = (0, *range(2, x.ndim))
@@ -126,5 +126,5 @@ def test_logits_that_do_not_belong_together_are_one_error(case, data):
     a, b = case.logits(), case.logits()
     axis = data.draw(st.integers(0, a.ndim - 1))
     other = torch.cat([b, b.narrow(axis, 0, 1)], dim=axis)
-    with pytest.raises(ValueError, match="`logits_b` must be of the shape of `logits_a`"):
+    with pytest.raises(ValueError, match="`logits_b` must have the shape of `logits_a`"):
         fuse(a, other)

@@ -16,7 +16,7 @@ from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 
 class Normed(nn.Module):
-    """Batch normalisation and dropout."""
+    """Batch normalization and dropout."""
 
     def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()

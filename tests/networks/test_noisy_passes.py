@@ -40,7 +40,7 @@ def test_noise_is_a_function_of_seed_iteration_and_row():
 def test_second_rank_goes_on_with_the_noise_of_the_rows_after_the_firsts(monkeypatch):
     passes, x = build(), image(4)
     expected = passes.noise(x, iteration=1)[:, 2:]
-    monkeypatch.setattr("knowsam_monai.networks.noisy_passes.idist.get_rank", lambda: 1)
+    monkeypatch.setattr("knowsam_monai.networks.noisy_passes.ranks.rank", lambda: 1)
     assert torch.equal(passes.noise(x[2:], iteration=1), expected)
 
 

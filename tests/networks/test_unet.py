@@ -94,5 +94,5 @@ def test_dropout_for_another_number_of_levels_is_an_error():
 
 
 def test_other_than_two_or_three_dimensions_is_an_error():
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2 or 3 but is 4"):
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2 \\(slices\\) or 3 \\(volumes\\) but is 4"):
         UNet(spatial_dims=4)

@@ -48,7 +48,7 @@ def test_both_forms_equal_a_straight_forward(size):
         torch.testing.assert_close(form(image), expected, rtol=0, atol=1e-12)
 
 
-def test_no_normalisation_and_no_dropout():
+def test_no_normalization_and_no_dropout():
     kinds = {type(m).__name__ for m in VNet(**TINY).modules() if not list(m.children())}
     assert kinds == {"Conv2d", "ConvTranspose2d", "ReLU"}
 
