@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -59,6 +59,21 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
             "optimizer inside it."
         )
     return inner
+
+
+def stepped_parameters(optimizer: Optimizer | None) -> list[Tensor]:
+    """
+    The parameters that an optimizer steps; none if there is no optimizer.
+
+    Args:
+        optimizer: any optimizer, or None.
+
+    Example::
+
+        >>> stepped_parameters(None)
+        []
+    """
+    return [] if optimizer is None else [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _has_own_hooks(optimizer: Optimizer) -> bool:

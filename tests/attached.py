@@ -19,7 +19,7 @@ def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.
     if len(size) == 3:
         teacher = SliceTeacher(teacher, slices=2)
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **{"gate": "none", **kwargs})
     batches = [
         {name: tensor.to(device, dtype) for name, tensor in batch.items()}
         for batch in toy_batches(num_batches, num_labeled, 4 - num_labeled, num_classes=num_classes, size=size)

@@ -41,7 +41,7 @@ class ToyStudent(nn.Module):
 def distiller_of(teacher: nn.Module, **kwargs) -> SAMDistiller:
     """Teaches both views of a `ToyStudent`."""
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **{"gate": "none", **kwargs}).train()
 
 
 def toy_batches(

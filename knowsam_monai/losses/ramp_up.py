@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from knowsam_monai.errors import KnowSAMValueError
 
-
 Weight = float | Callable[[int], float]
 
 

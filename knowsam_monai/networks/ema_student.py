@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.tensors import unstack_views
-from knowsam_monai.wrappers import plain_network, plain_optimizer
+from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class EMAStudent:
         if buffers not in BUFFERS:
             raise KnowSAMValueError(f"`buffers` must be one of {', '.join(BUFFERS)} but is {buffers!r}.")
         student, optimizer = plain_network(network), plain_optimizer(optimizer)
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in stepped for parameter in student.parameters()):
+        if set(stepped_parameters(optimizer)).isdisjoint(student.parameters()):
             raise KnowSAMValueError(
                 "`optimizer` must step parameters of `network` but has none of them; pass the student's."
             )
