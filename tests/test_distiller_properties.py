@@ -41,7 +41,7 @@ def divergence(student, teacher, temperature):
 def build(case, **options):
     teacher = RowTeacher(case.classes)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-    return SAMDistiller(teacher, optimizer, DistillationLoss(2.0), **options)
+    return SAMDistiller(teacher, optimizer, DistillationLoss(2.0), **{"gate": "none", **options})
 
 
 @few

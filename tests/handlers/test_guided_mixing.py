@@ -111,7 +111,7 @@ def test_student_labels_where_the_teacher_sees_some_slices_only():
     mixing.mix = lambda image, label, logits, pseudo_logits: mixed.append((logits, pseudo_logits)) or mix(
         image, label, logits, pseudo_logits
     )
-    handlers = [SAMDistillation(SAMDistiller(teacher)), mixing]
+    handlers = [SAMDistillation(SAMDistiller(teacher, gate="none")), mixing]
     toy_trainer(student, toy_batches(1, size=(4, 4, 4)), loss, handlers).run()
     assert torch.equal(*mixed[0])
 
@@ -191,9 +191,9 @@ def test_not_finite_teacher_behind_a_shut_gate_leaves_the_student_that_labels_it
 
 
 def test_bad_arguments_are_errors():
-    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, of a grid of 4 x 4 x 4 cells"):
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, for a grid of 4 x 4 x 4 cells"):
         UncertaintyGuidedMixing(None, num_cells=64)  # too many in 3D too
-    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, of a grid of 2 x 3 cells, but is 6"):
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, for a grid of 2 x 3 cells, but is 6"):
         UncertaintyGuidedMixing(None, grid_size=(2, 3), num_cells=6)
     with pytest.raises(ValueError, match="`pseudo_label` must be"):
         UncertaintyGuidedMixing(None, pseudo_label="truth")

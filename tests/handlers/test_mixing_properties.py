@@ -84,7 +84,7 @@ def test_grid_that_does_not_fit_is_one_clear_error(case, data):
 def test_batch_of_one_kind_is_one_clear_error(case):
     case.labeled = case.rows
     mixing = UncertaintyGuidedMixing(loss=None, grid_size=2, num_cells=1)
-    with pytest.raises(ValueError, match="`image` must have labeled and unlabeled rows to mix"):
+    with pytest.raises(ValueError, match="`image` must have labeled and unlabeled rows but has only one kind"):
         mixing.mix(case.image(), case.label(), case.logits(), case.logits())
 
 

@@ -20,7 +20,7 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gr
 def build(seed=0, **kwargs):
     torch.manual_seed(seed)
     student, teacher = ToyStudent().double(), ToyTeacher().double()
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs})
     return student, teacher, distiller
 
 
@@ -33,7 +33,7 @@ def test_three_trainer_steps_equal_hand_written_ones(accumulation):
     handler = SAMDistillation(distiller, weight=SigmoidRampUp(3), start=2)
     toy_trainer(student, batches, loss, [handler], accumulation_steps=accumulation).run()
 
-    other = SAMDistiller(other_teacher, taught_views=(1, 2)).train()
+    other = SAMDistiller(other_teacher, taught_views=(1, 2), gate="none").train()
     other.optimizer = torch.optim.Adam(other_teacher.parameters(), lr=0.01)
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
     for t, batch in enumerate(batches, start=1):
@@ -161,7 +161,7 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
     assert len(calls) == 2 * 2  # labeled and unlabeled rows of steps 2 and 4
 
     other = SAMDistiller(
-        other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)
+        other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none"
     ).train()
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
     for step, batch in enumerate(batches, start=1):
@@ -234,7 +234,7 @@ def test_image_for_the_teacher_of_another_size_is_an_error():
 def test_cached_teacher_without_an_image_of_its_own_is_an_error():
     student, teacher, distiller = build()
     teacher.encoder = "cached"
-    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher whose encoder is 'cached'"):
+    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher with encoder 'cached'"):
         toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
 
 
@@ -259,7 +259,9 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
     other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(sam_teacher)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     teacher = SliceTeacher(sam_teacher, slices=2, sampling=sampling, seed=3)
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2))
+    distiller = SAMDistiller(
+        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none"
+    )
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=0.5)]).run()
 
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
@@ -287,7 +289,7 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
 def volume_trainer(slices, **kwargs):
     torch.manual_seed(0)
     teacher = SliceTeacher(ToyTeacher().double(), slices=slices)
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs})
     student = ToyStudent(spatial_dims=3).double()
     handler = SAMDistillation(distiller, log_interval=1, gate_interval=1)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))

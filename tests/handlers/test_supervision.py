@@ -77,5 +77,5 @@ def test_unlabeled_rows_are_those_after_the_labels():
 
 def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does_nothing():
     output = {"image": torch.zeros(2, 1, 4, 4), "label": torch.zeros(2, 1, 4, 4)}
-    with pytest.raises(ValueError, match="unlabeled rows after the 2 labeled ones but has 2 rows; give"):
+    with pytest.raises(ValueError, match="unlabeled rows after the 2 labeled ones but has 2 rows; leave"):
         unlabeled_rows(output)
