@@ -1,6 +1,6 @@
-"""SKD in a plain PyTorch loop: one line before it, one line in it.
+"""SKD in a plain PyTorch loop: `follow` before the loop, and two lines in it.
 
-Lines that end in `# SKD` are all there is to it; without them the loop runs as before.
+The lines that end in `# SKD` add SKD; without them the loop runs as before.
 """
 
 import torch
@@ -15,12 +15,12 @@ def main(max_epochs: int = 10) -> float:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     supervised_loss = DiceCELoss(to_onehot_y=True, softmax=True)
 
-    # a stand-in, which is not SAM; in earnest: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
+    # a stand-in for SAM; with SAM's weights: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
     teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3))  # SKD
     distiller.follow(optimizer)  # SKD
 
-    for _ in range(max_epochs):
+    for epoch in range(max_epochs):
         for batch in loader:
             image, label = batch["image"], batch["label"]  # the first len(label) images have a label
             logits = network(image)
@@ -29,6 +29,7 @@ def main(max_epochs: int = 10) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        distiller.measure_agreement(network, image, label, turn=epoch)  # is the teacher good enough to teach?  # SKD
     return mean_dice(network)
 
 

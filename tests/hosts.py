@@ -24,7 +24,11 @@ def toy_host(num_classes: int, size: tuple[int, ...], scale: float = 8.0):
     batches = toy_batches(3, num_classes=num_classes, size=size)
     for batch in batches:
         batch["image_strong"] = 1.5 * batch["image"] - 0.2
-    return student, batches, SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(0,), gate="none")
+    return (
+        student,
+        batches,
+        SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(0,), gate="none"),
+    )
 
 
 def hand_written_run(student: nn.Module, batches: list, loss, term, distiller: SAMDistiller | None = None) -> nn.Module:

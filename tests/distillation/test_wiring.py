@@ -75,7 +75,9 @@ def test_student_that_returns_probabilities_is_warned_of(way, activation, caplog
     if activation:
         student.register_forward_hook(lambda module, arguments, output: output.softmax(2 if module.training else 1))
     train(way, student, optimizer, distiller, batches)
-    assert len(warnings_with(caplog, "the student seems to return probabilities, not logits")) == (activation is not None)
+    assert len(warnings_with(caplog, "the student seems to return probabilities, not logits")) == (
+        activation is not None
+    )
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Identity()])
@@ -140,7 +142,10 @@ def test_averaged_copy_is_an_error_or_warned_of(caplog):
         else:
             assert not steps_attached
         skd.remove()
-    assert len(warnings_with(caplog, "not called in train mode with gradients. Attach to the module that the host tr")) == 1
+    assert (
+        len(warnings_with(caplog, "not called in train mode with gradients. Attach to the module that the host tr"))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("is_average", [True, False])
@@ -281,7 +286,14 @@ def test_attachment_that_nobody_keeps_is_warned_of(caplog):
     student, optimizer, distiller, _ = build()
     distiller.attach(student, optimizer)
     assert not student._forward_hooks
-    assert len(warnings_with(caplog, "keep a reference to what `attach` returns, and let the host iterate over its `watch(loader)`")) == 1
+    assert (
+        len(
+            warnings_with(
+                caplog, "keep a reference to what `attach` returns, and let the host iterate over its `watch(loader)`"
+            )
+        )
+        == 1
+    )
 
 
 def test_copy_of_a_distiller_is_attached_to_nobody():

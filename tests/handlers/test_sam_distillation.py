@@ -20,7 +20,9 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gr
 def build(seed=0, **kwargs):
     torch.manual_seed(seed)
     student, teacher = ToyStudent().double(), ToyTeacher().double()
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs})
+    distiller = SAMDistiller(
+        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs}
+    )
     return student, teacher, distiller
 
 
@@ -259,9 +261,7 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
     other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(sam_teacher)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     teacher = SliceTeacher(sam_teacher, slices=2, sampling=sampling, seed=3)
-    distiller = SAMDistiller(
-        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none"
-    )
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none")
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=0.5)]).run()
 
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
@@ -289,7 +289,9 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
 def volume_trainer(slices, **kwargs):
     torch.manual_seed(0)
     teacher = SliceTeacher(ToyTeacher().double(), slices=slices)
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs})
+    distiller = SAMDistiller(
+        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs}
+    )
     student = ToyStudent(spatial_dims=3).double()
     handler = SAMDistillation(distiller, log_interval=1, gate_interval=1)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
@@ -333,3 +335,10 @@ def test_monais_own_vnet_is_taught_volumes_by_sam():
     assert with_gradient(student) == {name for name, _ in student.named_parameters()}
     changed = {name for name, tensor in sam_teacher.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= {name for name, p in sam_teacher.named_parameters() if p.requires_grad} and changed
+
+
+def test_default_gate_is_measured_without_labels_of_its_own_and_without_an_evaluator():
+    student, teacher, _ = build()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
+    toy_trainer(student, toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+    assert distiller.gate.mode == "agreement" and distiller.gate.num_measured == 1
