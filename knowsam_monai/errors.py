@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class KnowSAMError(Exception):
     """
@@ -42,6 +44,40 @@ class KnowSAMPermissionError(KnowSAMError, PermissionError):
 
 class KnowSAMImportError(KnowSAMError, ImportError):
     """A package that is not installed."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """
+    Raise a ValueError if an argument is not one of its choices.
+
+    Args:
+        name: the argument.
+        value: its value.
+        choices: the values that it may have.
+
+    Example::
+
+        >>> check_choice("rows", "all", ("all", "unlabeled"))
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise KnowSAMValueError(f"`{name}` must be {', '.join(others)} or {last} but is {value!r}.")
+
+
+def check_counts(**counts: int) -> None:
+    """
+    Raise a ValueError if an argument is below 1.
+
+    Args:
+        counts: the arguments by name.
+
+    Example::
+
+        >>> check_counts(every=1, log_interval=50)
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise KnowSAMValueError(f"`{name}` must be at least 1 but is {count}.")
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from knowsam_monai.distillation.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, image_and_label
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
@@ -116,11 +116,7 @@ class Attachment:
         labeled_rows: Rows | Callable[[Any], Rows] = None,
         loader: WatchedLoader | None = None,
     ) -> None:
-        for name, number in dict(
-            accumulation_steps=accumulation_steps, every=every, gate_interval=gate_interval
-        ).items():
-            if number < 1:
-                raise KnowSAMValueError(f"`{name}` must be at least 1 but is {number}.")
+        check_counts(accumulation_steps=accumulation_steps, every=every, gate_interval=gate_interval)
         if loader is not None and type(loader) is not WatchedLoader:
             raise KnowSAMTypeError(
                 f"`loader` must be a WatchedLoader but is a {type(loader).__name__}; pass "
@@ -226,8 +222,8 @@ class Attachment:
                 return None
             if was_reached:
                 raise KnowSAMRuntimeError(
-                    "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum the "
-                    "losses before `backward`, or call the student once for each."
+                    "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum "
+                    "the losses before `backward`, or call the student once for each."
                 )
             if self._num_backwards == backwards_before and all(p.grad is None for p in self.student.parameters()):
                 # the host skipped a step and cleared its gradients with `student.zero_grad()`

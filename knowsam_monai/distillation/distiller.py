@@ -18,7 +18,7 @@ from knowsam_monai.distillation.gate import TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
 from knowsam_monai.distillation.wiring import Wiring
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.seeds import kept_random_state
@@ -132,8 +132,7 @@ class SAMDistiller(nn.Module):
         super().__init__()
         if len(taught_views) == 0:
             raise KnowSAMValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
-        if taught_rows not in ("all", "unlabeled"):
-            raise KnowSAMValueError(f"`taught_rows` must be 'all' or 'unlabeled' but is {taught_rows!r}.")
+        check_choice("taught_rows", taught_rows, ("all", "unlabeled"))
         if optimizer is not None and set(stepped_parameters(optimizer)).isdisjoint(teacher.parameters()):
             raise KnowSAMValueError(
                 "`optimizer` must step parameters of `teacher` but has none of them; build it from "

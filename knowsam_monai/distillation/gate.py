@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMValueError
-
-MODES = ("none", "validation", "agreement")
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 
 class TeacherGate(nn.Module):
@@ -54,8 +52,7 @@ class TeacherGate(nn.Module):
 
     def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise KnowSAMValueError(f"`gate` must be one of {', '.join(MODES)} but is {mode!r}.")
+        check_choice("gate", mode, ("none", "validation", "agreement"))
         if tolerance <= 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
         self.mode, self.tolerance, self.momentum = mode, tolerance, momentum

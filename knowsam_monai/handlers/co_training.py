@@ -8,7 +8,7 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
@@ -62,8 +62,7 @@ class MultiViewCoTraining:
     ) -> None:
         if len(views) != 2:
             raise KnowSAMValueError(f"`views` must name two views but is {views}.")
-        if rows not in ("all", "unlabeled"):
-            raise KnowSAMValueError(f'`rows` must be "all" or "unlabeled" but is {rows!r}.')
+        check_choice("rows", rows, ("all", "unlabeled"))
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight
         self.views = tuple(views)

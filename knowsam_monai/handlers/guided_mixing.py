@@ -13,7 +13,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, weight_at
@@ -69,8 +69,7 @@ class UncertaintyGuidedMixing:
     ) -> None:
         grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
-        if pseudo_label not in ("teacher", "student"):
-            raise KnowSAMValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
+        check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
         self.loss = loss
         self.start = start
         self.weight = weight

@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMRuntimeError, check_counts
 
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
@@ -46,8 +46,7 @@ class LossTerms:
     """
 
     def __init__(self, log_interval: int = 50) -> None:
-        if log_interval < 1:
-            raise KnowSAMValueError(f"`log_interval` must be at least 1 iteration but is {log_interval}.")
+        check_counts(log_interval=log_interval)
         self.log_interval = log_interval
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}

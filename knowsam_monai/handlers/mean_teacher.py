@@ -6,7 +6,7 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import check_choice
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import SoftmaxMSELoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
@@ -64,8 +64,7 @@ class MeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if rows not in ("unlabeled", "all"):
-            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
+        check_choice("rows", rows, ("unlabeled", "all"))
         self.ema_student = ema_student
         self.weight = weight
         self.start = start

@@ -17,7 +17,7 @@ from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMTypeError, check_counts
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
@@ -80,11 +80,7 @@ class SAMDistillation:
         every: int = 1,
         logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if every < 1:
-            raise KnowSAMValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
-        for name, interval in dict(gate_interval=gate_interval, log_interval=log_interval).items():
-            if interval < 1:
-                raise KnowSAMValueError(f"`{name}` must be at least 1 but is {interval}.")
+        check_counts(every=every, gate_interval=gate_interval, log_interval=log_interval)
         self.distiller = distiller
         self.weight = weight
         self.start = start

@@ -9,7 +9,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import check_choice, check_counts
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
 from knowsam_monai.losses.ramp_up import Weight, weight_at
@@ -82,10 +82,8 @@ class UncertaintyAwareMeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if rows not in ("unlabeled", "all"):
-            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
-        if num_passes < 1:
-            raise KnowSAMValueError(f"`num_passes` must be at least 1 but is {num_passes}; the paper uses 8.")
+        check_choice("rows", rows, ("unlabeled", "all"))
+        check_counts(num_passes=num_passes)
         self.ema_student = ema_student
         self.weight = weight
         self.start = start

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
 
@@ -39,8 +39,7 @@ class MutualConsistencyLoss(nn.Module):
 
     def __init__(self, target: str = "hard") -> None:
         super().__init__()
-        if target not in ("hard", "soft"):
-            raise KnowSAMValueError(f'`target` must be "hard" or "soft" but is {target!r}; the paper uses "hard".')
+        check_choice("target", target, ("hard", "soft"))
         self.target = target
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:

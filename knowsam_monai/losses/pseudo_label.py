@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
 
@@ -42,8 +42,7 @@ class PseudoLabelLoss(nn.Module):
         super().__init__()
         if not 0 <= threshold <= 1:
             raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}; the paper has 0.95.")
-        if average not in ("all", "sure"):
-            raise KnowSAMValueError(f'`average` must be "all" or "sure" but is {average!r}; the paper uses "all".')
+        check_choice("average", average, ("all", "sure"))
         self.threshold = threshold
         self.average = average
 

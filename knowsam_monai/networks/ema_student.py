@@ -17,14 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import unstack_views
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
-
-BUFFERS = ("copy", "average")
-MODES = ("eval", "dropout", "train")
 
 
 class EMAStudent:
@@ -71,8 +68,7 @@ class EMAStudent:
     ) -> None:
         if not 0 <= decay <= 1:
             raise KnowSAMValueError(f"`decay` must be between 0 and 1 but is {decay}; the published value is 0.99.")
-        if buffers not in BUFFERS:
-            raise KnowSAMValueError(f"`buffers` must be one of {', '.join(BUFFERS)} but is {buffers!r}.")
+        check_choice("buffers", buffers, ("copy", "average"))
         student, optimizer = plain_network(network), plain_optimizer(optimizer)
         if set(stepped_parameters(optimizer)).isdisjoint(student.parameters()):
             raise KnowSAMValueError(
@@ -129,8 +125,7 @@ class EMAStudent:
         Raises:
             ValueError: if `mode` is unknown.
         """
-        if mode not in MODES:
-            raise KnowSAMValueError(f"`ema_mode` must be one of {', '.join(MODES)} but is {mode!r}.")
+        check_choice("ema_mode", mode, ("eval", "dropout", "train"))
         if mode == "dropout" and not self._has_warned and not any(map(_is_dropout, self.network.modules())):
             self._has_warned = True
             logger.warning(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 
 class StackedNetworks(nn.Module):
@@ -45,8 +45,7 @@ class StackedNetworks(nn.Module):
         super().__init__()
         if len(networks) == 0:
             raise KnowSAMValueError("`networks` must have one network or more but is empty; pass two for CPS.")
-        if deployed not in ("first", "mean"):
-            raise KnowSAMValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
+        check_choice("deployed", deployed, ("first", "mean"))
         parameters = [id(parameter) for network in networks for parameter in network.parameters()]
         if len(set(parameters)) < len(parameters):
             raise KnowSAMValueError(

@@ -35,7 +35,7 @@ def test_measurement_that_is_not_finite_changes_nothing():
 
 
 def test_unknown_mode_and_tolerance_are_errors():
-    with pytest.raises(ValueError, match="`gate` must be one of none, validation, agreement"):
+    with pytest.raises(ValueError, match="`gate` must be 'none', 'validation' or 'agreement'"):
         TeacherGate("open")
     with pytest.raises(ValueError, match="`gate_tolerance` must be a positive"):
         TeacherGate("none", tolerance=0)

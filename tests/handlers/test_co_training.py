@@ -99,5 +99,5 @@ def test_only_labeled_rows_are_an_error_where_unlabeled_ones_are_asked_for():
     batches = toy_batches(1, num_unlabeled=0)
     with pytest.raises(ValueError, match="must have unlabeled rows"):
         toy_trainer(two_networks(3, 2), batches, no_loss, [cross_pseudo_supervision("unlabeled")]).run()
-    with pytest.raises(ValueError, match='`rows` must be "all" or "unlabeled" but is \'labeled\''):
+    with pytest.raises(ValueError, match="`rows` must be 'all' or 'unlabeled' but is 'labeled'"):
         cross_pseudo_supervision("labeled")

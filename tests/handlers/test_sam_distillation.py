@@ -210,7 +210,7 @@ def test_labeled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs
 
 
 def test_every_below_one_is_an_error():
-    with pytest.raises(ValueError, match="`every` must be at least 1 iteration but is 0"):
+    with pytest.raises(ValueError, match="`every` must be at least 1 but is 0"):
         SAMDistillation(build()[2], every=0)
 
 

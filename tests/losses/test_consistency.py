@@ -112,5 +112,5 @@ def test_views_of_different_shape_are_an_error_with_both_shapes():
 
 
 def test_unknown_target_is_an_error():
-    with pytest.raises(ValueError, match='`target` must be "hard" or "soft" but is \'probs\''):
+    with pytest.raises(ValueError, match="`target` must be 'hard' or 'soft' but is 'probs'"):
         MutualConsistencyLoss("probs")

@@ -80,5 +80,5 @@ def test_bad_arguments_are_errors():
         build(noise_std=-1)
     with pytest.raises(ValueError, match="`passes_at_once` must be at least 1, or None for all, but is 0"):
         build(passes_at_once=0)
-    with pytest.raises(ValueError, match="`ema_mode` must be one of"):
+    with pytest.raises(ValueError, match="`ema_mode` must be 'eval', 'dropout' or 'train'"):
         build(mode="test")
