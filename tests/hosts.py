@@ -1,4 +1,4 @@
-"""What the tests of the semi-supervised hosts share: a straight step written by hand, and its noise."""
+"""Shared by the tests of the semi-supervised methods: a hand-written step and its noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = [(2, (8, 8)), (4, (8, 8)), (2, (4, 4, 4)), (4, (4, 4, 4))]  # classes, i
 
 
 def toy_host(num_classes: int, size: tuple[int, ...], scale: float = 8.0):
-    """A student of varied confidence, batches with strong images, and SAM's stand-in with its optimizer, in float64."""
+    """A student of varied confidence, batches with strong images, and a distiller with a toy teacher, in float64."""
     torch.manual_seed(0)
     student, teacher = (kind(num_classes, len(size)).double() for kind in (ToyStudent, ToyTeacher))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attaching to hosts that do more than one forward, one backward and one step for a batch."""
+"""Attaching to hosts that do more than one forward, backward and step per batch."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def ce_loss(logits, label):
 
 
 def in_a_group(rank, folder, train):
-    """Train on one of two ranks; what it built is gone before the group is, whose end would wait for it."""
+    """Train on one of two ranks; free everything before the process group, whose end would wait for it."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     train(rank, folder)
     gc.collect()

@@ -25,7 +25,7 @@ CLASSES = pytest.mark.parametrize("num_classes", [1, 2, 4])
 
 
 class Answer(nn.Module):
-    """A teacher that gives its prompt back."""
+    """A teacher that returns its prompt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def sam_loss(logits, label):
     teacher = Answer()
     distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none").train()
     result = distiller(torch.zeros(len(logits), 1, *logits.shape[2:]), logits, label, labeled_rows="all")
-    assert result.distillation_loss.item() == pytest.approx(0, abs=1e-6)  # the teacher says what the student says
+    assert result.distillation_loss.item() == pytest.approx(0, abs=1e-6)  # the teacher agrees with the student
     return result.sam_loss
 
 

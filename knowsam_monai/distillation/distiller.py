@@ -88,8 +88,8 @@ class SAMDistiller(nn.Module):
         taught_rows: "all" (the paper) or "unlabeled", since labeled rows already learn from their labels. If the SAM
             loss has an `ignore_index`, any row may have unlabeled pixels, so all rows are taught.
         gate: "agreement", "validation" or "none" (the paper: g = 1), see
-            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement", since it shuts out a teacher
-            that is worse than its student and needs neither labels nor an evaluator.
+            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement", since it needs neither
+            labels nor an evaluator and shuts out a teacher that is worse than its student.
         gate_tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g is 0.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
 
@@ -106,9 +106,9 @@ class SAMDistiller(nn.Module):
         teacher = SAMTeacher(num_classes=4, checkpoint="sam_vit_b_01ec64.pth")
         optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=1e-4)
         distiller = SAMDistiller(teacher, optimizer)
-        distiller.follow(student_optimizer)          # once: the teacher steps after the student
-        for step, (image, label) in enumerate(loader):  # B rows; the first B_l have labels
-            if step % 50 == 0:                       # for the gate "agreement"
+        distiller.follow(student_optimizer)               # once: the teacher steps after the student
+        for step, (image, label) in enumerate(loader):    # B rows; the first B_l have labels
+            if step % 50 == 0:                            # for the gate "agreement"
                 distiller.measure_agreement(student, image, label, turn=step // 50)
             logits = student(image)
             loss = supervised_loss(logits[: len(label)], label) + distiller(image, logits, label).loss

@@ -78,7 +78,7 @@ def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
 
 
 class Pair(nn.Module):
-    """A network that returns its logits as a part of something else."""
+    """A network whose output contains its logits."""
 
     def __init__(self, network):
         super().__init__()
@@ -326,7 +326,7 @@ def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
 
 
 def all_labels(batch, image):
-    """As hosts have it that carry labels for every row."""
+    """Batches with a label for every row."""
     return image, batch["label"], len(batch["label"])
 
 

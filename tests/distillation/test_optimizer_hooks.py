@@ -78,7 +78,7 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
         parameter = (other if removed_first == 0 else distiller).optimizer.param_groups[0]["params"][0]
         parameter.grad = torch.ones_like(parameter)
         optimizer.zero_grad()
-        assert parameter.grad is None  # the one that is left still clears its teacher
+        assert parameter.grad is None  # the remaining one still clears its teacher
         handles[1 - removed_first].remove()
         assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
 

@@ -98,7 +98,7 @@ Pair = namedtuple("Pair", ["image", "label"])
 
 
 class Frozen(dict):
-    """In the manner of a batch that has more than its items."""
+    """A batch with attributes beside its items."""
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ WAYS = ["handler", "loop", "attachment"]
 
 
 def train(way, student, optimizer, distiller, batches, before_step=lambda step: None, **options):
-    """A host in one of the three ways; `before_step` may change it. Returns what keeps SKD in it."""
+    """Train in one of the three ways; `before_step` may change the host. Returns the object that keeps SKD attached."""
     if way == "handler":
         loss = PartiallyLabeledLoss(dice_ce_loss(3))
         trainer = toy_trainer(student, batches, loss, [SAMDistillation(distiller, **options)], optimizer=optimizer)
@@ -60,7 +60,7 @@ def test_optimizer_that_the_host_rebuilds_is_warned_of(way, is_rebuilt, caplog):
     student, optimizer, distiller, batches = build(num_batches=2)
 
     def before_step(step):
-        if is_rebuilt and step == 5:  # the host steps another one from now on
+        if is_rebuilt and step == 5:  # the host steps another optimizer from now on
             optimizer.step = torch.optim.SGD(student.parameters(), lr=0.1).step
 
     train(way, student, optimizer, distiller, batches * 52, before_step)
@@ -169,7 +169,7 @@ def test_two_lines_or_the_handler_while_attached_are_an_error():
     for way in ("loop", "handler"):
         with pytest.raises(RuntimeError, match="must be added once to each step .* while it is attached to a student"):
             train(way, student, optimizer, distiller, skd.watch(batches))
-    with torch.no_grad():  # to look at what SAM says
+    with torch.no_grad():  # to inspect SAM's output
         distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"])
     skd.remove()
     plain_loop(student, optimizer, distiller, batches)

@@ -14,7 +14,7 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def unsure_logits(cells, num_rows=2, size=8, cell=2):
-    """Sure of class 1 (logit 9) but in the given cells of a 4 x 4 grid, where all classes are equal."""
+    """Logits certain of class 1 (logit 9), except in the given cells of a 4 x 4 grid, where all classes are equal."""
     logits = torch.zeros(num_rows, 2, size, size)
     logits[:, 1] = 9
     for row, col in cells:

@@ -1,4 +1,4 @@
-"""Uncertainty-guided mixing on whatever tensors come: what loops in float64 mix, or one clear error; never NaN."""
+"""Uncertainty-guided mixing on arbitrary tensors: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 

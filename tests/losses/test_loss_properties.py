@@ -1,4 +1,4 @@
-"""Each loss on whatever tensors come: equal to loops in float64, or one clear error; never NaN."""
+"""Each loss on arbitrary tensors: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.properties import assert_right, cases, dice_ce, few, first_largest, l
 
 
 def finite_gradient(loss, *inputs) -> bool:
-    """Whether the gradients of a loss to its inputs are there and finite."""
+    """Whether the inputs of a loss have finite gradients."""
     leaves = [value.detach().clone().requires_grad_() for value in inputs]
     loss(*leaves).backward()
     return all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves)

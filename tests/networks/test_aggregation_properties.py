@@ -1,4 +1,4 @@
-"""The hybrid aggregation on whatever logits come: equal to loops in float64, or one clear error; never NaN."""
+"""The hybrid aggregation on arbitrary logits: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_fused_logits(case, is_training):
 @few
 @given(cases(dtypes=(torch.float16, torch.bfloat16)))
 def test_half_precision_is_near_and_finite(case):
-    """A student in half precision: its maps are exact all the same, its convolutions as good as their format."""
+    """A student in half precision: its maps stay exact, its convolutions are as accurate as their format."""
     fuse, exact = build(case, case.dtype).eval(), build(case, torch.float64).eval()
     a, b = case.logits(), case.logits()
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_noise_is_a_function_of_seed_iteration_and_row():
     noise = passes.noise(x, iteration=5, num_passes=3)
     assert noise.shape == (3, 2, 1, 6, 6) and torch.equal(noise, passes.noise(x, iteration=5, num_passes=3))
     assert torch.equal(noise, hand_written_noise(x, 5, 3))
-    assert torch.equal(noise[:, :1], passes.noise(x[:1], iteration=5, num_passes=3))  # whatever rows come after it
+    assert torch.equal(noise[:, :1], passes.noise(x[:1], iteration=5, num_passes=3))  # regardless of later rows
     draws = [noise[0, 0], noise[1, 0], noise[0, 1], passes.noise(x, 6)[0, 0], build(seed=1).noise(x, 5)[0, 0]]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 

@@ -14,7 +14,7 @@ TINY = {"channels": (4, 6, 8, 10, 12)}
 
 
 def reference(network: UNet, image: torch.Tensor) -> torch.Tensor:
-    """The eval form from the parameters in their order: two convolutions a level, concatenated skips."""
+    """The forward pass in eval mode, layer by layer: two convolutions per level, concatenated skips."""
     convs = iter([m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)])
     norms = iter([m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)])
     conv, pool = (F.conv2d, F.max_pool2d) if image.ndim == 4 else (F.conv3d, F.max_pool3d)
