@@ -13,7 +13,7 @@ TINY = {"channels": (4, 6, 8, 10, 12)}
 
 
 def reference(network: VNet, image: torch.Tensor) -> torch.Tensor:
-    """The forward pass layer by layer: 1, 2, 3, 3, 3 convolutions per level, strided down, transposed up, added skips."""
+    """The forward pass layer by layer: 1 to 3 convolutions per level, strided down, transposed up, added skips."""
     down, up = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[image.ndim - 2]
     convs = [m for m in network.modules() if isinstance(m, down)]
     ups = iter([m for m in network.modules() if isinstance(m, up)])
