@@ -212,3 +212,12 @@ def test_grid_that_does_not_fit_the_image_is_an_error_long_before_the_start(argu
     mixing = UncertaintyGuidedMixing(loss, start=1000, **arguments)
     with pytest.raises(ValueError, match=message):
         toy_trainer(ToyStudent().double(), toy_batches(1), loss, [mixing]).run()
+
+
+def test_weight_of_zero_takes_no_second_forward():
+    student, calls = ToyStudent().double(), []
+    student.register_forward_hook(lambda *_: calls.append(None))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    trainer = toy_trainer(student, toy_batches(2), loss, [UncertaintyGuidedMixing(loss, weight=lambda t: t - 1)])
+    trainer.run()
+    assert len(calls) == 1 + 2  # weight 0, then 1

@@ -72,7 +72,7 @@ def test_mean_is_over_pixels_and_rows_and_not_over_classes():
     torch.testing.assert_close(many, one)
 
 
-def test_large_temperature_is_a_regression_on_centred_logits():
+def test_large_temperature_is_a_regression_on_centered_logits():
     student, teacher = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(2))
     difference = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     regression = difference.square().sum(1).mean() / (2 * 4)
