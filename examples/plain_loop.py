@@ -1,4 +1,4 @@
-"""SKD in a plain PyTorch loop: one line before it, one line in it.
+"""SKD in a plain PyTorch loop: `follow` before the loop, and two lines in it.
 
 Only lines that end in `# SKD` belong to SKD; without them the loop runs as before.
 """
@@ -20,7 +20,7 @@ def main(max_epochs: int = 10) -> float:
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3))  # SKD
     distiller.follow(optimizer)  # SKD
 
-    for _ in range(max_epochs):
+    for epoch in range(max_epochs):
         for batch in loader:
             image, label = batch["image"], batch["label"]  # the first len(label) images have a label
             logits = network(image)
@@ -29,6 +29,7 @@ def main(max_epochs: int = 10) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        distiller.measure_agreement(network, image, label, turn=epoch)  # is the teacher good enough to teach?  # SKD
     return mean_dice(network)
 
 

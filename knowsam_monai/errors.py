@@ -1,13 +1,15 @@
-"""The errors of this package: each says in one sentence what was wrong and what to do."""
+"""The errors of this package; each message says what is wrong and what to do."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class KnowSAMError(Exception):
     """
-    Base of every error that this package raises, so that a command line can show the sentence alone.
+    Base class of all errors of this package, so that the command line can show the message alone.
 
-    Each is also the built-in error of its kind: ``except ValueError`` catches a :class:`KnowSAMValueError`.
+    Each subclass is also the built-in error of its kind: ``except ValueError`` catches a :class:`KnowSAMValueError`.
 
     Example::
 
@@ -25,15 +27,15 @@ class KnowSAMTypeError(KnowSAMError, TypeError):
 
 
 class KnowSAMRuntimeError(KnowSAMError, RuntimeError):
-    """A wrong order of calls, or something that went wrong in a run."""
+    """A wrong order of calls, or a failure during a run."""
 
 
 class KnowSAMFileNotFoundError(KnowSAMError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A missing file or folder."""
 
 
 class KnowSAMNotADirectoryError(KnowSAMError, NotADirectoryError):
-    """A file where a folder must be."""
+    """A file in place of a folder."""
 
 
 class KnowSAMPermissionError(KnowSAMError, PermissionError):
@@ -44,14 +46,48 @@ class KnowSAMImportError(KnowSAMError, ImportError):
     """A package that is not installed."""
 
 
-def root_cause(error: BaseException) -> BaseException:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """
-    What was wrong: of an error and its causes the first of this package, else the last cause of all.
-
-    An error of this package may have a cause of its own, such as the operating system's, but says more than that.
+    Raise a ValueError if an argument is not one of its choices.
 
     Args:
-        error: the last of the chain, as it was caught.
+        name: the argument.
+        value: its value.
+        choices: the values that it may have.
+
+    Example::
+
+        >>> check_choice("rows", "all", ("all", "unlabeled"))
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise KnowSAMValueError(f"`{name}` must be {', '.join(others)} or {last} but is {value!r}.")
+
+
+def check_counts(**counts: int) -> None:
+    """
+    Raise a ValueError if an argument is below 1.
+
+    Args:
+        counts: the arguments by name.
+
+    Example::
+
+        >>> check_counts(every=1, log_interval=50)
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise KnowSAMValueError(f"`{name}` must be at least 1 but is {count}.")
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """
+    The first error of this package in the chain of causes, or else the last cause.
+
+    The causes of an error of this package, such as one of the operating system, say less than the error itself.
+
+    Args:
+        error: the error as it was caught, the start of the chain.
 
     Example::
 

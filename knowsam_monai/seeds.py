@@ -1,4 +1,4 @@
-"""Seeds from several numbers, and the global random generators of a process."""
+"""Seeds derived from several numbers, and the state of a process's global random generators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators, and of the current GPU's."""
+    """The state of the generators of Python, NumPy, torch, and the current GPU."""
     kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = (kind, keys.tolist(), *rest)
@@ -33,7 +33,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from a state; a GPU's is left out where there is none."""
+    """Restore a state of :func:`random_state`; without a GPU, the GPU's part is ignored."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
@@ -45,10 +45,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """
-    Leave the global generators as they were: torch's, those of all GPUs, NumPy's and Python's; also a decorator.
+    Restore the global generators (torch, all GPUs, NumPy, Python) at the end; also a decorator.
 
-    What runs inside draws from the state that it finds. Generators of GPUs are looked at only where something can have
-    drawn from them: a look initializes CUDA, and a process that has done so can no longer fork workers that use it.
+    Code inside draws from the current state. The generators of GPUs are read only if CUDA is in use: reading them would
+    initialize CUDA, after which a process can no longer fork workers that use it.
 
     Example::
 

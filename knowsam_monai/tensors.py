@@ -1,4 +1,4 @@
-"""What everything here knows of tensors: views of a student, class logits, plain tensors, and modes."""
+"""Helpers for tensors and networks: class logits, views of a student, plain tensors, and eval mode."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 
 
 def class_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Logits of at least two classes, in float32 at least, without metadata.
+    """Logits of at least two classes, in at least float32, without metadata.
 
-    One channel is a sigmoid network: its softmax form has the logits ``(0, z)``. The gradient passes through.
-    TorchScript compiles it.
+    One channel z is a sigmoid network, which equals a softmax over the logits ``(0, z)``. Gradients pass through.
+    TorchScript can compile this function.
 
     Args:
         logits: (B, C, *spatial), any floating dtype and memory format.
 
     Returns:
-        (B, max(C, 2), *spatial), float64 when ``logits`` is, else float32.
+        (B, max(C, 2), *spatial), float64 if ``logits`` is, else float32.
 
     Example::
 
@@ -36,13 +36,13 @@ def class_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor in float64 when it is float64, else in float32, which autocast leaves as it is."""
+    """The plain tensor, in float64 if it is float64, else in float32."""
     tensor = without_meta(tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def without_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor: a MetaTensor runs Python code at every operation, which training has no use for."""
+    """The plain tensor; a MetaTensor runs extra Python code at every operation."""
     if not torch.jit.is_scripting():
         tensor = _as_tensor(tensor)
     return tensor
@@ -54,23 +54,22 @@ def _as_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split a prediction into the logits of its views; a plain network's logits are its only view.
+    """Split a prediction into the logits of its views; a plain network has one view.
 
-    In train mode a multi-view student stacks its views at dimension 1, as MONAI's ``DynUNet`` does with its deep
-    supervision heads: ``pred`` then has one dimension more than the image. Each view returned shares memory with
-    ``pred``.
+    In train mode a multi-view student stacks its views along dimension 1, as MONAI's ``DynUNet`` stacks its deep
+    supervision heads, so ``pred`` has one dimension more than the image. The views share memory with ``pred``.
 
     Args:
         pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial).
-        reference: the image (B, channels, *spatial) or the label (B_l, 1, *spatial) that belongs to ``pred``; only its
-            number of dimensions counts.
+        reference: the image (B, channels, *spatial) or the label (B_l, 1, *spatial) of ``pred``; only its number of
+            dimensions matters.
 
     Returns:
-        One tensor (B, C, *spatial) for each view, the view of the deployed student first.
+        One tensor (B, C, *spatial) for each view, in the order of the stack.
 
     Raises:
-        TypeError: when ``pred`` is not one tensor.
-        ValueError: when ``pred`` has neither as many dimensions as ``reference`` nor one more.
+        TypeError: if ``pred`` is not a tensor.
+        ValueError: if ``pred`` has neither as many dimensions as ``reference`` nor one more.
 
     Example::
 
@@ -80,23 +79,23 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
     """
     if not isinstance(pred, torch.Tensor):
         raise KnowSAMTypeError(
-            f"`pred` must be logits or stacked views, one tensor, but is a {type(pred).__name__}; wrap the network in "
-            "one that returns its logits in train mode, or name them where there is a `logits_of`."
+            f"`pred` must be a tensor of logits or stacked views but is a {type(pred).__name__}; pick the logits with "
+            "`logits_of` if there is such an argument, or wrap the network in one that returns only its logits."
         )
     if pred.ndim == reference.ndim:
         return (pred,)
     if pred.ndim == reference.ndim + 1:
         return tuple(pred.unbind(1))
     raise KnowSAMValueError(
-        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but is of shape "
-        f"{tuple(pred.shape)} beside a reference of shape {tuple(reference.shape)}. Give image and label a channel "
+        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but has shape "
+        f"{tuple(pred.shape)} with a reference of shape {tuple(reference.shape)}; give image and label a channel "
         "dimension, and return one tensor from the network."
     )
 
 
 @contextmanager
 def all_in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; what the host keeps in eval mode (frozen normalisation) stays in it afterwards."""
+    """Put all modules in eval mode for a while, then restore the mode of each (a host may freeze its normalization)."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

@@ -1,4 +1,4 @@
-"""Names that others chose, of files and classes, as what they are shown in can take them."""
+"""Make the names of files and classes safe to show in a file, page or terminal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import unicodedata
 
 def printable(text: str) -> str:
     """
-    The text in one line, without what no file, page or terminal can show.
+    The text in one line, without invisible characters.
 
     Args:
-        text: any; control characters, line ends and what is no Unicode become the replacement character.
+        text: any text; control characters, line breaks and invalid Unicode become the replacement character.
 
     Example:
         >>> printable("left\\nventricle")
@@ -21,11 +21,11 @@ def printable(text: str) -> str:
 
 def shortened(text: str, length: int) -> str:
     """
-    The printable text, its middle left out where it is longer.
+    The printable text; if it is too long, an ellipsis replaces its middle.
 
     Args:
-        text: any.
-        length: most characters, 3 or more.
+        text: any text.
+        length: maximum number of characters, 3 or more.
 
     Example:
         >>> shortened("patient001_frame01", 9)

@@ -1,8 +1,8 @@
-"""What others put around a network or an optimiser, taken off."""
+"""Remove the wrappers that other libraries put around a network or an optimizer."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -11,7 +11,7 @@ from knowsam_monai.errors import KnowSAMTypeError
 
 def plain_network(network: nn.Module) -> nn.Module:
     """
-    The network inside torch.compile, DistributedDataParallel and DataParallel, in whatever order.
+    The network inside torch.compile, DistributedDataParallel and DataParallel, in any order.
 
     Args:
         network: wrapped or not.
@@ -33,15 +33,15 @@ def plain_network(network: nn.Module) -> nn.Module:
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     """
-    The optimiser that has the hooks, inside a wrapper that has it as `optimizer`, as Accelerate's and Lightning's do.
+    The optimizer that runs the step hooks, inside wrappers such as Accelerate's and Lightning's.
 
-    An optimiser that is built on another (Lookahead) and has hooks of its own is taken as it is.
+    An optimizer built on another (Lookahead) with hooks of its own is returned unchanged.
 
     Args:
         optimizer: wrapped or not.
 
     Raises:
-        TypeError: when there is none.
+        TypeError: if there is none.
 
     Example::
 
@@ -51,16 +51,31 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
         True
     """
     inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer) and not _has_hooks_of_its_own(inner):
+    while isinstance(getattr(inner, "optimizer", None), Optimizer) and not _has_own_hooks(inner):
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
         raise KnowSAMTypeError(
-            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; give the one inside "
-            "of it, which has the hooks."
+            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; pass the "
+            "optimizer inside it."
         )
     return inner
 
 
-def _has_hooks_of_its_own(optimizer: Optimizer) -> bool:
+def stepped_parameters(optimizer: Optimizer | None) -> list[Tensor]:
+    """
+    The parameters that an optimizer steps; none if there is no optimizer.
+
+    Args:
+        optimizer: any optimizer, or None.
+
+    Example::
+
+        >>> stepped_parameters(None)
+        []
+    """
+    return [] if optimizer is None else [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_own_hooks(optimizer: Optimizer) -> bool:
     hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
     return hooks is not None and hooks is not getattr(optimizer.optimizer, "_optimizer_step_post_hooks", None)

@@ -1,4 +1,4 @@
-"""What the tests of attaching share: a host that knows nothing of SKD, and the same host with SKD in its loop."""
+"""Shared by the tests of attaching: a host without SKD, and the same host with SKD in its loop."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches
 
 
 def build(num_classes=3, size=(8, 8), num_batches=3, num_labeled=2, dtype=torch.float64, device="cpu", **kwargs):
-    """Student, its optimiser, distiller and batches; of volumes SAM sees two slices a step."""
+    """A student, its optimizer, a distiller and batches; for volumes, SAM sees two slices per step."""
     torch.manual_seed(0)
     student = ToyStudent(num_classes, len(size)).to(device, dtype)
     teacher = ToyTeacher(num_classes).to(device, dtype)
     if len(size) == 3:
         teacher = SliceTeacher(teacher, slices=2)
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(teacher, sam_optimizer, taught_views=(1, 2), **{"gate": "none", **kwargs})
     batches = [
         {name: tensor.to(device, dtype) for name, tensor in batch.items()}
         for batch in toy_batches(num_batches, num_labeled, 4 - num_labeled, num_classes=num_classes, size=size)
@@ -32,7 +32,7 @@ def loss_of(logits, batch):
 
 
 def host(student, optimizer, batches, accumulation_steps=1):
-    """Somebody else's training: it knows nothing of SKD."""
+    """A training loop that does not know SKD."""
     for t, batch in enumerate(batches, start=1):
         loss = loss_of(student(batch["image"]), batch)
         if (t - 1) % accumulation_steps == 0:
@@ -45,7 +45,7 @@ def host(student, optimizer, batches, accumulation_steps=1):
 def plain_loop(
     student, optimizer, distiller, batches, weight=lambda t: 1.0, skipped=(), accumulation_steps=1, labeled_rows=None
 ):
-    """The same with SKD's two lines; steps 1.. in `skipped` are not made."""
+    """The same with SKD's two lines; the steps in `skipped`, counted from 1, are not taken."""
     distiller.follow(optimizer)
     for t, batch in enumerate(batches, start=1):
         logits = student(batch["image"])
@@ -60,6 +60,6 @@ def plain_loop(
 
 
 def assert_same(ours, expected):
-    """The same weights of students and teachers, (student, optimizer, distiller, ...) each."""
+    """Assert equal weights of students and teachers; each argument is (student, optimizer, distiller, ...)."""
     assert_same_weights(ours[0], expected[0])
     assert_same_weights(ours[2].teacher, expected[2].teacher)

@@ -1,4 +1,4 @@
-"""What the tests of the semi-supervised hosts share: a straight step written by hand, and its noise."""
+"""Shared by the tests of the semi-supervised methods: a hand-written step and its noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = [(2, (8, 8)), (4, (8, 8)), (2, (4, 4, 4)), (4, (4, 4, 4))]  # classes, i
 
 
 def toy_host(num_classes: int, size: tuple[int, ...], scale: float = 8.0):
-    """A student of varied confidence, batches with strong images, and SAM's stand-in with its optimiser, in float64."""
+    """A student of varied confidence, batches with strong images, and a distiller with a toy teacher, in float64."""
     torch.manual_seed(0)
     student, teacher = (kind(num_classes, len(size)).double() for kind in (ToyStudent, ToyTeacher))
     with torch.no_grad():
@@ -24,7 +24,11 @@ def toy_host(num_classes: int, size: tuple[int, ...], scale: float = 8.0):
     batches = toy_batches(3, num_classes=num_classes, size=size)
     for batch in batches:
         batch["image_strong"] = 1.5 * batch["image"] - 0.2
-    return student, batches, SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(0,))
+    return (
+        student,
+        batches,
+        SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(0,), gate="none"),
+    )
 
 
 def hand_written_run(student: nn.Module, batches: list, loss, term, distiller: SAMDistiller | None = None) -> nn.Module:

@@ -25,7 +25,7 @@ CLASSES = pytest.mark.parametrize("num_classes", [1, 2, 4])
 
 
 class Answer(nn.Module):
-    """A teacher that gives its prompt back."""
+    """A teacher that returns its prompt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class Answer(nn.Module):
 
 def sam_loss(logits, label):
     teacher = Answer()
-    distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1)).train()
+    distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none").train()
     result = distiller(torch.zeros(len(logits), 1, *logits.shape[2:]), logits, label, labeled_rows="all")
-    assert result.distillation_loss.item() == pytest.approx(0, abs=1e-6)  # the teacher says what the student says
+    assert result.distillation_loss.item() == pytest.approx(0, abs=1e-6)  # the teacher agrees with the student
     return result.sam_loss
 
 
@@ -127,7 +127,7 @@ class TwoClasses(nn.Module):
 
 def distillation(student, optimizer, wrap, num_classes, **kwargs):
     teacher = wrap(SAMTeacher(num_classes=num_classes, image_size=32, variant="vit_t", trainable="all"))
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), **kwargs)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), **{"gate": "none", **kwargs})
     return handlers.SAMDistillation(distiller, log_interval=1, gate_interval=1)
 
 

@@ -1,4 +1,4 @@
-"""The distiller on whatever batches come: equal to loops in float64, or one clear error; never NaN."""
+"""The distiller on arbitrary batches: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def divergence(student, teacher, temperature):
 def build(case, **options):
     teacher = RowTeacher(case.classes)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1)
-    return SAMDistiller(teacher, optimizer, DistillationLoss(2.0), **options)
+    return SAMDistiller(teacher, optimizer, DistillationLoss(2.0), **{"gate": "none", **options})
 
 
 @few
@@ -74,7 +74,7 @@ def test_both_losses(case, num_views, all_labeled, label_dtype):
 @few
 @given(cases(min_rows=2), st.data())
 def test_labeled_rows_anywhere(case, data):
-    """A slice names the rows that SAM learns from, wherever they stand."""
+    """A slice selects the rows from which SAM learns, at any position."""
     start = data.draw(st.integers(0, case.rows - 1))
     rows = slice(start, data.draw(st.integers(start + 1, case.rows)), data.draw(st.sampled_from((None, 2))))
     case.labeled = case.rows

@@ -77,7 +77,7 @@ def test_building_and_calling_a_teacher_leave_the_generators_as_they_were(name, 
 
 
 class DrawingDataset(Dataset):
-    """Random rows by Python's and NumPy's generators, as somebody's augmentation draws them; the first have labels."""
+    """Random rows from Python's and NumPy's generators, as in a custom augmentation; the first have labels."""
 
     def __init__(self, size: tuple[int, ...]) -> None:
         self.size = size
@@ -99,7 +99,7 @@ def loader_of(size):
 
 
 def noisy(image: torch.Tensor) -> torch.Tensor:
-    """What somebody may give as `to_rgb`."""
+    """A custom `to_rgb`."""
     return image.expand(-1, 3, -1, -1) + random.random() + np.random.rand() + torch.rand_like(image)
 
 

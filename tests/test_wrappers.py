@@ -10,7 +10,7 @@ from tests.attached import build, host
 
 
 class Wrapped(torch.optim.Optimizer):
-    """In the manner of Accelerate's: a subclass that never calls its base class."""
+    """Like Accelerate's: a subclass that never calls its base class."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -42,7 +42,7 @@ def test_teacher_follows_the_optimizer_inside_of_a_wrapper():
 
 
 class SharedHooks(Wrapped):
-    """In the manner of Lightning's: the wrapper has what the optimiser has."""
+    """Like Lightning's: the wrapper has the attributes of the optimizer."""
 
     def __init__(self, optimizer):
         self.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
@@ -59,7 +59,7 @@ def test_optimizer_built_on_another_is_taken_as_it_is():
 @pytest.mark.parametrize("optimizer", [object(), Wrapped(None)])
 def test_what_has_no_optimizer_inside_is_an_error(optimizer):
     student, _, distiller, _ = build()
-    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer but is a (object|Wrapped); give"):
+    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer but is a (object|Wrapped); pass"):
         distiller.attach(student, optimizer)
     with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer"):
         distiller.follow(optimizer)

@@ -1,4 +1,4 @@
-"""Small stand-ins that the tests of the distiller and of the handlers share."""
+"""Small stand-ins shared by the tests of the distiller and the handlers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ToyStudent(nn.Module):
 def distiller_of(teacher: nn.Module, **kwargs) -> SAMDistiller:
     """Teaches both views of a `ToyStudent`."""
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **kwargs).train()
+    return SAMDistiller(teacher, optimizer, taught_views=(1, 2), **{"gate": "none", **kwargs}).train()
 
 
 def toy_batches(
@@ -75,7 +75,7 @@ def toy_trainer(
 
 
 def with_gradient(*modules: nn.Module) -> set[str]:
-    """Names of the parameters that have a gradient which is not zero."""
+    """Names of the parameters with a nonzero gradient."""
     return {
         name
         for module in modules

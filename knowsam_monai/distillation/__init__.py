@@ -1,4 +1,4 @@
-"""SAM-induced knowledge distillation (SKD), the heart: distiller, gate, and the ways to attach it."""
+"""SAM-induced knowledge distillation (SKD): the distiller, its gate, and the ways to attach it."""
 
 from __future__ import annotations
 

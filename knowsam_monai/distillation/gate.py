@@ -1,4 +1,4 @@
-"""How far a teacher is trusted, judged on rows that it has not learned from."""
+"""The gate: how much a teacher is trusted, measured on rows from which it does not learn."""
 
 from __future__ import annotations
 
@@ -10,51 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMValueError
-
-MODES = ("none", "validation", "agreement")
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 
 class TeacherGate(nn.Module):
     """
-    A factor on the distillation loss: 1 where the teacher is as good as its student, 0 where it is clearly worse.
+    A factor of the distillation loss: 1 if the teacher is as good as its student, 0 if it is clearly worse.
 
     .. math:: g = \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
-    and 0 for a teacher that finds nothing at all. Pixels where its output is not finite count as background.
+    g is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
-    Dice on the labelled training rows cannot judge a teacher: it learns from them. d is measured elsewhere:
+    The teacher learns from the labeled training rows, so Dice on them cannot judge it. The mode says what d is:
 
-    - "none": g = 1 throughout, the paper.
-    - "validation": Dice of both in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`);
-      g = 0 until the first.
-    - "agreement": no labels at all. d is the foreground Dice of a model's labels on an image with its labels on the
-      flipped or turned image, turned back, on unlabelled rows; a running mean. A teacher that has only memorised its
-      labelled rows does not agree with itself elsewhere. It cannot see a teacher that is consistently wrong.
+    - "none": not measured; g is always 1, as in the paper.
+    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`); g is
+      0 before the first one.
+    - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
+      an image and its segmentation of the flipped or rotated image, transformed back. It needs no labels. A teacher
+      that has memorized its labeled rows does not agree with itself on other rows; one that is consistently wrong goes
+      unnoticed. g is 0 before the first measurement.
 
-    In a distributed run every process has the same g: validations are gathered, and agreement is that of all rows.
-    The state (g, both scores, number of measurements) is in the state dict.
+    In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
+    has g, both scores, and the number of measurements.
 
     Args:
         mode: "none", "validation" or "agreement".
-        tolerance: Dice (0..1) by which the teacher may be worse before g reaches 0.
-        momentum: of the running mean of agreement scores, per measurement.
+        tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
+        momentum: weight of the old value in the running mean of agreement scores, per measurement.
 
     Raises:
-        ValueError: when `mode` is none of these or `tolerance` is not positive.
+        ValueError: if `mode` is unknown or `tolerance` is not positive.
 
     Example::
 
         >>> gate = TeacherGate("validation", tolerance=0.1)
-        >>> gate.update(student_dice=0.80, teacher_dice=0.75)  # half of the tolerance worse
+        >>> gate.update(student_dice=0.80, teacher_dice=0.75)  # worse by half of the tolerance
         >>> round(gate.weight.item(), 3)
         0.5
     """
 
-    def __init__(self, mode: str = "none", tolerance: float = 0.1, momentum: float = 0.8) -> None:
+    def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise KnowSAMValueError(f"`gate` must be one of {', '.join(MODES)} but is {mode!r}.")
+        check_choice("gate", mode, ("none", "validation", "agreement"))
         if tolerance <= 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
         self.mode, self.tolerance, self.momentum = mode, tolerance, momentum
@@ -66,7 +64,7 @@ class TeacherGate(nn.Module):
         self.register_buffer("num_measured", torch.tensor(0))
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
-        """Take a new measurement; one that is not finite (nothing to compare) changes nothing."""
+        """Take a new measurement; one that is not finite (nothing to compare) is ignored."""
         new = torch.stack(
             [torch.as_tensor(d, dtype=torch.float32).to(self.scores) for d in (student_dice, teacher_dice)]
         )
@@ -90,15 +88,15 @@ class TeacherGate(nn.Module):
         sam_image: Tensor | None = None,
     ) -> None:
         """
-        One measurement of "agreement" on unlabelled images.
+        Measure "agreement" on unlabeled images once.
 
         Args:
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
             teacher: ``f(image, student_logits) -> logits``.
-            image: (B, channels, *spatial), rows that the teacher does not learn from.
-            turn: which orientation to compare with, any integer: flips, and turns in planes that are square.
-            is_counted: False on a rank that has no such row: what it measures counts nothing, and it meets the others.
-            sam_image: (B, channels of the teacher's, *spatial), what the teacher sees of them; None: the same.
+            image: (B, channels, *spatial), rows from which the teacher does not learn.
+            turn: any integer, selects a flip, or a rotation in a square plane.
+            is_counted: False on a rank without such rows: its measurement is discarded, but the rank joins the others.
+            sam_image: (B, channels of the teacher, *spatial), what the teacher sees instead of `image`; None: `image`.
         """
         sam_image = image if sam_image is None else sam_image
         turns = _turns(image)
@@ -114,7 +112,7 @@ class TeacherGate(nn.Module):
             counts *= is_counted
             torch.distributed.all_reduce(counts)
         student_counts, teacher_counts = counts
-        # a class that either model finds counts for both: a teacher that finds nothing does not agree perfectly
+        # a class that either model finds counts for both: a teacher that finds nothing must not agree perfectly
         found = (student_counts[1] + teacher_counts[1]) > 0
         student_dice, teacher_dice = (
             torch.where(found, 2 * common / total.clamp(min=1), torch.nan).nanmean()
@@ -124,7 +122,7 @@ class TeacherGate(nn.Module):
 
 
 def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """There and back: flips of every set of spatial axes, quarter turns in every plane of two axes of one size."""
+    """Pairs (transform, inverse): flips along every set of spatial axes, quarter turns in every square plane."""
     axes = range(-1, 1 - image.ndim, -1)
     flips = [partial(torch.flip, dims=dims) for count in range(1, len(axes) + 1) for dims in combinations(axes, count)]
     planes = [(b, a) for a, b in combinations(axes, 2) if image.shape[a] == image.shape[b]]
@@ -133,7 +131,7 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
 
 
 def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Pixels of each foreground class that both maps share, and pixels of the two together, each (C - 1,)."""
+    """For each foreground class, the pixels that both maps share and the pixels of both together, each (C - 1,)."""
     num_classes = max(num_classes, 2)
     labels, others = _labels(logits).flatten(), _labels(other).flatten()
     common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
@@ -142,6 +140,6 @@ def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tens
 
 
 def _labels(logits: Tensor) -> Tensor:
-    """Class of each pixel, (B, *spatial); background where there are no probabilities: argmax takes NaN for a class."""
+    """Class of each pixel, (B, *spatial); background where a logit is NaN or inf, since argmax picks those."""
     labels = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
     return labels.masked_fill(~(logits < torch.inf).all(1), 0)

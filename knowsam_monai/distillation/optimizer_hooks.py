@@ -1,4 +1,4 @@
-"""The one rule of when a teacher steps: when its student has stepped."""
+"""The teacher's optimizer steps after the student's."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
-from knowsam_monai.wrappers import plain_optimizer
+from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 
 Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
 
 
 def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
     """
-    Let a teacher's optimizer follow a student's, see :meth:`knowsam_monai.distillation.SAMDistiller.follow`.
+    Make a teacher's optimizer follow a student's, see :meth:`knowsam_monai.distillation.SAMDistiller.follow`.
 
     Args:
-        teacher_optimizer: steps after each step of the other one.
-        optimizer: the student's; of a wrapper as Accelerate's and Lightning's the one inside is followed.
+        teacher_optimizer: steps after each step of the student's optimizer.
+        optimizer: the student's; may be wrapped, as by Accelerate and Lightning.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
-            Hooks cannot see loss scaling, so pass it explicitly. After a step that it skips, ``optimizer.zero_grad()``
-            clears the teacher too, ``student.zero_grad()`` does not.
+            Hooks cannot see loss scaling, so pass it explicitly. After a skipped step ``optimizer.zero_grad()`` also
+            clears the teacher's gradients; ``student.zero_grad()`` does not.
 
     Raises:
-        TypeError: when `optimizer` is none.
-        ValueError: when `optimizer` is the teacher's, or both step the same parameters.
-        RuntimeError: at a step that a GradScaler makes although none was given.
+        TypeError: if `optimizer` is not an optimizer.
+        ValueError: if `optimizer` is the teacher's, or both step the same parameters.
+        RuntimeError: at a step, if a GradScaler makes it but `scaler` is None.
 
     Example::
 
@@ -41,15 +41,15 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     """
     optimizer = plain_optimizer(optimizer)
     check_apart(teacher_optimizer, optimizer)
-    parameters = _parameters(teacher_optimizer)
-    _take_from_first_rank(parameters)
-    removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook is before the teacher's
+    parameters = stepped_parameters(teacher_optimizer)
+    _copy_from_first_rank(parameters)
+    removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook runs before the teacher's
 
     def step_teacher(*_) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips GradScaler's overflows inside
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
         if found_inf is not None and found_inf:
             teacher_optimizer.zero_grad(set_to_none=True)
-        _fill_where_another_rank_has_gradients(parameters)
+        _add_missing_gradients(parameters)
         if all(p.grad is None for p in parameters):  # GradScaler raises on an optimizer without gradients
             return
         _average_over_ranks([p.grad for p in parameters if p.grad is not None])
@@ -64,41 +64,41 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     if not isinstance(zero_grad, _ZeroGrad):
         zero_grad = optimizer.zero_grad = _ZeroGrad(optimizer)  # type: ignore[method-assign]
     zero_grad.teachers.append(teacher_optimizer)
-    forget = partial(_forget, weakref.ref(zero_grad), weakref.ref(optimizer), teacher_optimizer)
-    return FollowHandle([*removals, optimizer.register_step_post_hook(step_teacher).remove, forget])
+    remove_teacher = partial(_remove_teacher, weakref.ref(zero_grad), weakref.ref(optimizer), teacher_optimizer)
+    return FollowHandle([*removals, optimizer.register_step_post_hook(step_teacher).remove, remove_teacher])
 
 
 def check_apart(teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
     """
-    Refuse optimizers that step the same parameters.
+    Raise an error if both optimizers step the same parameters.
 
     Args:
         teacher_optimizer: SAM's.
         optimizer: the student's.
 
     Raises:
-        ValueError: when they are one, or share parameters.
+        ValueError: if they are the same optimizer or share parameters.
     """
     if plain_optimizer(teacher_optimizer) is optimizer:
         raise KnowSAMValueError(
-            "`optimizer` must be the student's but is the distiller's own, which steps SAM; give SAM an optimizer of "
-            "its own parameters, and here the one that steps the student."
+            "`optimizer` must be the student's but is the distiller's own, which steps SAM; build one optimizer for "
+            "SAM and another for the student."
         )
-    shared = set(map(id, _parameters(optimizer))) & set(map(id, _parameters(teacher_optimizer)))
+    shared = set(stepped_parameters(optimizer)) & set(stepped_parameters(teacher_optimizer))
     if shared:
         raise KnowSAMValueError(
-            f"`optimizer` must step no parameters of the distiller's optimizer but shares {len(shared)} with it; build "
-            "the distiller's from `teacher.parameters()` and the student's from `student.parameters()`."
+            f"`optimizer` must not step parameters of the distiller's optimizer but shares {len(shared)} with it; "
+            "build the distiller's from `teacher.parameters()` and the student's from `student.parameters()`."
         )
 
 
 def call_after_step(optimizer: Optimizer, method: Callable[[], None]) -> RemovableHandle:
     """
-    Call a bound method after each step of an optimizer, which does not keep the method's object alive.
+    Call a bound method after each step of an optimizer, without keeping the method's object alive.
 
     Args:
-        optimizer: has the hook.
-        method: takes nothing.
+        optimizer: gets the hook.
+        method: called without arguments.
     """
     weak_method = weakref.WeakMethod(method)
 
@@ -110,23 +110,19 @@ def call_after_step(optimizer: Optimizer, method: Callable[[], None]) -> Removab
     return optimizer.register_step_post_hook(stepped)
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _forget(
+def _remove_teacher(
     weak_zero_grad: weakref.ref[_ZeroGrad], weak_optimizer: weakref.ref[Optimizer], teacher_optimizer: Optimizer
 ) -> None:
     zero_grad, optimizer = weak_zero_grad(), weak_optimizer()
     if zero_grad is not None and optimizer is not None:
-        zero_grad.forget(teacher_optimizer, optimizer)
+        zero_grad.remove(teacher_optimizer, optimizer)
 
 
 class FollowHandle:
-    """Undoes :func:`follow`, which returns it.
+    """Returned by :func:`follow`, to undo it.
 
     Args:
-        removals: functions that each undo a part, and do nothing when called once more.
+        removals: functions that each undo one part; calling them again does nothing.
 
     Example::
 
@@ -139,27 +135,27 @@ class FollowHandle:
         self._removals = removals
 
     def remove(self) -> None:
-        """Leave the student's optimizer as it was; once more does nothing."""
+        """Leave the student's optimizer as it was; further calls do nothing."""
         for remove in self._removals:
             remove()
 
 
 class ScalerCheck:
     """
-    Notices at the first steps a GradScaler that was not given: it leaves its marks on the student's gradients.
+    Detects a GradScaler that was not passed.
 
-    Between backward and step it divides them by its scale, a power of two. A fused optimizer, which does that itself,
-    has the scale as an attribute meanwhile. The check ends with the first step that has gradients.
+    Between backward and step, a GradScaler divides the gradients by its scale, a power of two. A fused optimizer does
+    that itself and has the scale as an attribute during the step. The check ends after the first step with gradients.
 
     Args:
         optimizer: the student's.
 
     Raises:
-        RuntimeError: at a step whose gradients were divided by a power of two of at least 128.
+        RuntimeError: at a step, if the gradients were divided by a power of two of at least 128.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        trained = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
+        trained = [parameter for parameter in stepped_parameters(optimizer) if parameter.requires_grad]
         self._parameter = min(trained, key=Tensor.numel, default=None)
         self._gradient: Tensor | None = None
         self._step_handle = optimizer.register_step_post_hook(self._check)
@@ -168,7 +164,7 @@ class ScalerCheck:
             self._gradient_handle = self._parameter.register_post_accumulate_grad_hook(self._remember)
 
     def remove(self) -> None:
-        """Leave optimizer and parameter as they were; once more does nothing."""
+        """Leave optimizer and parameter as they were; further calls do nothing."""
         self._step_handle.remove()
         self._end()
 
@@ -191,18 +187,18 @@ class ScalerCheck:
             is_scaled = bool((mantissa == 0.5).all() and (exponent == exponent[0]).all() and exponent[0] > 7)
         if is_scaled:
             raise KnowSAMRuntimeError(
-                "`scaler` must be the GradScaler that steps the student's optimizer but none was given; give it to "
-                "`follow` or `attach`, or GradScaler(enabled=False) where the host divides its gradients by itself."
+                "`scaler` must be the GradScaler that steps the student's optimizer but is None; pass it to `follow` "
+                "or `attach`, or pass GradScaler(enabled=False) if the host scales its gradients itself."
             )
         if before is not None and now is not None:
             self._end()
 
 
 class _ZeroGrad:
-    """The student's ``zero_grad``, which clears its teachers too: a step that was skipped leaves gradients behind."""
+    """The student's ``zero_grad``; it also clears its teachers, whose gradients a skipped step leaves behind."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.own = optimizer.__dict__.get("zero_grad")  # somebody else may have wrapped it before
+        self.own = optimizer.__dict__.get("zero_grad")  # may have been wrapped before
         self.student_zero_grad = optimizer.zero_grad
         self.teachers: list[Optimizer] = []
 
@@ -211,8 +207,8 @@ class _ZeroGrad:
         for teacher_optimizer in self.teachers:
             teacher_optimizer.zero_grad(set_to_none=True)
 
-    def forget(self, teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
-        """Clear this teacher no longer; after the last, be the host's own again, or inside its wrapper only pass on."""
+    def remove(self, teacher_optimizer: Optimizer, optimizer: Optimizer) -> None:
+        """Stop clearing this teacher; after the last one, restore the host's ``zero_grad`` unless wrapped since."""
         if teacher_optimizer not in self.teachers:
             return
         self.teachers.remove(teacher_optimizer)
@@ -223,30 +219,30 @@ class _ZeroGrad:
 
 
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
-    """The scaler, where it was given as a callable the one of this moment."""
+    """The scaler, or what a callable scaler returns at this moment."""
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
 
 
-def _take_from_first_rank(parameters: Sequence[Tensor]) -> None:
-    """As DistributedDataParallel does with the student: processes may have been seeded differently."""
+def _copy_from_first_rank(parameters: Sequence[Tensor]) -> None:
+    """Processes may be seeded differently; DistributedDataParallel does the same for the student."""
     if ranks.is_distributed():
         for parameter in parameters:
             torch.distributed.broadcast(parameter.detach(), src=0)
 
 
-def _fill_where_another_rank_has_gradients(parameters: Sequence[Tensor]) -> None:
-    """Zeros, so that all ranks average the same tensors: a rank may have had no labeled row in this step."""
+def _add_missing_gradients(parameters: Sequence[Tensor]) -> None:
+    """Add zeros where only other ranks have a gradient (this one had no labeled row), so that all average the same."""
     if ranks.is_distributed() and parameters:
         has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         has_gradient = has_gradient.to(parameters[0].device)
         torch.distributed.all_reduce(has_gradient, torch.distributed.ReduceOp.MAX)
-        for parameter, somewhere in zip(parameters, has_gradient.tolist()):
-            if somewhere and parameter.grad is None:
+        for parameter, is_needed in zip(parameters, has_gradient.tolist()):
+            if is_needed and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
 
 def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
-    """Mean over the processes of a distributed run: the teacher is in no DistributedDataParallel."""
+    """Average over the processes of a distributed run, since no DistributedDataParallel wraps the teacher."""
     if ranks.is_distributed():
         for gradient in gradients:
             torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))

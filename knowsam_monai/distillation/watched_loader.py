@@ -1,4 +1,4 @@
-"""The batch that a host is at: a loader that tells of it, and what SAM takes from it."""
+"""The host's current batch: a loader that announces each batch, and what SAM uses of it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from knowsam_monai.tensors import without_meta
 
 class WatchedLoader:
     """
-    A loader that passes for the one inside, and calls `next_batch` with each batch before the host gets it.
+    A proxy of a loader that calls `next_batch` with each batch before the host gets it.
 
-    It iterates, has the length, the attributes (to read and to set) and the class of the loader for ``isinstance``.
-    ``type`` alone tells them apart. Pickled, as for another process, it is the loader itself.
+    It iterates like the loader, has its length and its attributes (to read and to set), and passes ``isinstance`` of
+    its class; only ``type`` differs. Pickling it, as for another process, pickles the bare loader.
 
     Args:
-        loader: anything to iterate over, or to call ``next`` on.
-        next_batch: what is told; None where there is no attachment yet:
-            ``distiller.attach(student, optimizer, loader=watched_loader)`` brings it.
+        loader: any iterable or iterator.
+        next_batch: called with each batch; None until ``distiller.attach(student, optimizer, loader=watched_loader)``
+            adds one.
 
     Attributes:
-        watched_by: all that are told, in this order.
+        watched_by: the functions called with each batch, in this order.
 
     Example::
 
@@ -45,7 +45,7 @@ class WatchedLoader:
 
     def __init__(self, loader: Iterable, next_batch: Callable[[Any], None] | None = None) -> None:
         self._watched_loader = loader
-        self.watched_by = [] if next_batch is None else [next_batch]  # one list for the iterators too
+        self.watched_by = [] if next_batch is None else [next_batch]  # shared with the iterators
         self._watched_iterator: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -53,7 +53,7 @@ class WatchedLoader:
         return self if iterator is self._watched_loader else self._with_watchers(iterator)  # type: ignore[return-value]
 
     def __next__(self) -> Any:
-        """The next batch; of a loader that is no iterator, of the one over it, which begins anew after its end."""
+        """The next batch; a loader that is not an iterator is iterated, and starts again after its end."""
         if not isinstance(self._watched_loader, Iterator):
             self._watched_iterator = iter(self) if self._watched_iterator is None else self._watched_iterator
             try:
@@ -61,11 +61,11 @@ class WatchedLoader:
             except StopIteration:
                 self._watched_iterator = None
                 raise
-        return self._tell(next(self._watched_loader))
+        return self._announce(next(self._watched_loader))
 
     def __getitem__(self, index: Any) -> Any:
         item = self._watched_loader[index]  # type: ignore[index]
-        return self._tell(item) if hasattr(index, "__index__") else item
+        return self._announce(item) if hasattr(index, "__index__") else item
 
     def __len__(self) -> int:
         return len(self._watched_loader)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ class WatchedLoader:
         watched.watched_by = self.watched_by
         return watched
 
-    def _tell(self, batch: Any) -> Any:
+    def _announce(self, batch: Any) -> Any:
         for next_batch in self.watched_by:
             next_batch(batch)
         return batch
@@ -112,15 +112,15 @@ class WatchedLoader:
 
 class CurrentBatch:
     """
-    The batch that a host is at, by what the host has taken, and whether the student is called on it.
+    The batch that the host took last, and the student's calls on it.
 
     Attributes:
-        batch: taken last; None before the first.
-        is_over: whether the student has stepped since, so that a further call must be on a new batch.
-        num_calls: of the student, on this batch.
+        batch: the batch; None before the first one.
+        is_over: whether the student has stepped since, so the next call must be on a new batch.
+        num_calls: number of the student's calls on this batch.
 
     Raises:
-        RuntimeError: when a call is counted or checked that is for no batch, or for another one.
+        RuntimeError: if the student is called without a batch, or on another one.
 
     Example::
 
@@ -135,10 +135,10 @@ class CurrentBatch:
         self.is_over = False
         self._moved: tuple[torch.device, Any] | None = None
         self.num_calls = 0
-        self._uncalled_images: list[weakref.ref[Tensor]] = []  # of batches before, on which the student was not called
+        self._uncalled_images: list[weakref.ref[Tensor]] = []  # of earlier batches without a call of the student
 
     def take(self, batch: Any) -> None:
-        """Be at the next batch."""
+        """Make this the current batch."""
         former_image = _image_of(self.batch)
         if self.num_calls:
             self._uncalled_images.clear()
@@ -147,34 +147,34 @@ class CurrentBatch:
         self.batch, self.is_over, self.num_calls, self._moved = batch, False, 0, None
 
     def on(self, device: torch.device) -> Any:
-        """The batch with its tensors on a device, moved when it is first asked for."""
+        """The batch with its tensors on a device; moved once."""
         if self._moved is None or self._moved[0] != device:
             self._moved = device, on_device(self.batch, device)
         return self._moved[1]
 
     def count_call(self) -> int:
-        """Number of the student's calls for this batch, with the one that is made now."""
+        """Number of the student's calls on this batch, including the current one."""
         if self.batch is None:
             raise KnowSAMRuntimeError(
-                "`student` must be called on a batch of `watch(loader)` but none was taken; let the host iterate over "
-                "that, or call `next_batch(batch)` before each step."
+                "`student` must be called on a batch of `watch(loader)` but no batch was taken; let the host iterate "
+                "over `watch(loader)`, or call `next_batch(batch)` before each step."
             )
         self.num_calls += 1
         return self.num_calls
 
     def check(self, image: Tensor) -> None:
-        """Raise a RuntimeError when the student is called on another batch, as far as its image tells."""
+        """Raise a RuntimeError if the image shows that the student is called on another batch."""
         if self.is_over:
             raise KnowSAMRuntimeError(
-                "`student` must be called on a new batch after its step but is called on the one before; let the host "
-                "take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of what came of it, "
-                "or call `next_batch(batch)` before each step."
+                "`student` must be called on a new batch after its step but is called on the previous one; let the "
+                "host take each batch from `watch(loader)` itself, not from `itertools.cycle` or a list of batches, or "
+                "call `next_batch(batch)` before each step."
             )
         is_of_former = any(_begins_with(image, former()) for former in self._uncalled_images)
         if is_of_former and not _begins_with(image, _image_of(self.batch)):
             raise KnowSAMRuntimeError(
-                "`student` must be called on the batch that was taken last but is called on one before: batches are "
-                "fetched ahead. Call `next_batch(batch)` before each step, or `watch` what the host iterates over."
+                "`student` must be called on the batch taken last but is called on an earlier one, so batches are "
+                "prefetched; call `next_batch(batch)` before each step, or `watch` what the host iterates over."
             )
 
 
@@ -183,8 +183,8 @@ def on_device(batch: Any, device: torch.device) -> Any:
     A batch with its tensors on a device.
 
     Args:
-        batch: mappings, sequences and named tuples, nested; whatever else is in them stays as it is.
-        device: of the tensors; what has them there already is returned itself.
+        batch: nested mappings, lists, tuples and named tuples; other values stay as they are.
+        device: the device; parts already on it are returned without a copy.
 
     Example::
 
@@ -216,7 +216,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
 
 def _image_of(batch: Any) -> Tensor | None:
-    """The image of a batch that is a mapping or a sequence, where it is a tensor."""
+    """The image of a batch that is a mapping or a sequence, if it is a tensor."""
     image = batch.get("image") if isinstance(batch, Mapping) else None
     if isinstance(batch, Sequence) and len(batch) > 0:
         image = batch[0]
@@ -224,7 +224,7 @@ def _image_of(batch: Any) -> Tensor | None:
 
 
 def _begins_with(image: Tensor, first: Tensor | None) -> bool:
-    """Whether a student's input has these rows first, value for value."""
+    """Whether the student's input starts with exactly these rows."""
     if first is None or first.shape[1:] != image.shape[1:] or not 0 < len(first) <= len(image):
         return False
     return torch.equal(without_meta(first).to(image), image[: len(first)])
@@ -232,14 +232,14 @@ def _begins_with(image: Tensor, first: Tensor | None) -> bool:
 
 def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
     """
-    SAM's image, if the batch has one of its own, and the label, of a batch whose image the student was called on.
+    SAM's image (the batch's own, or else `image`) and the label of a batch on whose image the student was called.
 
     Args:
-        batch: a mapping with "image" and maybe "label" and "sam_image", or a pair (image, label).
-        image: (B, channels, *spatial), what the student was called on.
+        batch: a mapping with "image" and optionally "label" and "sam_image", or a pair (image, label).
+        image: (B, channels, *spatial), the student's input.
 
     Raises:
-        ValueError: when `batch` is neither, or its image is not `image`, value for value: no label is guessed.
+        ValueError: if `batch` is neither, or its image is not exactly `image`; the label is never guessed.
     """
     if isinstance(batch, Mapping) and "image" in batch:
         batch_image, label, sam_image = batch["image"], batch.get("label"), batch.get(SAM_IMAGE, image)
@@ -248,18 +248,18 @@ def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
     else:
         raise KnowSAMValueError(
             "A watched batch must be a mapping with 'image' and 'label' or a pair (image, label) but is a "
-            f"{type(batch).__name__}; give `select`."
+            f"{type(batch).__name__}; pass `select`."
         )
     if not isinstance(batch_image, (Tensor, np.ndarray)):
         raise KnowSAMValueError(
-            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; where a batch is "
-            "made of several, `watch` the loader of the labeled ones and give `select`."
+            f"The image of a watched batch must be a tensor but is a {type(batch_image).__name__}; if each "
+            "step combines several batches, `watch` the loader of the labeled ones and pass `select`."
         )
     batch_image = without_meta(torch.as_tensor(batch_image))
     if batch_image.shape != image.shape or not torch.equal(batch_image.to(image), image):
         raise KnowSAMValueError(
             f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
-            f"{tuple(batch_image.shape)}, but differs: where it is changed in the step, give `select`; where batches "
-            "are fetched ahead, call `next_batch(batch)` before each step."
+            f"{tuple(batch_image.shape)}, but differs; pass `select` if the step changes the image, or call "
+            "`next_batch(batch)` before each step if batches are prefetched."
         )
     return sam_image, label

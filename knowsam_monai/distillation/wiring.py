@@ -1,4 +1,4 @@
-"""How a distiller is wired into its host: what its calls tell of mistakes that would otherwise stay silent."""
+"""Checks how a distiller is used by its host, to report mistakes that would otherwise stay silent."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from knowsam_monai.errors import KnowSAMRuntimeError
 
 logger = logging.getLogger(__name__)
 
-# steps after which something must be missing where a gate was not measured, as a validation may be a long epoch away
+# calls after which an unmeasured gate is a mistake; a validation may be a long epoch away
 UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
-UNTAUGHT_CALLS = 100  # and where the teacher saw no label or did not step, or the student's logits have no graph
-INSPECTED_CALLS = (1, 50)  # at which the values of image and logits are looked at
+UNTAUGHT_CALLS = 100  # the same for a teacher without labels or steps, and for logits without a graph
+INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are checked
 MEASURED_BY = {
-    "agreement": "call `measure_agreement` every 50 steps or so",
+    "agreement": "call `measure_agreement` about every 50 steps",
     "validation": "add `TeacherValidation` to the evaluator or call `gate.update` after each validation",
 }
 
 
 class Wiring:
     """
-    Counts the calls of a distiller, and warns once of each mistake that shows in them.
+    Counts the calls of a distiller and warns once of each mistake that they reveal.
 
-    A copy of a distiller, or one that is loaded, begins anew and is attached to no student.
+    A copied or loaded distiller starts with a new instance, attached to no student.
 
     Attributes:
-        attachments: those that are not removed; the host keeps them, or their watched loaders.
-        asked: whether the agreement of the teacher was ever asked for.
+        attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
+        agreement_requested: whether `measure_agreement` was ever called.
 
     Raises:
-        RuntimeError: when a host distills by itself whose student is attached to.
+        RuntimeError: if the distiller is called while it is attached to a student.
 
     Example::
 
@@ -44,108 +44,108 @@ class Wiring:
 
     def __init__(self) -> None:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.asked = False
+        self.agreement_requested = False
         self._num_calls = 0
         self._saw_label = False
         self._since_step = 0  # calls with a label since the teacher's last step
-        self._without_graph = 0  # calls in a row whose logits have none
+        self._without_graph = 0  # consecutive calls whose logits have no graph
         self._former_logits: weakref.ref[Tensor] | None = None
         self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple:
         return Wiring, ()
 
-    def stepped(self) -> None:
-        """The teacher has stepped."""
+    def teacher_stepped(self) -> None:
+        """Note that the teacher has stepped."""
         self._since_step = 0
 
     def check_once(self, logits: Tensor) -> None:
-        """Raise a RuntimeError when a host distills by itself, whose student is attached to.
+        """Raise a RuntimeError if the distiller is called while it is attached to a student; warn of repeated calls.
 
         Args:
-            logits: of the call; those of an attachment have no graph behind them.
+            logits: the logits of the call; those that an attachment passes have no graph behind them.
         """
         if self.attachments and logits.grad_fn is not None:
             raise KnowSAMRuntimeError(
                 "SKD must be added once to each step but the distiller is called while it is attached to a student; "
-                "call `remove()` of the attachment, or leave the call (or `SAMDistillation`) out."
+                "call `remove()` on the attachment, or remove the call (or `SAMDistillation`)."
             )
         if self._former_logits is not None and logits.grad_fn is not None and self._former_logits() is logits:
             self.warn(
-                "the distiller was called twice with the same logits, so that SKD counts twice where both losses are "
-                "added; call it once a step, in one of the three ways."
+                "the distiller was called twice with the same logits, so SKD counts twice if both losses are added; "
+                "use one of the three ways to attach it, once per step."
             )
         self._former_logits = weakref.ref(logits)
 
-    def called(self, distiller: nn.Module, image: Tensor, logits: Tensor, has_label: bool) -> None:
+    def count_call(self, distiller: nn.Module, image: Tensor, logits: Tensor, has_label: bool) -> None:
         """
         Count a training call.
 
         Args:
-            distiller: whose call it is.
+            distiller: the distiller that was called.
             image: (B, channels, *spatial).
             logits: (B, C, *spatial), of one view.
-            has_label: whether the teacher was given labels.
+            has_label: whether the teacher gets labels.
         """
         self._num_calls += 1
         self._saw_label |= has_label
         self._since_step += has_label or self._since_step > 0
         self._without_graph = 0 if logits.requires_grad else self._without_graph + 1
         gate = distiller.gate
-        if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (self.asked or gate.num_measured):
+        if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (self.agreement_requested or gate.num_measured):
             self.warn(
-                f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, and until it is, nothing is "
-                f"taught: {MEASURED_BY[gate.mode]}, or take the gate 'none'."
+                f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, so nothing is distilled yet: "
+                f"{MEASURED_BY[gate.mode]}, or use the gate 'none'."
             )
         if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(
-                "SAM's optimizer holds no parameter of the teacher that requires a gradient, so that SAM learns "
-                "nothing: build it over those that are to learn, or give none."
+                "SAM's optimizer has no parameter of the teacher that requires a gradient, so SAM learns nothing: "
+                "build it from the trainable parameters, or pass none."
             )
         elif distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not self._saw_label:
             self.warn(
-                f"SAM has not seen a label in {UNTAUGHT_CALLS} steps, so that SAM learns nothing: give `label`, or "
-                "`select` what SAM is to learn from."
+                f"SAM has not seen a label in {UNTAUGHT_CALLS} steps, so SAM learns nothing: pass `label`, or return "
+                "it from `select`."
             )
         if distiller.optimizer is not None and self._since_step == UNTAUGHT_CALLS:
             self.warn(
-                f"SAM's optimizer has not stepped in {UNTAUGHT_CALLS} steps, so that SAM learns nothing: call "
-                "`distiller.follow(student_optimizer)` once, and again when the host has built a new optimizer; with "
-                "`attach`, call `remove()` and attach with the new one. Where a step is accumulated over as many, "
-                "all is well."
+                f"SAM's optimizer has not stepped in {UNTAUGHT_CALLS} steps, so SAM learns nothing: call "
+                "`distiller.follow(student_optimizer)` once, and again if the host builds a new optimizer; with "
+                "`attach`, call `remove()` and attach again. Ignore this if you accumulate gradients over as many "
+                "steps."
             )
         if self._without_graph == UNTAUGHT_CALLS:
             self.warn(
-                f"the student's logits had no gradient in {UNTAUGHT_CALLS} steps, so that nobody is taught: give those "
-                "of the student that is trained, not detached and not of its averaged copy."
+                f"the logits required no gradient in {UNTAUGHT_CALLS} steps, so nothing is distilled: pass the logits "
+                "of the trained student, not detached and not of its averaged copy."
             )
         if self._num_calls in INSPECTED_CALLS:
             self._inspect(image, logits.detach())
 
-    def warn(self, what: str) -> None:
-        """Warn, once of each."""
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning("SKD: %s", what)
+    def warn(self, message: str) -> None:
+        """Log a warning, each message once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("SKD: %s", message)
 
     def _inspect(self, image: Tensor, logits: Tensor) -> None:
-        # one channel in 0..1 may be chance in the first step
+        # at the first step one channel may be in 0..1 by chance
         if are_probabilities(logits) and (logits.shape[1] > 1 or self._num_calls > 1):
             self.warn(
-                "the student returns probabilities and not logits: all are in 0..1, and the channels sum to 1. Leave "
-                "out its softmax or sigmoid, or let `logits_of` pick the logits."
+                "the student seems to return probabilities, not logits: they are in 0..1, and several channels sum to "
+                "1. Remove its softmax or sigmoid, or let `logits_of` pick the logits."
             )
         if has_each_row_twice(image):
             self.warn(
-                "each image is in the batch twice (as in R-Drop), and the copies of labeled rows count as unlabeled: "
-                "check that the labels belong to the first rows, and do not take the gate 'agreement', which would "
-                "judge SAM on images that it learns from; or call the student on each copy by itself."
+                "each image is in the batch twice (as in R-Drop), so the copies of labeled rows count as unlabeled: "
+                "check that the labels belong to the first rows, and avoid the gate 'agreement', which would judge "
+                "SAM on images from which it learns; or call the student separately on each copy."
             )
 
 
 def are_probabilities(logits: Tensor) -> bool:
     """
-    Whether values are those of a softmax, or for one channel of a sigmoid.
+    Whether the values look like the output of a softmax, or of a sigmoid for one channel.
 
     Args:
         logits: (B, C, *spatial).
@@ -163,10 +163,10 @@ def are_probabilities(logits: Tensor) -> bool:
 
 def has_each_row_twice(image: Tensor) -> bool:
     """
-    Whether each row of a batch is there more than once.
+    Whether each row of a batch occurs more than once.
 
     Args:
-        image: (B, channels, *spatial); rows of one value, as of empty slices, do not count.
+        image: (B, channels, *spatial); constant rows, such as empty slices, are ignored.
 
     Example::
 

@@ -1,3 +1,5 @@
+"""Bidirectional copy-paste (BCP)."""
+
 from __future__ import annotations
 
 import random
@@ -11,6 +13,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
 from knowsam_monai.tensors import without_meta
@@ -20,44 +23,44 @@ PSEUDO_LABEL = "pseudo_label"
 
 class BidirectionalCopyPaste:
     """
-    BCP: the batch is replaced by images mixed from labelled and unlabelled ones, before the step.
+    BCP: before each step, replace the batch by mixtures of labeled and unlabeled images.
 
-    A random box M takes up 2/3 of each axis. Rows are paired, i with B_l + i; half of the pairs give
+    A random box M covers 2/3 of each axis. Row i is paired with row B_l + i. Half of the pairs give
 
     .. math::
         x = M x_u + (1 - M) x_l \\qquad \\text{and the others} \\qquad x = M x_l + (1 - M) x_u
 
-    and the loss is that of the labelled pixels plus `weight` times that of the unlabelled ones against q, the argmax of
-    the averaged student, of which each class keeps its largest component:
+    The loss is that of the labeled pixels plus `weight` times that of the unlabeled ones against q: the argmax of the
+    averaged student, reduced to the largest component of each class:
 
     .. math:: L(f(x), y) + w L(f(x), q)
 
-    The handler puts the true labels into the batch, `ignore_index` at all other pixels, so the trainer's own loss is
-    the first term and SAM learns from true labels alone; the second term is added here and written, weighted and
-    detached, as `pseudo_label_loss` into ``engine.state.output``. Both losses must leave `ignore_index` out, SAM's by
-    ``SAMDistiller(sam_loss=dice_ce_loss(num_classes, ignore_index=255))``. Nothing but `image` and `label` stays in
-    the batch; SAM's cached embeddings know no mixed image, so its encoder must be "adapted".
+    The new batch has the true labels, and `ignore_index` at all other pixels. The trainer's own loss is therefore the
+    first term, and SAM learns from true labels only. The handler adds the second term and writes it, weighted and
+    detached, as `pseudo_label_loss` into ``engine.state.output``. Both losses must ignore `ignore_index`; for SAM use
+    ``SAMDistiller(sam_loss=dice_ce_loss(num_classes, ignore_index=255))``. The new batch has `image` and `label` only.
+    Cached SAM embeddings do not fit mixed images, so SAM's encoder must be "adapted".
 
-    Before that, for `pretraining` iterations, *labelled* rows are mixed with each other and all pixels have true
-    labels; the averaged student begins as the student at the end of it. The public code goes on with the best of the
-    pre-training on validation, here the run goes on with the last; it normalises each direction by itself and adds up
-    the two, and in pre-training the inside and the outside of the box, where here they are one batch: its
-    (Dice + CE) / 2 corresponds to Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
+    The first `pretraining` iterations mix *labeled* rows with each other, so all pixels have true labels. The averaged
+    student starts from the student at the end of pre-training. The public code instead continues with the model that
+    was best on validation during pre-training. It also computes the loss of each direction (in pre-training, of the
+    inside and the outside of the box) separately and adds the two; here they are one batch, so its (Dice + CE) / 2
+    corresponds to Dice + CE here. Its averaged student is in train mode (``ema_mode="train"``).
 
     Args:
         ema_student: the averaged student; BCP: ``EMAStudent(network, optimizer, warm_up=False, buffers="average")``.
-        loss: the trainer's own, ``f(pred, label)`` on all rows, which leaves `ignore_index` out:
+        loss: the trainer's own loss, ``f(pred, label)`` on all rows, which ignores `ignore_index`:
             ``PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))``.
-        pretraining: iterations of pre-training, 0 for none; self-training begins with the one after. Published: 10,000
-            of 40,000 (ACDC), 2,000 of 17,000 (LA).
-        weight: w, of the unlabelled pixels; published: 0.5.
-        box_fraction: part of each axis that the box takes up; published: 2/3.
-        ignore_index: label of the pixels without a true one.
+        pretraining: iterations of pre-training, 0 for none; self-training starts with the next iteration. Published:
+            10,000 of 40,000 (ACDC), 2,000 of 17,000 (LA).
+        weight: w, for the unlabeled pixels, a number or a function of the iteration; published: 0.5.
+        box_fraction: fraction of each axis that the box covers; published: 2/3.
+        ignore_index: label value of pixels without a true label.
         ema_mode: "eval", "dropout" or "train", see :meth:`knowsam_monai.networks.EMAStudent.logits`.
-        seed: of the box, a function of it and the iteration.
+        seed: the box is a function of the seed and the iteration.
 
     Raises:
-        ValueError: when an argument is out of its range, or a batch has not the rows to mix.
+        ValueError: if an argument is out of range, or a batch lacks the rows to mix.
 
     Example::
 
@@ -74,7 +77,7 @@ class BidirectionalCopyPaste:
         ema_student: EMAStudent,
         loss: Callable[[Tensor, Tensor], Tensor],
         pretraining: int = 10000,
-        weight: float = 0.5,
+        weight: Weight = 0.5,
         box_fraction: float = 2 / 3,
         ignore_index: int = 255,
         ema_mode: str = "eval",
@@ -104,30 +107,31 @@ class BidirectionalCopyPaste:
         output, batch = engine.state.output, engine.state.batch
         if PSEUDO_LABEL not in batch:
             return
-        term = self.weight * self.loss(output[Keys.PRED], batch[PSEUDO_LABEL]).mean()
+        weight = weight_at(self.weight, engine.state.iteration)
+        term = weight * self.loss(output[Keys.PRED], batch[PSEUDO_LABEL]).mean()
         output[Keys.LOSS] = output[Keys.LOSS] + term
         output["pseudo_label_loss"] = term.detach()
 
     @torch.no_grad()
     def replace_batch(self, engine: Engine) -> None:
-        """Put mixed rows into ``engine.state.batch``."""
+        """Replace ``engine.state.batch`` by mixed rows."""
         batch, iteration = engine.state.batch, engine.state.iteration
         if not isinstance(batch, Mapping) or Keys.LABEL not in batch:
-            raise KnowSAMValueError("`batch` must be a dictionary with `image` and `label` for copy-paste but is not.")
+            raise KnowSAMValueError("`batch` must be a dictionary with `image` and `label` but is not.")
         image, label = (
             without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
             for key in (Keys.IMAGE, Keys.LABEL)
         )
         box_mask = self.box_mask(image, iteration)
         if iteration <= self.pretraining + 1:
-            self.ema_student.restart()  # the average begins when pre-training ends, with the student as it is then
+            self.ema_student.restart()  # the average starts from the student at the end of pre-training
         if iteration <= self.pretraining:
             engine.state.batch = self.mix_labeled(image, label, box_mask)
             return
         self.ema_student.follow()
         num_pairs = min(len(label), len(image) - len(label))
         if num_pairs == 0:
-            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labeled and unlabeled rows but has only one kind.")
         unlabeled_image = image[len(label) :][:num_pairs]
         pseudo_label = self.pseudo_label(self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer))
         engine.state.batch = self.mix(
@@ -135,11 +139,11 @@ class BidirectionalCopyPaste:
         )
 
     def mix_labeled(self, image: Tensor, label: Tensor, box_mask: Tensor) -> dict[str, Tensor]:
-        """Each of the first half of the labelled rows in the box, one of the second half outside of it."""
+        """Mix labeled rows: the first half of them inside the box, the second half outside."""
         half = len(label) // 2
         if half == 0:
             raise KnowSAMValueError(
-                f"`label` must have 2 rows or more in pre-training, to mix them, but has {len(label)}."
+                f"`label` must have 2 rows or more in pre-training but has {len(label)}; pre-training mixes them."
             )
         first, second = slice(half), slice(half, 2 * half)
         return {
@@ -150,14 +154,14 @@ class BidirectionalCopyPaste:
         self, labeled: tuple[Tensor, Tensor], unlabeled: tuple[Tensor, Tensor], box_mask: Tensor
     ) -> dict[str, Tensor]:
         """
-        Mix P labelled rows with as many unlabelled ones.
+        Mix P labeled rows with P unlabeled ones.
 
         Args:
             labeled: image (P, channels, *spatial) and label (P, 1, *spatial).
             unlabeled: image and pseudo-label of the same shapes. box_mask: (1, 1, *spatial), bool.
 
         Returns:
-            Image, label and pseudo-label of P rows; in the first (P + 1) // 2 the box is unlabelled.
+            Image, label and pseudo-label of P rows; in the first (P + 1) // 2 rows the box is unlabeled.
         """
         (image, label), (unlabeled_image, pseudo_label) = labeled, unlabeled
         box_is_unlabeled = torch.arange(len(image), device=image.device) < (len(image) + 1) // 2
@@ -170,14 +174,14 @@ class BidirectionalCopyPaste:
         }
 
     def pseudo_label(self, logits: Tensor) -> Tensor:
-        """Argmax with the largest component of each foreground class, (B, 1, *spatial), for logits (B, C, *spatial)."""
+        """The argmax of logits (B, C, *spatial), with only the largest component of each class, (B, 1, *spatial)."""
         num_classes = max(logits.shape[1], 2)
         labels = logits > 0 if logits.shape[1] == 1 else logits.max(1, keepdim=True).indices
         keep = KeepLargestConnectedComponent(applied_labels=range(1, num_classes), is_onehot=False)
         return torch.stack([torch.as_tensor(keep(row)) for row in labels.to(torch.uint8)])
 
     def box_mask(self, image: Tensor, iteration: int) -> Tensor:
-        """The box of an iteration, (1, 1, *spatial), bool."""
+        """The box of an iteration, a bool mask (1, 1, *spatial)."""
         draw = random.Random(derive_seed(self.seed, iteration))
         mask = torch.zeros((1, 1, *image.shape[2:]), dtype=torch.bool, device=image.device)
         box = mask

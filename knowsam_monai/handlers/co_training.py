@@ -1,44 +1,48 @@
+"""Co-training of two views, also known as Cross Pseudo Supervision (CPS)."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import unstack_views
 
 
 class MultiViewCoTraining:
     """
-    Two sub-networks of a multi-view student teach each other, and are asked to be sure.
+    Two sub-networks of a multi-view student teach each other; an entropy term makes both more confident.
 
     .. math:: L + \\lambda_m(t) L_{mut} + w_{ent} L_{ent}
 
-    `mutual_loss` and `entropy_loss` (weighted, detached) are written into ``engine.state.output``.
+    The handler writes `mutual_loss` and `entropy_loss`, weighted and detached, into ``engine.state.output``.
 
-    On :class:`knowsam_monai.networks.StackedNetworks` of two networks, with hard targets, ``views=(0, 1)`` and
-    ``entropy_weight=0``, this is Cross Pseudo Supervision (CPS). The public ACDC code of CPS (SSL4MIS) has unlabelled
-    rows alone and a weight of ``SigmoidRampUp(max_iterations, max=0.1)``.
+    With :class:`knowsam_monai.networks.StackedNetworks` of two networks, hard targets, ``views=(0, 1)`` and
+    ``entropy_weight=0``, this is Cross Pseudo Supervision (CPS). The public ACDC code of CPS (SSL4MIS) uses the
+    unlabeled rows only and the weight ``SigmoidRampUp(max_iterations, max=0.1)``.
 
     Args:
         mutual_weight: lambda_m, a number or a function of the iteration such as
             :class:`knowsam_monai.losses.SigmoidRampUp`. The paper (eq. 14):
             exp(-5 (1 - t/t_max)^2). 0 switches the term off.
-        entropy_weight: of the entropy term, in units of log C; the paper: 0.9. 0 switches it off.
-        target: "hard" (the paper, which follows CPS) or "soft" (the authors' code).
+        entropy_weight: w_ent, a number or a function of the iteration, for entropies in units of log C; the paper: 0.9.
+            0 switches the term off.
+        target: "hard" (the paper, as in CPS) or "soft" (the authors' code).
         views: which two views learn from each other; (1, 2) are U-Net and V-Net.
-        rows: of the mutual loss, "all" (both papers) or "unlabeled".
+        rows: rows in the mutual loss, "all" (both papers) or "unlabeled".
 
     Shape:
-        pred: (B, V, C, *spatial), views stacked at dim 1.
+        pred: (B, V, C, *spatial), views stacked along dimension 1.
 
     Raises:
-        ValueError: when an argument is none of these; at the first step when the student has no such views, or the
-            batch no unlabelled rows where they are asked for.
+        ValueError: if an argument is not as described; at the first step if the student lacks these views, or if
+            `rows` is "unlabeled" and the batch has no unlabeled rows.
 
     Example::
 
@@ -50,16 +54,15 @@ class MultiViewCoTraining:
 
     def __init__(
         self,
-        mutual_weight: float | Callable[[int], float] = 1.0,
-        entropy_weight: float = 0.9,
+        mutual_weight: Weight = 1.0,
+        entropy_weight: Weight = 0.9,
         target: str = "hard",
         views: Sequence[int] = (1, 2),
         rows: str = "all",
     ) -> None:
         if len(views) != 2:
             raise KnowSAMValueError(f"`views` must name two views but is {views}.")
-        if rows not in ("all", "unlabeled"):
-            raise KnowSAMValueError(f'`rows` must be "all" or "unlabeled" but is {rows!r}.')
+        check_choice("rows", rows, ("all", "unlabeled"))
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight
         self.views = tuple(views)
@@ -81,15 +84,15 @@ class MultiViewCoTraining:
                 "student such as MultiViewNet or StackedNetworks."
             )
         first, second = (views[v] for v in self.views)
-        mutual_weight = (
-            self.mutual_weight(engine.state.iteration) if callable(self.mutual_weight) else self.mutual_weight
+        mutual_weight, entropy_weight = (
+            weight_at(weight, engine.state.iteration) for weight in (self.mutual_weight, self.entropy_weight)
         )
         terms = {}
         if mutual_weight:
             rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
             terms["mutual_loss"] = mutual_weight * self.mutual_loss(first[rows], second[rows])
-        if self.entropy_weight:
-            terms["entropy_loss"] = self.entropy_weight * (self.entropy_loss(first) + self.entropy_loss(second))
+        if entropy_weight:
+            terms["entropy_loss"] = entropy_weight * (self.entropy_loss(first) + self.entropy_loss(second))
         for name, term in terms.items():
             output[Keys.LOSS] = output[Keys.LOSS] + term
             output[name] = term.detach()

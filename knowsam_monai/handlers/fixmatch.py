@@ -1,6 +1,6 @@
-from __future__ import annotations
+"""FixMatch."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
@@ -11,6 +11,7 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import PseudoLabelLoss
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import unstack_views, without_meta
 from knowsam_monai.wrappers import plain_network
 
@@ -19,26 +20,27 @@ IMAGE_STRONG = "image_strong"
 
 class FixMatch:
     """
-    FixMatch for segmentation: the student's sure labels of an image teach it on the same image, strongly augmented.
+    FixMatch for segmentation: confident pseudo-labels of an image supervise its strongly augmented version.
 
     .. math::
         L + \\frac{w(t)}{N} \\sum_i [\\max_c q_{ic} \\ge \\tau] \\, CE(f_\\theta(x_{strong})_i, \\arg\\max_c q_{ic}),
         \\qquad q = \\text{stopgrad softmax} f_\\theta(x)
 
-    The sum runs over the pixels of the unlabelled rows; unsure ones are ignored (SSL4MIS makes them background). q is
-    the prediction that the trainer has made already, in train mode; the strong images are one more forward, of the
-    unlabelled rows alone. ``engine.state.batch["image_strong"]`` has the geometry of `image`, only intensities differ,
-    for all rows or for the unlabelled ones. `pseudo_label_loss` (weighted) and `sure_fraction` (of the pixels) are
-    written, detached, into ``engine.state.output``. Of a multi-view student view 0 teaches and learns.
+    The sum runs over the pixels of the unlabeled rows. Pixels below the threshold are ignored (in SSL4MIS they become
+    background). q is the trainer's own prediction, in train mode. The strong images take one more forward pass, of the
+    unlabeled rows only. ``engine.state.batch["image_strong"]`` holds them, for all rows or for the unlabeled ones; they
+    differ from `image` in intensity only, not in geometry. The handler writes `pseudo_label_loss` (weighted) and
+    `sure_fraction` (of the pixels), detached, into ``engine.state.output``. In a multi-view student, view 0 teaches and
+    learns.
 
     Args:
-        weight: w, a number or a function of the iteration; the paper has 1.
-        threshold: tau, 0..1; the paper has 0.95.
+        weight: w, a number or a function of the iteration; the paper uses 1.
+        threshold: tau, 0..1; the paper uses 0.95.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning.
-        average: what N counts, "all" pixels (the paper) or the "sure" ones.
+        average: which pixels N counts, "all" (the paper) or the confident ones ("sure").
 
     Raises:
-        ValueError: when an argument is none of these, or a batch has no unlabelled rows or no such `image_strong`.
+        ValueError: if an argument is not as described, or a batch lacks unlabeled rows or a matching `image_strong`.
 
     Example::
 
@@ -49,7 +51,7 @@ class FixMatch:
 
     def __init__(
         self,
-        weight: float | Callable[[int], float] = 1.0,
+        weight: Weight = 1.0,
         threshold: float = 0.95,
         start: int = 0,
         average: str = "all",
@@ -65,16 +67,16 @@ class FixMatch:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, iteration)
         has_term = iteration >= self.start and bool(weight)
         if not has_term and iteration > 1:
             return
         rows = unlabeled_rows(output)
         image = self.strong_image(engine, rows)
-        if not has_term:  # the first step, which misses strong images long before they are wanted
+        if not has_term:  # the first step only checks that the batch has strong images
             return
         weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
-        # DistributedDataParallel reckons with one forward a backward; its hooks see the sum of both
+        # DistributedDataParallel expects one forward per backward; its hooks see the sum of both
         network = plain_network(engine.network) if ranks.is_distributed() else engine.network
         strong_logits = unstack_views(engine.inferer(image, network), image)[0]
         term = weight * self.loss(strong_logits, weak_logits)
@@ -83,7 +85,7 @@ class FixMatch:
         output["sure_fraction"] = self.loss.pseudo_label(weak_logits)[1].float().mean()
 
     def strong_image(self, engine: Engine, rows: slice) -> Tensor:
-        """The strongly augmented unlabelled rows, (B_u, channels, *spatial), on the trainer's device."""
+        """The strongly augmented images of the unlabeled rows, (B_u, channels, *spatial), on the trainer's device."""
         image, batch = without_meta(engine.state.output[Keys.IMAGE]), engine.state.batch
         strong = batch.get(IMAGE_STRONG) if isinstance(batch, dict) else None
         if strong is None:
@@ -95,7 +97,7 @@ class FixMatch:
         strong = strong[rows] if len(strong) == len(image) else strong
         if strong.shape != image[rows].shape:
             raise KnowSAMValueError(
-                f"`{IMAGE_STRONG}` must be of the shape {tuple(image[rows].shape)} of the unlabelled images but is "
-                f"{tuple(strong.shape)}; leave its geometry as it is, strong augmentation changes intensities alone."
+                f"`{IMAGE_STRONG}` must have the shape {tuple(image[rows].shape)} of the unlabeled images but has "
+                f"{tuple(strong.shape)}; let strong augmentation change intensities only."
             )
         return strong

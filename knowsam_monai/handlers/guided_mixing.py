@@ -1,3 +1,5 @@
+"""Uncertainty-guided data augmentation (UGDA), which mixes labeled and unlabeled images."""
+
 from __future__ import annotations
 
 import math
@@ -11,38 +13,40 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_supervision
 from knowsam_monai.losses import entropy_map
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 
 class UncertaintyGuidedMixing:
     """
-    Uncertainty-guided data augmentation (UGDA): train on labelled and unlabelled images mixed where one is unsure.
+    Uncertainty-guided data augmentation (UGDA): train on labeled and unlabeled images mixed where one is uncertain.
 
-    The entropy map of the student is averaged over a grid of cells. In each pair of a labelled and an unlabelled row
-    the most uncertain cells of the unlabelled image are overwritten by labelled content, and the most uncertain cells
-    of the labelled image by unlabelled content; labels follow: truth, or the pseudo-label. The mixed images are a
-    second forward with a backward of its own, so that one graph lives at a time; the gradients add up to the same.
-    Row i is paired with row i: the loader has shuffled both streams. `mixing_loss` goes into ``engine.state.output``.
+    The student's entropy map is averaged over a grid of cells. In each pair of a labeled and an unlabeled row, labeled
+    content replaces the most uncertain cells of the unlabeled image, and unlabeled content the most uncertain cells of
+    the labeled image. The labels are mixed alike, from true labels and pseudo-labels. The mixed images take a second
+    forward and backward pass, so only one graph exists at a time; the sum of the gradients is the same. The i-th
+    labeled row is paired with the i-th unlabeled row, since the loader shuffles both. The handler writes `mixing_loss`,
+    weighted and detached, into ``engine.state.output``.
 
     Args:
-        loss: ``f(pred, label)`` on the mixed rows, the trainer's supervised loss as a rule.
+        loss: ``f(pred, label)`` on the mixed rows, usually the trainer's supervised loss.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning; the authors'
             code: 12,000 of 50,000.
-        weight: factor of the loss.
-        grid_size: cells along each spatial axis, one number for all axes or one for each; 4.
-        num_cells: cells overwritten in each image; 5 of the 16. In 3D, 20 of the 64 are the same share.
-        pseudo_label: "teacher" (SAM's argmax, the paper; the student's where no teacher runs) or "student". A gated
-            teacher has as much of a say as its gate gives it: the argmax of g p_sam + (1 - g) p_student; where its
-            output is not finite it has none. A teacher that sees some slices of a volume only
-            (``SliceTeacher(slices=k)``) labels none: there it is "student".
-        view: the view whose entropy guides and, without a teacher, whose argmax labels; 0, the fused one.
+        weight: factor of the loss, a number or a function of the iteration; 0 switches the term off.
+        grid_size: cells along each spatial axis, one number for all axes or one for each.
+        num_cells: cells replaced in each image, 5 of 16; the same share in 3D is 20 of 64.
+        pseudo_label: "teacher" (SAM's argmax, the paper) or "student". With a gate g, "teacher" is the argmax of
+            g p_sam + (1 - g) p_student, and of p_student where SAM's output is NaN. Without a teacher, or with one that
+            draws slices (``SliceTeacher(slices=k)``) and so has no logits of whole volumes, it means "student".
+        view: the view whose entropy selects the cells and whose argmax is the student's pseudo-label; 0 is the fused
+            view.
 
     Raises:
-        ValueError: when `num_cells` is not below the number of cells, `grid_size` has not one number for each axis of
-            the image (both at the first step), or `pseudo_label` is unknown.
+        ValueError: if `num_cells` is not below the number of cells, `pseudo_label` is unknown, or (at the first step)
+            `grid_size` does not have one number for each axis of the image.
 
     Example::
 
@@ -57,7 +61,7 @@ class UncertaintyGuidedMixing:
         self,
         loss: Callable[[Tensor, Tensor], Tensor],
         start: int = 0,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         grid_size: int | Sequence[int] = 4,
         num_cells: int = 5,
         pseudo_label: str = "teacher",
@@ -65,8 +69,7 @@ class UncertaintyGuidedMixing:
     ) -> None:
         grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
-        if pseudo_label not in ("teacher", "student"):
-            raise KnowSAMValueError(f'`pseudo_label` must be "teacher" or "student" but is {pseudo_label!r}.')
+        check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
         self.loss = loss
         self.start = start
         self.weight = weight
@@ -83,8 +86,9 @@ class UncertaintyGuidedMixing:
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
-        self.grid(image)  # a grid that does not fit is an error now and not thousands of steps later
-        if engine.state.iteration < self.start:
+        self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
+        weight = weight_at(self.weight, engine.state.iteration)
+        if engine.state.iteration < self.start or not weight:
             return
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
@@ -92,7 +96,7 @@ class UncertaintyGuidedMixing:
         if self.pseudo_label == "teacher" and "teacher_logits" in output:
             pseudo_logits = gated(output["teacher_logits"], logits, output.get("gate_weight", logits.new_ones(())))
         mixed_image, mixed_label = self.mix(image, label, logits, pseudo_logits)
-        # the first graph is spent: let go of it before the second is built
+        # free the first graph before the second one is built
         output[Keys.PRED] = output[Keys.PRED].detach()
         output[Keys.LOSS] = output[Keys.LOSS].detach()
 
@@ -100,7 +104,7 @@ class UncertaintyGuidedMixing:
         autocast = nullcontext() if scaler is None else torch.autocast("cuda", **engine.amp_kwargs)
         with autocast:
             pred = engine.inferer(mixed_image, engine.network)
-            loss = self.weight * self.loss(pred, mixed_label).mean()
+            loss = weight * self.loss(pred, mixed_label).mean()
         output["mixing_loss"] = loss.detach()
         loss = loss / engine.accumulation_steps
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -108,21 +112,23 @@ class UncertaintyGuidedMixing:
     @torch.no_grad()
     def mix(self, image: Tensor, label: Tensor, logits: Tensor, pseudo_logits: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Mix rows i and B_l + i, for as many pairs P as both kinds have.
+        Mix rows i and B_l + i, for P = min(B_l, B - B_l) pairs.
 
         Args:
-            image: (B, channels, *spatial), labelled rows first. label: (B_l, 1, *spatial).
-            logits: (B, C, *spatial), whose entropy guides. pseudo_logits: (B, C, *spatial), whose argmax labels.
+            image: (B, channels, *spatial), labeled rows first.
+            label: (B_l, 1, *spatial).
+            logits: (B, C, *spatial); their entropy selects the cells.
+            pseudo_logits: (B, C, *spatial); their argmax is the pseudo-label.
 
         Returns:
-            Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabelled ones come first.
+            Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabeled images come first.
         """
         image, label = without_meta(image), without_meta(label)
         logits, pseudo_logits = without_meta(logits), without_meta(pseudo_logits)
         num_labeled = len(label)
         num_pairs = min(num_labeled, len(image) - num_labeled)
         if num_pairs == 0:
-            raise KnowSAMValueError("`image` must have labelled and unlabelled rows to mix but has one kind only.")
+            raise KnowSAMValueError("`image` must have labeled and unlabeled rows but has only one kind.")
         labeled, unlabeled = slice(num_pairs), slice(num_labeled, num_labeled + num_pairs)
         both = (image[labeled], label[labeled])
         if pseudo_logits.shape[1] == 1:
@@ -139,7 +145,7 @@ class UncertaintyGuidedMixing:
         return mixed[0], mixed[1]
 
     def uncertain_mask(self, logits: Tensor) -> Tensor:
-        """Cells of highest mean entropy, (P, 1, *spatial), bool, for logits (P, C, *spatial)."""
+        """The cells of highest mean entropy, a bool mask (P, 1, *spatial), for logits (P, C, *spatial)."""
         spatial, grid = logits.shape[2:], self.grid(logits)
         pool = F.adaptive_avg_pool2d if len(spatial) == 2 else F.adaptive_avg_pool3d
         cells = pool(entropy_map(logits.float()), grid).flatten(1)
@@ -153,7 +159,7 @@ class UncertaintyGuidedMixing:
         if len(grid) != len(spatial) or any(cells > size for cells, size in zip(grid, spatial)):
             raise KnowSAMValueError(
                 f"`grid_size` must be at most the image's size {tuple(spatial)}, one number for each axis, but is "
-                f"{grid}; volumes have three axes, images two."
+                f"{grid}; volumes have three axes, slices two."
             )
         _check_cells(self.num_cells, grid)
         return grid
@@ -162,17 +168,17 @@ class UncertaintyGuidedMixing:
 def _check_cells(num_cells: int, grid: Sequence[int]) -> None:
     if not 0 < num_cells < math.prod(grid):
         raise KnowSAMValueError(
-            f"`num_cells` must be between 1 and {math.prod(grid) - 1}, of a grid of {' x '.join(map(str, grid))} "
+            f"`num_cells` must be between 1 and {math.prod(grid) - 1}, for a grid of {' x '.join(map(str, grid))} "
             f"cells, but is {num_cells}."
         )
 
 
 def gated(teacher_logits: Tensor, student_logits: Tensor, gate_weight: Tensor) -> Tensor:
     """
-    Logits of g p_sam + (1 - g) p_student, (B, C, *spatial), or of its odds for one channel; g is 0-dimensional.
+    Logits of g p_sam + (1 - g) p_student, (B, C, *spatial); its log-odds for one channel. g is 0-dimensional.
 
-    Where g is 0, and at each pixel where the teacher's probabilities are not numbers, they are the student's logits as
-    they are; where g is 1, the teacher's.
+    If g is 0, and at pixels where the teacher is NaN, these are exactly the student's logits; if g is 1, exactly the
+    teacher's.
     """
     teacher, student = class_logits(teacher_logits).log_softmax(1), class_logits(student_logits).log_softmax(1)
     gate_weight = gate_weight.to(teacher.dtype) * ~teacher.isnan().any(1, keepdim=True)

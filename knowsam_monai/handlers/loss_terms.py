@@ -1,14 +1,18 @@
+"""Average the loss terms of a run, and stop it if one is not finite."""
+
 from __future__ import annotations
+
+import math
 
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMRuntimeError, check_counts
 
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
-    """The 0-dimensional entries of an iteration's output: every loss term, weight and Dice under its own name.
+    """The 0-dimensional entries of an iteration's output by name: loss terms, weights and Dice values.
 
     Args:
         output: ``engine.state.output`` of a trainer with ``decollate=False``.
@@ -23,18 +27,18 @@ def scalar_terms(output: dict) -> dict[str, Tensor]:
 
 class LossTerms:
     """
-    Average every term of the loss over `log_interval` steps, and stop the run when one is not finite.
+    Average every term of the loss over `log_interval` steps, and stop the run if a term is not finite.
 
-    Terms are the 0-dimensional entries of ``engine.state.output``. They are summed on the device and read once every
-    `log_interval` iterations and at the end of each epoch, so no step waits for the device. The averages are
-    ``engine.state.terms``. Attach it before whatever writes a checkpoint at the end of an epoch: then none is written
-    with a term unread. GradScaler's overflows are no business of this handler: it reads terms, never scaled gradients.
+    Terms are the 0-dimensional entries of ``engine.state.output``. They are summed on the device and read every
+    `log_interval` iterations and at the end of each epoch, so most steps do not wait for the device. The averages are
+    in ``engine.state.terms``. Attach this handler before any that writes checkpoints at the end of an epoch, so that
+    all terms are checked first. Overflows that GradScaler handles are not errors here, since terms are unscaled.
 
     Args:
-        log_interval: iterations between two readings.
+        log_interval: number of iterations between reads.
 
     Raises:
-        RuntimeError: naming the terms that are not finite and the iterations among which they arose.
+        RuntimeError: if a term is not finite; names the terms and the range of iterations.
 
     Example::
 
@@ -42,8 +46,7 @@ class LossTerms:
     """
 
     def __init__(self, log_interval: int = 50) -> None:
-        if log_interval < 1:
-            raise KnowSAMValueError(f"`log_interval` must be at least 1 iteration but is {log_interval}.")
+        check_counts(log_interval=log_interval)
         self.log_interval = log_interval
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -62,7 +65,7 @@ class LossTerms:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self, engine: Engine) -> None:
-        """Bring the sums to the host, check them, and start again."""
+        """Read the sums from the device, check them, and reset them."""
         if not self._sums:
             return
         names = list(self._sums)
@@ -70,12 +73,10 @@ class LossTerms:
         first, last = self._first, engine.state.iteration
         means = {name: value / self._counts[name] for name, value in zip(names, values)}
         self._sums, self._counts, self._first = {}, {}, last + 1
-        bad = [
-            name for name, value in means.items() if name.endswith("loss") and not torch.isfinite(torch.tensor(value))
-        ]
+        bad = [name for name, value in means.items() if name.endswith("loss") and not math.isfinite(value)]
         if bad:
             raise KnowSAMRuntimeError(
-                f"Every loss term must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "
-                "lower the learning rate or that term's weight, or set amp to False. No checkpoint was written since."
+                f"Loss terms must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "
+                "lower the learning rate or the weight of the term, or set amp to False."
             )
         engine.state.terms = means

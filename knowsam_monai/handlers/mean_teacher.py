@@ -1,14 +1,15 @@
-from __future__ import annotations
+"""Mean Teacher."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import check_choice
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import SoftmaxMSELoss
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.tensors import unstack_views, without_meta
@@ -16,34 +17,33 @@ from knowsam_monai.tensors import unstack_views, without_meta
 
 class MeanTeacher:
     """
-    Mean Teacher: the student agrees with the average of its own past, which sees a noisy image.
+    Mean Teacher: the student learns to agree with the average of its past weights, which sees a noisy image.
 
     .. math:: L + w(t) \\cdot \\text{mean} (\\text{softmax} f_\\theta(x) - \\text{softmax} f_{\\theta'}(x + \\eta))^2
 
-    x are the unlabelled rows. `consistency_loss` (weighted, detached) is written into ``engine.state.output``. Of a
-    multi-view student view 0 is compared.
+    x are the unlabeled rows. The handler writes `consistency_loss`, weighted and detached, into
+    ``engine.state.output``. Only view 0 of a multi-view student takes part.
 
-    The defaults are those of SSL4MIS, the public benchmark's code, on ACDC, but for the ramp of `weight`, which wants
-    the run's length. Where it and the paper differ: the paper asks for agreement on the labelled rows too
-    (``rows="all"``) and raises alpha to 0.999 after its ramp-up; SSL4MIS on the unlabelled rows alone. Both run the
-    averaged student in train mode, where batch normalisation takes the statistics of the batch (``ema_mode="train"``);
-    the default keeps its dropout and takes the running statistics. SSL4MIS raises the weight once in 150 iterations,
-    here it rises with each.
+    The defaults are those of SSL4MIS, the public benchmark code, on ACDC, except for the ramp-up of `weight`, which
+    needs the length of the run. The paper includes the labeled rows (``rows="all"``) and raises alpha to 0.999 after
+    its ramp-up; SSL4MIS uses the unlabeled rows only. Both run the averaged student in train mode, in which batch
+    normalization uses the statistics of the batch (``ema_mode="train"``); the default here uses dropout with the
+    running statistics. SSL4MIS raises the weight every 150 iterations; here it rises at every iteration.
 
     Args:
-        ema_student: the averaged student; it is attached with the handler.
+        ema_student: the averaged student; the handler attaches it too.
         weight: w, a number or a function of the iteration. SSL4MIS: ``SigmoidRampUp(max_iterations, max=0.1)``.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The default is
-            SSL4MIS's 1,000 of 30,000, whose first term is one iteration later. Averaging starts at once.
+            that of SSL4MIS, 1,000 of 30,000 (its first term comes one iteration later). Averaging starts at once.
         rows: "unlabeled" or "all".
         ema_mode: "dropout", "eval" (no dropout) or "train", see
             :meth:`~knowsam_monai.networks.EMAStudent.logits`.
-        noise_std: deviation of the noise eta, for images in 0..1.
-        noise_clip: largest noise.
-        seed: of noise and dropout, which are functions of it and the iteration.
+        noise_std: standard deviation of the noise eta, for images in 0..1.
+        noise_clip: the noise is clipped to +- this value.
+        seed: noise and dropout are functions of the seed and the iteration.
 
     Raises:
-        ValueError: when `rows`, `ema_mode` or the noise is none of these, or a batch has no unlabelled rows.
+        ValueError: if `rows`, `ema_mode` or the noise is not as described, or a batch has no unlabeled rows.
 
     Example::
 
@@ -56,7 +56,7 @@ class MeanTeacher:
     def __init__(
         self,
         ema_student: EMAStudent,
-        weight: float | Callable[[int], float] = 0.1,
+        weight: Weight = 0.1,
         start: int = 1000,
         rows: str = "unlabeled",
         ema_mode: str = "dropout",
@@ -64,8 +64,7 @@ class MeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if rows not in ("unlabeled", "all"):
-            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
+        check_choice("rows", rows, ("unlabeled", "all"))
         self.ema_student = ema_student
         self.weight = weight
         self.start = start
@@ -81,7 +80,7 @@ class MeanTeacher:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, iteration)
         if iteration < self.start or not weight:
             return
         rows = slice(None) if self.rows == "all" else unlabeled_rows(output)

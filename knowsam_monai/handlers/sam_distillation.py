@@ -1,3 +1,5 @@
+"""SAM-induced knowledge distillation (SKD) as a handler."""
+
 from __future__ import annotations
 
 import weakref
@@ -15,49 +17,50 @@ from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMTypeError, check_counts
 from knowsam_monai.handlers.supervision import check_supervision
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
 
 class SAMDistillation:
     """
-    Attach SAM-induced knowledge distillation to a MONAI trainer: ``loss + L_kd + L_sam``, nothing else changes.
+    Add SAM-induced knowledge distillation to a MONAI trainer: the loss becomes ``loss + L_kd + L_sam``.
 
-    Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` are logits, or have them as a part
-    (`logits_of`). The teacher's optimizer follows the trainer's, under AMP and gradient accumulation too. Every step
-    writes `distillation_loss`, `sam_loss` (of a teacher that learns) and `gate_weight` (detached) and `teacher_logits`
-    into ``engine.state.output``, and every `log_interval` steps `teacher_labeled_dice` and `student_labeled_dice`:
-    foreground Dice on the labeled rows, which the teacher learns from and which therefore does not judge it.
+    Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` is logits or contains them
+    (`logits_of`). The teacher's optimizer steps after the trainer's, also under AMP and gradient accumulation. At every
+    step the handler writes `distillation_loss`, `sam_loss` (if the teacher learns), `gate_weight` and `teacher_logits`,
+    all detached, into ``engine.state.output``. Every `log_interval` steps it adds `teacher_labeled_dice` and
+    `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how good the teacher is, since it
+    learns from these rows.
 
-    A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws by the iteration. Terms
-    and Dice are then those of the slices, and there are no `teacher_logits`, which are of whole images or none.
+    A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws them by iteration. The
+    terms and Dice are then those of the slices, and there are no `teacher_logits`.
 
-    A batch with a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`) has that shown to the teacher: the image
-    before its intensities were augmented. A teacher whose encoder is "cached" needs it, and the pipeline is checked
-    when the run starts. A handler that replaces the image must replace or remove `"sam_image"` too.
+    If a batch has a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`), the teacher sees that: the image
+    before intensity augmentation. A teacher with encoder "cached" requires it; the pipeline is checked at the start of
+    the run. A handler that replaces the image must also replace or remove `"sam_image"`.
 
     Args:
-        distiller: the core, with teacher, optimizer and gate.
+        distiller: has the teacher, its optimizer and the gate.
         weight: factor of the distillation loss, a number or a function of ``engine.state.iteration``.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
-            learns from the beginning, whatever it is.
-        labeled_rows: rows whose labels SAM learns from: an int n (the first n), a slice, a callable of the batch that
-            returns one of these, or "all" labels there are. None: the first ``len(label)``, which must not be all
-            rows where the SAM loss has no `ignore_index`.
-        every: the teacher runs at every k-th iteration only, the k-th, the 2k-th and so on. At all others it does
-            no work and neither learns nor teaches. `weight` is not scaled: on average a k-th of it is left, and k times
-            the weight makes up for that.
-        gate_interval: runs of the teacher between two measurements of the "agreement" gate.
-        log_interval: iterations between two logs of the labeled Dice.
-        logits_of: picks the logits, (B, C, *spatial) or stacked views, from what the network returns, as
-            ``operator.itemgetter(0)`` from a tuple; None: they are all of it. The trainer's loss sees all.
+            always learns from the beginning.
+        labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
+            the batch that returns one of these. None: the first ``len(label)``, which must not be all rows unless the
+            SAM loss has an `ignore_index`.
+        every: the teacher runs at every k-th iteration only. At the others it neither learns nor teaches. `weight` is
+            not scaled; k times the weight gives the same average.
+        gate_interval: number of teacher runs between measurements of the "agreement" gate.
+        log_interval: number of iterations between logs of the labeled Dice.
+        logits_of: picks the logits, (B, C, *spatial) or stacked views, from the network's output, for example
+            ``operator.itemgetter(0)``; None: the output is the logits. The trainer's loss gets the whole output.
 
     Raises:
-        ValueError: when an interval is below 1; at a step when the teacher needs a `"sam_image"` that is not there or
-            does not fit, when classes and rows of student, teacher and labels do not agree, or when every row has a
-            label and nobody says that all are labeled; at the start when both optimizers step the same parameters.
-        RuntimeError: at a step when the distiller is attached to a student besides.
+        ValueError: if an interval is below 1; at the start, if both optimizers step the same parameters; at a step, if
+            a required `"sam_image"` is missing or does not fit, if the classes or rows of student, teacher and labels
+            disagree, or if every row has a label but `labeled_rows` is None.
+        RuntimeError: at a step, if the distiller is also attached to a student.
 
     Example::
 
@@ -69,7 +72,7 @@ class SAMDistillation:
     def __init__(
         self,
         distiller: SAMDistiller,
-        weight: float | Callable[[int], float] = 1.0,
+        weight: Weight = 1.0,
         start: int = 0,
         labeled_rows: Rows | Callable[[Any], Rows] = None,
         gate_interval: int = 50,
@@ -77,10 +80,7 @@ class SAMDistillation:
         every: int = 1,
         logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if every < 1:
-            raise KnowSAMValueError(f"`every` must be at least 1 iteration but is {every}; remove SKD to never run it.")
-        if gate_interval < 1 or log_interval < 1:
-            raise KnowSAMValueError("`gate_interval` and `log_interval` must be at least 1 iteration.")
+        check_counts(every=every, gate_interval=gate_interval, log_interval=log_interval)
         self.distiller = distiller
         self.weight = weight
         self.start = start
@@ -99,13 +99,13 @@ class SAMDistillation:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        """Move the teacher to the trainer's device and let it follow the trainer's optimizer."""
+        """Move the distiller to the trainer's device and make its optimizer follow the trainer's."""
         self.completed(engine)
         if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()
         if self.distiller.optimizer is not None:
-            trainer = weakref.proxy(engine)  # its optimizer must not keep it, and thereby the distiller, alive
+            trainer = weakref.proxy(engine)  # its optimizer must not keep trainer and distiller alive
             self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
 
     def completed(self, engine: Engine) -> None:
@@ -124,7 +124,7 @@ class SAMDistillation:
         image = without_meta(output[Keys.IMAGE])
         sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
-        run = iteration // self.every  # of the teacher
+        run = iteration // self.every  # counts the teacher's runs
         if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
             with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
@@ -136,7 +136,7 @@ class SAMDistillation:
                     sam_image=sam_image,
                 )
 
-        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, iteration)
         result = self.distiller(sam_image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()
@@ -145,7 +145,7 @@ class SAMDistillation:
         output["gate_weight"] = self.distiller.gate.weight.clone()
         if result.slices is None:
             output["teacher_logits"] = result.teacher_logits
-        # the first run of the teacher since the last multiple of the interval
+        # the teacher's first run since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
         labeled = labeled_slice(rows, label, len(image))
         if is_logged and label is not None and len(range(len(image))[labeled]) > 0:
@@ -162,7 +162,7 @@ class SAMDistillation:
         logits = pred if self.logits_of is None else self.logits_of(pred)
         if not isinstance(logits, Tensor):
             raise KnowSAMTypeError(
-                f"`pred` must be logits but is a {type(logits).__name__}; pick them with `logits_of`."
+                f"`pred` must be logits but is a {type(logits).__name__}; pick the logits with `logits_of`."
             )
         return logits
 
@@ -170,7 +170,7 @@ class SAMDistillation:
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
     num_classes = logits.shape[1]
     labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
-    if ignore_index is not None:  # background in both is in no foreground class
+    if ignore_index is not None:  # background in both counts for no foreground class
         ignored_mask = label == ignore_index
         labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
     helper = DiceHelper(include_background=False, num_classes=max(num_classes, 2), reduction="mean_batch")

@@ -1,3 +1,5 @@
+"""Checks and rows that the methods share."""
+
 from __future__ import annotations
 
 from ignite.engine import Engine
@@ -9,13 +11,13 @@ from knowsam_monai.losses.supervised import check_loss_takes
 
 def check_supervision(engine: Engine) -> None:
     """
-    Say in one sentence that a bare loss is about to see fewer labels than rows, before it fails on shapes.
+    Raise a clear error if a bare loss is about to get fewer labels than rows.
 
-    Every method that brings unlabelled rows along registers it with ``IterationEvents.FORWARD_COMPLETED``, which a
-    MONAI trainer fires right before its loss.
+    Every method with unlabeled rows registers this check with ``IterationEvents.FORWARD_COMPLETED``, which a MONAI
+    trainer fires right before its loss.
 
     Raises:
-        ValueError: when the batch has unlabelled rows and the trainer's loss is torch's or MONAI's own.
+        ValueError: if the batch has unlabeled rows and the trainer's loss comes from torch or MONAI.
     """
     image, label = engine.state.output[Keys.IMAGE], engine.state.output.get(Keys.LABEL)
     if label is not None:
@@ -24,16 +26,16 @@ def check_supervision(engine: Engine) -> None:
 
 def unlabeled_rows(output: dict) -> slice:
     """
-    The rows of a trainer's output that have no label: those after the labelled ones.
+    The unlabeled rows of a trainer's output, which come after the labeled ones.
 
     Raises:
-        ValueError: when every row has a label, so that a method for unlabelled rows would silently do nothing.
+        ValueError: if every row has a label, so a method for unlabeled rows would silently do nothing.
     """
     num_rows, label = len(output[Keys.IMAGE]), output.get(Keys.LABEL)
     num_labeled = 0 if label is None else len(label)
     if num_labeled >= num_rows:
         raise KnowSAMValueError(
-            f"`image` must have unlabelled rows after the {num_labeled} labelled ones but has {num_rows} rows; give "
-            "unlabelled items no label key, as SemiSupervisedLoader does, or leave this method out."
+            f"`image` must have unlabeled rows after the {num_labeled} labeled ones but has {num_rows} rows; "
+            "leave the label key out of unlabeled items, as SemiSupervisedLoader does, or remove this method."
         )
     return slice(num_labeled, None)

@@ -1,3 +1,5 @@
+"""Validation of the teacher beside the student, for the "validation" gate."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,19 +20,19 @@ TEACHER_PRED = "teacher_pred"
 
 class TeacherValidation:
     """
-    Let the teacher segment the validation volumes too, prompted by the student, and set the "validation" gate.
+    Segment the validation images with the teacher too, prompted by the student, and set the "validation" gate.
 
-    The evaluator's own inferer brings slices or windows to the teacher as it does to the student; a batch with a
-    `"sam_image"` has that shown to the teacher. The teacher's logits
-    are ``engine.state.output["teacher_pred"]``: name that key in the postprocessing beside ``pred``, and in a metric.
+    The evaluator's inferer passes slices or windows to the teacher as it does to the student. If a batch has a
+    `"sam_image"`, the teacher sees that. The handler writes the teacher's logits into
+    ``engine.state.output["teacher_pred"]``: add this key beside ``pred`` to the postprocessing, and to a metric.
 
     Args:
-        distiller: holds the teacher and the gate.
-        student_metric: name of the student's mean Dice among the evaluator's metrics.
-        teacher_metric: name of the teacher's.
+        distiller: has the teacher and the gate.
+        student_metric: name of the evaluator's metric for the student's mean Dice.
+        teacher_metric: name of the metric for the teacher's mean Dice.
 
     Raises:
-        ValueError: after the validation, when the evaluator has no metric of these names.
+        ValueError: after the validation, if the evaluator lacks one of these metrics.
 
     Example::
 
@@ -72,13 +74,13 @@ class TeacherValidation:
         engine.state.output[TEACHER_PRED] = engine.inferer(torch.cat([image, pred], dim=1), teacher)
 
     def completed(self, engine: Engine) -> None:
-        """Hand both Dice values to the gate."""
+        """Update the gate with both Dice values."""
         metrics = engine.state.metrics
         missing = [name for name in (self.student_metric, self.teacher_metric) if name not in metrics]
         if missing:
             raise KnowSAMValueError(
                 f"`student_metric` and `teacher_metric` must be metrics of the evaluator but {missing[0]!r} is not one "
-                f"of {', '.join(metrics)}; add a MeanDice of that name."
+                f"of {', '.join(metrics)}; add a MeanDice with that name."
             )
         if self.distiller.gate.mode == "validation":
             self.distiller.gate.update(metrics[self.student_metric], metrics[self.teacher_metric])

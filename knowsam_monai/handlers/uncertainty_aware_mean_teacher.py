@@ -1,16 +1,18 @@
+"""Uncertainty-aware Mean Teacher (UA-MT)."""
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import check_choice, check_counts
 from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
 from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
@@ -18,7 +20,7 @@ from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 class UncertaintyAwareMeanTeacher:
     """
-    UA-MT: Mean Teacher on the pixels of which the averaged student is certain.
+    UA-MT: Mean Teacher on the pixels where the averaged student is certain.
 
     .. math::
         \\bar p = \\frac1T \\sum_{k=1}^{T} \\text{softmax} f_{\\theta'}(x + \\eta_k), \\qquad
@@ -28,33 +30,33 @@ class UncertaintyAwareMeanTeacher:
         L + w(t) \\frac{\\sum m \\sum_c (p_c - q_c)^2}{C \\sum m}, \\qquad
         q = \\text{softmax} f_{\\theta'}(x + \\eta_0)
 
-    p is the student's prediction, q one further noisy pass, not the mean. x are the unlabelled rows. With no pixel
-    certain the term is 0. `consistency_loss` (weighted) and `certain_fraction` (of the pixels) are written, detached,
-    into ``engine.state.output``. Of a multi-view student view 0 is compared.
+    p is the student's prediction; q is one more noisy pass, not the mean. x are the unlabeled rows. If no pixel is
+    certain, the term is 0. The handler writes `consistency_loss` (weighted) and `certain_fraction` (of the pixels),
+    detached, into ``engine.state.output``. Only view 0 of a multi-view student takes part.
 
-    Where the public code (SSL4MIS, ACDC) differs: log 2 and 2 in place of log C and C whatever C is
-    (``num_classes=2``), and the averaged student in train mode, with the batch's statistics (``ema_mode="train"``).
-    The paper sums over all rows (``rows="all"``), the code over the unlabelled ones, which is the default here. The
-    code has no delay, unlike its Mean Teacher.
+    The public code (SSL4MIS, ACDC) always has log 2 and 2 in place of log C and C (``num_classes=2``), and runs the
+    averaged student in train mode, with the statistics of the batch (``ema_mode="train"``). The paper sums over all
+    rows (``rows="all"``); the code, and the default here, over the unlabeled ones. Unlike its Mean Teacher, the code
+    starts the term at once.
 
     Args:
-        ema_student: the averaged student; it is attached with the handler.
+        ema_student: the averaged student; the handler attaches it too.
         max_iterations: t_max, the length of the run.
         weight: w, a number or a function of the iteration. SSL4MIS: ``SigmoidRampUp(max_iterations, max=0.1)``.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. Averaging starts
             at once.
         num_passes: T, 1 or more.
-        passes_at_once: how many of the T + 1 passes run as one batch; None: all. Fewer need less memory.
-        num_classes: C of threshold and divisor; None: the student's.
+        passes_at_once: number of the T + 1 passes that run as one batch; None: all. Fewer need less memory.
+        num_classes: C in threshold and divisor; None: the student's.
         rows: "unlabeled" or "all".
-        ema_mode: "dropout" (normalisation keeps its running statistics), "eval" or "train", see
+        ema_mode: "dropout" (normalization uses its running statistics), "eval" or "train", see
             :meth:`knowsam_monai.networks.EMAStudent.logits`.
-        noise_std: deviation of the noise eta, for images in 0..1.
-        noise_clip: largest noise.
-        seed: of noise and dropout, which are functions of it and the iteration.
+        noise_std: standard deviation of the noise eta, for images in 0..1.
+        noise_clip: the noise is clipped to +- this value.
+        seed: noise and dropout are functions of the seed and the iteration.
 
     Raises:
-        ValueError: when an argument is none of these, or a batch has no unlabelled rows.
+        ValueError: if an argument is not as described, or a batch has no unlabeled rows.
 
     Example::
 
@@ -69,7 +71,7 @@ class UncertaintyAwareMeanTeacher:
         self,
         ema_student: EMAStudent,
         max_iterations: int,
-        weight: float | Callable[[int], float] = 0.1,
+        weight: Weight = 0.1,
         start: int = 0,
         num_passes: int = 8,
         passes_at_once: int | None = None,
@@ -80,10 +82,8 @@ class UncertaintyAwareMeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if rows not in ("unlabeled", "all"):
-            raise KnowSAMValueError(f'`rows` must be "unlabeled" or "all" but is {rows!r}.')
-        if num_passes < 1:
-            raise KnowSAMValueError(f"`num_passes` must be at least 1 but is {num_passes}; the paper has 8.")
+        check_choice("rows", rows, ("unlabeled", "all"))
+        check_counts(num_passes=num_passes)
         self.ema_student = ema_student
         self.weight = weight
         self.start = start
@@ -102,7 +102,7 @@ class UncertaintyAwareMeanTeacher:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        weight = self.weight(iteration) if callable(self.weight) else self.weight
+        weight = weight_at(self.weight, iteration)
         if iteration < self.start or not weight:
             return
         rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
@@ -116,8 +116,8 @@ class UncertaintyAwareMeanTeacher:
         output["certain_fraction"] = certain_mask.float().mean()
 
     def certain_mask(self, logits: Tensor, iteration: int) -> Tensor:
-        """Where the mean of T passes is certain, bool (B, 1, *spatial), for logits (T, B, C, *spatial)."""
+        """Where the mean of T passes is certain, a bool mask (B, 1, *spatial), for logits (T, B, C, *spatial)."""
         log_probs = class_logits(logits.flatten(0, 1)).log_softmax(dim=1).unflatten(0, logits.shape[:2])
-        uncertainty_map = entropy_map(log_probs.logsumexp(dim=0))  # of the mean probabilities: a factor T is no matter
+        uncertainty_map = entropy_map(log_probs.logsumexp(dim=0))  # softmax removes the factor T of the mean
         num_classes = log_probs.shape[2] if self.num_classes is None else self.num_classes
         return uncertainty_map < (0.75 + 0.25 * self.ramp_up(iteration)) * math.log(num_classes)

@@ -6,26 +6,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
 
 class MutualConsistencyLoss(nn.Module):
     """Cross-entropy of each network against the other's prediction, which gets no gradient.
 
-    ``L_mut = CE(A, stopgrad of B) + CE(B, stopgrad of A)``, over all classes, mean over all pixels and rows. The target
-    is the other's argmax (``"hard"``: the paper, which follows Cross Pseudo Supervision) or its probabilities
-    (``"soft"``: the authors' code).
+    ``L_mut = CE(A, stopgrad(B)) + CE(B, stopgrad(A))``, averaged over all pixels and rows. The target is the other
+    network's argmax (``"hard"``, as in the paper, which follows Cross Pseudo Supervision) or its probabilities
+    (``"soft"``, as in the authors' code).
 
     Args:
         target: ``"hard"`` or ``"soft"``.
 
     Shape:
-        - logits_a, logits_b: (B, C, *spatial); one channel is taken as a sigmoid network
-        - output: scalar, float32 at least
+        - logits_a, logits_b: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
+        - output: scalar, at least float32
 
     Raises:
-        ValueError: when ``target`` is neither, or the shapes differ.
+        ValueError: if ``target`` is unknown or the shapes differ.
 
     Example::
 
@@ -39,15 +39,14 @@ class MutualConsistencyLoss(nn.Module):
 
     def __init__(self, target: str = "hard") -> None:
         super().__init__()
-        if target not in ("hard", "soft"):
-            raise KnowSAMValueError(f'`target` must be "hard" or "soft" but is {target!r}. "hard" is the paper\'s.')
+        check_choice("target", target, ("hard", "soft"))
         self.target = target
 
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
         if logits_a.shape != logits_b.shape:
             raise KnowSAMValueError(
-                f"`logits_b` must be of the shape of `logits_a`, {tuple(logits_a.shape)}, but is "
-                f"{tuple(logits_b.shape)}. Mutual consistency needs two views of the same rows."
+                f"`logits_b` must have the shape of `logits_a`, {tuple(logits_a.shape)}, but has "
+                f"{tuple(logits_b.shape)}; mutual consistency needs two views of the same rows."
             )
         log_a, log_b = (class_logits(logits).log_softmax(dim=1) for logits in (logits_a, logits_b))
         return self._cross_entropy(log_a, log_b.detach()) + self._cross_entropy(log_b, log_a.detach())

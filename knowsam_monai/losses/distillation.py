@@ -15,25 +15,25 @@ class DistillationLoss(nn.Module):
     """Kullback-Leibler divergence of the softened student from the softened teacher.
 
     ``L_kd = T^2 * mean(sum_c p_c (log p_c - log q_c))`` with ``p = softmax(teacher / T)`` and ``q = softmax(student /
-    T)``, the mean over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton, and the authors' code) keeps
-    the gradient's size when T changes; at large T the loss is a regression on logits, ``sum_c (difference of centred
-    logits)^2 / 2C``, and unbounded. Sigmoid networks of one channel are compared as two classes, and may learn from a
-    teacher of two.
+    T)``, averaged over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton; the authors' code) keeps the
+    scale of the gradient independent of T. At large T the loss becomes a regression on logits, ``sum_c (difference of
+    centered logits)^2 / 2C``, and is unbounded. One channel (a sigmoid network) counts as two classes, so it may learn
+    from a teacher with two channels.
 
-    The mean over pixels is mostly background: a student that has just begun loses small structures to it. With
-    `dice_weight` the loss has a second term, ``+ dice_weight * (1 - Dice(q, p))`` at T = 1, in which each class counts
-    alike: MONAI's `DiceLoss` for soft labels over the whole batch, 0 exactly where the student agrees.
+    Most pixels are background, so an untrained student can lose small structures to the mean over pixels. `dice_weight`
+    adds a second term, ``dice_weight * (1 - Dice(q, p))`` at T = 1, in which all classes count equally: MONAI's
+    `DiceLoss` for soft labels over the whole batch. It is 0 when the student agrees exactly.
 
     Args:
-        temperature: T > 0. The paper does not state it; the authors' code has 10.
-        dice_weight: of the Dice term; 0, the paper, leaves it out.
+        temperature: T > 0. The paper does not state it; the authors' code uses 10.
+        dice_weight: weight of the Dice term; 0 (the paper) leaves it out.
 
     Shape:
         - student_logits, teacher_logits: (B, C, *spatial)
-        - output: scalar, float32 at least
+        - output: scalar, at least float32
 
     Raises:
-        ValueError: when ``temperature`` is not positive, ``dice_weight`` is negative, or the shapes differ.
+        ValueError: if ``temperature`` is not positive, ``dice_weight`` is negative, or the shapes differ.
 
     Example::
 
@@ -49,7 +49,7 @@ class DistillationLoss(nn.Module):
     def __init__(self, temperature: float = 10.0, dice_weight: float = 0.0) -> None:
         super().__init__()
         if not temperature > 0:
-            raise KnowSAMValueError(f"`temperature` must be positive but is {temperature}. The authors' code uses 10.")
+            raise KnowSAMValueError(f"`temperature` must be positive but is {temperature}; the authors' code uses 10.")
         if dice_weight < 0:
             raise KnowSAMValueError(
                 f"`dice_weight` must be 0 or more but is {dice_weight}; 0 leaves the Dice term out."
@@ -62,8 +62,8 @@ class DistillationLoss(nn.Module):
         student, teacher = class_logits(student_logits), class_logits(teacher_logits.detach())
         if student.shape != teacher.shape:
             raise KnowSAMValueError(
-                f"`teacher_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
-                f"{tuple(teacher_logits.shape)}. Build teacher and student for the same classes and image size."
+                f"`teacher_logits` must have the student's shape {tuple(student_logits.shape)} but have "
+                f"{tuple(teacher_logits.shape)}; build teacher and student for the same classes and image size."
             )
         divergence = F.kl_div(
             input=(student / self.temperature).log_softmax(dim=1),

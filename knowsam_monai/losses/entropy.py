@@ -14,15 +14,15 @@ from knowsam_monai.tensors import class_logits
 def entropy_map(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of the class probabilities at each pixel, in nats.
 
-    ``H = -sum_c p_c log p_c`` (eq. 1) with ``p = softmax(logits)``. The paper's code writes ``log(p + 1e-6)`` to keep
-    the logarithm finite; the log-softmax used here is finite without it, exact, and at most ``C * 1e-6`` away.
-    TorchScript compiles it.
+    ``H = -sum_c p_c log p_c`` (eq. 1) with ``p = softmax(logits)``. The authors' code uses ``log(p + 1e-6)`` to keep
+    the logarithm finite; the log-softmax used here is finite and exact, and differs by at most ``C * 1e-6``.
+    TorchScript can compile this function.
 
     Args:
-        logits: (B, C, *spatial); one channel is taken as a sigmoid network.
+        logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes.
 
     Returns:
-        (B, 1, *spatial) in 0..log C, float32 at least.
+        (B, 1, *spatial) in 0..log C, at least float32.
 
     Example::
 
@@ -37,16 +37,16 @@ def entropy_map(logits: torch.Tensor) -> torch.Tensor:
 
 
 class EntropyLoss(nn.Module):
-    """Mean entropy over all pixels and rows, summed over the sub-networks, as a fraction of the largest possible.
+    """Mean entropy over all pixels and rows as a fraction of its maximum, summed over the sub-networks.
 
-    ``L_ent = mean(H_a + H_b) / log C``, in 0..1 for each sub-network. The authors' code divides by log 2 whatever C is.
+    ``L_ent = mean(H_a + H_b) / log C``, in 0..1 for each sub-network. The authors' code always divides by log 2.
 
     Shape:
         - logits: any number of tensors (B, C, *spatial), one for each sub-network
         - output: scalar
 
     Raises:
-        ValueError: when no logits are given.
+        ValueError: if no logits are given.
 
     Example::
 
@@ -60,6 +60,6 @@ class EntropyLoss(nn.Module):
     def forward(self, *logits: torch.Tensor) -> torch.Tensor:
         if not logits:
             raise KnowSAMValueError(
-                "`logits` must be one tensor or more but is empty. Give the logits of each sub-network."
+                "`logits` must be one tensor or more but is empty; pass the logits of each sub-network."
             )
         return torch.stack([entropy_map(view).mean() / math.log(max(view.shape[1], 2)) for view in logits]).sum()

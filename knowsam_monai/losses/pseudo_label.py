@@ -1,4 +1,4 @@
-"""Learning from one's own sure predictions."""
+"""Cross-entropy against pseudo-labels, where the prediction behind them is confident."""
 
 from __future__ import annotations
 
@@ -6,52 +6,51 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
 
 class PseudoLabelLoss(nn.Module):
-    """Cross-entropy against the labels of a prediction where it is sure; unsure pixels are ignored.
+    """Cross-entropy against pseudo-labels; pixels below a confidence threshold are ignored.
 
     ``L = 1/N sum_i 1(max_c q_ic >= threshold) CE(p_i, argmax_c q_ic)`` with ``q = softmax(target)``, which gets no
-    gradient. N counts all pixels (the paper: the term grows as the network gets sure) or the sure ones. An unsure
-    pixel gives no gradient; it is not taken for background.
+    gradient. N counts all pixels (the paper: the term grows with the network's confidence) or only the confident ones
+    ("sure"). Ignored pixels give no gradient; they do not count as background.
 
     Args:
-        threshold: least probability of a sure pixel, 0..1; the paper has 0.95.
-        average: ``"all"`` or ``"sure"``, what N counts.
+        threshold: minimum probability of a pixel that counts, 0..1; the paper uses 0.95.
+        average: which pixels N counts, ``"all"`` or ``"sure"``.
 
     Shape:
-        - student_logits, target_logits: (B, C, *spatial); one channel is taken as a sigmoid network
-        - output: scalar, float32 at least; 0 where no pixel is sure
+        - student_logits, target_logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
+        - output: scalar, at least float32; 0 if no pixel reaches the threshold
 
     Raises:
-        ValueError: when ``threshold`` or ``average`` is none of these, or the shapes differ.
+        ValueError: if ``threshold`` or ``average`` is not as described, or the shapes differ.
 
     Example::
 
-        >>> target_logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0]]])  # the second pixel is unsure
+        >>> target_logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0]]])  # only the first pixel is confident
         >>> PseudoLabelLoss(average="sure")(torch.zeros(1, 2, 2), target_logits).item()  # log 2
         0.6931471824645996
 
     Reference:
-        Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685, eq. 4, each pixel an example.
+        Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685, eq. 4, with each pixel as an example.
     """
 
     def __init__(self, threshold: float = 0.95, average: str = "all") -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
-            raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}. The paper has 0.95.")
-        if average not in ("all", "sure"):
-            raise KnowSAMValueError(f'`average` must be "all" or "sure" but is {average!r}. "all" is the paper\'s.')
+            raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}; the paper has 0.95.")
+        check_choice("average", average, ("all", "sure"))
         self.threshold = threshold
         self.average = average
 
     def forward(self, student_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
         if student_logits.shape != target_logits.shape:
             raise KnowSAMValueError(
-                f"`target_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
-                f"{tuple(target_logits.shape)}. Pseudo-labels and student must be of the same rows and geometry."
+                f"`target_logits` must have the student's shape {tuple(student_logits.shape)} but have "
+                f"{tuple(target_logits.shape)}; predict both for the same rows and geometry."
             )
         pseudo_label, sure_mask = self.pseudo_label(target_logits)
         loss_map = F.cross_entropy(class_logits(student_logits), pseudo_label, reduction="none") * sure_mask
@@ -59,6 +58,6 @@ class PseudoLabelLoss(nn.Module):
         return loss_map.sum() / num_pixels
 
     def pseudo_label(self, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels and mask of the sure pixels, both (B, *spatial), for logits (B, C, *spatial)."""
+        """Pseudo-labels and the mask of confident pixels, both (B, *spatial), for logits (B, C, *spatial)."""
         confidence, label = class_logits(target_logits.detach()).softmax(dim=1).max(dim=1)
         return label, confidence >= self.threshold

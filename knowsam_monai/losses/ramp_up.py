@@ -1,26 +1,45 @@
-"""The sigmoid-shaped ramp-up of a loss weight."""
+"""Weights of loss terms: constants, functions of the iteration, and the sigmoid-shaped ramp-up."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from knowsam_monai.errors import KnowSAMValueError
 
+Weight = float | Callable[[int], float]
 
-class SigmoidRampUp:
-    """Weight that grows from almost nothing to its maximum, a function of the iteration alone.
 
-    ``weight(t) = max * exp(-5 (1 - t / num_iterations)^2)`` up to ``num_iterations``, ``max`` from there on, and 0
-    before iteration ``start``. There is nothing to save or restore.
+def weight_at(weight: Weight, iteration: int) -> float:
+    """The weight of a loss term at an iteration.
 
     Args:
-        num_iterations: the iteration at which the maximum is reached; the run's length gives eq. 12's lambda_m.
+        weight: a number, or a function of the iteration such as :class:`SigmoidRampUp`.
+        iteration: counted from 1.
+
+    Example::
+
+        >>> weight_at(0.5, iteration=3), weight_at(lambda iteration: iteration / 10, iteration=3)
+        (0.5, 0.3)
+    """
+    return weight(iteration) if callable(weight) else weight
+
+
+class SigmoidRampUp:
+    """A weight that grows from almost 0 to its maximum.
+
+    ``weight(t) = max * exp(-5 (1 - t / num_iterations)^2)`` up to ``num_iterations``, then ``max``; 0 before iteration
+    ``start``. It depends on the iteration alone, so there is nothing to save or restore.
+
+    Args:
+        num_iterations: the iteration at which the weight reaches its maximum; the length of the run for lambda_m of
+            eq. 12.
         max: the largest weight.
-        start: first iteration with a weight, counted from 1; 0 and 1 both mean from the beginning. The curve is the
-            same whatever it is.
+        start: first iteration with a weight, counted from 1; 0 and 1 both mean from the beginning. `start` does not
+            shift the curve.
 
     Raises:
-        ValueError: when ``num_iterations`` is not positive.
+        ValueError: if ``num_iterations`` is not positive.
 
     Example::
 
@@ -35,7 +54,7 @@ class SigmoidRampUp:
     def __init__(self, num_iterations: int, max: float = 1.0, start: int = 0) -> None:
         if num_iterations <= 0:
             raise KnowSAMValueError(
-                f"`num_iterations` must be positive but is {num_iterations}. For a constant weight use a number."
+                f"`num_iterations` must be positive but is {num_iterations}; for a constant weight use a number."
             )
         self.num_iterations = num_iterations
         self.max = max

@@ -1,4 +1,4 @@
-"""Consistency of two predictions as the squared difference of their probabilities."""
+"""Consistency of two predictions: the squared difference of their probabilities."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from knowsam_monai.tensors import class_logits
 
 
 class SoftmaxMSELoss(nn.Module):
-    """Mean squared difference of the class probabilities, over all classes of all pixels or of the chosen ones.
+    """Mean squared difference of the class probabilities, over all classes of all pixels or of the pixels in a mask.
 
     ``L_con = sum_i m_i sum_c (p_ic - q_ic)^2 / (C sum_i m_i)`` with ``p = softmax(student)``, ``q = softmax(target)``
-    and a mask m of pixels i; 0 where the mask is empty. The target gets no gradient. The original Mean Teacher code
-    divides by the same C; the public code of UA-MT by 2 whatever C is.
+    and a mask m of pixels i; 0 if the mask is empty. The target gets no gradient. The original Mean Teacher code also
+    divides by C; the public UA-MT code always divides by 2.
 
     Args:
-        num_classes: C of the divisor; ``None``: the logits' own.
+        num_classes: C in the divisor; ``None``: the number of classes of the logits.
 
     Shape:
-        - student_logits, target_logits: (B, C, *spatial); one channel is taken as a sigmoid network
+        - student_logits, target_logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
         - mask: bool (B, 1, *spatial), or ``None`` for all pixels
-        - output: scalar, float32 at least
+        - output: scalar, at least float32
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: if the shapes differ.
 
     Example::
 
@@ -46,8 +46,8 @@ class SoftmaxMSELoss(nn.Module):
     ) -> torch.Tensor:
         if student_logits.shape != target_logits.shape:
             raise KnowSAMValueError(
-                f"`target_logits` must be of the student's shape {tuple(student_logits.shape)} but is "
-                f"{tuple(target_logits.shape)}. Consistency needs two predictions of the same rows."
+                f"`target_logits` must have the student's shape {tuple(student_logits.shape)} but have "
+                f"{tuple(target_logits.shape)}; consistency needs two predictions of the same rows."
             )
         student_probs, target_probs = (
             class_logits(logits).softmax(dim=1) for logits in (student_logits, target_logits.detach())

@@ -1,4 +1,4 @@
-"""Supervision of the labelled rows of a batch, for each view of the student."""
+"""The supervised loss on the labeled rows of a batch, for each view of the student."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views,
 
 
 def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
-    """The supervised loss of KnowSAM: cross-entropy + Dice, weights 1 + 1.
+    """The supervised loss of KnowSAM: cross-entropy + Dice, each with weight 1.
 
-    Background included, Dice over the whole batch with squared denominator. Logits of one channel are those of a
-    sigmoid network: the loss is that of the two classes ``(0, z)``, whatever `num_classes` is.
+    Both include the background. Dice is computed over the whole batch with a squared denominator. One channel is a
+    sigmoid network: the loss is that of the two classes ``(0, z)``, regardless of `num_classes`.
 
     Args:
-        num_classes: C, the channels of the logits; `ignore_index` is checked against it.
-        ignore_index: a label value that is no class; its pixels are left out of both terms. None: there is none.
+        num_classes: C, the channels of the logits; used to check `ignore_index` only.
+        ignore_index: a label value that is not a class; both terms leave its pixels out. None: every pixel counts.
 
     Raises:
-        ValueError: when ``ignore_index`` is a class.
+        ValueError: if ``ignore_index`` is a class.
 
     Example::
 
@@ -39,13 +39,14 @@ def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Mo
 
 
 class _DiceCELoss(nn.Module):
-    """:func:`dice_ce_loss`; 0 where no label is known."""
+    """See :func:`dice_ce_loss`; 0 if every pixel is ignored."""
 
     def __init__(self, num_classes: int, ignore_index: int | None) -> None:
         super().__init__()
         if ignore_index is not None and 0 <= ignore_index < max(num_classes, 2):
             raise KnowSAMValueError(
-                f"`ignore_index` must be no class, 0..{max(num_classes, 2) - 1}, but is {ignore_index}."
+                f"`ignore_index` must be outside the classes 0..{max(num_classes, 2) - 1} but is {ignore_index}; "
+                "255 is a common choice."
             )
         self.ignore_index = ignore_index
         self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
@@ -60,24 +61,24 @@ class _DiceCELoss(nn.Module):
 
 
 class PartiallyLabeledLoss(nn.Module):
-    """A supervised loss on the labelled rows, which come first in the batch, summed over the student's views.
+    """A supervised loss on the labeled rows, which come first in the batch, summed over the student's views.
 
-    ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in float32 at least, under autocast too.
+    ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in at least float32, under autocast too.
 
     Args:
         loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)) -> scalar; ``None`` is
-            :func:`dice_ce_loss`, whatever C is.
+            :func:`dice_ce_loss` for any C.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
-            has (1, 0.5, 0.5) for fused, U-Net and V-Net.
+            uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; for C = 1 ``loss`` gets them as floats
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if C = 1, ``loss`` receives floats
         - output: scalar
 
     Raises:
-        ValueError: when there is no label or more labels than rows, spatial shapes differ, a label is outside the
-            classes, or ``view_weights`` are not as many as the views.
+        ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, a label is
+            outside the classes, or the number of ``view_weights`` is not the number of views.
 
     Example::
 
@@ -97,15 +98,15 @@ class PartiallyLabeledLoss(nn.Module):
         super().__init__()
         if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
             raise KnowSAMValueError(
-                f"`view_weights` must be 0 or more, one of them positive, but are {tuple(view_weights)}. "
-                "Give one weight for each view, or None for 1 each."
+                f"`view_weights` must be 0 or more, and at least one positive, but are {tuple(view_weights)}; "
+                "pass one weight for each view, or None for 1 each."
             )
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         label = without_meta(label)
-        if label.ndim > 1 and label.shape[1] != 1:  # where it is 1, the prediction may be views of one channel
+        if label.ndim > 1 and label.shape[1] != 1:  # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
             _check_channel(label, pred.shape[3:])
         views = unstack_views(without_meta(pred), label)
@@ -114,8 +115,8 @@ class PartiallyLabeledLoss(nn.Module):
         if len(weights) != len(views):
             raise KnowSAMValueError(
                 f"`view_weights` must be one weight for each of the {len(views)} views but are {weights}. "
-                "A plain network has one view, MultiViewNet three: fused, unet, vnet; in a bundle, network_plain.json "
-                "is the plain network."
+                "A plain network has one view, MultiViewNet has three (fused, unet, vnet); in a bundle, "
+                "network_plain.json selects the plain network."
             )
         labeled_views = [at_least_float32(view[: len(label)]) for view in views]
         if labeled_views[0].shape[1] == 1:
@@ -126,31 +127,31 @@ class PartiallyLabeledLoss(nn.Module):
 
 
 def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None) -> None:
-    """Raise an error that names the fault when a label cannot belong to the first rows of the logits.
+    """Raise a clear error if a label does not fit the first rows of the logits.
 
     Args:
         logits: (B, C, *spatial).
         label: class indices (B_l, 1, *spatial).
-        ignore_index: a label value that is no class and that the loss leaves out.
+        ignore_index: a label value that is not a class; the loss leaves its pixels out.
 
     Raises:
-        ValueError: when there is no label or more labels than rows, spatial shapes differ, or a label on the CPU is
-            outside the classes or no whole number. On an accelerator the last two would make every step wait: there
-            the data pipeline's check must do.
+        ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, or a label on
+            the CPU is outside the classes or not a whole number. On an accelerator the last two checks would make
+            every step wait for the device, so the data checker has to find these faults.
     """
     num_rows, num_classes = logits.shape[:2]
     if len(label) == 0:
-        raise KnowSAMValueError("`label` must have one row or more but has none. Put a labeled item into every batch.")
+        raise KnowSAMValueError("`label` must have one row or more but has none; put a labeled item into every batch.")
     if len(label) > num_rows:
         raise KnowSAMValueError(
-            f"`label` must have at most the {num_rows} rows of `pred` but has {len(label)}. Labeled rows come first "
-            "in a batch, and each label has its image."
+            f"`label` must have at most as many rows as `pred` ({num_rows}) but has {len(label)}. Labeled rows come "
+            "first in a batch, one label for each image."
         )
     _check_channel(label, logits.shape[2:])
     if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
         raise KnowSAMValueError(
-            f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but is "
-            f"{tuple(label.shape)}. Load it with one channel of class indices, and resize it as its image."
+            f"`label` must have shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but has "
+            f"{tuple(label.shape)}; load it with one channel of class indices, and resize it with its image."
         )
     if label.device.type == "cpu":
         values = label if ignore_index is None else label[label != ignore_index]
@@ -158,37 +159,36 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
         if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):
             raise KnowSAMValueError(
                 f"`label` must be in 0..{top}, the classes of the network, but is in "
-                f"{values.min():g}..{values.max():g}. Build the network for the labels' classes, or map the labels."
+                f"{values.min():g}..{values.max():g}; build the network for the labels' classes, or map the labels."
             )
         if values.is_floating_point() and not (values == values.floor()).all():
             broken = values[values != values.floor()][0]
             raise KnowSAMValueError(
-                f'`label` must be class numbers but has {broken:g}. Resize and turn labels with mode "nearest".'
+                f'`label` must be class numbers but has {broken:g}; resize and rotate labels with mode "nearest".'
             )
 
 
 def _check_channel(label: torch.Tensor, spatial_shape: torch.Size) -> None:
     if label.shape[1:] == spatial_shape:
         raise KnowSAMValueError(
-            f"`label` must be of shape (labeled rows, 1, {', '.join(map(str, spatial_shape))}) but is "
-            f"{tuple(label.shape)}; give `label[:, None]`."
+            f"`label` must have shape (labeled rows, 1, {', '.join(map(str, spatial_shape))}) but has "
+            f"{tuple(label.shape)}; pass `label[:, None]`."
         )
 
 
 def check_loss_takes(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_rows: int, num_labels: int
 ) -> None:
-    """Raise one clear error before a loss that wants a label for every row sees fewer.
+    """Raise a clear error if a loss needs a label for every row but would get fewer.
 
     Args:
-        loss: the trainer's loss. A :class:`PartiallyLabeledLoss`, alone or inside another module, takes fewer labels,
-            and whoever wrote a loss of their own knows what it takes; those of torch and MONAI, and
-            :func:`dice_ce_loss`, want them all.
+        loss: the trainer's loss. A :class:`PartiallyLabeledLoss`, alone or inside another module, accepts fewer labels,
+            and so may a custom loss. The losses of torch and MONAI, and :func:`dice_ce_loss`, need one for each row.
         num_rows: B, rows of the batch.
-        num_labels: B_l, rows that have a label.
+        num_labels: B_l, rows with a label.
 
     Raises:
-        ValueError: when ``num_labels`` is below ``num_rows`` and ``loss`` is one that wants them all.
+        ValueError: if ``num_labels`` is below ``num_rows`` and ``loss`` needs a label for every row.
     """
     if num_labels >= num_rows:
         return
@@ -198,6 +198,6 @@ def check_loss_takes(
     ):
         name = "dice_ce_loss" if isinstance(loss, _DiceCELoss) else getattr(loss, "__name__", type(loss).__name__)
         raise KnowSAMValueError(
-            f"`loss_function` must be a PartiallyLabeledLoss where {num_labels} of {num_rows} rows have a label but is "
-            f"{name}. Wrap it: PartiallyLabeledLoss(loss={name}(...))."
+            f"`loss_function` must be a PartiallyLabeledLoss if only {num_labels} of {num_rows} rows have a label "
+            f"but is {name}; wrap it: PartiallyLabeledLoss(loss={name}(...))."
         )

@@ -1,4 +1,4 @@
-"""Students: U-Net, V-Net, both with their aggregation, and the average of a student's past."""
+"""Students: U-Net, V-Net, both fused by the aggregation module, and the EMA of a student."""
 
 from __future__ import annotations
 

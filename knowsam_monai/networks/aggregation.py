@@ -1,4 +1,4 @@
-"""The hybrid aggregation module (HAM): one segmentation from two views and what they disagree on."""
+"""The hybrid aggregation module (HAM): it fuses two views, guided by their entropy and disagreement."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ SLOPE = 0.2  # of the paper's LeakyReLU
 
 
 class HybridAggregation(nn.Module):
-    """Fuse the logits of two sub-networks with the maps of their entropy and of their dissimilarity.
+    """Fuse the logits of two sub-networks, guided by maps of their entropy and dissimilarity.
 
     ``Y_f = Conv(CBL(cat{CBL(1 - H_a, 1 - H_b), CBL(1 - M), CBL(logits_a, logits_b)}))``, where ``H`` is the entropy map
-    in nats (eq. 1), ``M = [Y_a > 0.5] xor [Y_b > 0.5]`` per class (eq. 2) and CBL is Conv-BatchNorm-LeakyReLU(0.2);
-    each branch is a 3x3 and a 1x1 CBL. ``M`` carries no gradient; through the logits and the entropies it reaches both
-    sub-networks. The ``1 -`` and the raw logits are those of the authors' code. Eq. 3 ends in a CBL, which would
-    standardise the fused logits over the batch and shrink the negative ones: here a plain convolution ends it.
+    in nats (eq. 1), ``M = [Y_a > 0.5] xor [Y_b > 0.5]`` per class (eq. 2) and CBL is Conv-BatchNorm-LeakyReLU(0.2).
+    Each branch is a 3x3 and a 1x1 CBL. ``M`` has no gradient; both sub-networks get theirs through the logits and the
+    entropies. ``1 -`` and the raw logits follow the authors' code. Eq. 3 ends with a CBL, which would standardize the
+    fused logits over the batch and shrink the negative ones; this module ends with a plain convolution instead.
 
     Args:
         spatial_dims: 2 or 3.
-        num_classes: C, the channels of each sub-network's logits; 1 for sigmoid students, taken as two classes in the
-            maps.
-        dissimilarity_channels: width of the branch of M (16 in the authors' code, as the next two).
-        entropy_channels: width of the branch of the entropies.
-        logits_channels: width of the branch of the logits.
+        num_classes: C, the channels of each sub-network's logits; 1 for sigmoid students, treated as two classes in
+            the maps.
+        dissimilarity_channels: width of the dissimilarity branch. All three widths are those of the authors' code.
+        entropy_channels: width of the entropy branch.
+        logits_channels: width of the logits branch.
 
     Shape:
         - logits_a, logits_b: (B, C, *spatial)
         - output: fused logits (B, C, *spatial)
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: if the shapes differ.
 
     Example::
 
@@ -69,10 +69,10 @@ class HybridAggregation(nn.Module):
     def forward(self, logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
         if logits_a.shape != logits_b.shape:
             raise KnowSAMValueError(
-                f"`logits_b` must be of the shape of `logits_a`, {logits_a.shape}, but is {logits_b.shape}. The two "
-                "sub-networks see the same rows and have the same classes."
+                f"`logits_b` must have the shape of `logits_a`, {logits_a.shape}, but has {logits_b.shape}; give both "
+                "sub-networks the same rows and classes."
             )
-        # the maps are exact in float32 at least; the convolutions run in the dtype of the logits
+        # the maps need at least float32; the convolutions run in the dtype of the logits
         certainty = 1 - torch.cat((entropy_map(logits_a), entropy_map(logits_b)), dim=1)
         agreement = binarized(logits_a) == binarized(logits_b)  # 1 - M
         features = (
@@ -84,12 +84,12 @@ class HybridAggregation(nn.Module):
 
 
 def binarized(logits: torch.Tensor) -> torch.Tensor:
-    """B(Y) of eq. 2: where a class has more than half of the probability, without gradient."""
+    """B(Y) of eq. 2: whether a class has a probability above 0.5. Without gradient."""
     return class_logits(logits.detach()).softmax(dim=1) > 0.5
 
 
 def branch(spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
-    """A 3x3 and a 1x1 CBL."""
+    """A 3x3 CBL and a 1x1 CBL."""
     return nn.Sequential(
         ConvNormAct(spatial_dims, in_channels, out_channels, kernel_size=3, negative_slope=SLOPE),
         ConvNormAct(spatial_dims, out_channels, out_channels, kernel_size=1, negative_slope=SLOPE),

@@ -1,4 +1,4 @@
-"""The convolution with batch normalization that U-Net and aggregation are made of."""
+"""The convolution with batch normalization of U-Net and aggregation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from knowsam_monai.errors import KnowSAMValueError
 
 
 def channels_last(spatial_dims: int) -> torch.memory_format:
-    """The memory format for a network's weights: convolutions on the CPU run 1.2 to 1.5 times faster in it.
+    """The memory format in which convolutions on the CPU run 1.2 to 1.5 times faster.
 
     Raises:
-        ValueError: when ``spatial_dims`` is neither 2 nor 3.
+        ValueError: if ``spatial_dims`` is neither 2 nor 3.
     """
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     if spatial_dims not in formats:
-        raise KnowSAMValueError(f"`spatial_dims` must be 2 or 3 but is {spatial_dims}. Give slices 2 and volumes 3.")
+        raise KnowSAMValueError(f"`spatial_dims` must be 2 (slices) or 3 (volumes) but is {spatial_dims}.")
     return formats[spatial_dims]
 
 
 class ConvNormAct(Convolution):
-    """Conv-BatchNorm-LeakyReLU, in which the normalization costs nothing at inference.
+    """Conv-BatchNorm-LeakyReLU whose normalization costs nothing at inference.
 
-    A normalization in eval mode is a fixed scale and shift of each channel. It is then folded into the convolution's
-    weights and bias: the same result up to rounding. Dropout follows its own mode, so dropout alone may be in train
-    mode (Monte Carlo dropout). The convolution has no bias, which the normalization would take away again, and the
-    activation is in place, since a normalization does not need its output for its gradient.
+    In eval mode the normalization scales and shifts each channel by constants. They are folded into the convolution's
+    weights and bias, which gives the same result up to rounding. Dropout follows its own mode, so it can be in train
+    mode alone (Monte Carlo dropout). The convolution has no bias, since the normalization would remove it. The
+    activation works in place, since the normalization does not need its output for its gradient.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: odd; the padding keeps the spatial size.
-        negative_slope: of LeakyReLU.
-        dropout: probability of zeroing an element, 0 for none. Elementwise, so that its place beside LeakyReLU is free.
+        negative_slope: negative slope of LeakyReLU.
+        dropout: probability of zeroing an element; 0 for none. Being elementwise, it commutes with LeakyReLU.
 
     Example::
 

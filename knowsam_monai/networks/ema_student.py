@@ -1,4 +1,4 @@
-"""The averaged student: the part that Mean Teacher and the methods that grew from it share."""
+"""The averaged student of Mean Teacher and of the methods derived from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import unstack_views
-from knowsam_monai.wrappers import plain_network, plain_optimizer
+from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
-
-BUFFERS = ("copy", "average")
-MODES = ("eval", "dropout", "train")
 
 
 class EMAStudent:
@@ -35,31 +32,31 @@ class EMAStudent:
         \\theta'_t = \\alpha_t \\theta'_{t-1} + (1 - \\alpha_t) \\theta_t, \\qquad
         \\alpha_t = \\min(1 - 1/t, \\alpha)
 
-    t counts the steps of the student's optimiser from 1, so the first step copies the student. The average moves only
-    when the student has stepped: it hangs on the optimizer's step, not on iterations, and is right under gradient
-    accumulation and where GradScaler skips a step. It shares no memory with the student and has no gradient. In a
-    distributed run its batch statistics are the first process's.
-    ``network`` is the averaged network, in eval mode, for validation and checkpoints; ``state_dict`` also holds t.
+    t counts the steps of the student's optimizer from 1, so the first step copies the student. The average is updated
+    after each step of the optimizer, not after each iteration, so it stays correct under gradient accumulation and
+    when GradScaler skips a step. It shares no memory with the student and has no gradient. In a distributed run all
+    processes use the batch statistics of the first one. ``network`` is the averaged network in eval mode, for
+    validation and checkpoints; ``state_dict`` also holds t.
 
-    Ignite's EMAHandler warms up otherwise (linearly over given iterations), and copies buffers by making both
-    networks share them; the averaging here is torch's ``AveragedModel``.
+    The averaging is torch's ``AveragedModel``. Ignite's EMAHandler has another warm-up (linear over a given number of
+    iterations), and its two networks share their buffers.
 
     Args:
-        network: the student. DistributedDataParallel, DataParallel and torch.compile around it are taken off.
+        network: the student; may be wrapped in DistributedDataParallel, DataParallel or torch.compile.
         optimizer: the student's.
-        decay: alpha, 0..1; SSL4MIS and BCP have 0.99.
-        warm_up: whether alpha starts low (the equation; Mean Teacher). False: alpha throughout (BCP).
-        buffers: what becomes of batch normalisation's statistics: "copy" the student's after each step (SSL4MIS
-            averages parameters alone), or "average" them like the parameters (BCP). Counts are copied anyway.
+        decay: alpha, 0..1; SSL4MIS and BCP use 0.99.
+        warm_up: True: alpha_t follows the equation (Mean Teacher). False: alpha_t is alpha from the start (BCP).
+        buffers: how to update the statistics of batch normalization: "copy" the student's after each step (SSL4MIS
+            averages parameters only), or "average" them like the parameters (BCP). Counters are always copied.
 
     Raises:
-        ValueError: when `decay` or `buffers` is none of these, or `optimizer` steps no parameter of `network`.
+        ValueError: if `decay` or `buffers` is not as described, or `optimizer` steps no parameter of `network`.
 
     Example::
 
         ema_student = EMAStudent(network, optimizer)
-        SupervisedTrainer(..., train_handlers=[MeanTeacher(ema_student)])         # attaches it
-        SupervisedTrainer(..., train_handlers=[ema_student])                      # averages, for validation alone
+        SupervisedTrainer(..., train_handlers=[MeanTeacher(ema_student)])         # attaches it too
+        SupervisedTrainer(..., train_handlers=[ema_student])                      # only averages, for validation
         SupervisedEvaluator(..., network=ema_student.network)
         CheckpointSaver(..., save_dict={"model": ema_student.network, "ema_student": ema_student})
 
@@ -70,14 +67,12 @@ class EMAStudent:
         self, network: nn.Module, optimizer: Optimizer, decay: float = 0.99, warm_up: bool = True, buffers: str = "copy"
     ) -> None:
         if not 0 <= decay <= 1:
-            raise KnowSAMValueError(f"`decay` must be between 0 and 1 but is {decay}; the published one is 0.99.")
-        if buffers not in BUFFERS:
-            raise KnowSAMValueError(f"`buffers` must be one of {', '.join(BUFFERS)} but is {buffers!r}.")
+            raise KnowSAMValueError(f"`decay` must be between 0 and 1 but is {decay}; the published value is 0.99.")
+        check_choice("buffers", buffers, ("copy", "average"))
         student, optimizer = plain_network(network), plain_optimizer(optimizer)
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in stepped for parameter in student.parameters()):
+        if set(stepped_parameters(optimizer)).isdisjoint(student.parameters()):
             raise KnowSAMValueError(
-                "`optimizer` must step parameters of `network` but has none of them; give the student's."
+                "`optimizer` must step parameters of `network` but has none of them; pass the student's."
             )
         self.decay = decay
         self.warm_up = warm_up
@@ -86,7 +81,7 @@ class EMAStudent:
         self.average.requires_grad_(False).eval()
         self._student = student
         self._handle: RemovableHandle | None = None
-        self._said_no_dropout = False
+        self._has_warned = False
 
     @property
     def network(self) -> nn.Module:
@@ -94,49 +89,48 @@ class EMAStudent:
         return self.average.module
 
     def attach(self, engine: Engine) -> None:
-        """Follow the student from the start of each run to its end. Several handlers may attach the same one."""
+        """Follow the student from the start to the end of each run. Several handlers may attach the same average."""
         engine.add_event_handler(Events.STARTED, self.follow)
         engine.add_event_handler(Events.COMPLETED, self.unfollow)
 
     @property
     def is_followed(self) -> bool:
-        """Whether the average moves with the student's steps."""
+        """Whether the student's steps update the average."""
         return self._handle is not None
 
     def follow(self) -> None:
-        """Let the average move with each step of the student's optimiser, once however often this is called."""
+        """Update the average after each step of the student's optimizer; further calls change nothing."""
         if self._handle is not None:
             return
         self.network.to(next(self._student.parameters()).device)
-        if self.average.n_averaged == 0:  # nothing averaged or loaded yet: begin with the student as it is now
+        if self.average.n_averaged == 0:  # nothing averaged or loaded yet: start with the current student
             self.average.update_parameters(self._student)
         self._handle = self.optimizer.register_step_post_hook(self._student_stepped)
 
     def restart(self) -> None:
-        """Forget the average: it begins with the student as it is when it is followed next."""
+        """Forget the average; the next :meth:`follow` starts it again from the student."""
         self.unfollow()
         self.average.n_averaged.zero_()
 
     def unfollow(self) -> None:
-        """Leave the student's optimiser as it was; the average stays."""
+        """Stop updating and remove the hook from the student's optimizer; the average stays."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def check_mode(self, mode: str) -> None:
         """
-        Warn, once, when `mode` is "dropout" and the network has no dropout layers, so that nothing is drawn.
+        Check a mode of :meth:`logits`; warn once if it is "dropout" but the network has no dropout layers.
 
         Raises:
-            ValueError: when `mode` is none of those of :meth:`logits`.
+            ValueError: if `mode` is unknown.
         """
-        if mode not in MODES:
-            raise KnowSAMValueError(f"`ema_mode` must be one of {', '.join(MODES)} but is {mode!r}.")
-        if mode == "dropout" and not self._said_no_dropout and not any(map(_draws, self.network.modules())):
-            self._said_no_dropout = True
+        check_choice("ema_mode", mode, ("eval", "dropout", "train"))
+        if mode == "dropout" and not self._has_warned and not any(map(_is_dropout, self.network.modules())):
+            self._has_warned = True
             logger.warning(
-                "%s has no dropout layers, so ema_mode='dropout' draws nothing and is the same as 'eval'. Give the "
-                "network dropout, or set ema_mode='eval' if noise on the image is enough.",
+                "%s has no dropout layers, so ema_mode='dropout' is the same as 'eval'. Add dropout to the network, or "
+                "set ema_mode='eval' if noise on the image is enough.",
                 type(self.network).__name__,
             )
 
@@ -145,39 +139,38 @@ class EMAStudent:
         self, image: Tensor, mode: str = "eval", inferer: Callable[[Tensor, nn.Module], Tensor] | None = None
     ) -> Tensor:
         """
-        What the averaged student says of an image; nothing in it changes, whatever the mode.
+        Logits of the averaged student, which no mode changes.
 
         Args:
             image: (B, channels, *spatial).
-            mode: "eval"; "dropout", where dropout and drop-path layers alone are in train mode, so that normalization
-                uses its running statistics and leaves them as they are (a network without such layers is named in a
-                warning); or "train", the whole network (batch statistics, as SSL4MIS has it), after which the buffers
-                are put back.
-            inferer: how the network is called, a trainer's own as a rule; None calls it.
+            mode: "eval"; "dropout": only dropout and drop-path layers are in train mode, so normalization uses its
+                running statistics; or "train": the whole network is in train mode and uses batch statistics, as in
+                SSL4MIS, and its buffers are restored afterwards.
+            inferer: calls the network, ``f(image, network)``, usually the trainer's inferer; None: a plain call.
 
         Returns:
-            (B, C, *spatial), of a multi-view student view 0.
+            (B, C, *spatial); view 0 of a multi-view student.
         """
         with self._in_mode(mode):
             pred = self.network(image) if inferer is None else inferer(image, self.network)
         return unstack_views(pred, image)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Averaged parameters and buffers, and the number of steps."""
+        """The averaged parameters and buffers, and the number of steps."""
         return self.average.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the average from a checkpoint."""
         self.average.load_state_dict(state_dict)
 
     def _student_stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimiser skips GradScaler's overflows inside
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
         if found_inf is None or not found_inf:
             self.average.update_parameters(self._student)
             self._take_statistics_of_first_rank()
 
     def _take_statistics_of_first_rank(self) -> None:
-        """Batch statistics are each process's own; all of them ask the average that validation and checkpoints have."""
+        """Batch statistics differ between processes; every process uses those of the validated and saved average."""
         buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         if ranks.is_distributed() and buffers:
             together = torch.cat([buffer.flatten() for buffer in buffers])
@@ -190,7 +183,7 @@ class EMAStudent:
             for target, source in zip(averaged, current):
                 target.copy_(source)
             return
-        step = int(self.average.n_averaged)  # 1 at the first: the copy before it counts
+        step = int(self.average.n_averaged)  # 1 at the first step: the initial copy counts as well
         decay = min(1 - 1 / step, self.decay) if self.warm_up else self.decay
         get_ema_multi_avg_fn(decay)(averaged, current, step)
 
@@ -201,7 +194,7 @@ class EMAStudent:
         before = [buffer.clone() for buffer in buffers]
         self.network.train(mode == "train")
         for module in self.network.modules():
-            if mode == "dropout" and _draws(module):
+            if mode == "dropout" and _is_dropout(module):
                 module.train()
         try:
             yield
@@ -211,6 +204,6 @@ class EMAStudent:
                 buffer.copy_(value)
 
 
-def _draws(module: nn.Module) -> bool:
-    """Whether a module is dropout or drop-path of a probability above 0."""
+def _is_dropout(module: nn.Module) -> bool:
+    """Whether a module is dropout or drop-path with a probability above 0."""
     return isinstance(module, _DropoutNd) and module.p > 0 or isinstance(module, DropPath) and module.drop_prob > 0

@@ -1,4 +1,4 @@
-"""The student of two views and their fusion."""
+"""The KnowSAM student: two sub-networks and the fusion of their logits."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from knowsam_monai.networks.vnet import VNet
 class MultiViewNet(nn.Module):
     """U-Net and V-Net on the same image, and the hybrid aggregation of their logits.
 
-    In train mode all views come out, stacked; in eval mode the fused logits alone, as the deployed student gives them.
-    :func:`knowsam_monai.tensors.unstack_views` takes the stack apart.
+    In train mode the output is all views, stacked; in eval mode, as at deployment, the fused logits alone.
+    :func:`knowsam_monai.tensors.unstack_views` splits the stack.
 
     Args:
         spatial_dims: 2 or 3.
@@ -25,9 +25,9 @@ class MultiViewNet(nn.Module):
         channels: features of each level of both sub-networks, from full resolution down.
         dropout: dropout probability of each encoder level of the U-Net.
         num_convs: convolutions of each level of the V-Net.
-        dissimilarity_channels: width of the aggregation's branch of the dissimilarity map.
-        entropy_channels: width of its branch of the entropy maps.
-        logits_channels: width of its branch of the logits.
+        dissimilarity_channels: width of the aggregation's dissimilarity branch.
+        entropy_channels: width of its entropy branch.
+        logits_channels: width of its logits branch.
 
     Shape:
         - image: (B, in_channels, *spatial), every size a multiple of 2 ** (len(channels) - 1), 16 by default
@@ -35,7 +35,7 @@ class MultiViewNet(nn.Module):
         - output in eval mode: fused logits (B, C, *spatial)
 
     Raises:
-        ValueError: when ``channels``, ``dropout`` and ``num_convs`` differ in length, or a spatial size is no such
+        ValueError: if ``channels``, ``dropout`` and ``num_convs`` differ in length, or a spatial size is not such a
             multiple.
 
     Example::

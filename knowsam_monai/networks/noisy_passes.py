@@ -1,4 +1,4 @@
-"""Passes of the averaged student over noisy images."""
+"""Forward passes of the averaged student on noisy images."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from knowsam_monai.seeds import derive_seed
 
 class NoisyPasses:
     """
-    Logits of the averaged student for an image with clipped Gaussian noise on it, drawn anew for each pass.
+    Logits of the averaged student for noisy images; each pass draws new clipped Gaussian noise.
 
     .. math:: z_k = f_{\\theta'}(x + \\text{clip}(\\sigma \\epsilon_k, -b, b)), \\qquad \\epsilon_k \\sim N(0, 1)
 
-    The noise is a function of (seed, iteration, row of the whole batch over all ranks), dropout of (seed, iteration,
-    rank); the run's own random generators are left as they were, so the student draws the same with and without it.
+    The noise is a function of (seed, iteration, row of the whole batch over all ranks), and dropout of (seed,
+    iteration, rank). The global random generators are restored, so the student's own draws do not change.
 
     Args:
         ema_student: the averaged student.
         mode: "dropout", "eval" or "train", see :meth:`knowsam_monai.networks.EMAStudent.logits`.
-        noise_std: sigma, in the image's unit (images in 0..1); SSL4MIS has 0.1.
-        noise_clip: b; SSL4MIS has 0.2.
+        noise_std: sigma, in the image's unit (images in 0..1); SSL4MIS uses 0.1.
+        noise_clip: b; SSL4MIS uses 0.2.
         seed: 0 or more.
-        passes_at_once: how many passes go through the network as one batch; None: all. Fewer need less memory; they
-            differ from one batch in what dropout draws and, in "train" mode, in the batch's statistics.
+        passes_at_once: number of passes that go through the network as one batch; None: all. Fewer need less memory but
+            change what dropout draws and, in "train" mode, the batch statistics.
 
     Raises:
-        ValueError: when an argument is out of its range.
+        ValueError: if an argument is out of its range.
 
     Example::
 
@@ -77,7 +77,7 @@ class NoisyPasses:
     ) -> Tensor:
         """Logits (num_passes, B, C, *spatial) for an image (B, channels, *spatial), without a graph."""
         noisy = image + self.noise(image, iteration, num_passes)
-        seed = derive_seed(self.seed, iteration, ranks.rank(), 1)  # the last number: another stream than the noise
+        seed = derive_seed(self.seed, iteration, ranks.rank(), 1)  # 1: another stream than the noise
         with _seeded(image.device, seed):
             logits = [
                 self.ema_student.logits(chunk.flatten(0, 1), self.mode, inferer)
@@ -102,7 +102,7 @@ class NoisyPasses:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Let the device's default generator, which dropout draws from, start from `seed`, and put it back afterwards."""
+    """Seed the device's default generator, from which dropout draws, and restore it afterwards."""
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
     state = generator.get_state()
     generator.manual_seed(seed)

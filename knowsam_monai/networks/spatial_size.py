@@ -1,4 +1,4 @@
-"""The sizes that a network with pooling and skip connections takes."""
+"""The image sizes that a network with pooling and skip connections accepts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from knowsam_monai.errors import KnowSAMValueError
 
 
 def check_spatial_size(image: torch.Tensor, divisor: int) -> None:
-    """Raise an error that names size and remedy when an image does not halve evenly down to the deepest level.
+    """Raise a clear error if an image cannot be halved evenly down to the deepest level.
 
-    TorchScript compiles it; a trace, which fixes the sizes anyway, leaves it out.
+    TorchScript can compile this function. Tracing skips it, since a trace fixes the sizes anyway.
 
     Args:
         image: (B, channels, *spatial).
-        divisor: what each spatial size must be a multiple of, 2 ** (number of levels - 1).
+        divisor: every spatial size must be a multiple of it; 2 ** (number of levels - 1).
 
     Raises:
-        ValueError: when a spatial size is no positive multiple of ``divisor``.
+        ValueError: if a spatial size is not a multiple of ``divisor``.
 
     Example::
 
@@ -28,6 +28,6 @@ def check_spatial_size(image: torch.Tensor, divisor: int) -> None:
     for size in image.shape[2:]:
         if size % divisor != 0:
             raise KnowSAMValueError(
-                f"`image` must have spatial sizes that are multiples of {divisor} but has {list(image.shape[2:])}. "
-                f"Resize it, or pad it with monai.transforms.DivisiblePad(k={divisor})."
+                f"`image` must have spatial sizes that are multiples of {divisor} but has {list(image.shape[2:])}; "
+                f"resize it, or pad it with monai.transforms.DivisiblePad(k={divisor})."
             )

@@ -1,4 +1,4 @@
-"""Several networks as one student, for methods that train them side by side."""
+"""Several networks as one student, for methods that train them jointly."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 
 class StackedNetworks(nn.Module):
-    """Networks on the same image, each a view; for Cross Pseudo Supervision two of one kind, initialised differently.
+    """Several networks on the same image, each of them a view.
 
-    In train mode the logits of all come out, stacked; in eval mode one tensor, as a plain network gives it.
-    :func:`knowsam_monai.tensors.unstack_views` takes the stack apart. With
-    ``MultiViewCoTraining(views=(0, 1), entropy_weight=0)`` two networks are Cross Pseudo Supervision.
+    In train mode the output is the logits of all networks, stacked; in eval mode it is one tensor, as from a plain
+    network. :func:`knowsam_monai.tensors.unstack_views` splits the stack. Two networks of the same architecture with
+    ``MultiViewCoTraining(views=(0, 1), entropy_weight=0)`` are Cross Pseudo Supervision (CPS).
 
     Args:
-        networks: each returns logits (B, C, *spatial); built one after another they draw different weights.
-        deployed: what eval mode gives: "first" network's logits (CPS), or the "mean" of all.
+        networks: each returns logits (B, C, *spatial). Initialize them differently.
+        deployed: the output in eval mode: the logits of the "first" network (CPS), or the "mean" of all logits.
 
     Shape:
         - image: (B, in_channels, *spatial)
@@ -27,7 +27,7 @@ class StackedNetworks(nn.Module):
         - output in eval mode: logits (B, C, *spatial)
 
     Raises:
-        ValueError: when there is no network, two of them share a parameter, or ``deployed`` is neither.
+        ValueError: if there is no network, two of them share a parameter, or ``deployed`` is unknown.
 
     Example::
 
@@ -44,13 +44,12 @@ class StackedNetworks(nn.Module):
     def __init__(self, networks: Sequence[nn.Module], deployed: str = "first") -> None:
         super().__init__()
         if len(networks) == 0:
-            raise KnowSAMValueError("`networks` must have one network or more but is empty.")
-        if deployed not in ("first", "mean"):
-            raise KnowSAMValueError(f'`deployed` must be "first" or "mean" but is {deployed!r}.')
+            raise KnowSAMValueError("`networks` must have one network or more but is empty; pass two for CPS.")
+        check_choice("deployed", deployed, ("first", "mean"))
         parameters = [id(parameter) for network in networks for parameter in network.parameters()]
         if len(set(parameters)) < len(parameters):
             raise KnowSAMValueError(
-                "`networks` must not share parameters but do; build each anew, they would teach themselves."
+                "`networks` must not share parameters but do, so they would teach themselves; build each separately."
             )
         self.networks = nn.ModuleList(networks)
         self.averages = deployed == "mean"

@@ -1,4 +1,4 @@
-"""The first view of the student: a U-Net with batch normalisation."""
+"""The first view of the student: a U-Net with batch normalization."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from knowsam_monai.tensors import without_meta
 
 
 class UNet(nn.Module):
-    """U-Net of two conv-BatchNorm-LeakyReLU a level, max-pooling down and transposed convolutions up.
+    """U-Net with two conv-BatchNorm-LeakyReLU blocks at each level, max pooling and transposed convolutions.
 
-    With the defaults in 2D, one input channel and four classes it has 1.94 M parameters, as the authors' has. Theirs
-    adds a bias to each convolution in front of a batch normalisation, where it has no effect; here it is left out.
-    Dropout sits between the two convolutions of an encoder level.
+    With the defaults it has 1.94 M parameters, as in the authors' code. Theirs also has a bias in each convolution
+    before a batch normalization, where it has no effect. Dropout sits between the two convolutions of an encoder
+    level.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         out_channels: number of classes C; 1 for a sigmoid student.
         channels: features of each level, from full resolution down.
-        dropout: dropout probability of each encoder level, 0..1, as many as ``channels`` (default: the authors' code).
+        dropout: dropout probability of each encoder level, 0..1, as in the authors' code; one for each of ``channels``.
 
     Shape:
         - image: (B, in_channels, *spatial), every size a multiple of 2 ** (len(channels) - 1), 16 by default
         - output: logits (B, C, *spatial)
 
     Raises:
-        ValueError: when ``channels`` and ``dropout`` differ in length, or a spatial size is no such multiple.
+        ValueError: if ``channels`` and ``dropout`` differ in length, or a spatial size is not such a multiple.
 
     Example::
 
@@ -42,8 +42,8 @@ class UNet(nn.Module):
         torch.Size([2, 4, 32, 32])
 
     Reference:
-        Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, in the shape
-        that KnowSAM (arXiv:2412.13742) uses.
+        Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015, in the
+        configuration of KnowSAM (arXiv:2412.13742).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class UNet(nn.Module):
         if len(dropout) != len(channels):
             raise KnowSAMValueError(
                 f"`dropout` must be one probability for each of the {len(channels)} levels of `channels` "
-                f"but is {tuple(dropout)}. Give both the same length."
+                f"but is {tuple(dropout)}; give both the same length."
             )
         self.divisor = 2 ** (len(channels) - 1)
         self.pool = Pool["MAX", spatial_dims](kernel_size=2)
@@ -90,7 +90,7 @@ class UNet(nn.Module):
 
 
 class ConvPair(nn.Sequential):
-    """Two conv-BatchNorm-LeakyReLU, dropout between them."""
+    """Two conv-BatchNorm-LeakyReLU blocks with dropout between them."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""The second view of the student: a V-Net without normalisation."""
+"""The second view of the student: a V-Net without normalization."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from knowsam_monai.tensors import without_meta
 
 
 class VNet(nn.Module):
-    """V-Net of conv-ReLU stages with strided convolutions down, transposed ones up and additive skips.
+    """V-Net with conv-ReLU stages, strided convolutions down, transposed convolutions up, and additive skips.
 
-    No normalisation and no dropout, as in the authors' code: with the defaults in 2D, one input channel and four
-    classes it has 3.27 M parameters. MONAI's own ``VNet`` is another network: residual, normalised, and unusable in 2D
-    with dropout.
+    It has no normalization and no dropout, as in the authors' code, and 3.27 M parameters with the defaults. MONAI's
+    ``VNet`` is a different network: residual, normalized, and unusable in 2D with dropout.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         out_channels: number of classes C; 1 for a sigmoid student.
         channels: features of each level, from full resolution down.
-        num_convs: convolutions of each level, as many as ``channels``, the same down and up.
+        num_convs: number of convolutions at each level, in encoder and decoder; one for each of ``channels``.
 
     Shape:
         - image: (B, in_channels, *spatial), every size a multiple of 2 ** (len(channels) - 1), 16 by default
         - output: logits (B, C, *spatial)
 
     Raises:
-        ValueError: when ``channels`` and ``num_convs`` differ in length, or a spatial size is no such multiple.
+        ValueError: if ``channels`` and ``num_convs`` differ in length, or a spatial size is not such a multiple.
 
     Example::
 
@@ -43,7 +42,7 @@ class VNet(nn.Module):
 
     Reference:
         Milletari et al., "V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image Segmentation", 3DV
-        2016, in the shape that KnowSAM (arXiv:2412.13742) uses.
+        2016, in the configuration of KnowSAM (arXiv:2412.13742).
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class VNet(nn.Module):
         if len(num_convs) != len(channels):
             raise KnowSAMValueError(
                 f"`num_convs` must be one count for each of the {len(channels)} levels of `channels` "
-                f"but is {tuple(num_convs)}. Give both the same length."
+                f"but is {tuple(num_convs)}; give both the same length."
             )
         self.divisor = 2 ** (len(channels) - 1)
         upward = tuple(reversed(channels))
@@ -82,7 +81,7 @@ class VNet(nn.Module):
             for num_features, count in zip(upward[1:], reversed(num_convs[:-1]))
         )
         self.head = Conv["conv", spatial_dims](channels[0], out_channels, kernel_size=1)
-        self.apply(he_start)
+        self.apply(he_initialize)
         self.to(memory_format=memory_format)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -97,22 +96,22 @@ class VNet(nn.Module):
         return self.head(x)
 
 
-def he_start(module: nn.Module) -> None:
-    """Weights that keep the variance of the signal through a ReLU, and biases of zero."""
+def he_initialize(module: nn.Module) -> None:
+    """He initialization, which keeps the variance of the signal through a ReLU, with zero biases."""
     if isinstance(module, nn.modules.conv._ConvNd):
-        # an output of a strided transposed convolution without overlap sees each input channel once
+        # without overlap, each output of a transposed convolution sees each input channel once
         fan_in = module.in_channels if module.transposed else module.weight[0].numel()
         nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
         nn.init.zeros_(module.bias)
 
 
 def conv_stage(spatial_dims: int, in_channels: int, out_channels: int, count: int) -> nn.Sequential:
-    """``count`` 3x3 conv-ReLU, the first of which changes the number of channels."""
+    """``count`` 3x3 conv-ReLU blocks; the first one changes the number of channels."""
     return nn.Sequential(
         *(conv_relu(spatial_dims, in_channels if i == 0 else out_channels, out_channels) for i in range(count))
     )
 
 
 def conv_relu(spatial_dims: int, in_channels: int, out_channels: int, **kwargs) -> Convolution:
-    """A convolution of MONAI's with ReLU and nothing else; ``kwargs`` are those of ``Convolution``."""
+    """MONAI's ``Convolution`` with ReLU and without normalization; ``kwargs`` are passed on to it."""
     return Convolution(spatial_dims, in_channels, out_channels, act=("relu", {"inplace": True}), norm=None, **kwargs)

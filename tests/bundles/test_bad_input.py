@@ -172,4 +172,4 @@ def test_folder_that_cannot_be_written_is_said_before_data_are_read(refused, mon
 @pytest.mark.parametrize("loss", ["DiceCELoss", "DiceLoss", "torch.nn.CrossEntropyLoss"])
 def test_bare_loss_with_unlabeled_rows_is_said(refused, loss):
     name = loss.split(".")[-1]
-    refused(f"must be a PartiallyLabeledLoss where 2 of 4 rows have a label but is {name}", loss={"_target_": loss})
+    refused(f"must be a PartiallyLabeledLoss if only 2 of 4 rows have a label but is {name}", loss={"_target_": loss})

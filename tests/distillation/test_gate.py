@@ -35,14 +35,14 @@ def test_measurement_that_is_not_finite_changes_nothing():
 
 
 def test_unknown_mode_and_tolerance_are_errors():
-    with pytest.raises(ValueError, match="`gate` must be one of none, validation, agreement"):
+    with pytest.raises(ValueError, match="`gate` must be 'none', 'validation' or 'agreement'"):
         TeacherGate("open")
     with pytest.raises(ValueError, match="`gate_tolerance` must be a positive"):
         TeacherGate("none", tolerance=0)
 
 
 def images():
-    """Bright discs on a dark ground, which an equivariant threshold finds."""
+    """Bright discs on a dark background, which an equivariant threshold finds."""
     grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
     centers = torch.tensor([[5.0, 6.0], [9.0, 7.0], [10.0, 11.0]])
     return torch.stack([((grid - c[:, None, None]).norm(dim=0) < 3.5).float()[None] for c in centers])
@@ -96,17 +96,17 @@ def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     assert gate.weight == 0 and gate.scores[1] == 0
 
 
-def test_teacher_that_memorised_its_labelled_rows_shuts_the_agreement_gate():
+def test_teacher_that_memorized_its_labeled_rows_shuts_the_agreement_gate():
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2 * 256))
     shapes, labeled = images(), images()[:1]
     optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
-    for _ in range(60):  # a network without any idea of space learns its one labelled row by heart
+    for _ in range(60):  # a network without spatial structure memorizes its one labeled row
         loss = nn.functional.cross_entropy(teacher(labeled).reshape(1, 2, 16, 16), labeled[:, 0].long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (teacher(labeled).reshape(1, 2, 16, 16).argmax(1) == labeled[:, 0]).all()  # perfect on what it learned from
+    assert (teacher(labeled).reshape(1, 2, 16, 16).argmax(1) == labeled[:, 0]).all()  # perfect on its training row
     gate = TeacherGate("agreement", tolerance=0.1)
     for turn in range(5):
         gate.measure_agreement(threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn)
@@ -121,7 +121,7 @@ def test_agreement_of_not_square_images_uses_flips_only():
 
 
 def volumes(size=(8, 8, 6)):
-    """Bright blocks on a dark ground, in no orientation their own mirror image."""
+    """Bright blocks on a dark background, different in every orientation."""
     image = torch.zeros(2, 1, *size)
     image[0, 0, 1:4, 2:4, 1:3] = 1
     image[1, 0, 3:7, 1:6, 2:5] = 1

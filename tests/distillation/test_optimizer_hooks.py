@@ -16,7 +16,7 @@ def test_following_teacher_steps_exactly_when_the_student_steps(student, teacher
     handle = distiller.follow(optimizer)
     reference = copy.deepcopy(teacher)
     reference_optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
-    reference_distiller = SAMDistiller(reference, reference_optimizer, taught_views=(1, 2)).train()
+    reference_distiller = SAMDistiller(reference, reference_optimizer, taught_views=(1, 2), gate="none").train()
     for i, batch in enumerate(toy_batches(4)):
         if i % accumulation == 0:
             optimizer.zero_grad()
@@ -78,7 +78,7 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
         parameter = (other if removed_first == 0 else distiller).optimizer.param_groups[0]["params"][0]
         parameter.grad = torch.ones_like(parameter)
         optimizer.zero_grad()
-        assert parameter.grad is None  # the one that is left still clears its teacher
+        assert parameter.grad is None  # the remaining one still clears its teacher
         handles[1 - removed_first].remove()
         assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
 
@@ -110,13 +110,13 @@ def test_host_s_own_zero_grad_is_put_back(student, teacher):
     assert optimizer.zero_grad is own
 
 
-def test_teacher_without_an_optimizer_can_t_follow(student, teacher):
-    with pytest.raises(RuntimeError, match="`optimizer` of the distiller must be the teacher's but is None"):
+def test_follow_without_a_teacher_optimizer_is_an_error(student, teacher):
+    with pytest.raises(RuntimeError, match="SAMDistiller has no optimizer; pass the teacher's"):
         SAMDistiller(teacher).follow(torch.optim.SGD(student.parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fused):
+def test_scaler_that_was_not_passed_is_an_error(student, teacher, fused):
     student, teacher = student.float(), teacher.float()
     distiller = distiller_of(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
@@ -126,7 +126,7 @@ def test_scaler_that_the_teacher_is_not_told_of_is_an_error(student, teacher, fu
     scaler.scale(distiller(image, student(image), label).loss).backward()
     before = copy.deepcopy(teacher.state_dict())
     with pytest.raises(
-        RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* none was given; give"
+        RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None; pass it to `follow`"
     ):
         scaler.step(optimizer)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

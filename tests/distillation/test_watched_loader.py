@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, image_and_label, on_device
 
 
-def test_watched_loader_is_the_loader_in_all_else_and_tells_of_each_batch_before_it_gives_it():
+def test_watched_loader_is_the_loader_in_all_else_and_announces_each_batch_before_it_returns_it():
     data = DataLoader(torch.arange(6), batch_size=2)
     seen = []
     loader = WatchedLoader(data, seen.append)
@@ -78,13 +78,13 @@ def test_next_gives_the_batches_one_after_another_and_begins_anew_after_the_end(
         assert next(loader) == 10 and list(loader) == [10, 20]
 
 
-def test_batch_that_is_taken_by_its_index_is_told_too():
+def test_batch_that_is_taken_by_its_index_is_announced_too():
     seen = []
     loader = WatchedLoader([10, 20, 30], seen.append)
     assert loader[1] == 20 and loader[1:] == [20, 30] and seen == [20]
 
 
-def test_loader_is_watched_before_there_is_anything_to_tell():
+def test_loader_is_watched_before_anything_is_attached():
     loader, seen = WatchedLoader([10, 20]), []
     batches = iter(loader)
     assert next(batches) == 10
@@ -98,7 +98,7 @@ Pair = namedtuple("Pair", ["image", "label"])
 
 
 class Frozen(dict):
-    """In the manner of a batch that has more than its items."""
+    """A batch with attributes beside its items."""
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_batch_may_have_no_label_and_an_image_of_its_own_for_sam():
 
 @pytest.mark.parametrize("batch", [IMAGE, {"volume": IMAGE}, (IMAGE,), (IMAGE, LABEL, LABEL), np.zeros(3)])
 def test_anything_else_is_an_error(batch):
-    with pytest.raises(ValueError, match=r"must be a mapping with 'image' and 'label' or a pair .* give `select`"):
+    with pytest.raises(ValueError, match=r"must be a mapping with 'image' and 'label' or a pair .* pass `select`"):
         image_and_label(batch, IMAGE)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes of wiring that no exception shows are said, in each way of attaching, and nothing outlives its distiller."""
+"""Silent mistakes are reported in each way of attaching, and nothing outlives its distiller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAYS = ["handler", "loop", "attachment"]
 
 
 def train(way, student, optimizer, distiller, batches, before_step=lambda step: None, **options):
-    """A host in one of the three ways; `before_step` may change it. Returns what keeps SKD in it."""
+    """Train in one of the three ways; `before_step` may change the host. Returns the object that keeps SKD attached."""
     if way == "handler":
         loss = PartiallyLabeledLoss(dice_ce_loss(3))
         trainer = toy_trainer(student, batches, loss, [SAMDistillation(distiller, **options)], optimizer=optimizer)
@@ -47,7 +47,7 @@ def train(way, student, optimizer, distiller, batches, before_step=lambda step: 
     return skd
 
 
-def said(caplog, words):
+def warnings_with(caplog, words):
     return [line for line in caplog.messages if words in line]
 
 
@@ -60,12 +60,12 @@ def test_optimizer_that_the_host_rebuilds_is_warned_of(way, is_rebuilt, caplog):
     student, optimizer, distiller, batches = build(num_batches=2)
 
     def before_step(step):
-        if is_rebuilt and step == 5:  # the host steps another one from now on
+        if is_rebuilt and step == 5:  # the host steps another optimizer from now on
             optimizer.step = torch.optim.SGD(student.parameters(), lr=0.1).step
 
     train(way, student, optimizer, distiller, batches * 52, before_step)
-    lines = said(caplog, "optimizer has not stepped in 100 steps, so that SAM learns nothing")
-    assert len(lines) == is_rebuilt and all("has built a new optimizer" in line for line in lines)
+    lines = warnings_with(caplog, "optimizer has not stepped in 100 steps, so SAM learns nothing")
+    assert len(lines) == is_rebuilt and all("builds a new optimizer" in line for line in lines)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -75,7 +75,9 @@ def test_student_that_returns_probabilities_is_warned_of(way, activation, caplog
     if activation:
         student.register_forward_hook(lambda module, arguments, output: output.softmax(2 if module.training else 1))
     train(way, student, optimizer, distiller, batches)
-    assert len(said(caplog, "the student returns probabilities and not logits")) == (activation is not None)
+    assert len(warnings_with(caplog, "the student seems to return probabilities, not logits")) == (
+        activation is not None
+    )
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Identity()])
@@ -83,7 +85,7 @@ def test_student_of_one_channel_that_returns_probabilities_is_warned_of(activati
     student, _, distiller, batches = build(1)
     for batch in 51 * toy_batches(1, num_classes=2):
         distiller(batch["image"], activation(8 * student(batch["image"]) - 4).detach(), batch["label"])
-    assert len(said(caplog, "the student returns probabilities")) == isinstance(activation, nn.Sigmoid)
+    assert len(warnings_with(caplog, "the student seems to return probabilities")) == isinstance(activation, nn.Sigmoid)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,7 +95,7 @@ def test_batch_that_has_each_image_twice_is_warned_of(way, is_twice, caplog):
     if is_twice:
         batches = [{**batch, "image": torch.cat([batch["image"]] * 2)} for batch in batches]
     train(way, student, optimizer, distiller, batches)
-    assert len(said(caplog, "each image is in the batch twice")) == is_twice
+    assert len(warnings_with(caplog, "each image is in the batch twice")) == is_twice
 
 
 def test_student_called_on_its_batch_twice_over_is_warned_of(caplog):
@@ -102,7 +104,7 @@ def test_student_called_on_its_batch_twice_over_is_warned_of(caplog):
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"], None))
     batch = next(skd.watch(batches))
     student(torch.cat([batch["image"]] * 2))
-    assert len(said(caplog, "each image is in the batch twice (as in R-Drop)")) == 1
+    assert len(warnings_with(caplog, "each image is in the batch twice (as in R-Drop)")) == 1
 
 
 @pytest.mark.parametrize("matches", ["never", "every third batch"])
@@ -118,7 +120,7 @@ def test_select_that_always_returns_none_is_warned_of(matches, caplog):
         optimizer.zero_grad()
         loss_of(student(batch["image"]), batch).backward()
         optimizer.step()
-    lines = said(caplog, "nothing was taught in 50 batches, as `select` returned None for each call")
+    lines = warnings_with(caplog, "nothing was distilled in 50 batches: `select` returned None for each call")
     assert len(lines) == (matches == "never") and all("torch.equal(image, batch['image'])" in line for line in lines)
 
 
@@ -140,7 +142,10 @@ def test_averaged_copy_is_an_error_or_warned_of(caplog):
         else:
             assert not steps_attached
         skd.remove()
-    assert len(said(caplog, "not called in train mode with gradients. Attach to the module that the host tr")) == 1
+    assert (
+        len(warnings_with(caplog, "not called in train mode with gradients. Attach to the module that the host tr"))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("is_average", [True, False])
@@ -152,7 +157,7 @@ def test_logits_without_a_gradient_are_warned_of(is_average, caplog):
             logits = student(batch["image"])
         distiller(batch["image"], logits, batch["label"]).loss.backward()
         optimizer.step()
-    assert len(said(caplog, f"logits had no gradient in {UNTAUGHT_CALLS} steps")) == is_average
+    assert len(warnings_with(caplog, f"logits required no gradient in {UNTAUGHT_CALLS} steps")) == is_average
 
 
 # --- SKD twice --------------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def test_two_lines_or_the_handler_while_attached_are_an_error():
     for way in ("loop", "handler"):
         with pytest.raises(RuntimeError, match="must be added once to each step .* while it is attached to a student"):
             train(way, student, optimizer, distiller, skd.watch(batches))
-    with torch.no_grad():  # to look at what SAM says
+    with torch.no_grad():  # to inspect SAM's output
         distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"])
     skd.remove()
     plain_loop(student, optimizer, distiller, batches)
@@ -174,7 +179,7 @@ def test_handler_that_is_listed_twice_is_warned_of(caplog):
     student, optimizer, distiller, batches = build()
     handlers = [SAMDistillation(distiller), SAMDistillation(distiller)]
     toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3)), handlers, optimizer=optimizer).run()
-    assert len(said(caplog, "called twice with the same logits, so that SKD counts twice")) == 1
+    assert len(warnings_with(caplog, "called twice with the same logits, so SKD counts twice")) == 1
 
 
 # --- labels of rows that are unlabeled to the student -----------------------------------------------------------------
@@ -185,7 +190,7 @@ def test_labels_for_every_row_are_an_error_until_somebody_says_whose_they_are(wa
     batches = toy_batches(2, num_labeled=4, num_unlabeled=0)
     student, optimizer, distiller, _ = build()
     before = copy.deepcopy(distiller.teacher.state_dict())
-    with pytest.raises(ValueError, match='`label` must be of the labeled rows alone .* give `labeled_rows`, .*"all"'):
+    with pytest.raises(ValueError, match='`label` must have the labeled rows only .* pass `labeled_rows`, .*"all"'):
         train(way, student, optimizer, distiller, batches)
     assert all(torch.equal(before[name], value) for name, value in distiller.teacher.state_dict().items())
 
@@ -223,7 +228,7 @@ def test_teacher_that_does_not_learn_takes_labels_of_every_row():
     distiller.eval()(batch["image"], logits, batch["label"])
     with torch.no_grad():
         distiller.train()(batch["image"], logits, batch["label"])
-    SAMDistiller(distiller.teacher, taught_views=(1, 2))(batch["image"], logits, batch["label"])
+    SAMDistiller(distiller.teacher, taught_views=(1, 2), gate="none")(batch["image"], logits, batch["label"])
 
 
 # --- what is deleted --------------------------------------------------------------------------------------------------
@@ -274,14 +279,21 @@ def test_attachment_lives_as_long_as_anything_of_it_that_the_host_has(kept, capl
         del loader
     assert not any(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not student._forward_hooks and not optimizer._optimizer_step_post_hooks
-    assert not said(caplog, "an attachment was deleted")
+    assert not warnings_with(caplog, "an attachment was deleted")
 
 
 def test_attachment_that_nobody_keeps_is_warned_of(caplog):
     student, optimizer, distiller, _ = build()
     distiller.attach(student, optimizer)
     assert not student._forward_hooks
-    assert len(said(caplog, "keep what `attach` returns, and let the host iterate over its `watch(loader)`")) == 1
+    assert (
+        len(
+            warnings_with(
+                caplog, "keep a reference to what `attach` returns, and let the host iterate over its `watch(loader)`"
+            )
+        )
+        == 1
+    )
 
 
 def test_copy_of_a_distiller_is_attached_to_nobody():

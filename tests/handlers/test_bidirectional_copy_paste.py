@@ -35,7 +35,7 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     trainer.run()
 
     adam = torch.optim.Adam(teacher.parameters(), lr=0.01)
-    other_distiller = SAMDistiller(teacher, adam, sam_loss=distiller.sam_loss)
+    other_distiller = SAMDistiller(teacher, adam, sam_loss=distiller.sam_loss, gate="none")
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     for t, batch in enumerate(batches, start=1):
         (l1, l2, u1, u2), (y1, y2) = batch["image"].split(1), batch["label"].split(1)
@@ -90,7 +90,7 @@ def test_box_takes_two_thirds_of_each_axis_and_is_a_function_of_seed_and_iterati
         assert covered.any(dim=tuple({0, 1, 2} - {axis})).all()
 
 
-def test_half_of_the_mixed_rows_have_the_unlabelled_image_in_the_box():
+def test_half_of_the_mixed_rows_have_the_unlabeled_image_in_the_box():
     handler = build(ToyStudent())[2]
     box = torch.tensor([[[[True, False]]]])
 
@@ -140,7 +140,7 @@ def test_sam_learns_from_pixels_of_true_label_alone():
             seen.append((logits, label))
             return loss_of_sam(logits, label)
 
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), sam_loss=SAMLoss())
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), sam_loss=SAMLoss(), gate="none")
     optimizer, loss, handler = build(student, pretraining=0)
     handlers = [handler, SAMDistillation(distiller, log_interval=1)]
     trainer = toy_trainer(student, toy_batches(1), loss, handlers, optimizer=optimizer)
@@ -170,7 +170,7 @@ def test_preflight_leaves_no_trace_in_student_and_average(pretraining):
 @pytest.mark.parametrize(
     "options, rows, message",
     [
-        ({"pretraining": 0}, (2, 0), "must have labelled and unlabelled rows to mix"),
+        ({"pretraining": 0}, (2, 0), "must have labeled and unlabeled rows but has only one kind"),
         ({"pretraining": 1}, (1, 2), "`label` must have 2 rows or more in pre-training"),
     ],
 )

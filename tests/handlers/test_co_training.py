@@ -95,9 +95,9 @@ def test_two_networks_and_hard_targets_are_cross_pseudo_supervision(num_classes,
     torch.testing.assert_close(trainer.state.output["mutual_loss"], 1.5 * mutual.detach(), rtol=1e-10, atol=1e-12)
 
 
-def test_only_labelled_rows_are_an_error_where_unlabelled_ones_are_asked_for():
+def test_only_labeled_rows_are_an_error_where_unlabeled_ones_are_asked_for():
     batches = toy_batches(1, num_unlabeled=0)
-    with pytest.raises(ValueError, match="must have unlabelled rows"):
+    with pytest.raises(ValueError, match="must have unlabeled rows"):
         toy_trainer(two_networks(3, 2), batches, no_loss, [cross_pseudo_supervision("unlabeled")]).run()
-    with pytest.raises(ValueError, match='`rows` must be "all" or "unlabeled" but is \'labeled\''):
+    with pytest.raises(ValueError, match="`rows` must be 'all' or 'unlabeled' but is 'labeled'"):
         cross_pseudo_supervision("labeled")

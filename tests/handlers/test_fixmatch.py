@@ -107,7 +107,9 @@ def test_batch_without_strong_images_is_one_clear_error_at_the_first_step(start)
 def test_strong_images_of_another_geometry_are_one_clear_error():
     student, batches, _ = toy_host(2, (8, 8))
     batches[0]["image_strong"] = batches[0]["image_strong"][..., :4]
-    with pytest.raises(ValueError, match=r"of the shape \(2, 1, 8, 8\) of the unlabelled images but is \(2, 1, 8, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"have the shape \(2, 1, 8, 8\) of the unlabeled images but has \(2, 1, 8, 4\)"
+    ):
         toy_trainer(student, batches, no_loss, [FixMatch()]).run()
 
 

@@ -14,7 +14,7 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
 
 def unsure_logits(cells, num_rows=2, size=8, cell=2):
-    """Sure of class 1 (logit 9) but in the given cells of a 4 x 4 grid, where all classes are equal."""
+    """Logits certain of class 1 (logit 9), except in the given cells of a 4 x 4 grid, where all classes are equal."""
     logits = torch.zeros(num_rows, 2, size, size)
     logits[:, 1] = 9
     for row, col in cells:
@@ -37,13 +37,13 @@ def test_cells_of_highest_entropy_are_chosen(spatial_dims):
 
 def test_content_and_labels_are_exchanged_in_uncertain_cells():
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
-    image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labelled, unlabelled
+    image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labeled, unlabeled
     label = torch.zeros(1, 1, 8, 8)
     logits = torch.cat([unsure_logits([(0, 0)], 1), unsure_logits([(3, 3)], 1)])
     pseudo = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(2, 2, 8, 8)  # class 1 everywhere
     mixed_image, mixed_label = mixing.mix(image, label, logits, pseudo)
     unlabeled, labeled = mixed_image[0, 0], mixed_image[1, 0]
-    assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labelled content
+    assert (unlabeled[6:, 6:] == 10).all() and (unlabeled == 10).sum() == 4  # its own unsure cell gets labeled content
     assert (labeled[:2, :2] == 20).all() and (labeled == 20).sum() == 4
     assert torch.equal(mixed_label[0, 0], (unlabeled == 20).float()) and torch.equal(
         mixed_label[1, 0], (labeled == 20).float()
@@ -52,11 +52,11 @@ def test_content_and_labels_are_exchanged_in_uncertain_cells():
 
 def test_blocks_of_a_small_volume_are_exchanged_with_their_labels():
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), grid_size=(1, 2, 3), num_cells=1)  # cells of 2 x 2 x 1 voxels
-    image = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 4, 3)  # labelled, unlabelled
+    image = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 4, 3)  # labeled, unlabeled
     label = torch.zeros(1, 1, 2, 4, 3)
     logits = torch.tensor([0.0, 9.0]).reshape(1, 2, 1, 1, 1).repeat(2, 1, 2, 4, 3)
-    logits[0, :, :, :2, 2] = 0  # the labelled image is unsure in the first half of the last plane
-    logits[1, :, :, 2:, 0] = 0  # the unlabelled one in the second half of the first plane
+    logits[0, :, :, :2, 2] = 0  # the labeled image is unsure in the first half of the last plane
+    logits[1, :, :, 2:, 0] = 0  # the unlabeled one in the second half of the first plane
     mixed_image, mixed_label = mixing.mix(image, label, logits, logits)  # the pseudo-label is 1, and 0 where unsure
     unlabeled, labeled = torch.full((2, 4, 3), 20.0), torch.full((2, 4, 3), 10.0)
     unlabeled[:, 2:, 0], labeled[:, :2, 2] = 10, 20
@@ -111,7 +111,7 @@ def test_student_labels_where_the_teacher_sees_some_slices_only():
     mixing.mix = lambda image, label, logits, pseudo_logits: mixed.append((logits, pseudo_logits)) or mix(
         image, label, logits, pseudo_logits
     )
-    handlers = [SAMDistillation(SAMDistiller(teacher)), mixing]
+    handlers = [SAMDistillation(SAMDistiller(teacher, gate="none")), mixing]
     toy_trainer(student, toy_batches(1, size=(4, 4, 4)), loss, handlers).run()
     assert torch.equal(*mixed[0])
 
@@ -135,7 +135,7 @@ def test_pseudo_labels_come_from_the_teacher_when_one_runs():
         IterationEvents.LOSS_COMPLETED, lambda e: e.state.output.update(teacher_logits=teacher_logits)
     )
     trainer.run()
-    unlabeled = seen[0][:2]  # the mostly unlabelled rows: 11 of 16 cells keep the pseudo-label 2
+    unlabeled = seen[0][:2]  # the mostly unlabeled rows: 11 of 16 cells keep the pseudo-label 2
     assert (unlabeled == 2).float().mean() >= 11 / 16
 
 
@@ -191,9 +191,9 @@ def test_not_finite_teacher_behind_a_shut_gate_leaves_the_student_that_labels_it
 
 
 def test_bad_arguments_are_errors():
-    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, of a grid of 4 x 4 x 4 cells"):
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, for a grid of 4 x 4 x 4 cells"):
         UncertaintyGuidedMixing(None, num_cells=64)  # too many in 3D too
-    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, of a grid of 2 x 3 cells, but is 6"):
+    with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, for a grid of 2 x 3 cells, but is 6"):
         UncertaintyGuidedMixing(None, grid_size=(2, 3), num_cells=6)
     with pytest.raises(ValueError, match="`pseudo_label` must be"):
         UncertaintyGuidedMixing(None, pseudo_label="truth")
@@ -212,3 +212,12 @@ def test_grid_that_does_not_fit_the_image_is_an_error_long_before_the_start(argu
     mixing = UncertaintyGuidedMixing(loss, start=1000, **arguments)
     with pytest.raises(ValueError, match=message):
         toy_trainer(ToyStudent().double(), toy_batches(1), loss, [mixing]).run()
+
+
+def test_weight_of_zero_takes_no_second_forward():
+    student, calls = ToyStudent().double(), []
+    student.register_forward_hook(lambda *_: calls.append(None))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    trainer = toy_trainer(student, toy_batches(2), loss, [UncertaintyGuidedMixing(loss, weight=lambda t: t - 1)])
+    trainer.run()
+    assert len(calls) == 1 + 2  # weight 0, then 1

@@ -85,5 +85,5 @@ def test_students_dropout_draws_the_same_with_and_without_it():
 
 def test_unknown_rows_are_an_error():
     student = toy_host(2, (8, 8))[0]
-    with pytest.raises(ValueError, match='`rows` must be "unlabeled" or "all" but is \'labeled\''):
+    with pytest.raises(ValueError, match="`rows` must be 'unlabeled' or 'all' but is 'labeled'"):
         build(student, rows="labeled")

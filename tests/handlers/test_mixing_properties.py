@@ -1,4 +1,4 @@
-"""Uncertainty-guided mixing on whatever tensors come: what loops in float64 mix, or one clear error; never NaN."""
+"""Uncertainty-guided mixing on arbitrary tensors: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_most_uncertain_cells_and_their_labels_change_places(case, data):
         pseudo_label = [first_largest(values) for values in pixels(pseudo_logits[other : other + 1])]
         ours = list(zip(image[pair].flatten().tolist(), label[pair].flatten().tolist()))
         theirs = list(zip(image[other].flatten().tolist(), map(float, pseudo_label)))
-        # the first half: the unlabelled image with labelled content where it is unsure; the second the other way round
+        # the first half: the unlabeled image with labeled content where it is unsure; the second the other way round
         for row, background, content, guide in ((pair, theirs, ours, other), (pairs + pair, ours, theirs, pair)):
             mixed = list(zip(mixed_image[row].flatten().tolist(), mixed_label[row].flatten().tolist()))
             entropies = cell_entropies(logits, guide, grid)
@@ -84,7 +84,7 @@ def test_grid_that_does_not_fit_is_one_clear_error(case, data):
 def test_batch_of_one_kind_is_one_clear_error(case):
     case.labeled = case.rows
     mixing = UncertaintyGuidedMixing(loss=None, grid_size=2, num_cells=1)
-    with pytest.raises(ValueError, match="`image` must have labelled and unlabelled rows to mix"):
+    with pytest.raises(ValueError, match="`image` must have labeled and unlabeled rows but has only one kind"):
         mixing.mix(case.image(), case.label(), case.logits(), case.logits())
 
 

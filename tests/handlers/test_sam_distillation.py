@@ -20,7 +20,9 @@ from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gr
 def build(seed=0, **kwargs):
     torch.manual_seed(seed)
     student, teacher = ToyStudent().double(), ToyTeacher().double()
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(
+        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs}
+    )
     return student, teacher, distiller
 
 
@@ -33,7 +35,7 @@ def test_three_trainer_steps_equal_hand_written_ones(accumulation):
     handler = SAMDistillation(distiller, weight=SigmoidRampUp(3), start=2)
     toy_trainer(student, batches, loss, [handler], accumulation_steps=accumulation).run()
 
-    other = SAMDistiller(other_teacher, taught_views=(1, 2)).train()
+    other = SAMDistiller(other_teacher, taught_views=(1, 2), gate="none").train()
     other.optimizer = torch.optim.Adam(other_teacher.parameters(), lr=0.01)
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
     for t, batch in enumerate(batches, start=1):
@@ -65,7 +67,7 @@ def test_terms_are_logged_under_their_names_and_detached():
     assert output["teacher_logits"].shape == (4, 3, 8, 8) and not output["teacher_logits"].requires_grad
 
 
-def test_labelled_dice_is_of_the_named_rows_where_all_have_labels():
+def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
     all_labeled = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
     first_labeled = {**all_labeled, "label": all_labeled["label"][:2]}
     named = []
@@ -92,7 +94,7 @@ def test_shut_gate_leaves_the_students_step_exactly_as_without_distillation():
 def test_poor_teacher_costs_nothing_under_the_validation_gate():
     batches = toy_batches(3)
     student, _, distiller = build(gate="validation")
-    distiller.gate.update(student_dice=0.6, teacher_dice=0.3)  # it has memorised its labelled rows
+    distiller.gate.update(student_dice=0.6, teacher_dice=0.3)  # it has memorized its labeled rows
     alone = copy.deepcopy(student)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     toy_trainer(student, batches, loss, [SAMDistillation(distiller)]).run()
@@ -158,10 +160,10 @@ def test_teacher_runs_at_every_second_step_and_leaves_the_others_as_they_are():
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(None))
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, every=2)]).run()
-    assert len(calls) == 2 * 2  # labelled and unlabelled rows of steps 2 and 4
+    assert len(calls) == 2 * 2  # labeled and unlabeled rows of steps 2 and 4
 
     other = SAMDistiller(
-        other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2)
+        other_teacher, torch.optim.Adam(other_teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none"
     ).train()
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
     for step, batch in enumerate(batches, start=1):
@@ -191,7 +193,7 @@ def test_step_without_the_teacher_has_no_terms_of_it():
 
 
 @pytest.mark.parametrize("every,expected", [(1, [4, 8]), (2, [4, 8]), (3, [6, 9]), (4, [4, 8])])
-def test_labelled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs(every, expected):
+def test_labeled_dice_is_logged_once_an_interval_however_rarely_the_teacher_runs(every, expected):
     logged = []
     trainer = toy_trainer(
         build()[0],
@@ -208,7 +210,7 @@ def test_labelled_dice_is_logged_once_an_interval_however_rarely_the_teacher_run
 
 
 def test_every_below_one_is_an_error():
-    with pytest.raises(ValueError, match="`every` must be at least 1 iteration but is 0"):
+    with pytest.raises(ValueError, match="`every` must be at least 1 but is 0"):
         SAMDistillation(build()[2], every=0)
 
 
@@ -234,7 +236,7 @@ def test_image_for_the_teacher_of_another_size_is_an_error():
 def test_cached_teacher_without_an_image_of_its_own_is_an_error():
     student, teacher, distiller = build()
     teacher.encoder = "cached"
-    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher whose encoder is 'cached'"):
+    with pytest.raises(ValueError, match="`batch` must have a 'sam_image' for a teacher with encoder 'cached'"):
         toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
 
 
@@ -259,7 +261,7 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
     other_student, other_teacher = copy.deepcopy(student), copy.deepcopy(sam_teacher)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     teacher = SliceTeacher(sam_teacher, slices=2, sampling=sampling, seed=3)
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2))
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), gate="none")
     toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=0.5)]).run()
 
     optimizer = torch.optim.SGD(other_student.parameters(), lr=0.1)
@@ -287,7 +289,9 @@ def test_three_steps_on_slices_of_volumes_equal_hand_written_ones(sampling):
 def volume_trainer(slices, **kwargs):
     torch.manual_seed(0)
     teacher = SliceTeacher(ToyTeacher().double(), slices=slices)
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **kwargs)
+    distiller = SAMDistiller(
+        teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), taught_views=(1, 2), **{"gate": "none", **kwargs}
+    )
     student = ToyStudent(spatial_dims=3).double()
     handler = SAMDistillation(distiller, log_interval=1, gate_interval=1)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
@@ -331,3 +335,10 @@ def test_monais_own_vnet_is_taught_volumes_by_sam():
     assert with_gradient(student) == {name for name, _ in student.named_parameters()}
     changed = {name for name, tensor in sam_teacher.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= {name for name, p in sam_teacher.named_parameters() if p.requires_grad} and changed
+
+
+def test_default_gate_is_measured_without_labels_of_its_own_and_without_an_evaluator():
+    student, teacher, _ = build()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
+    toy_trainer(student, toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+    assert distiller.gate.mode == "agreement" and distiller.gate.num_measured == 1

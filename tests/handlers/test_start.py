@@ -1,4 +1,4 @@
-"""One meaning of `start`: the first iteration with the term, counted from 1."""
+"""`start` means the same everywhere: the first iteration with the term, counted from 1."""
 
 from __future__ import annotations
 

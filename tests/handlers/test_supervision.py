@@ -44,7 +44,7 @@ def run(handler, loss, **batch):
 def test_bare_loss_that_sees_fewer_labels_than_rows_is_one_clear_error(handler):
     loss = DiceCELoss(softmax=True, to_onehot_y=True)
     with pytest.raises(
-        ValueError, match=r"must be a PartiallyLabeledLoss where 2 of 4 rows .* but is DiceCELoss\. Wrap it"
+        ValueError, match=r"must be a PartiallyLabeledLoss if only 2 of 4 rows .* but is DiceCELoss; wrap it"
     ):
         run(handler, loss)
 
@@ -77,5 +77,5 @@ def test_unlabeled_rows_are_those_after_the_labels():
 
 def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does_nothing():
     output = {"image": torch.zeros(2, 1, 4, 4), "label": torch.zeros(2, 1, 4, 4)}
-    with pytest.raises(ValueError, match="unlabelled rows after the 2 labelled ones but has 2 rows; give"):
+    with pytest.raises(ValueError, match="unlabeled rows after the 2 labeled ones but has 2 rows; leave"):
         unlabeled_rows(output)

@@ -95,7 +95,7 @@ def test_passes_run_as_one_batch_where_memory_allows(at_once, batches):
 
 def test_bad_arguments_are_errors():
     student = toy_host(2, (8, 8))[0]
-    with pytest.raises(ValueError, match='`rows` must be "unlabeled" or "all" but is \'labeled\''):
+    with pytest.raises(ValueError, match="`rows` must be 'unlabeled' or 'all' but is 'labeled'"):
         build(student, max_iterations=1, rows="labeled")
     with pytest.raises(ValueError, match="`num_passes` must be at least 1 but is 0"):
         build(student, max_iterations=1, num_passes=0)

@@ -107,10 +107,10 @@ def test_any_form_of_logits_gives_plain_float32(target, form):
 
 
 def test_views_of_different_shape_are_an_error_with_both_shapes():
-    with pytest.raises(ValueError, match=r"`logits_b` .* \(2, 3, 4, 4\), but is \(2, 3, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"`logits_b` .* \(2, 3, 4, 4\), but has \(2, 3, 4, 8\)"):
         MutualConsistencyLoss()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))
 
 
 def test_unknown_target_is_an_error():
-    with pytest.raises(ValueError, match='`target` must be "hard" or "soft" but is \'probs\''):
+    with pytest.raises(ValueError, match="`target` must be 'hard' or 'soft' but is 'probs'"):
         MutualConsistencyLoss("probs")

@@ -72,7 +72,7 @@ def test_mean_is_over_pixels_and_rows_and_not_over_classes():
     torch.testing.assert_close(many, one)
 
 
-def test_large_temperature_is_a_regression_on_centred_logits():
+def test_large_temperature_is_a_regression_on_centered_logits():
     student, teacher = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(2))
     difference = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     regression = difference.square().sum(1).mean() / (2 * 4)
@@ -145,7 +145,7 @@ def test_any_form_of_logits_gives_plain_float32(form):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 4, 4, 8), (1, 4, 4, 4)])
 def test_other_shape_of_the_teacher_is_an_error_with_both_shapes(shape):
-    with pytest.raises(ValueError, match=r"`teacher_logits` must be of the student's shape \(2, 4, 4, 4\) but is"):
+    with pytest.raises(ValueError, match=r"`teacher_logits` must have the student's shape \(2, 4, 4, 4\) but have"):
         DistillationLoss()(torch.zeros(2, 4, 4, 4), torch.zeros(shape))
 
 

@@ -1,4 +1,4 @@
-"""Each loss on whatever tensors come: equal to loops in float64, or one clear error; never NaN."""
+"""Each loss on arbitrary tensors: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.properties import assert_right, cases, dice_ce, few, first_largest, l
 
 
 def finite_gradient(loss, *inputs) -> bool:
-    """Whether the gradients of a loss to its inputs are there and finite."""
+    """Whether the inputs of a loss have finite gradients."""
     leaves = [value.detach().clone().requires_grad_() for value in inputs]
     loss(*leaves).backward()
     return all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in leaves)
@@ -130,7 +130,7 @@ def test_supervised_views(case, num_views, data):
     weights = data.draw(st.lists(st.sampled_from((0.0, 0.5, 1.0)), min_size=num_views, max_size=num_views))
     views, label = [case.logits() for _ in range(num_views)], case.label()
     if sum(weights) == 0:
-        with pytest.raises(ValueError, match="`view_weights` must be 0 or more, one of them positive"):
+        with pytest.raises(ValueError, match="`view_weights` must be 0 or more, and at least one positive"):
             PartiallyLabeledLoss(view_weights=weights)
         return
     loss = PartiallyLabeledLoss(dice_ce_loss(case.classes), view_weights=weights)
@@ -148,7 +148,7 @@ def test_shapes_that_do_not_belong_together_are_one_clear_error(case, data):
     for loss in (DistillationLoss(), MutualConsistencyLoss(), PseudoLabelLoss(), SoftmaxMSELoss()):
         if case.classes == 1 and axis == 1 and isinstance(loss, DistillationLoss):
             continue  # a sigmoid student may learn from a teacher of two classes
-        with pytest.raises(ValueError, match="must be of the"):
+        with pytest.raises(ValueError, match="must have the (student's )?shape"):
             loss(ours, theirs)
 
 

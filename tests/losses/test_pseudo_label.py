@@ -70,7 +70,7 @@ def test_any_form_of_logits_gives_plain_float32(form):
 def test_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="`threshold` must be a probability, 0..1, but is 95"):
         PseudoLabelLoss(95)
-    with pytest.raises(ValueError, match='`average` must be "all" or "sure" but is \'none\''):
+    with pytest.raises(ValueError, match="`average` must be 'all' or 'sure' but is 'none'"):
         PseudoLabelLoss(average="none")
-    with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but is \(2, 3, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but have \(2, 3, 4, 8\)"):
         PseudoLabelLoss()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))

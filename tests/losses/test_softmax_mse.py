@@ -72,5 +72,5 @@ def test_any_form_of_logits_gives_plain_float32(form):
 
 
 def test_different_shapes_are_an_error_with_both():
-    with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but is \(2, 3, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but have \(2, 3, 4, 8\)"):
         SoftmaxMSELoss()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))

@@ -111,9 +111,9 @@ def test_wrapped_loss_sees_no_autocast_and_float64_stays():
     ("shape", "message"),
     [
         ((0, 1, 6, 6), "`label` must have one row or more but has none"),
-        ((5, 1, 6, 6), "`label` must have at most the 4 rows of `pred` but has 5"),
-        ((2, 1, 6, 8), r"`label` must be of shape \(labeled rows, 1, 6, 6\) but is \(2, 1, 6, 8\)"),
-        ((2, 2, 6, 6), r"`label` must be of shape \(labeled rows, 1, 6, 6\) but is \(2, 2, 6, 6\)"),
+        ((5, 1, 6, 6), r"`label` must have at most as many rows as `pred` \(4\) but has 5"),
+        ((2, 1, 6, 8), r"`label` must have shape \(labeled rows, 1, 6, 6\) but has \(2, 1, 6, 8\)"),
+        ((2, 2, 6, 6), r"`label` must have shape \(labeled rows, 1, 6, 6\) but has \(2, 2, 6, 6\)"),
     ],
 )
 @pytest.mark.parametrize("views", [(), (3,)])
@@ -126,8 +126,8 @@ def test_label_that_does_not_fit_is_an_error(shape, message, views):
 @pytest.mark.parametrize("spatial", [(6, 8), (6, 8, 4)])
 def test_label_without_a_channel_is_an_error_and_not_taken_for_a_view(spatial, views):
     size = ", ".join(map(str, spatial))
-    said = rf"`label` must be of shape \(labeled rows, 1, {size}\) but is \(2, {size}\); give `label\[:, None\]`"
-    with pytest.raises(ValueError, match=said):
+    message = rf"`label` must have shape \(labeled rows, 1, {size}\) but has \(2, {size}\); pass `label\[:, None\]`"
+    with pytest.raises(ValueError, match=message):
         PartiallyLabeledLoss()(torch.zeros(4, *views, 3, *spatial), torch.zeros(2, *spatial))
 
 
@@ -179,14 +179,14 @@ def test_weights_for_another_number_of_views_are_an_error():
 
 @pytest.mark.parametrize("weights", [(), (0, 0), (1, -1)])
 def test_weights_that_are_negative_or_all_zero_are_an_error(weights):
-    with pytest.raises(ValueError, match="`view_weights` must be 0 or more, one of them positive"):
+    with pytest.raises(ValueError, match="`view_weights` must be 0 or more, and at least one positive"):
         PartiallyLabeledLoss(view_weights=weights)
 
 
 def test_bare_loss_with_fewer_labels_than_rows_is_one_clear_error():
     with pytest.raises(ValueError) as error:
         check_loss_takes(dice_ce_loss(), num_rows=4, num_labels=2)
-    assert "`loss_function` must be a PartiallyLabeledLoss where 2 of 4 rows have a label" in str(error.value)
+    assert "`loss_function` must be a PartiallyLabeledLoss if only 2 of 4 rows have a label" in str(error.value)
     assert "PartiallyLabeledLoss(loss=dice_ce_loss(...))" in str(error.value)
     with pytest.raises(ValueError, match="but is cross_entropy"):
         check_loss_takes(F.cross_entropy, num_rows=4, num_labels=2)
@@ -238,5 +238,5 @@ def test_with_no_pixel_known_the_loss_is_zero_and_finite(num_classes):
 
 
 def test_a_class_cannot_be_ignored():
-    with pytest.raises(ValueError, match=r"`ignore_index` must be no class, 0..3, but is 3"):
+    with pytest.raises(ValueError, match=r"`ignore_index` must be outside the classes 0..3 but is 3"):
         dice_ce_loss(4, ignore_index=3)

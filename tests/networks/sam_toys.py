@@ -1,4 +1,4 @@
-"""Small SAMs of `segment_anything`'s own classes, which the tests of the SAM teacher share."""
+"""Small SAMs built from `segment_anything`'s classes, shared by the tests of the SAM teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOY_VARIANT = SAMVariant(16, 3, 2, (1,), window_size=3, prompt_dim=32, decoder_m
 
 
 def randomized(module: nn.Module, std: float = 0.3) -> nn.Module:
-    """All parameters at random: position tables and adapters start at zero, where much is equal that should not be."""
+    """Randomize all parameters: position tables and adapters start at zero, which would hide differences."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape) * std)

@@ -1,4 +1,4 @@
-"""The hybrid aggregation on whatever logits come: equal to loops in float64, or one clear error; never NaN."""
+"""The hybrid aggregation on arbitrary logits: equal to loops in float64, or one clear error; never NaN."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def convolved(x, weight):
 
 
 def activated(x, block, is_training):
-    """Convolution, batch normalisation by the batch's or the kept statistics, LeakyReLU."""
+    """Convolution, batch normalization by the batch's or the kept statistics, LeakyReLU."""
     x = convolved(x, block.conv.weight)
     norm = block.adn.N
     axes = (0, *range(2, x.ndim))
@@ -98,7 +98,7 @@ def test_fused_logits(case, is_training):
 @few
 @given(cases(dtypes=(torch.float16, torch.bfloat16)))
 def test_half_precision_is_near_and_finite(case):
-    """A student in half precision: its maps are exact all the same, its convolutions as good as their format."""
+    """A student in half precision: its maps stay exact, its convolutions are as accurate as their format."""
     fuse, exact = build(case, case.dtype).eval(), build(case, torch.float64).eval()
     a, b = case.logits(), case.logits()
     with torch.no_grad():
@@ -126,5 +126,5 @@ def test_logits_that_do_not_belong_together_are_one_error(case, data):
     a, b = case.logits(), case.logits()
     axis = data.draw(st.integers(0, a.ndim - 1))
     other = torch.cat([b, b.narrow(axis, 0, 1)], dim=axis)
-    with pytest.raises(ValueError, match="`logits_b` must be of the shape of `logits_a`"):
+    with pytest.raises(ValueError, match="`logits_b` must have the shape of `logits_a`"):
         fuse(a, other)

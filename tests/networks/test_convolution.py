@@ -8,7 +8,7 @@ from knowsam_monai.networks.convolution import ConvNormAct, channels_last
 
 
 def trained(block: torch.nn.Module) -> torch.nn.Module:
-    """With statistics and affine parameters unlike those of a fresh batch normalisation."""
+    """With statistics and affine parameters unlike those of a fresh batch normalization."""
     generator = torch.Generator().manual_seed(1)
     for module in block.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -85,5 +85,5 @@ def test_dropout_zeroes_single_elements_and_not_channels():
 
 
 def test_other_than_two_or_three_dimensions_is_an_error():
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2 or 3 but is 1"):
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2 \\(slices\\) or 3 \\(volumes\\) but is 1"):
         channels_last(1)

@@ -16,7 +16,7 @@ from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 
 class Normed(nn.Module):
-    """Batch normalisation and dropout."""
+    """Batch normalization and dropout."""
 
     def __init__(self, dropout: float = 0.5) -> None:
         super().__init__()
@@ -223,9 +223,9 @@ def test_evaluator_may_judge_the_average_and_configs_name_it():
 def test_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="`decay` must be between 0 and 1 but is 2"):
         build(decay=2)
-    with pytest.raises(ValueError, match="`buffers` must be one of copy, average but is 'share'"):
+    with pytest.raises(ValueError, match="`buffers` must be 'copy' or 'average' but is 'share'"):
         build(buffers="share")
     with pytest.raises(ValueError, match="`optimizer` must step parameters of `network`"):
         EMAStudent(Normed(), torch.optim.SGD(Normed().parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="`ema_mode` must be one of eval, dropout, train but is 'test'"):
+    with pytest.raises(ValueError, match="`ema_mode` must be 'eval', 'dropout' or 'train' but is 'test'"):
         build()[2].logits(torch.zeros(1, 1, 4, 4), "test")

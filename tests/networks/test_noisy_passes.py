@@ -32,7 +32,7 @@ def test_noise_is_a_function_of_seed_iteration_and_row():
     noise = passes.noise(x, iteration=5, num_passes=3)
     assert noise.shape == (3, 2, 1, 6, 6) and torch.equal(noise, passes.noise(x, iteration=5, num_passes=3))
     assert torch.equal(noise, hand_written_noise(x, 5, 3))
-    assert torch.equal(noise[:, :1], passes.noise(x[:1], iteration=5, num_passes=3))  # whatever rows come after it
+    assert torch.equal(noise[:, :1], passes.noise(x[:1], iteration=5, num_passes=3))  # regardless of later rows
     draws = [noise[0, 0], noise[1, 0], noise[0, 1], passes.noise(x, 6)[0, 0], build(seed=1).noise(x, 5)[0, 0]]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
@@ -40,7 +40,7 @@ def test_noise_is_a_function_of_seed_iteration_and_row():
 def test_second_rank_goes_on_with_the_noise_of_the_rows_after_the_firsts(monkeypatch):
     passes, x = build(), image(4)
     expected = passes.noise(x, iteration=1)[:, 2:]
-    monkeypatch.setattr("knowsam_monai.networks.noisy_passes.idist.get_rank", lambda: 1)
+    monkeypatch.setattr("knowsam_monai.networks.noisy_passes.ranks.rank", lambda: 1)
     assert torch.equal(passes.noise(x[2:], iteration=1), expected)
 
 
@@ -80,5 +80,5 @@ def test_bad_arguments_are_errors():
         build(noise_std=-1)
     with pytest.raises(ValueError, match="`passes_at_once` must be at least 1, or None for all, but is 0"):
         build(passes_at_once=0)
-    with pytest.raises(ValueError, match="`ema_mode` must be one of"):
+    with pytest.raises(ValueError, match="`ema_mode` must be 'eval', 'dropout' or 'train'"):
         build(mode="test")

@@ -44,5 +44,5 @@ def test_bad_arguments_are_one_clear_error():
         StackedNetworks([conv, conv])
     with pytest.raises(ValueError, match="one network or more"):
         StackedNetworks([])
-    with pytest.raises(ValueError, match='`deployed` must be "first" or "mean" but is \'second\''):
+    with pytest.raises(ValueError, match="`deployed` must be 'first' or 'mean' but is 'second'"):
         StackedNetworks([conv], deployed="second")

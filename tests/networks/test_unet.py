@@ -14,7 +14,7 @@ TINY = {"channels": (4, 6, 8, 10, 12)}
 
 
 def reference(network: UNet, image: torch.Tensor) -> torch.Tensor:
-    """The eval form from the parameters in their order: two convolutions a level, concatenated skips."""
+    """The forward pass in eval mode, layer by layer: two convolutions per level, concatenated skips."""
     convs = iter([m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)])
     norms = iter([m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)])
     conv, pool = (F.conv2d, F.max_pool2d) if image.ndim == 4 else (F.conv3d, F.max_pool3d)
@@ -94,5 +94,5 @@ def test_dropout_for_another_number_of_levels_is_an_error():
 
 
 def test_other_than_two_or_three_dimensions_is_an_error():
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2 or 3 but is 4"):
+    with pytest.raises(ValueError, match="`spatial_dims` must be 2 \\(slices\\) or 3 \\(volumes\\) but is 4"):
         UNet(spatial_dims=4)

@@ -51,7 +51,5 @@ def test_deep_supervision_heads_of_dynunet_are_views_with_the_main_one_first():
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (2, 3, 2, 1, 8, 8)])
 def test_any_other_number_of_dimensions_is_an_error_with_both_shapes(shape):
-    with pytest.raises(
-        ValueError, match=r"`pred` must be logits .* but is of shape \(2, .*\) beside .* \(2, 1, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"`pred` must be logits .* but has shape \(2, .*\) with .* \(2, 1, 8, 8\)"):
         unstack_views(torch.rand(shape), torch.rand(2, 1, 8, 8))

@@ -13,7 +13,7 @@ TINY = {"channels": (4, 6, 8, 10, 12)}
 
 
 def reference(network: VNet, image: torch.Tensor) -> torch.Tensor:
-    """From the layers in their order: 1, 2, 3, 3, 3 convolutions a level, strided down, transposed up, added skips."""
+    """The forward pass layer by layer: 1 to 3 convolutions per level, strided down, transposed up, added skips."""
     down, up = {2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[image.ndim - 2]
     convs = [m for m in network.modules() if isinstance(m, down)]
     ups = iter([m for m in network.modules() if isinstance(m, up)])
@@ -48,7 +48,7 @@ def test_both_forms_equal_a_straight_forward(size):
         torch.testing.assert_close(form(image), expected, rtol=0, atol=1e-12)
 
 
-def test_no_normalisation_and_no_dropout():
+def test_no_normalization_and_no_dropout():
     kinds = {type(m).__name__ for m in VNet(**TINY).modules() if not list(m.children())}
     assert kinds == {"Conv2d", "ConvTranspose2d", "ReLU"}
 

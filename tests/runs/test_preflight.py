@@ -33,7 +33,7 @@ def run(with_preflight, stop=False):
     random.seed(0)
     np.random.seed(0)
     student, teacher = DroppingStudent().double(), ToyTeacher().double()
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01), gate="none")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     handlers = [SAMDistillation(distiller)]
     if with_preflight:

@@ -202,7 +202,7 @@ def test_a_frozen_teacher_needs_no_optimizer(spatial_dims):
     teacher, student = NetworkTeacher(small_unet(spatial_dims), 3), small_unet(spatial_dims).train()
     nn.init.zeros_(list(student.parameters())[-1])
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distiller = SAMDistiller(teacher)
+    distiller = SAMDistiller(teacher, gate="none")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     image, label = torch.rand(2, 1, *size), torch.zeros(1, 1, *size, dtype=torch.long)
     losses = []

@@ -128,7 +128,7 @@ def test_adapters_and_prompts_alone_learn_from_the_sam_loss(encoder):
             nn.init.normal_(module.up.weight, std=0.1)
     student = nn.Conv2d(1, 3, 3, padding=1)
     optimizer = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=1e-3)
-    distiller = SAMDistiller(teacher, optimizer)
+    distiller = SAMDistiller(teacher, optimizer, gate="none")
     image, label = torch.rand(2, 1, 64, 64), torch.randint(3, (1, 1, 64, 64))
     result = distiller(image, student(image), label)
     result.sam_loss.backward()
