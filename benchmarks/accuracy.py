@@ -90,6 +90,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
             "max_iterations": 2000,
             "epoch_length": 500,
             "num_workers": 0,
+            "distillation_gate": "validation",
         },
         {
             "KnowSAM": {},
@@ -184,7 +185,10 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         LEFT_ATRIUM_ON_A_CPU,
     ),
     "left_atrium_published": ({"bundle": "knowsam_la", "labeled_patients": 8}, LEFT_ATRIUM),
-    "phantom": ({}, {"KnowSAM": {}, "KnowSAM, bf16": {"cpu_autocast": True}, "KnowSAM, without SAM": WITHOUT_SAM}),
+    "phantom": (
+        {"distillation_gate": "validation"},
+        {"KnowSAM": {}, "KnowSAM, bf16": {"cpu_autocast": True}, "KnowSAM, without SAM": WITHOUT_SAM},
+    ),
 }
 
 

@@ -72,7 +72,7 @@ class Attachment:
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             always learns from the beginning.
         every: the teacher runs at every k-th iteration only, see :class:`knowsam_monai.handlers.SAMDistillation`.
-        gate_interval: number of teacher runs between measurements of the "agreement" gate.
+        gate_interval: number of teacher runs between measurements of the "agreement" gate; the first is after 10 runs.
         loader: a :class:`~knowsam_monai.distillation.WatchedLoader` built before the optimizer; it is watched from now
             on.
 
@@ -313,7 +313,7 @@ class Attachment:
         if distiller.gate.weight.device != logits.device:
             distiller.to(logits.device)
         run = self.iteration // self.every  # counts the teacher's runs
-        if distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
+        if distiller.gate.is_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):
                 distiller.measure_agreement(
                     self._student_logits, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
+FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
+
 
 class TeacherGate(nn.Module):
     """
@@ -62,6 +64,17 @@ class TeacherGate(nn.Module):
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
         self.register_buffer("scores", torch.zeros(2))  # Dice of student, teacher
         self.register_buffer("num_measured", torch.tensor(0))
+
+    def is_due(self, run: int, interval: int) -> bool:
+        """
+        Whether agreement is to be measured: first after a few steps of the teacher, then at intervals.
+
+        Args:
+            run: number of this run of the teacher, 1 or more.
+            interval: number of runs between measurements.
+        """
+        first = min(FIRST_MEASUREMENT, interval)
+        return self.mode == "agreement" and run >= first and (run - first) % interval == 0
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
         """Take a new measurement; one that is not finite (nothing to compare) is ignored."""

@@ -51,7 +51,7 @@ class SAMDistillation:
             SAM loss has an `ignore_index`.
         every: the teacher runs at every k-th iteration only. At the others it neither learns nor teaches. `weight` is
             not scaled; k times the weight gives the same average.
-        gate_interval: number of teacher runs between measurements of the "agreement" gate.
+        gate_interval: number of teacher runs between measurements of the "agreement" gate; the first is after 10 runs.
         log_interval: number of iterations between logs of the labeled Dice.
         logits_of: picks the logits, (B, C, *spatial) or stacked views, from the network's output, for example
             ``operator.itemgetter(0)``; None: the output is the logits. The trainer's loss gets the whole output.
@@ -125,7 +125,7 @@ class SAMDistillation:
         sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # counts the teacher's runs
-        if self.distiller.gate.mode == "agreement" and run % self.gate_interval == 1 % self.gate_interval:
+        if self.distiller.gate.is_due(run, self.gate_interval):
             with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
                     lambda x: self._logits(engine.inferer(x, engine.network)),

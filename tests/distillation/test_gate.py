@@ -41,6 +41,13 @@ def test_unknown_mode_and_tolerance_are_errors():
         TeacherGate("none", tolerance=0)
 
 
+@pytest.mark.parametrize("interval,due", [(1, [1, 2, 3, 4]), (3, [3, 6, 9, 12]), (50, [10, 60, 110, 160])])
+def test_agreement_is_measured_soon_and_then_at_intervals(interval, due):
+    runs = range(1, 161)
+    assert [run for run in runs if TeacherGate("agreement").is_due(run, interval)][:4] == due
+    assert not any(TeacherGate(mode).is_due(run, interval) for run in runs for mode in ("none", "validation"))
+
+
 def images():
     """Bright discs on a dark background, which an equivariant threshold finds."""
     grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))

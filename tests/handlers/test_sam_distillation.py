@@ -105,7 +105,7 @@ def test_poor_teacher_costs_nothing_under_the_validation_gate():
 def test_agreement_gate_measures_in_the_run_and_leaves_the_student_in_train_mode():
     student, _, distiller = build(gate="agreement")
     trainer = toy_trainer(
-        student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, gate_interval=2)]
+        student, toy_batches(4), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller, gate_interval=2)]
     )
     trainer.run()
     assert distiller.gate.num_measured == 2 and student.training
@@ -322,7 +322,7 @@ def test_monais_own_vnet_is_taught_volumes_by_sam():
     student = VNet(spatial_dims=3, in_channels=1, out_channels=2, dropout_dim=3)
     sam_teacher = SAMTeacher(2, image_size=32, variant="vit_t", trainable="all")
     optimizer = torch.optim.Adam([p for p in sam_teacher.parameters() if p.requires_grad], lr=1e-4)
-    handler = SAMDistillation(SAMDistiller(SliceTeacher(sam_teacher, slices=2), optimizer), log_interval=1)
+    handler = SAMDistillation(SAMDistiller(SliceTeacher(sam_teacher, slices=2), optimizer, gate="none"), log_interval=1)
     batches = [
         {name: tensor.float() for name, tensor in batch.items()}
         for batch in toy_batches(2, num_classes=2, size=(32, 32, 16))
@@ -340,5 +340,5 @@ def test_monais_own_vnet_is_taught_volumes_by_sam():
 def test_default_gate_is_measured_without_labels_of_its_own_and_without_an_evaluator():
     student, teacher, _ = build()
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
-    toy_trainer(student, toy_batches(2), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
+    toy_trainer(student, toy_batches(10), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
     assert distiller.gate.mode == "agreement" and distiller.gate.num_measured == 1
