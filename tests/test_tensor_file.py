@@ -65,5 +65,5 @@ def test_flipped_weights_are_called_damaged(written):
         content[start + 16 * i] ^= 64
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["x"] == 0.5  # torch itself takes it
-    with pytest.raises(NotATensorFile, match=r"^\(\d+ bytes\) is damaged: its checksum is not that of its content$"):
+    with pytest.raises(NotATensorFile, match=r"^\(\d+ bytes\) is damaged: its checksum does not match its content$"):
         read_tensor_file(path)

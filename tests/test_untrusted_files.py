@@ -31,7 +31,7 @@ from pretraining.pretrain_vit_t import parse, pretrain
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 ROOT = Path(__file__).parents[1]
-WOULD_RUN = "pickle of Python objects, which would run code when it is loaded, so it was not"
+WOULD_RUN = "pickle of Python objects, which would run code, so it was not loaded"
 
 
 class Trap:
@@ -86,14 +86,14 @@ def test_damaged_checkpoint_is_not_called_code(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], whole[50:]):
         (tmp_path / "b.pt").write_bytes(content)
-        with pytest.raises(NotATensorFile, match=rf"^\({len(content)} bytes\) is truncated or no checkpoint") as error:
+        with pytest.raises(NotATensorFile, match=rf"^\({len(content)} bytes\) is truncated or not a checkpoint") as error:
             read_tensor_file(tmp_path / "b.pt")
         assert not error.value.runs_code
     assert read_tensor_file(tmp_path / "a.pt")["weight"].shape == (9,)
 
 
 def test_sam_checkpoint(checkpoint):
-    with pytest.raises(ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; save"):
+    with pytest.raises(ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; if you trust"):
         read_checkpoint(checkpoint, "vit_b")
 
 
@@ -159,7 +159,7 @@ def test_embedding_cache_computes_again(tmp_path, trap, caplog, write):
     expected = cache(x, encoder)
     (entry,) = (tmp_path / "cache").glob("*.npy")
     write(entry, trap)
-    assert torch.equal(cache(x, encoder), expected) and f"{entry} is torn or of another image" in caplog.text
+    assert torch.equal(cache(x, encoder), expected) and f"{entry} is damaged or belongs to another image" in caplog.text
 
 
 def test_owner_of_an_embedding_cache(tmp_path, trap):

@@ -78,7 +78,7 @@ def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
     network_teacher = teacher_network(pretrained_on="our scans of 2019", license="CC-BY-4.0")
     assert origin(SliceTeacher(network_teacher)) == ("our scans of 2019", "CC-BY-4.0")
     teacher.checkpoint = "/models/medsam_vit_b.pth"
-    assert "look for your test patients" in origin(teacher).pretrained_on
+    assert "for your test patients" in origin(teacher).pretrained_on
     stand_in = sam_teacher(checkpoint="procedural")
     assert origin(stand_in).pretrained_on == "procedural images: a stand-in, not SAM"
 
@@ -210,21 +210,21 @@ class SaysNoClasses(Kept):
 
 
 BREAKS = {
-    Trains: r"stay in eval mode after `train\(\)`.*itself first",
+    Trains: r"stay in eval mode after `train\(\)`.*such as itself",
     Draws: "same logits for the same image",
-    MixesRows: "each row the logits that it has alone",
+    MixesRows: "same logits for a row alone and in a batch",
     Downsamples: r"logits of shape \(2, 3, 8, 8\)",
-    GivesTwo: "gives a tuple",
-    Halves: "float32 but gives torch.float16",
+    GivesTwo: "returns a tuple",
+    Halves: "float32 but returns torch.float16",
     TakesLogarithms: "finite logits",
-    WritesIntoTheImage: "leave the image as it is",
-    CountsCalls: "change none of its weights and buffers",
+    WritesIntoTheImage: "not change the image",
+    CountsCalls: "not change its weights and buffers",
     LeadsToThePrompt: "no gradient to the prompt",
-    HasNoGraph: "graph to the parameters that train",
-    HasAnIdleLayer: "every parameter that trains but leaves 2 of them out, idle.weight first",
-    SaysANumber: "have a str as `pretrained_on`, or None but has 7",
+    HasNoGraph: "graph to its trainable parameters",
+    HasAnIdleLayer: "every trainable parameter but does not use 2 of them, such as idle.weight",
+    SaysANumber: "have a str or None as `pretrained_on` but has 7",
     SaysFour: r"prompts of shape \(2, 4, 8, 8\) but raises RuntimeError: The size of tensor",
-    SaysNoClasses: "say its `num_classes`",
+    SaysNoClasses: "have `num_classes` but does not",
 }
 
 

@@ -128,15 +128,17 @@ def test_another_run_finds_the_folder_filled(tmp_path):
 def test_folder_of_another_encoder_is_an_error(tmp_path):
     encoder, cache = build(folder=tmp_path)
     cache(images(1), encoder)
-    with pytest.raises(ValueError, match=f"`cache_dir` must hold .* {tmp_path} holds those of encoder [0-9a-f]+, and"):
+    with pytest.raises(
+        ValueError, match=f"`cache_dir` must hold .* {tmp_path} has those of encoder [0-9a-f]+ instead of"
+    ):
         build(Encoder(seed=1), folder=tmp_path)
 
 
 def test_folder_of_another_size_or_precision_is_an_error(tmp_path):
     build(folder=tmp_path)
-    with pytest.raises(ValueError, match="holds those of image_size 8, and this teacher's is 16"):
+    with pytest.raises(ValueError, match="has those of image_size 8 instead of 16"):
         EmbeddingCache(Encoder(), {"variant": "toy", "image_size": 16}, SHAPE, folder=tmp_path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="holds those of dtype float32, and this teacher's is float16"):
+    with pytest.raises(ValueError, match="has those of dtype float32 instead of float16"):
         build(folder=tmp_path, dtype=torch.float16)
 
 
@@ -187,7 +189,7 @@ def test_torn_file_is_warned_of_and_computed_again(tmp_path, spoil, caplog):
     (path,) = tmp_path.glob("*.npy")
     spoil(path)
     assert torch.equal(cache(x, encoder), expected) and encoder.num_images == 2
-    assert [f"{path} is torn or of another image" in message for message in caplog.messages] == [True]
+    assert [f"{path} is damaged or belongs to another image" in message for message in caplog.messages] == [True]
     cache(x, encoder)
     assert encoder.num_images == 2
 
@@ -228,19 +230,19 @@ def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, nu
     monkeypatch.setattr("knowsam_monai.teachers.embedding_cache.LOOKUPS_WITHOUT_A_HIT", 4)
     encoder, cache = build()
     cache(torch.cat((images(4 - num_again), images(num_again), images(9)[4:])), encoder)
-    said = [message for message in caplog.messages if "Of 4 images of the cached encoder none came again" in message]
+    said = [
+        message for message in caplog.messages if "None of the first 4 images of the cached encoder repeated" in message
+    ]
     assert len(said) == (num_again == 0)
 
 
 @pytest.mark.parametrize("path", ["file", "file/inside"])
 def test_folder_that_is_a_file_is_an_error(tmp_path, path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is or lies in a file"):
+    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is, or is inside, a file"):
         build(folder=tmp_path / path)
 
 
 def test_folder_that_cannot_be_made_is_an_error():
-    with pytest.raises(
-        PermissionError, match="`cache_dir` must be a folder that can be written but /proc/cache cannot"
-    ):
+    with pytest.raises(PermissionError, match="`cache_dir` must be a writable folder but /proc/cache cannot"):
         build(folder="/proc/cache")

@@ -131,7 +131,7 @@ def test_the_log_says_what_was_loaded_and_resized(saved, caplog):
     with caplog.at_level(logging.INFO):
         build_sam("vit_b", image_size=256, checkpoint=saved[1])
     message = caplog.messages[-1]
-    assert f"all {len(saved[0])} tensors loaded from {saved[1]}, none left out, none new" in message
+    assert f"all {len(saved[0])} tensors loaded from {saved[1]}. Resized" in message
     assert "16x16: image_encoder.pos_embed, image_encoder.blocks.1.attn.rel_pos_h" in message
 
 
@@ -174,7 +174,7 @@ def test_a_truncated_file_is_named(saved, fraction, zip_format):
     os.truncate(path, int(path.stat().st_size * fraction))
     with pytest.raises(ValueError) as error:
         load(path)
-    assert "is truncated or no checkpoint at all; get it with `curl" in one_sentence_about(path, error)
+    assert "is truncated or not a checkpoint; get it with `curl" in one_sentence_about(path, error)
 
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ec2d"
@@ -186,7 +186,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         load(path)
-    assert "is truncated or no checkpoint at all; get it with `curl" in one_sentence_about(path, error)
+    assert "is truncated or not a checkpoint; get it with `curl" in one_sentence_about(path, error)
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><html></html>", b"\n  <html>", b"<?xml version='1.0'?>"])
@@ -217,7 +217,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, prot
         path.write_bytes(pickle.dumps(content, protocol))
     with pytest.raises(ValueError) as error:
         load(path)
-    assert "pickle of Python objects, which would run code when it is loaded" in one_sentence_about(path, error)
+    assert "pickle of Python objects, which would run code, so it was not loaded" in one_sentence_about(path, error)
     assert not trace.exists()
 
 
@@ -234,14 +234,14 @@ def test_a_vit_l_file_for_vit_b_is_named(toy_variants, tmp_path):
     with pytest.raises(ValueError) as error:
         load(path)
     message = one_sentence_about(path, error)
-    assert message.endswith("holds a vit_l; set `variant` to 'vit_l' or give the file of a vit_b.")
+    assert message.endswith("holds a vit_l; set `variant` to 'vit_l' or use a file of vit_b.")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"conv1.weight": torch.zeros(3)}, r"another model \(its tensors are `conv1.weight`\)"),
-        ({}, r"another model \(its tensors are none\)"),
+        ({}, "holds a dict of nothing; save"),
         ({0: torch.zeros(3)}, "holds a dict of `0`; save"),
         (torch.zeros(3), "holds a Tensor; save"),
         ({"epoch": 3, "optimizer": {}}, "holds a dict of `epoch`, `optimizer`; save"),
@@ -273,8 +273,8 @@ NARROW_POSITIONS = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 3)}
     [
         (lambda state: without(state, TOKEN_MLP), f"lacks `{TOKEN_MLP}`"),
         (lambda state: without(state, WINDOW_TABLE), f"lacks `{WINDOW_TABLE}`"),
-        (lambda state: state | SAM_HQ_TOKEN, "holds HQ-SAM, whose decoder has layers of its own"),
-        (lambda state: state | ONE_MORE, "has no place for `mask_decoder.one_more.weight`"),
+        (lambda state: state | SAM_HQ_TOKEN, "holds HQ-SAM, which has additional decoder layers"),
+        (lambda state: state | ONE_MORE, "has unexpected `mask_decoder.one_more.weight`"),
         (lambda state: state | LONG_WINDOW_TABLE, r"other shapes in .*rel_pos_h \[31, 8\] instead of \[27, 8\]"),
         (lambda state: state | NARROW_POSITIONS, r"pos_embed \[1, 64, 64, 3\] instead of \[1, 4, 4, 16\]"),
     ],

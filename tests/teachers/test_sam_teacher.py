@@ -213,9 +213,9 @@ def test_an_image_becomes_three_channels(to_rgb, channels, expected):
 @pytest.mark.parametrize(
     ("to_rgb", "channels", "words"),
     [
-        (1, 1, "`to_rgb` must be a channel of the image, which has 1, but is 1"),
-        ("rgb", 1, r"`to_rgb` must make three channels of \(2, 1, 32, 32\) but 'rgb' makes \(2, 1, 32, 32\)"),
-        (lambda image: image, 2, r"`to_rgb` must make three channels of \(2, 2, 32, 32\)"),
+        (1, 1, "`to_rgb` must be the index of one of the image's 1 channels but is 1"),
+        ("rgb", 1, r"`to_rgb` must turn \(2, 1, 32, 32\) into three channels but 'rgb' returns \(2, 1, 32, 32\)"),
+        (lambda image: image, 2, r"`to_rgb` must turn \(2, 2, 32, 32\) into three channels"),
     ],
 )
 def test_an_image_that_cannot_become_three_channels_is_an_error(to_rgb, channels, words):
@@ -244,7 +244,7 @@ def test_under_bf16_autocast_logits_are_float32_and_near():
 
 @pytest.mark.parametrize("shape", [(2, 4, 32, 32), (2, 3, 16, 32), (1, 3, 32, 32)])
 def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
-    with pytest.raises(ValueError, match=r"`prompt_logits` must be of shape \(2, 3, 32, 32\).* but are of shape"):
+    with pytest.raises(ValueError, match=r"`prompt_logits` must have shape \(2, 3, 32, 32\).* but have shape"):
         toy_teacher()(torch.rand(2, 1, 32, 32), torch.zeros(shape))
 
 
