@@ -87,7 +87,7 @@ def check(options: argparse.Namespace) -> int:
         num_classes=options.num_classes,
         num_channels=options.num_channels,
     )
-    return 1 if found.wrong else 0
+    return 1 if found.errors else 0
 
 
 def report(options: argparse.Namespace) -> int:

@@ -241,7 +241,7 @@ def test_patient_record_of_acdc(tmp_path, trap):
 
 def test_list_of_a_phantom(tmp_path, trap):
     plain(4)(tmp_path / "dataset.json", trap)
-    with pytest.raises(ValueError, match="`folder` must be empty or hold an earlier phantom"):
+    with pytest.raises(ValueError, match="`folder` must be empty or contain only an earlier phantom"):
         write_phantom(tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_cache_of_the_checker(tmp_path, trap):
     datalist = {"unlabeled": [{"image": str(tmp_path / "a.npy"), "patient": "a"}]}
     for _ in range(2):
         report = check_datalist(datalist, cache_dir=tmp_path / "cache", progress=False)
-        assert not report.wrong and "1 of them read" in report.header
+        assert not report.errors and "1 of them read" in report.header
         (kept,) = (tmp_path / "cache").iterdir()
         plain(4)(kept, trap)
 

@@ -185,7 +185,9 @@ def test_incomplete_pack_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="patient038_frame01_slice_3.h5 is missing"):
         acdc_datalist(folder)
     (folder / "train_slices.list").unlink()
-    with pytest.raises(ValueError, match="must hold the 136 slices of the first 7 training patients but .* holds 135"):
+    with pytest.raises(
+        ValueError, match="must contain the 136 slices of the first 7 training patients but .* contains 135"
+    ):
         acdc_datalist(folder)
     for path in slices.glob("patient015_*"):
         path.unlink()
@@ -193,16 +195,16 @@ def test_incomplete_pack_names_what_is_missing(tmp_path):
         acdc_datalist(folder)
 
 
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds none of them", "is a file"])
+@pytest.mark.parametrize("found", ["does not exist", "is empty", "contains none of them", "is a file"])
 def test_folder_of_neither_form_says_what_was_looked_for(tmp_path, found):
     folder = tmp_path / "data"
     if found == "is a file":
         folder.touch()
     elif found != "does not exist":
         folder.mkdir()
-    if found == "holds none of them":
+    if found == "contains none of them":
         (folder / "notes.txt").touch()
-    with pytest.raises(ValueError, match=rf"training/patient001/Info.cfg .*data/slices/\*.h5 .*{folder} {found}"):
+    with pytest.raises(ValueError, match=rf"training/patient001/Info.cfg.*data/slices/\*.h5.*{folder} {found}"):
         acdc_datalist(folder)
 
 

@@ -138,7 +138,7 @@ def test_h5_without_the_dataset_says_what_it_has(tmp_path):
 
 def test_slices_of_different_shapes_are_no_volume(tmp_path):
     paths = [write_h5(tmp_path / "a.h5", (4, 5)), write_h5(tmp_path / "b.h5", (5, 5))]
-    with pytest.raises(ValueError, match=r"must be slices of one shape \(H, W\) but has shapes"):
+    with pytest.raises(ValueError, match=r"must be slices of one shape \(H, W\) but their shapes are"):
         H5Reader().read(paths)
 
 

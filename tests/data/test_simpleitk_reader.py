@@ -100,7 +100,7 @@ def test_voxels_of_several_values_and_several_files_are_channels(tmp_path):
     paths = [write(tmp_path / f"{name}.nrrd") for name in "ab"]
     np.testing.assert_array_equal(load(paths), np.stack([VOXELS, VOXELS]))
     moved = write(tmp_path / "c.nrrd", origin=(0.0, 0.0, 0.0))
-    with pytest.raises(ValueError, match="must be files of one grid"):
+    with pytest.raises(ValueError, match="must be files with one grid"):
         load([paths[0], moved])
 
 
