@@ -42,7 +42,7 @@ class DatalistReport:
     Example:
         >>> DatalistReport(errors=["`image` must be finite but a.nii has 3 NaN."]).raise_if_wrong()
         Traceback (most recent call last):
-        ValueError: `image` must be finite but a.nii has 3 NaN.
+        knowsam_monai.errors.KnowSAMValueError: `image` must be finite but a.nii has 3 NaN.
     """
 
     rows: list[Sequence[str]] = field(default_factory=list)

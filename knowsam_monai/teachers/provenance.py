@@ -54,7 +54,7 @@ def origin(teacher: nn.Module) -> Origin:
 
     Example::
 
-        >>> from knowsam_monai.networks import SAMTeacher
+        >>> from knowsam_monai.teachers import SAMTeacher
         >>> origin(SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all"))
         Origin(pretrained_on=None, license=None)
     """

@@ -54,7 +54,7 @@ class SliceTeacher(nn.Module):
 
     Example::
 
-        >>> from knowsam_monai.networks import SAMTeacher
+        >>> from knowsam_monai.teachers import SAMTeacher
         >>> sam_teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all")
         >>> teacher = SliceTeacher(sam_teacher, slices=8)
         >>> teacher(torch.rand(1, 1, 32, 32, 16), torch.zeros(1, 2, 32, 32, 16)).shape
