@@ -172,13 +172,11 @@ ERRORS = {
         spoil_array("unlabeled0.nii.gz", np.full((6, 5, 3), np.nan)),
         "`image` must be finite but .*unlabeled0.nii.gz has 90 NaN or infinite values; repair or remove",
     ),
-    "infinite": (spoil_array("labeled1.nii.gz", [[[0.0, np.inf]]]), ".*labeled1.nii.gz has 1 NaN or infinite"),
     "shape": (
         spoil_array("validation0_gt.nii.gz", np.zeros((6, 4, 3))),
         r"`label` must be one channel of the image's shape \(6, 5, 3\) but .*validation0_gt.nii.gz has",
     ),
     "value": (spoil_array("labeled0_gt.nii.gz", label(1, 4)), "the integers 0 to 3 .*labeled0_gt.nii.gz has 4;"),
-    "half": (spoil_array("test0_gt.nii.gz", label(1, 1.5)), "the integers 0 to 3 .*test0_gt.nii.gz has 1.5"),
     "all empty": (all_labels_empty, "`labeled` must have labels with a structure but all 2 are empty; label some"),
     "channels": (
         spoil_array("test0.nii.gz", np.random.default_rng(0).random((6, 5, 3, 2))),
@@ -383,19 +381,11 @@ def test_lists_of_one_folder_share_what_was_read(folder, reads):
     assert len(list((folder.path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\x80\x04N.", b'{"a": 1}'])
-def test_torn_cache_is_read_as_none(folder, reads, content):
+@pytest.mark.parametrize("spoil", ["{", "[]", '{"a": 1}', lambda text: text.replace('"fault"', '"color"')])
+def test_cache_that_is_torn_or_of_another_version_is_ignored(folder, reads, spoil):
     rows = folder.check().rows
     (file,) = (folder.path / "cache").iterdir()
-    file.write_bytes(content)
-    assert folder.check().rows == rows and len(reads) == 16
-
-
-def test_facts_of_another_program_are_read_as_none(folder, reads):
-    rows = folder.check().rows
-    (file,) = (folder.path / "cache").iterdir()
-    kept = {key: {**value, "facts": {"color": "red"}} for key, value in json.loads(file.read_text()).items()}
-    file.write_text(json.dumps(kept))
+    file.write_text(spoil if isinstance(spoil, str) else spoil(file.read_text()))
     assert folder.check().rows == rows and len(reads) == 16
 
 
@@ -427,11 +417,3 @@ def test_real_data_are_not_refused(variable, num_classes):
     if not os.environ.get(variable):
         pytest.skip(f"{variable} names no data set")
     assert not check_dataset(os.environ[variable], num_classes=num_classes, progress=False).errors
-
-
-def test_bundle_of_a_wrong_list_is_refused_by_the_list_itself_too(folder):
-    """What the JSON's reader refuses, the checker finds in a list that was made in Python."""
-    ERRORS["patient"][0](folder)
-    (folder.path / "list.json").write_text(json.dumps(folder.datalist))
-    with pytest.raises(ValueError, match=ERRORS["patient"][1]):
-        load_datalist(folder.path / "list.json", "")

@@ -102,9 +102,7 @@ def detached(path, target, sizes="4 4 4"):
     if path.suffix in (".nhdr", ".nrrd"):
         text = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: {sizes}\nencoding: raw\ndata file: {target}\n"
     else:
-        text = (
-            f"ObjectType = Image\nNDims = 3\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {target}\n"
-        )
+        text = f"NDims = 3\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {target}\n"
     path.write_text(text)
     return path
 
@@ -130,104 +128,52 @@ def cut(path):
     return path
 
 
-def folder_called(path):
-    path.mkdir()
-    return path
-
-
 NO_NUMBERS = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+OUTSIDE = "points to '/etc/passwd', which is out"
 FILES = {
-    "no voxels": ("a.nii.gz", lambda path: with_header(path, dim=dim(8, 0, 5)), "8 x 0 x 5 voxels; it is empty"),
-    "negative size": ("a.nii.gz", lambda path: with_header(path, dim=dim(8, -7, 5)), "is not: "),
+    "no voxels": ("a.nii.gz", lambda p: with_header(p, dim=dim(8, 0, 5)), "8 x 0 x 5 voxels; it is empty"),
+    "negative size": ("a.nii.gz", lambda p: with_header(p, dim=dim(8, -7, 5)), "is not: "),
     "3 GB in a small gz": ("a.nii.gz", lambda p: with_header(p, dim=dim(930, 930, 930)), "3.0 GiB .* limit is 2 GiB"),
-    "3 GB": (
-        "a.nii",
-        lambda path: with_header(path, dim=dim(930, 930, 930)),
-        "3.0 GiB in memory, but the limit is 2 GiB",
-    ),
+    "3 GB": ("a.nii", lambda p: with_header(p, dim=dim(930, 930, 930)), "3.0 GiB in memory, but the limit is 2 GiB"),
     "more than gz can hold": ("a.nii.gz", lambda p: with_header(p, dim=dim(400, 400, 400)), "bytes can contain"),
     "more than the file holds": ("a.nii", lambda p: with_header(p, dim=dim(8, 7, 6)), "more than its 1120 bytes can"),
-    "NaN in the affine": (
-        "a.nii.gz",
-        lambda p: with_header(p, srow_x=[1, 0, 0, np.nan]),
-        "must be finite and invertible",
-    ),
-    "infinity in the affine": (
-        "a.nii",
-        lambda p: with_header(p, srow_y=[0, np.inf, 0, 0]),
-        "must be finite and invert",
-    ),
-    "no spacing": ("a.nii", lambda path: with_header(path, srow_z=[0, 0, 0, 0]), "must be finite and invertible"),
+    "NaN in the affine": ("a.nii.gz", lambda p: with_header(p, srow_x=[1, 0, 0, np.nan]), "finite and invertible"),
+    "infinity in the affine": ("a.nii", lambda p: with_header(p, srow_y=[0, np.inf, 0, 0]), "finite and invertible"),
+    "no spacing": ("a.nii", lambda p: with_header(p, srow_z=[0, 0, 0, 0]), "must be finite and invertible"),
     "NaN voxels": ("a.nii.gz", lambda p: nifti(p, volume("a") * np.nan), "280 NaN or infinite values"),
     "values of no voxel": ("a.nii.gz", lambda p: nifti(p, np.full((3, 4, 2), -3.4e38, "f4")), "goes from -3.4e.38 to"),
-    "colors": ("a.nii.gz", lambda path: nifti(path, NO_NUMBERS), "convert them to real numbers"),
-    "complex": ("a.nii.gz", lambda path: nifti(path, volume("a") * 1j), "complex64; convert them"),
+    "colors": ("a.nii.gz", lambda p: nifti(p, NO_NUMBERS), "convert them to real numbers"),
+    "complex": ("a.nii.gz", lambda p: nifti(p, volume("a") * 1j), "complex64; convert them"),
     "cut gz": ("a.nii.gz", cut, "is not: "),
-    "empty file": ("a.nii", lambda path: path.touch() or path, "is not: "),
-    "axes": ("a.nii.gz", lambda path: nifti(path, volume("a", (6, 5, 4, 2, 3))), r"a\.nii\.gz has 4"),
-    "dangling link": ("a.nii.gz", lambda path: link(path, "nowhere"), "No such file|does not"),
-    "link to itself": ("a.nii.gz", lambda path: link(path, path), "symbolic links|does not"),
+    "empty file": ("a.nii", lambda p: p.touch() or p, "is not: "),
+    "axes": ("a.nii.gz", lambda p: nifti(p, volume("a", (6, 5, 4, 2, 3))), r"a\.nii\.gz has 4"),
+    "dangling link": ("a.nii.gz", lambda p: link(p, "nowhere"), "No such file|does not"),
+    "link to itself": ("a.nii.gz", lambda p: link(p, p), "symbolic links|does not"),
     "pipe": ("a.nii.gz", pipe, "it is a pipe"),
-    "folder": ("a.nii.gz", folder_called, "is not: "),
+    "folder": ("a.nii.gz", lambda p: p.mkdir() or p, "is not: "),
     "h5 group": ("a.h5", lambda p: h5(p, lambda f: f.create_group("image")), "an array of numbers but is a group"),
-    "h5 text": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.create_dataset("image", data="text")),
-        "array of numbers but is obj",
-    ),
+    "h5 text": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data="text")), "of numbers but is obj"),
     "h5 link": ("a.h5", linked_h5, "`image` is a link to 'image'"),
-    "h5 soft link": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.__setitem__("image", h5py.SoftLink("/x"))),
-        "is a link to '/x'",
-    ),
+    "h5 soft link": ("a.h5", lambda p: h5(p, lambda f: f.__setitem__("image", h5py.SoftLink("/x"))), "link to '/x'"),
     "h5 stored elsewhere": ("a.h5", stored_elsewhere, "stores its voxels in another file"),
     "h5 virtual": ("a.h5", virtual_h5, "stores its voxels in another file"),
-    "h5 of 1 TB": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.create_dataset("image", (9**4, 9**4, 9**4), "f4", chunks=True)),
-        "GiB",
-    ),
+    "h5 of 1 TB": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", (9**4,) * 3, "f4", chunks=True)), "GiB"),
     "h5 scalar": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data=3.0)), "a.h5"),
     "h5 empty": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data=h5py.Empty("f4"))), "a.h5"),
     "h5 of 4 axes": ("a.h5", of_4_axes, r"a\.h5 has 4"),
-    "nhdr of /etc/passwd": (
-        "a.nhdr",
-        lambda path: detached(path, "/etc/passwd"),
-        "points to '/etc/passwd', which is out",
-    ),
-    "nrrd of /etc/passwd": (
-        "a.nrrd",
-        lambda path: detached(path, "/etc/passwd"),
-        "points to '/etc/passwd', which is out",
-    ),
-    "mhd of /etc/passwd": (
-        "a.mhd",
-        lambda path: detached(path, "/etc/passwd"),
-        "points to '/etc/passwd', which is out",
-    ),
-    "mha of /etc/passwd": (
-        "a.mha",
-        lambda path: detached(path, "/etc/passwd"),
-        "points to '/etc/passwd', which is out",
-    ),
-    "mhd of a list": (
-        "a.mhd",
-        lambda p: detached(p, "LIST\n/etc/passwd\n/etc/passwd"),
-        "points to '/etc/passwd', which",
-    ),
-    "nhdr above": (
-        "a.nhdr",
-        lambda path: detached(path, "../../../etc/passwd"),
-        "which is outside its folder",
-    ),
+    "nhdr of /etc/passwd": ("a.nhdr", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "nrrd of /etc/passwd": ("a.nrrd", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mhd of /etc/passwd": ("a.mhd", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mha of /etc/passwd": ("a.mha", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mhd of a list": ("a.mhd", lambda p: detached(p, "LIST\n/etc/passwd\n/etc/passwd"), OUTSIDE),
+    "nhdr above": ("a.nhdr", lambda p: detached(p, "../../../etc/passwd"), "which is outside its folder"),
     "nhdr by a link": ("a.nhdr", link_out, "which is outside its folder"),
-    "mhd of a pattern": ("a.mhd", lambda path: detached(path, "%03d.raw 1 4 1"), "pattern"),
-    "mhd of nothing": ("a.mhd", lambda path: path.write_text("NDims = 3\n") and path, "no `ElementDataFile`"),
-    "mhd of a missing file": ("a.mhd", lambda path: detached(path, "a.raw"), "No such file"),
-    "nhdr of 4 GB": ("a.nhdr", lambda path: detached(path, "a.nhdr", "4096 1024 1024"), "16.0 GiB in memory"),
-    "nhdr of less": ("a.nhdr", lambda path: detached(path, "a.nhdr", "512 512 512"), "bytes can contain"),
-    "npy of nothing": ("a.npy", lambda path: np.save(path, np.zeros((3, 0, 2))) or path, "it has no voxels"),
+    "mhd of a pattern": ("a.mhd", lambda p: detached(p, "%03d.raw 1 4 1"), "pattern"),
+    "mhd of nothing": ("a.mhd", lambda p: p.write_text("NDims = 3\n") and p, "no `ElementDataFile`"),
+    "mhd of a missing file": ("a.mhd", lambda p: detached(p, "a.raw"), "No such file"),
+    "nhdr of 4 GB": ("a.nhdr", lambda p: detached(p, "a.nhdr", "4096 1024 1024"), "16.0 GiB in memory"),
+    "nhdr of less": ("a.nhdr", lambda p: detached(p, "a.nhdr", "512 512 512"), "bytes can contain"),
+    "npy of nothing": ("a.npy", lambda p: np.save(p, np.zeros((3, 0, 2))) or p, "it has no voxels"),
 }
 
 

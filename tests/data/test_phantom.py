@@ -162,14 +162,6 @@ def test_left_atrium_phantom_has_one_volume_a_patient_in_the_same_layout(tmp_pat
     )
 
 
-def test_phantom_of_another_anatomy_is_written_anew(tmp_path):
-    arguments = {**SMALL, "num_labeled": 1, "num_test": 0, "max_size": 32}
-    write_phantom(tmp_path / "phantom", **arguments)
-    datalist = phantom_datalist(write_phantom(tmp_path / "phantom", **arguments, anatomy="left_atrium"))
-    assert len(voxels(tmp_path / "phantom" / "dataset.json")) == 1 * 2 + 1 + 2
-    assert [item["frame"] for item in datalist["labeled"]] == ["LGE"]
-
-
 def test_each_anatomy_has_its_own_default_size_and_another_anatomy_is_refused(tmp_path):
     counts = {"num_labeled": 1, "num_unlabeled": 0, "num_validation": 0, "num_test": 0}
     for anatomy, size in (("short_axis", 128), ("left_atrium", 64)):

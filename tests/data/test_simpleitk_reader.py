@@ -58,11 +58,6 @@ def test_affine_takes_a_voxel_to_where_simpleitk_has_it(tmp_path, name):
     np.testing.assert_allclose(image.pixdim, (0.6, 0.7, 2.5))
 
 
-def test_affine_of_a_plain_file_by_hand(tmp_path):
-    expected = [[-0.6, 0, 0, 10], [0, -0.7, 0, -20], [0, 0, 2.5, 30], [0, 0, 0, 1]]
-    np.testing.assert_allclose(load(write(tmp_path / "a.nrrd")).affine, expected)
-
-
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_nrrd_saved_as_nifti_has_the_same_geometry_for_nibabel_and_simpleitk(tmp_path, name):
     source = sitk.ReadImage(str(write(tmp_path / "a.nrrd", DIRECTIONS[name])))

@@ -334,13 +334,6 @@ def test_the_rest_of_a_config_is_not_run(bundle, tmp_path):
     assert not marker.exists()
 
 
-def test_weights_that_run_code_are_not_loaded(bundle):
-    folder, network = bundle()
-    torch.save(network, folder / "models" / "model.pt")
-    with pytest.raises(ValueError, match="model.pt is a pickle of Python objects, which would run code"):
-        NetworkTeacher.from_bundle(folder, channels=4)
-
-
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "network_weights"])
 def test_weights_of_trainers_are_found(bundle, wrapper):
     folder, network = bundle()

@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.data import MetaTensor
 
-from knowsam_monai.data.orientation import orient
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.sam import build_sam
 from knowsam_monai.teachers.sam_decoder import dense_positions
@@ -94,14 +93,6 @@ def test_images_are_put_on_sams_scale():
     torch.testing.assert_close(seen[1], torch.ones(1, 3, 32, 32), rtol=0, atol=1e-5)
 
 
-def test_no_row_sees_another():
-    teacher = trained(toy_teacher().double())
-    image, prompt_logits = toy_batch(batch_size=4, dtype=torch.float64)
-    together = teacher(image, prompt_logits)
-    alone = torch.cat([teacher(image[i, None], prompt_logits[i, None]) for i in range(4)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
-
-
 def test_rows_with_a_graph_and_rows_without_one_are_the_rows_of_one_call():
     teacher = trained(toy_teacher().double())
     image, prompt_logits = toy_batch(batch_size=4, dtype=torch.float64)
@@ -130,29 +121,6 @@ def test_all_mode_trains_what_the_forward_uses_and_nothing_else():
     assert names_with_gradient(teacher) == trainable_names(teacher)
 
 
-@pytest.mark.parametrize("trainable", ["adapters", "all"])
-def test_a_step_changes_what_trains_and_nothing_else(trainable):
-    teacher = toy_teacher(trainable=trainable)
-    with torch.no_grad():
-        for module in teacher.modules():
-            if isinstance(module, Adapter):
-                nn.init.normal_(module.up.weight)  # at zero the first layers of the adapters have no gradient yet
-    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
-    optimizer = torch.optim.Adam(parameter for parameter in teacher.parameters() if parameter.requires_grad)
-    teacher(*toy_batch()).square().mean().backward()
-    optimizer.step()
-    changed = {name for name, parameter in teacher.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == trainable_names(teacher)
-
-
-def test_no_gradient_reaches_the_prompting_student():
-    teacher = toy_teacher()
-    image, prompt_logits = toy_batch()
-    prompt_logits.requires_grad_()
-    teacher(image, prompt_logits).sum().backward()
-    assert prompt_logits.grad is None
-
-
 def test_no_graph_is_built_before_the_first_adapter():
     teacher = toy_teacher(trainable="adapters")
     seen = {}
@@ -173,14 +141,6 @@ def test_the_mask_prompt_of_a_class_is_its_own_channel():
     before, after = teacher(image, prompt_logits), teacher(image, other)
     assert torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 2], after[:, 2])
     assert not torch.allclose(before[:, 1], after[:, 1])
-
-
-def test_it_stays_in_eval_mode():
-    teacher = toy_teacher()
-    assert teacher.train() is teacher
-    assert not any(module.training for module in teacher.modules())
-    nn.Sequential(teacher).train()
-    assert not any(module.training for module in teacher.modules())
 
 
 def test_a_kept_embedding_decodes_to_the_same_logits():
@@ -355,17 +315,6 @@ def test_half_precision_cache_moves_the_logits_by_thousandths(weights):
     assert not torch.equal(found, expected)
     error = ((found - expected).abs().max() / expected.std()).item()
     assert error < 2e-3
-
-
-def test_each_orientation_from_the_cache_is_that_of_the_encoder(weights):
-    teacher = cached_teacher(weights)
-    image, prompt_logits = toy_batch(batch_size=1)
-    for orientation in range(8):
-        turned = orient(image[0], orientation)[None]
-        expected = uncached_logits(teacher, turned, prompt_logits)
-        for _ in range(2):
-            torch.testing.assert_close(teacher(turned, prompt_logits), expected, rtol=0, atol=1e-6)
-    assert len(teacher.cache) == 8
 
 
 def test_folder_of_embeddings_serves_the_next_teacher_and_no_other(weights, tmp_path):
