@@ -193,9 +193,8 @@ class EmbeddingCache:
         record["key"], record["embedding"] = key.encode(), embedding.numpy()
         record["checksum"] = zlib.crc32(embedding.numpy())
         path = self.folder / f"{key}.npy"
-        write_whole(
-            path, lambda file: np.save(file, record, allow_pickle=False), sync=False
-        )  # the checksum reveals a truncated file
+        # without sync: the checksum reveals a truncated file
+        write_whole(path, lambda file: np.save(file, record, allow_pickle=False), sync=False)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -206,10 +206,10 @@ def test_file_that_cannot_be_meant_is_one_sentence_with_its_name(tmp_path, datal
     path = write(tmp_path / file)
     if way == "check":
         datalist["unlabeled"] = [{"image": file}]
-        code, said = check(capsys, tmp_path, datalist)
-        assert code == 1 and re.search(message, said)
-        sentences = [line for line in said.splitlines() if str(path) in line and re.search(message, line)]
-        assert len(sentences) == 1, said
+        code, output = check(capsys, tmp_path, datalist)
+        assert code == 1 and re.search(message, output)
+        sentences = [line for line in output.splitlines() if str(path) in line and re.search(message, line)]
+        assert len(sentences) == 1, output
     else:
         with pytest.raises(Exception) as error:
             pipeline(way)(dict.fromkeys(["image"] if "inference" in way else ["image", "label"], str(path)))
@@ -241,8 +241,8 @@ def test_axes_of_length_1_go(tmp_path, datalist, capsys, way, shape):
     image = (prepared[0] if isinstance(prepared, list) else prepared)["image"]
     assert image.shape[0] == 1 and image.ndim == (3 if way == "2D training" else 4)
     datalist["unlabeled"] = [{"image": path.name, "patient": "a"}]
-    code, said = check(capsys, tmp_path, datalist, "--num_classes", "4")
-    assert code == 0 and "8 x 7 x 5 " in said
+    code, output = check(capsys, tmp_path, datalist, "--num_classes", "4")
+    assert code == 0 and "8 x 7 x 5 " in output
 
 
 @pytest.mark.parametrize("way", PIPELINES)
@@ -283,11 +283,11 @@ def test_labels_are_for_training_what_they_are_for_the_check(
     nifti(tmp_path / "labeled_gt.nii.gz", label)
     item = {key: str(tmp_path / datalist["labeled"][0][key]) for key in ("image", "label")}
     nifti(tmp_path / "validation_gt.nii.gz", np.zeros((8, 7, 5), np.uint8))
-    code, said = check(capsys, tmp_path, datalist, "--num_classes", str(num_classes))
+    code, output = check(capsys, tmp_path, datalist, "--num_classes", str(num_classes))
     transform = pipeline(way, num_classes=num_classes).transforms[1]
     load = pipeline(way).transforms[0]
     if isinstance(found, str):
-        assert code == 1 and len(re.findall(rf"labeled_gt\.nii\.gz {re.escape(found)}; ", said)) == 1
+        assert code == 1 and len(re.findall(rf"labeled_gt\.nii\.gz {re.escape(found)}; ", output)) == 1
         with pytest.raises(ValueError, match=rf"labeled_gt\.nii\.gz {re.escape(found)}; "):
             transform(load(item))
         return
@@ -298,10 +298,10 @@ def test_labels_are_for_training_what_they_are_for_the_check(
     np.testing.assert_array_equal(
         given[0], np.resize(np.round(values) // (255 if max(values) > 200 else 1), label.shape)
     )
-    assert code == 0 and f" {' '.join(map(str, found))} " in said
+    assert code == 0 and f" {' '.join(map(str, found))} " in output
     assert (
         caplog.text.count("which are read as 0 and 1, in this")
-        == said.count("they are read as 0 and 1")
+        == output.count("they are read as 0 and 1")
         == (max(values) > 200)
     )
 
@@ -365,16 +365,16 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_list_that_cannot_be_meant_is_one_sentence(tmp_path, datalist, capsys, name):
     spoil, message = LISTS[name]
-    code, said = check(capsys, tmp_path, spoil(datalist))
-    assert code == 1 and len(re.findall(message, said)) == 1, said
-    assert str(tmp_path) in said
+    code, output = check(capsys, tmp_path, spoil(datalist))
+    assert code == 1 and len(re.findall(message, output)) == 1, output
+    assert str(tmp_path) in output
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_list_with_a_byte_order_mark_is_read(tmp_path, datalist, capsys, encoding):
     datalist["unlabeled"][0]["patient"] = "Jürgen"
-    code, said = check(capsys, tmp_path, json.dumps(datalist, ensure_ascii=False).encode(encoding))
-    assert code == 0 and "errors: none" in said
+    code, output = check(capsys, tmp_path, json.dumps(datalist, ensure_ascii=False).encode(encoding))
+    assert code == 0 and "errors: none" in output
 
 
 @pytest.mark.parametrize(
@@ -382,8 +382,8 @@ def test_list_with_a_byte_order_mark_is_read(tmp_path, datalist, capsys, encodin
 )
 def test_path_that_cannot_be_is_one_sentence(capsys, path):
     assert main(["check", path]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and path in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and path in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("name", ["train.list", "val.list", "test.list"])

@@ -196,7 +196,7 @@ def test_ranks_share_each_batch_without_overlap_or_loss(world_size):
         assert [name for share in shares for name in share["name"][part:]] == batch["name"][6:]
 
 
-def test_rank_comes_from_torch_distributed_when_it_is_initialised_later(monkeypatch):
+def test_rank_comes_from_torch_distributed_when_it_is_initialized_later(monkeypatch):
     late = loader(labeled=6, unlabeled=6, sizes=(2, 4))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)

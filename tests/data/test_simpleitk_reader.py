@@ -75,7 +75,7 @@ def test_nrrd_saved_as_nifti_has_the_same_geometry_for_nibabel_and_simpleitk(tmp
     np.testing.assert_array_equal(np.asarray(nifti.dataobj), VOXELS)
 
 
-def test_header_that_counts_towards_right_and_anterior_is_read_in_the_same_place(tmp_path):
+def test_header_that_counts_toward_right_and_anterior_is_read_in_the_same_place(tmp_path):
     """The words of an NRRD header, which SimpleITK never writes itself."""
     write(tmp_path / "lps.nrrd")
     (tmp_path / "ras.nrrd").write_bytes(

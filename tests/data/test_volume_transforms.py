@@ -107,9 +107,9 @@ def test_crop_that_cuts_into_the_label_is_warned_of_with_the_file(caplog, place,
     image, label = volume(bright_at((10, 10, 3))), volume(bright_at(place, (10, 10, 2)))
     label.meta["filename_or_obj"] = "case07_seg.nii.gz"
     CropCenterd(size=8)({"image": image, "label": label})
-    said = [message for message in caplog.messages if "labeled voxels to the crop" in message]
-    assert len(said) == is_cut
-    assert not is_cut or "case07_seg.nii.gz loses 1 of its 2 labeled voxels to the crop of 8 mm" in said[0]
+    warnings = [message for message in caplog.messages if "labeled voxels to the crop" in message]
+    assert len(warnings) == is_cut
+    assert not is_cut or "case07_seg.nii.gz loses 1 of its 2 labeled voxels to the crop of 8 mm" in warnings[0]
 
 
 def test_without_a_size_nothing_is_cropped():

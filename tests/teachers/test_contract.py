@@ -69,7 +69,7 @@ def test_teachers_of_this_package_keep_the_contract(name):
 
 
 def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
-    """Also through the slices of a volume, which have what is said of their teacher."""
+    """SliceTeacher passes on the description of its 2D teacher."""
     teacher = sam_teacher()
     teacher.checkpoint = "/models/sam_vit_b_01ec64.pth"
     for taught, shape in ((teacher, IMAGE), (SliceTeacher(teacher), VOLUME)):

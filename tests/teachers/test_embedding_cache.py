@@ -209,10 +209,10 @@ def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, nu
     monkeypatch.setattr("knowsam_monai.teachers.embedding_cache.LOOKUPS_WITHOUT_A_HIT", 4)
     encoder, cache = build()
     cache(torch.cat((images(4 - num_again), images(num_again), images(9)[4:])), encoder)
-    said = [
+    warnings = [
         message for message in caplog.messages if "None of the first 4 images of the cached encoder repeated" in message
     ]
-    assert len(said) == (num_again == 0)
+    assert len(warnings) == (num_again == 0)
 
 
 @pytest.mark.parametrize("path", ["file", "file/inside"])

@@ -184,7 +184,7 @@ def test_the_cache_is_another_when_the_high_resolution_projections_change():
         ({"image_size": 48}, "`image_size` must be a positive multiple of 32"),
         ({"image_size": (64, 64, 64)}, "`image_size` must be a positive multiple of 32"),
         ({"trainable": "some"}, "`trainable` must be 'adapters' or 'all'"),
-        ({"to_rgb": "grey"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable"),
+        ({"to_rgb": "gray"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable"),
         ({"encoder": "frozen"}, "`encoder` must be 'adapted' or 'cached'"),
         ({"encoder": "cached", "image_size": (64, 96)}, "`image_size` must be square for the encoder 'cached'"),
     ],
@@ -422,5 +422,5 @@ def test_without_transformers_the_extra_is_named():
         "try:\n    Sam2Teacher(num_classes=2)\n"
         "except ImportError as error:\n    print(error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "install it with `pip install knowsam-monai[sam2]`" in said
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "install it with `pip install knowsam-monai[sam2]`" in output

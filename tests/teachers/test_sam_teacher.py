@@ -212,7 +212,7 @@ def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
     ("kwargs", "words"),
     [
         ({"trainable": "everything"}, "`trainable` must be 'adapters' or 'all' but is 'everything'"),
-        ({"to_rgb": "grey"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is 'grey'"),
+        ({"to_rgb": "gray"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is 'gray'"),
         ({"num_classes": 0}, "`num_classes` must be at least 1 but is 0"),
         ({"image_size": 100}, "`image_size` must be a positive multiple of 16"),
     ],
