@@ -254,7 +254,7 @@ def write_tensor_file(content: Any, file: IO[bytes]) -> None:
     file.write(CHECKSUM_MARK + checksum.encode())
 
 
-class NotATensorFile(KnowSAMValueError):
+class InvalidCheckpointError(KnowSAMValueError):
     """
     A file that is not a checkpoint of tensors and plain values.
 
@@ -279,7 +279,7 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
         path: the file.
 
     Raises:
-        NotATensorFile: if it is a pickle of Python objects, truncated, damaged, or not a checkpoint.
+        InvalidCheckpointError: if it is a pickle of Python objects, truncated, damaged, or not a checkpoint.
         OSError: if it cannot be opened.
 
     Example::
@@ -291,17 +291,19 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
     path = Path(path)
     try:
         if not _is_undamaged(path):
-            raise NotATensorFile(f"({path.stat().st_size} bytes) is damaged: its checksum does not match its content")
+            raise InvalidCheckpointError(
+                f"({path.stat().st_size} bytes) is damaged: its checksum does not match its content"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError, NotATensorFile):
+    except (OSError, MemoryError, InvalidCheckpointError):
         raise
     except Exception as error:  # torch, pickle and zipfile raise errors of their own for a damaged file
         if _would_run_code(path, error):
-            raise NotATensorFile(
+            raise InvalidCheckpointError(
                 "is a pickle of Python objects, which would run code, so it was not loaded", runs_code=True
             ) from error
         size = path.stat().st_size if path.is_file() else 0
-        raise NotATensorFile(f"({size} bytes) is truncated or not a checkpoint") from error
+        raise InvalidCheckpointError(f"({size} bytes) is truncated or not a checkpoint") from error
 
 
 def sha256(file: IO[bytes], length: int | None = None) -> str:

@@ -22,7 +22,7 @@ from knowsam_monai.data import LoadCased, acdc_datalist, check_datalist, left_at
 from knowsam_monai.data.evaluation import inference_items
 from knowsam_monai.data.phantom import write_phantom
 from knowsam_monai.errors import root_cause
-from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.student_loader import StudentLoader
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -76,7 +76,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 def test_checkpoint_reader_names_what_the_file_is(checkpoint):
-    with pytest.raises(NotATensorFile, match=f"^is a {WOULD_RUN}$") as error:
+    with pytest.raises(InvalidCheckpointError, match=f"^is a {WOULD_RUN}$") as error:
         read_tensor_file(checkpoint)
     assert error.value.runs_code
 
@@ -86,14 +86,18 @@ def test_damaged_checkpoint_is_not_called_code(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], whole[50:]):
         (tmp_path / "b.pt").write_bytes(content)
-        with pytest.raises(NotATensorFile, match=rf"^\({len(content)} bytes\) is truncated or not a checkpoint") as error:
+        with pytest.raises(
+            InvalidCheckpointError, match=rf"^\({len(content)} bytes\) is truncated or not a checkpoint"
+        ) as error:
             read_tensor_file(tmp_path / "b.pt")
         assert not error.value.runs_code
     assert read_tensor_file(tmp_path / "a.pt")["weight"].shape == (9,)
 
 
 def test_sam_checkpoint(checkpoint):
-    with pytest.raises(ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; if you trust"):
+    with pytest.raises(
+        ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; if you trust"
+    ):
         read_checkpoint(checkpoint, "vit_b")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
     else:
         try:
             content = read_tensor_file(path)
-        except NotATensorFile as error:
+        except InvalidCheckpointError as error:
             if error.runs_code:
                 remedy = f"if you trust the file, save its plain `state_dict()`; else {remedy}"
             raise KnowSAMValueError(f"{expectation} {error}; {remedy}.") from error
