@@ -34,8 +34,8 @@ same voxels, and a phantom that is there is not written again.
   python -m knowsam_monai phantom atria --anatomy left_atrium --size 48
 """
 CHECK = """\
-Read every image and label of a data list, and say what no training should start with: an image in two sets, labels
-that do not fit, files that cannot be read. What may be meant so is listed as odd. Exit code 1 when something is wrong.
+Read every image and label of a data list, and list errors, such as an image in two sets, labels that do not fit, or
+unreadable files. Possibly intentional issues are listed as warnings. The exit code is 1 if there are errors.
 
   python -m knowsam_monai check scans/dataset.json --num_classes 4
   python -m knowsam_monai check /data/ACDC --labeled_patients 7
@@ -87,7 +87,7 @@ def check(options: argparse.Namespace) -> int:
         num_classes=options.num_classes,
         num_channels=options.num_channels,
     )
-    return 1 if found.wrong else 0
+    return 1 if found.errors else 0
 
 
 def report(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Files: whole or not there, finite, and read without running code."""
+"""Files that are written completely or not at all, and checkpoints that are read without running code."""
 
 from __future__ import annotations
 
@@ -19,29 +19,24 @@ import torch
 
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet computes
-
-
-PART = ".knowsam-part"  # how the names of files end that are still being written
-
-
-OWN_PART = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
-
-
-LOCK = ".lock"  # of the run that a folder is of
+PART = ".knowsam-part"  # suffix of files that are still being written
+PART_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
+LOCK = ".lock"  # marks the folder of a run
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet computes cells that begin with one of these
+CHECKSUM_MARK, CHECKSUM_LENGTH = b"knowsam sha256 ", 64
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
     """
-    Write under a temporary name in the same folder, bring that to the disk, and rename it.
+    Write a file under a temporary name in the same folder, flush it to disk, and rename it.
 
     Args:
-        path: of the file; its folder is made when missing.
-        write: ``write(file)`` fills a binary file, which it can read too.
-        sync: False leaves it to the system when the bytes reach the disk: a power cut may then tear the file.
+        path: the file. Its folder is created if it is missing.
+        write: ``write(file)`` fills a binary file that is open for reading and writing.
+        sync: False skips the flush to disk, so a power failure may truncate the file.
 
     Raises:
-        OSError: when it cannot be written; the file that was there before is as it was.
+        OSError: if the file cannot be written. An earlier file of that name is kept.
 
     Example::
 
@@ -64,14 +59,14 @@ def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """
-    :func:`write_whole` of a text in UTF-8.
+    Write a text file in UTF-8 with :func:`write_whole`.
 
     Args:
-        path: of the file; its folder is made when missing.
-        text: all of it.
+        path: the file. Its folder is created if it is missing.
+        text: its content.
 
     Raises:
-        OSError: when it cannot be written.
+        OSError: if the file cannot be written.
 
     Example::
 
@@ -80,17 +75,46 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+def copy_whole(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copy a file with :func:`write_whole`. Copying a file onto itself does nothing."""
+    source, target = Path(source), Path(target)
+    if target.exists() and target.samefile(source):
+        return
+    with open(source, "rb") as original:
+        write_whole(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def remove_parts(folder: str | os.PathLike) -> None:
     """
-    :func:`write_whole` of a table.
+    Delete the temporary files that a killed :func:`write_whole` left in a folder and its subfolders.
+
+    Subfolders that belong to another run, which has its own lock, are skipped.
 
     Args:
-        path: of the file; its folder is made when missing.
-        rows: of the table; its columns are the keys of all, in the order in which they first come, and a row's
-            missing ones stay empty. A text that a spreadsheet would take for a formula has an apostrophe before it.
+        folder: the folder. No other process may be writing to it.
+
+    Example::
+
+        remove_parts("output")     # before a run resumes
+    """
+    folder = Path(folder)
+    for path in folder.rglob(f"*{PART}"):
+        subfolders = path.parents[: path.parents.index(folder)] if path.parent != folder else ()
+        if PART_NAME.fullmatch(path.name) and not any((subfolder / LOCK).exists() for subfolder in subfolders):
+            path.unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+    """
+    Write a table with :func:`write_whole`.
+
+    Args:
+        path: the file. Its folder is created if it is missing.
+        rows: the table's rows. Its columns are the keys of all rows, in the order of their first appearance; cells of
+            missing keys are empty. A text that a spreadsheet would take for a formula is prefixed with an apostrophe.
 
     Raises:
-        OSError: when it cannot be written.
+        OSError: if the file cannot be written.
 
     Example::
 
@@ -100,21 +124,21 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(text)
     writer.writerows(
-        [_cell(value) for value in line] for line in (columns, *([row.get(c) for c in columns] for row in rows))
+        [_escaped(value) for value in line] for line in (columns, *([row.get(c) for c in columns] for row in rows))
     )
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "replace")))
 
 
 def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
     """
-    The rows of a table of :func:`write_csv`, with the texts as they were.
+    Read a table that :func:`write_csv` wrote, with its original texts.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: when a row has more or fewer columns than the first line.
+        OSError: if the file cannot be read.
+        ValueError: if a row has more or fewer columns than the first line.
 
     Example::
 
@@ -125,14 +149,14 @@ def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
 
 def iter_csv(path: str | os.PathLike) -> Iterator[dict[str, str]]:
     """
-    The rows of :func:`read_csv` one by one: of a torn file those before the tear come before the error.
+    Iterate over the rows of :func:`read_csv`. A truncated file yields its complete rows before it raises.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: at a row that has more or fewer columns than the first line.
+        OSError: if the file cannot be read.
+        ValueError: if a row has more or fewer columns than the first line.
 
     Example::
 
@@ -142,7 +166,7 @@ def iter_csv(path: str | os.PathLike) -> Iterator[dict[str, str]]:
     columns: list[str] | None = None
     with open(path, newline="", encoding="utf-8") as file:
         for number, line in enumerate(filter(None, csv.reader(file))):
-            cells = [_text(cell) for cell in line]
+            cells = [_unescaped(cell) for cell in line]
             columns = cells if columns is None else columns
             if len(cells) != len(columns):
                 raise KnowSAMValueError(f"row {number} has more or fewer columns than the first line")
@@ -150,17 +174,17 @@ def iter_csv(path: str | os.PathLike) -> Iterator[dict[str, str]]:
                 yield dict(zip(columns, cells))
 
 
-def _cell(value: object) -> object:
+def _escaped(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
 
 
-def _text(cell: str) -> str:
+def _unescaped(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and _is_formula(cell.lstrip("'")) else cell
 
 
 def _is_formula(text: str) -> bool:
-    """Does it begin like one, and is it no number?"""
-    if not text.startswith(FORMULA):
+    """Whether a spreadsheet would compute the text: it begins like a formula and is not a number."""
+    if not text.startswith(FORMULA_STARTS):
         return False
     try:
         float(text)
@@ -169,38 +193,17 @@ def _is_formula(text: str) -> bool:
     return False
 
 
-def remove_parts(folder: str | os.PathLike) -> None:
-    """
-    Delete what a killed process left behind while it wrote, in a folder and the folders in it; nothing else.
-
-    Folders in it that are of another run, which has a lock of its own, are left as they are.
-
-    Args:
-        folder: where :func:`write_whole` writes to; no other process may write there now.
-
-    Example::
-
-        remove_parts("output")     # before a run goes on
-    """
-    folder = Path(folder)
-    for path in folder.rglob(f"*{PART}"):
-        inner = path.parents[: path.parents.index(folder)] if path.parent != folder else ()
-        if OWN_PART.fullmatch(path.name) and not any((parent / LOCK).exists() for parent in inner):
-            path.unlink(missing_ok=True)
-
-
 def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
     """
-    ``torch.save`` of weights that are finite, with a checksum, into a file that is there whole or not at all.
-
-    A kill, a full disk or a power cut leaves the file that was there before.
+    Save finite weights with a checksum, using :func:`write_tensor_file` and :func:`write_whole`.
 
     Args:
         content: tensors and plain values, by name.
-        path: of the file.
+        path: the file.
 
     Raises:
-        RuntimeError: when a tensor is not finite, by its name, or when the file cannot be written.
+        RuntimeError: if a tensor is not finite, with its name, or if the file cannot be written. An earlier file of
+            that name is kept.
     """
     path = Path(path)
     broken = [name for name, value in content.items() if not _is_finite(value)]
@@ -208,25 +211,16 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
         names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if broken[3:] else "")
         raise KnowSAMRuntimeError(
             f"Weights must be finite in a checkpoint but {names} {'are' if broken[1:] else 'is'} not, so {path} was "
-            "not written; lower the learning rate or set amp to False. The checkpoint before this is whole."
+            "not written; lower the learning rate or set amp to False. The previous checkpoint is intact."
         )
     try:
         write_whole(path, lambda file: write_tensor_file(content, file))
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError if the disk is full
         reason = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
         raise KnowSAMRuntimeError(
             f"`output_dir` must have room for {path.name} but it could not be written to {path.parent} ({reason}); "
-            "free some space and give the same command: it goes on from the checkpoint before, which is whole."
+            "free some space and repeat the command: it resumes from the previous checkpoint, which is intact."
         ) from error
-
-
-def copy_whole(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy a file; a kill or a full disk leaves the target that was there before."""
-    source, target = Path(source), Path(target)
-    if target.exists() and target.samefile(source):
-        return
-    with open(source, "rb") as original:
-        write_whole(target, lambda file: shutil.copyfileobj(original, file))
 
 
 def _is_finite(value: Any) -> bool:
@@ -236,18 +230,15 @@ def _is_finite(value: Any) -> bool:
     return all(_is_finite(part) for part in parts)
 
 
-SEAL, DIGEST_LENGTH = b"knowsam sha256 ", 64
-
-
 def write_tensor_file(content: Any, file: IO[bytes]) -> None:
     """
-    ``torch.save`` with a checksum of all bytes as the comment of torch's zip; what reads such files reads this one too.
+    ``torch.save`` with a checksum of all bytes in the comment of torch's zip file, which ``torch.load`` ignores.
 
-    The zip's own checksums leave its directory out: a flipped byte there gives a tensor the weights of another.
+    The zip's own checksums do not cover its directory: a flipped byte there can give a tensor another one's weights.
 
     Args:
         content: tensors and plain values.
-        file: an empty one, open for reading and writing.
+        file: an empty file, open for reading and writing.
 
     Example::
 
@@ -256,35 +247,20 @@ def write_tensor_file(content: Any, file: IO[bytes]) -> None:
     """
     torch.save(content, file)
     file.seek(-2, os.SEEK_END)
-    file.write((len(SEAL) + DIGEST_LENGTH).to_bytes(2, "little"))
+    file.write((len(CHECKSUM_MARK) + CHECKSUM_LENGTH).to_bytes(2, "little"))
     file.seek(0)
-    digest = sha256(file)
+    checksum = sha256(file)
     file.seek(0, os.SEEK_END)
-    file.write(SEAL + digest.encode())
+    file.write(CHECKSUM_MARK + checksum.encode())
 
 
-def sha256(file: IO[bytes], length: int | None = None) -> str:
+class InvalidCheckpointError(KnowSAMValueError):
     """
-    Hash of a file from where it stands, in hexadecimal digits, without holding it in memory.
+    A file that is not a checkpoint of tensors and plain values.
 
     Args:
-        file: open for reading.
-        length: bytes; None: to the end.
-    """
-    digest, left = hashlib.sha256(), length
-    while block := file.read(2**20 if left is None else min(2**20, left)):
-        digest.update(block)
-        left = None if left is None else left - len(block)
-    return digest.hexdigest()
-
-
-class NotATensorFile(KnowSAMValueError):
-    """
-    A file that is no checkpoint of tensors and plain values; the text says what it is instead, after "but <file> ".
-
-    Args:
-        found: that text.
-        runs_code: whether it is a pickle that would run code, and not only damaged.
+        found: what the file is instead; completes a message that ends with "but <file> ".
+        runs_code: whether it is a pickle that would run code, rather than a damaged file.
     """
 
     def __init__(self, found: str, runs_code: bool = False) -> None:
@@ -294,17 +270,17 @@ class NotATensorFile(KnowSAMValueError):
 
 def read_tensor_file(path: str | os.PathLike) -> Any:
     """
-    What ``torch.save`` wrote into a file, on the CPU, without running any code that the file may hold.
+    Load a file of ``torch.save`` onto the CPU without running any code that it may contain.
 
-    torch's own refusal advises to load the file in the unsafe way; this one says what the file is. The checksum of
-    :func:`write_tensor_file` is compared, or of other files those in their zip, which ``torch.load`` does not do.
+    Unlike ``torch.load``, it compares the checksum of :func:`write_tensor_file`, or those of the zip in other files.
+    Where torch's error recommends an unsafe way to load the file, this one says what the file is.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        NotATensorFile: when it is a pickle of Python objects, truncated, damaged, or no checkpoint at all.
-        OSError: when it cannot be opened.
+        InvalidCheckpointError: if it is a pickle of Python objects, truncated, damaged, or not a checkpoint.
+        OSError: if it cannot be opened.
 
     Example::
 
@@ -315,42 +291,62 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
     path = Path(path)
     try:
         if not _is_undamaged(path):
-            raise NotATensorFile(f"({path.stat().st_size} bytes) is damaged: its checksum is not that of its content")
+            raise InvalidCheckpointError(
+                f"({path.stat().st_size} bytes) is damaged: its checksum does not match its content"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError, NotATensorFile):
+    except (OSError, MemoryError, InvalidCheckpointError):
         raise
-    except Exception as error:  # torch, pickle and zipfile each have their own for a damaged file
+    except Exception as error:  # torch, pickle and zipfile raise errors of their own for a damaged file
         if _would_run_code(path, error):
-            raise NotATensorFile(
-                "is a pickle of Python objects, which would run code when it is loaded, so it was not", runs_code=True
+            raise InvalidCheckpointError(
+                "is a pickle of Python objects, which would run code, so it was not loaded", runs_code=True
             ) from error
         size = path.stat().st_size if path.is_file() else 0
-        raise NotATensorFile(f"({size} bytes) is truncated or no checkpoint at all") from error
+        raise InvalidCheckpointError(f"({size} bytes) is truncated or not a checkpoint") from error
+
+
+def sha256(file: IO[bytes], length: int | None = None) -> str:
+    """
+    Hash a file from its current position, without holding it in memory.
+
+    Args:
+        file: open for reading.
+        length: number of bytes; None reads to the end.
+
+    Returns:
+        The hash in hexadecimal digits.
+    """
+    digest, left = hashlib.sha256(), length
+    while block := file.read(2**20 if left is None else min(2**20, left)):
+        digest.update(block)
+        left = None if left is None else left - len(block)
+    return digest.hexdigest()
 
 
 def _is_undamaged(path: Path) -> bool:
-    """Whether the checksums are right that a file has; one of before torch 1.6 has none."""
+    """Whether the file's checksums match; a file from before torch 1.6 has none."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        length = max(0, size - len(SEAL) - DIGEST_LENGTH)
+        length = max(0, size - len(CHECKSUM_MARK) - CHECKSUM_LENGTH)
         file.seek(length)
-        if file.read(len(SEAL)) == SEAL:
-            digest = file.read().decode(errors="replace")
+        if file.read(len(CHECKSUM_MARK)) == CHECKSUM_MARK:
+            checksum = file.read().decode(errors="replace")
             file.seek(0)
-            return sha256(file, length) == digest
+            return sha256(file, length) == checksum
     try:
         with zipfile.ZipFile(path) as records:
             return records.testzip() is None
-    except (OSError, zipfile.BadZipFile):  # torch says whether it is of the older form
+    except (OSError, zipfile.BadZipFile):  # torch decides whether it is in the older format
         return True
 
 
 def _would_run_code(path: Path, error: Exception) -> bool:
-    """Whether a file that torch refused is a whole pickle that calls something; nothing is loaded to find out."""
+    """Whether a file that torch refused is a complete pickle that calls something; nothing is loaded to find out."""
     if "GLOBAL" in str(error):
         return True
     try:
-        with path.open("rb") as file:  # a protocol that torch does not read: it stops before it sees what is called
+        with path.open("rb") as file:  # torch stops at a protocol it cannot read, before it sees what is called
             opcodes = {opcode.name for opcode, _, _ in pickletools.genops(file)}
     except Exception:
         return False

@@ -1,20 +1,21 @@
 """
-Pretrain `vit_t` as a promptable segmenter on procedural images: a stand-in teacher where SAM's weights can't be had.
+Pretrain `vit_t` as a promptable segmenter on procedural images: a stand-in teacher if SAM's weights are unavailable.
 
-It is NOT SAM: 2 M parameters that have seen drawn shapes only.
+It is NOT SAM: it has 2 M parameters and has only seen drawn shapes.
 
     python -m pretraining.pretrain_vit_t --minutes 110 --threads 2 --output knowsam_monai/teachers/weights/vit_t.pt
-    python -m pretraining.pretrain_vit_t ... --resume          # goes on from vit_t.pt.resume
+    python -m pretraining.pretrain_vit_t ... --resume          # continues from vit_t.pt.resume
 
-With --minutes the learning rate follows the clock (time of an interrupted run counts, time between runs does not); with
---steps it follows the steps, and a resumed run is the uninterrupted one, bit for bit. Beside the weights, a plain state
-dict, the same name with .json says what made them; .log.jsonl holds losses and held-out IoUs.
+With --minutes the learning rate depends on the elapsed time, summed over interrupted runs. With --steps it depends on
+the step, and a resumed run equals an uninterrupted one bit for bit. The weights are a plain state dict. The .json file
+of the same name records how they were made, and .log.jsonl contains losses and held-out IoUs.
 
-As in SAM (Kirillov et al., arXiv:2304.02643, appendix A): focal + dice loss 20 : 1, the IoU head by mean squared error,
-first prompt a point or a noised box, then points from the error with the last logits as mask prompt, three masks and
-the least of their losses for a lone point and one mask otherwise, AdamW (0.9, 0.999), lr 8e-4, weight decay 0.1.
-Ours: mask prompts also first, corrupted, since a student's logits prompt this teacher; some prompts wrong; a box gets
-one mask; one loss a mask on the image's grid; few rounds; cosine; gradients clipped to norm 1.
+As in SAM (Kirillov et al., arXiv:2304.02643, appendix A): focal and Dice loss in the ratio 20 : 1, mean squared error
+for the IoU head; the first prompt is a point or a noisy box, the next ones are points in the error region with the last
+logits as mask prompt; three masks and the smallest of their losses for a single point, one mask otherwise; AdamW (0.9,
+0.999), learning rate 8e-4, weight decay 0.1. Different from SAM: the first prompt may also be a corrupted mask, because
+a student's logits prompt this teacher; some prompts are wrong; a box gets one mask; one loss per mask on the image's
+grid; few rounds; a cosine schedule; gradients clipped to norm 1.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from pretraining.prompts import NO_POINT, ON, TOP_LEFT, boxes_of, corrections, f
 
 logger = logging.getLogger("pretrain_vit_t")
 
-WARM_UP = 0.03  # of the run
-HELD_OUT_SEED = 1_000_003  # added to the seed: images of another set
+WARM_UP = 0.03  # fraction of the run
+HELD_OUT_SEED = 1_000_003  # added to the seed: a different set of images
 
 
 class ProceduralDataset(Dataset):
-    """Image (1, H, W), `num_objects` masks of it drawn evenly, and for each mask another one of the image (or none)."""
+    """Image (1, H, W), `num_objects` of its masks, and another mask of the image (or an empty one) for each."""
 
     def __init__(self, seed: int, size: int, num_objects: int, num_images: int) -> None:
         self.seed, self.size, self.num_objects, self.num_images = seed, size, num_objects, num_images
@@ -74,15 +75,15 @@ def promptable_loss(
     generator: torch.Generator,
     num_rounds: int,
 ) -> dict[str, torch.Tensor]:
-    """Losses of one interactive session for each object, mean over rounds and objects.
+    """Losses of one interactive session per object, averaged over rounds and objects.
 
     Args:
         sam: the network.
         image: (B, 1, H, W).
         masks: (B, M, H, W) bool.
         others: (B, M, H, W) bool, see :func:`first_prompts`.
-        generator: of the prompts, on the CPU.
-        num_rounds: the first prompt and the corrections after it.
+        generator: generator of the prompts, on the CPU.
+        num_rounds: number of prompts, the first one included.
 
     Returns:
         "loss" and its parts "mask" (20 focal + dice) and "iou".
@@ -97,12 +98,12 @@ def promptable_loss(
     for number in range(num_rounds):
         low_logits, predicted_iou = (x.float() for x in decode(sam, embedding, points, codes, mask_logits, has_mask))
         logits = F.interpolate(low_logits, size=image.shape[2:], mode="bilinear")
-        each = _mask_losses(logits, target)  # (P, 4)
-        asked = _asked(ambiguous)
-        mask_losses.append(each.masked_fill(~asked, torch.inf).amin(dim=1).mean())
-        iou_losses.append((predicted_iou - _iou(logits > 0, target)).square()[asked].mean())
+        losses = _mask_losses(logits, target)  # (P, 4)
+        requested = _requested_masks(ambiguous)
+        mask_losses.append(losses.masked_fill(~requested, torch.inf).amin(dim=1).mean())
+        iou_losses.append((predicted_iou - _iou(logits > 0, target)).square()[requested].mean())
         if number + 1 < num_rounds:
-            best = predicted_iou.detach().masked_fill(~asked, -torch.inf).argmax(dim=1)
+            best = predicted_iou.detach().masked_fill(~requested, -torch.inf).argmax(dim=1)
             rows = torch.arange(len(best), device=device)
             click, code = corrections((logits[rows, best] > 0).cpu(), masks, generator)
             points = torch.cat((points, click.to(device)), dim=1)
@@ -113,13 +114,13 @@ def promptable_loss(
     return {"loss": mask_loss + iou_loss, "mask": mask_loss, "iou": iou_loss}
 
 
-def _asked(ambiguous: torch.Tensor) -> torch.Tensor:
-    """Which of the four masks (P, 4) a prompt asks for: the first, or for an ambiguous one the others."""
+def _requested_masks(ambiguous: torch.Tensor) -> torch.Tensor:
+    """Which of the four masks (P, 4) a prompt requests: the first, or the others if it is ambiguous."""
     return torch.stack((~ambiguous, ambiguous, ambiguous, ambiguous), dim=1)
 
 
 def _mask_losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """20 focal + dice of each mask (P, 4)."""
+    """20 focal + dice for each mask (P, 4)."""
     target = target[:, None].expand_as(logits).float()
     focal = FocalLoss(gamma=2.0, alpha=0.25, reduction="none")(logits, target).mean(dim=(2, 3))
     dice = DiceLoss(sigmoid=True, reduction="none")(logits, target).flatten(1)
@@ -127,7 +128,7 @@ def _mask_losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _iou(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """IoU (P, K) of masks (P, K, H, W) with the truth (P, H, W)."""
+    """IoU (P, K) of masks (P, K, H, W) with the ground truth (P, H, W)."""
     target = target[:, None]
     union = (predicted | target).sum(dim=(2, 3)).clamp(min=1)
     return (predicted & target).sum(dim=(2, 3)) / union
@@ -135,7 +136,7 @@ def _iou(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_iou(sam: nn.Module, seed: int, size: int, num_images: int, device: torch.device) -> dict[str, float]:
-    """Mean IoU on images of another seed, by kind of prompt: the exact box, or one point (the mask thought best)."""
+    """Mean IoU on images of another seed, for exact boxes and for single points (the mask of best predicted IoU)."""
     dataset = ProceduralDataset(seed + HELD_OUT_SEED, size, num_objects=3, num_images=num_images)
     generator = torch.Generator().manual_seed(seed)
     ious: dict[str, list[torch.Tensor]] = {"box": [], "point": []}
@@ -149,8 +150,10 @@ def held_out_iou(sam: nn.Module, seed: int, size: int, num_images: int, device: 
         empty = torch.zeros(len(masks), *sam.prompt_encoder.mask_input_size, device=device)
         for kind, (points, codes) in prompts.items():
             codes = torch.tensor(codes, device=device).expand(len(masks), -1)
-            logits, thought = decode(sam, embedding, points.to(device), codes, empty, torch.zeros_like(codes[:, 0] > 0))
-            best = torch.zeros_like(codes[:, 0]) if kind == "box" else 1 + thought[:, 1:].argmax(dim=1)
+            logits, predicted_iou = decode(
+                sam, embedding, points.to(device), codes, empty, torch.zeros_like(codes[:, 0] > 0)
+            )
+            best = torch.zeros_like(codes[:, 0]) if kind == "box" else 1 + predicted_iou[:, 1:].argmax(dim=1)
             chosen = logits.float()[torch.arange(len(best), device=device), best, None]
             chosen = F.interpolate(chosen, size=image.shape[2:], mode="bilinear") > 0
             ious[kind].append(_iou(chosen, masks.to(device))[:, 0].cpu())
@@ -158,14 +161,14 @@ def held_out_iou(sam: nn.Module, seed: int, size: int, num_images: int, device: 
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up, then cosine to zero; `progress` from 0 to 1."""
+    """Linear warm-up, then cosine decay to zero; `progress` goes from 0 to 1."""
     if progress < WARM_UP:
         return peak * max(progress / WARM_UP, 0.01)
     return peak * 0.5 * (1 + math.cos(math.pi * min((progress - WARM_UP) / (1 - WARM_UP), 1.0)))
 
 
 def pretrain(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and write the weights and their record; returns the record."""
+    """Train, write the weights and their record, and return the record."""
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -179,7 +182,9 @@ def pretrain(options: argparse.Namespace) -> dict[str, Any]:
     if options.resume and resume_path.is_file():
         saved = torch.load(resume_path, map_location=device, weights_only=True)
         if saved["settings"] != settings:
-            raise ValueError(f"`resume` must go on with the options {saved['settings']} but they are {settings}.")
+            raise ValueError(
+                f"`resume` needs the options {saved['settings']} but they are {settings}; use these or start anew."
+            )
         sam.load_state_dict(saved["sam"])
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds = saved["step"], saved["seconds"]
@@ -250,7 +255,7 @@ def _finish(
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    """Under another name first: an interrupted run leaves the last whole file."""
+    """Save to a temporary file first, so that an interruption leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     torch.save(content, temporary)
@@ -267,26 +272,26 @@ def _log(output: str, **values: Any) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="file of the weights")
-    parser.add_argument("--minutes", type=float, default=110.0, help="length of the run; --steps goes first")
+    parser.add_argument("--output", required=True, help="output file of the weights")
+    parser.add_argument("--minutes", type=float, default=110.0, help="length of the run; ignored with --steps")
     parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own number")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, default=8, help="images")
-    parser.add_argument("--objects", type=int, default=4, help="of each image")
-    parser.add_argument("--rounds", type=int, default=3, help="the first prompt and the corrections")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per step")
+    parser.add_argument("--objects", type=int, default=4, help="objects per image")
+    parser.add_argument("--rounds", type=int, default=3, help="prompts per object")
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--bf16", action="store_true", help="use autocast")
     parser.add_argument("--matmul_precision", default="medium", choices=("highest", "high", "medium"))
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that draw; 0 draws between the steps")
-    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT.resume stopped")
+    parser.add_argument("--num_workers", type=int, default=0, help="drawing processes; 0: the main process")
+    parser.add_argument("--resume", action="store_true", help="continue from OUTPUT.resume")
     parser.add_argument("--save_minutes", type=float, default=5.0)
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--evaluate_every", type=int, default=1000)
     parser.add_argument("--held_out_images", type=int, default=256)
-    parser.add_argument("--stop_after", type=int, default=0, help="leave after so many steps, to be resumed")
+    parser.add_argument("--stop_after", type=int, default=0, help="stop after so many steps, to resume later")
     return parser.parse_args(arguments)
 
 

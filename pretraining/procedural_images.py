@@ -1,7 +1,7 @@
-"""Images made of nothing but arithmetic, with the masks of what is in them: what the stand-in teacher learns from.
+"""Procedural images with object masks, the training data of the stand-in teacher.
 
-No medical image, nor any other photograph, goes in: shapes of random outline lie over each other, alone, nested (a ring
-and what it encloses) or touching, and get grey values, texture and shading; a bias field, blur and noise follow.
+No photographs or medical images are used. Overlapping shapes with random outlines are single, nested (a ring and its
+inside) or touching. They get gray values, texture and shading, followed by a bias field, blur and noise.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_AREA = 0.002  # of the image: what is seen less of is no object to ask for
+MIN_AREA = 0.002  # smallest visible area of an object, as a fraction of the image
 
 
 class ProceduralImage(NamedTuple):
-    """An image (H, W) float32 from 0 to 1, its masks (M, H, W) bool, and what each mask is.
+    """An image (H, W) float32 from 0 to 1, its masks (M, H, W) bool, and the kind of each mask.
 
-    Kinds: "single", "inner" and "outer" of a nested pair, "touching" for either of a touching pair, and "whole" for the
-    union of a pair. Masks are what is visible: later objects cover earlier ones.
+    Kinds are "single", "inner" and "outer" for nested pairs, "touching" for both of a touching pair, and "whole" for
+    the union of a pair. Masks contain visible pixels only: later objects cover earlier ones.
     """
 
     image: np.ndarray
@@ -27,11 +27,11 @@ class ProceduralImage(NamedTuple):
 
 
 def draw_image(seed: int, index: int, size: int = 128) -> ProceduralImage:
-    """Draw image `index` of the endless set `seed`: the same two numbers give the same pixels.
+    """Draw image `index` of the endless set `seed`; the pixels are a function of both numbers.
 
     Args:
-        seed: of the set.
-        index: of the image.
+        seed: number of the set.
+        index: number of the image.
         size: height and width in pixels.
 
     Example::
@@ -54,10 +54,10 @@ def draw_image(seed: int, index: int, size: int = 128) -> ProceduralImage:
 
 
 def _add_thing(rng: np.random.Generator, labels: np.ndarray, parts: list[tuple[tuple[int, ...], str]]) -> None:
-    """Draw one object, or a pair, over what is there."""
+    """Draw an object or a pair over the earlier ones."""
     new = 1 + sum(len(numbers) for numbers, kind in parts if kind != "whole")
-    centre, radius = rng.uniform(0.1, 0.9, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.28)))
-    outline = _distance_field(rng, labels.shape[0], centre, radius)
+    center, radius = rng.uniform(0.1, 0.9, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.28)))
+    outline = _distance_field(rng, labels.shape[0], center, radius)
     style = rng.choice(["single", "nested", "touching"], p=[0.4, 0.35, 0.25])
     if style == "single":
         labels[outline < 1] = new
@@ -65,28 +65,28 @@ def _add_thing(rng: np.random.Generator, labels: np.ndarray, parts: list[tuple[t
         return
     if style == "nested":
         inner = outline < rng.uniform(0.45, 0.85)
-        if rng.random() < 0.5:  # of its own form rather than a scaled copy
-            inner = _distance_field(rng, labels.shape[0], centre, radius * rng.uniform(0.4, 0.7)) < 1
+        if rng.random() < 0.5:  # its own shape instead of a scaled copy
+            inner = _distance_field(rng, labels.shape[0], center, radius * rng.uniform(0.4, 0.7)) < 1
         labels[outline < 1] = new
         labels[inner & (outline < 1)] = new + 1
         names = ("outer", "inner")
     else:
         turn = rng.uniform(0, 2 * np.pi)
         step = radius * rng.uniform(0.7, 1.3) * np.array([np.sin(turn), np.cos(turn)])
-        beside = _distance_field(rng, labels.shape[0], centre + step, radius * rng.uniform(0.6, 1.2)) < 1
-        labels[beside] = new + 1  # then the first over it: a crescent that hugs it
+        beside = _distance_field(rng, labels.shape[0], center + step, radius * rng.uniform(0.6, 1.2)) < 1
+        labels[beside] = new + 1  # the first object covers it, which leaves a crescent
         labels[outline < 1] = new
         names = ("touching", "touching")
     parts += [((new,), names[0]), ((new + 1,), names[1]), ((new, new + 1), "whole")]
 
 
-def _distance_field(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float) -> np.ndarray:
-    """(H, W): below 1 inside a closed curve ``r(t) = radius (1 + sum_k a_k cos(k t + p_k))``, stretched and turned."""
+def _distance_field(rng: np.random.Generator, size: int, center: np.ndarray, radius: float) -> np.ndarray:
+    """(H, W), below 1 inside a closed curve ``r(t) = radius (1 + sum_k a_k cos(k t + p_k))``, stretched and rotated."""
     y, x = _coordinates(size)
     turn, stretch = rng.uniform(0, np.pi), np.exp(rng.uniform(-0.35, 0.35))
     cosine, sine = np.cos(turn), np.sin(turn)
-    u = ((x - centre[1]) * cosine + (y - centre[0]) * sine) * stretch
-    v = ((y - centre[0]) * cosine - (x - centre[1]) * sine) / stretch
+    u = ((x - center[1]) * cosine + (y - center[0]) * sine) * stretch
+    v = ((y - center[0]) * cosine - (x - center[1]) * sine) / stretch
     angle, reach = np.arctan2(v, u), np.float32(radius)
     roughness = rng.choice([0.02, 0.08, 0.2])
     for k in range(2, 6):
@@ -100,7 +100,7 @@ def _visible(labels: np.ndarray, parts: list[tuple[tuple[int, ...], str]]) -> tu
     masks, kinds = [], []
     for numbers, kind in parts:
         each = [labels == number for number in numbers]
-        if all(mask.sum() >= least for mask in each):  # a whole of which one part is hidden is that part
+        if all(mask.sum() >= least for mask in each):  # the union is left out if one part is hidden
             masks.append(np.logical_or.reduce(each))
             kinds.append(kind)
     return masks, kinds
@@ -124,7 +124,7 @@ def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     image = np.hypot(image + noise[0], noise[1]) if rng.random() < 0.5 else image + noise[0]
     low, high = np.percentile(image, [rng.uniform(0, 1), rng.uniform(98, 100)])
     image = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    return (image * rng.uniform(0.4, 1.0)).astype(np.float32)  # a volume's brightest voxel is seldom in this slice
+    return (image * rng.uniform(0.4, 1.0)).astype(np.float32)  # slices rarely contain a volume's brightest voxel
 
 
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -136,5 +136,5 @@ def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
-    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return centres[:, None], centres[None, :]
+    centers = (np.arange(size, dtype=np.float32) + 0.5) / size
+    return centers[:, None], centers[None, :]

@@ -1,6 +1,6 @@
-"""SAM asked as its authors ask it, many objects of many images in one call: points, boxes and masks to four masks.
+"""Batched prompting of SAM as by its authors: points, boxes and masks of many objects in many images.
 
-`segment_anything` takes one image a call. Here its modules are driven on a batch; one image gives what upstream gives.
+`segment_anything` processes one image per call. These functions run its modules on batches, with equal results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from knowsam_monai.teachers.sam_encoder import encode_image
 
 
 def encode(sam: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, D, h, w) of grey images (B, 1, H, W) from 0 to 1, scaled as SAM scales its images."""
+    """Encode gray images (B, 1, H, W) in 0..1, normalized as by SAM, to embeddings (B, D, h, w)."""
     rgb = image.expand(-1, 3, -1, -1) * 255
     return encode_image(sam.image_encoder, (rgb - sam.pixel_mean) / sam.pixel_std)
 
@@ -26,17 +26,17 @@ def decode(
     mask_logits: torch.Tensor,
     has_mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks and predicted IoUs of P prompts, P / B consecutive ones for each image.
+    """Predict masks and IoUs of P prompts, P / B consecutive ones for each image.
 
     Args:
         sam: a Sam of :func:`knowsam_monai.teachers.build_sam`.
         embedding: (B, D, h, w).
         points: (P, T, 2), x and y in pixels.
         codes: (P, T), see :mod:`pretraining.prompts`; a box is two points, as in `segment_anything`'s ONNX model.
-        mask_logits: (P, 4 h, 4 w), read where ``has_mask`` (P,).
+        mask_logits: (P, 4 h, 4 w), used if ``has_mask`` (P,).
 
     Returns:
-        Mask logits (P, 4, 4 h, 4 w) and IoUs (P, 4): 0 is the single mask, 1 to 3 those of an ambiguous prompt.
+        Mask logits (P, 4, 4 h, 4 w) and IoUs (P, 4): 0 is the single mask, 1 to 3 are the masks of an ambiguous prompt.
     """
     decoder, prompt_encoder = sam.mask_decoder, sam.prompt_encoder
     output_tokens = torch.cat((decoder.iou_token.weight, decoder.mask_tokens.weight)).expand(len(points), -1, -1)
@@ -55,9 +55,9 @@ def decode(
 
 
 def embed_points(prompt_encoder: nn.Module, points: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Prompt tokens (P, T, D) of points (P, T, 2) with codes (P, T)."""
+    """Embed points (P, T, 2) with codes (P, T) as prompt tokens (P, T, D)."""
     with torch.autocast(points.device.type, enabled=False):
-        places = prompt_encoder.pe_layer.forward_with_coords(points + 0.5, prompt_encoder.input_image_size)
+        positions = prompt_encoder.pe_layer.forward_with_coords(points + 0.5, prompt_encoder.input_image_size)
     kinds = [prompt_encoder.not_a_point_embed, *prompt_encoder.point_embeddings]
     table = torch.cat([kind.weight for kind in kinds])
-    return places * (codes >= 0)[..., None] + table[codes + 1]
+    return positions * (codes >= 0)[..., None] + table[codes + 1]

@@ -1,7 +1,7 @@
-"""Simulated prompts: points, boxes and masks as a user or another network would give them, some of them wrong.
+"""Simulated prompts: points, boxes and masks like those of users or other networks, some of them wrong.
 
-A prompt's points are (P, T, 2) as x, y in pixels with codes (P, T): 1 on the object, 0 off it, 2 and 3 a box's corners,
--1 no point. All randomness comes from the generator that is passed.
+Points are (P, T, 2), x and y in pixels, with codes (P, T): 1 on the object, 0 off it, 2 and 3 for the corners of a box,
+-1 for no point. All randomness comes from the passed generator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NO_POINT, OFF, ON, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
 
 
 class Prompts(NamedTuple):
-    """Of P objects: points (P, 2, 2), codes (P, 2), mask logits (P, h, w), which rows have a mask (P,)."""
+    """Prompts of P objects: points (P, 2, 2), codes (P, 2), mask logits (P, h, w), whether there is a mask (P,)."""
 
     points: torch.Tensor
     codes: torch.Tensor
@@ -33,11 +33,11 @@ def first_prompts(
     """A point (25 %), a box (25 %), a mask (30 %), or a mask with a box or a point (10 % each).
 
     Args:
-        masks: true masks (P, H, W) bool, none empty.
-        others: masks of something else in the same images, which a wrong mask prompt holds too.
+        masks: true masks (P, H, W) bool, not empty.
+        others: masks of other objects in the same images, which wrong mask prompts include.
         mask_size: (h, w) of a mask prompt.
-        generator: of all choices.
-        wrong: share of boxes that are far off and of mask prompts that hold another object.
+        generator: generator of all random choices.
+        wrong: fraction of boxes that are far off, and of mask prompts that include another object.
     """
     kind = torch.rand(len(masks), generator=generator)
     is_point = (kind < 0.25) | (kind >= 0.9)
@@ -54,7 +54,7 @@ def first_prompts(
 
 
 def boxes_of(masks: torch.Tensor) -> torch.Tensor:
-    """The tight boxes (P, 4) of masks (P, H, W), none empty: x and y of the first and the last pixel.
+    """Tight boxes (P, 4) of masks (P, H, W), not empty: x and y of the first and the last pixel.
 
     Example::
 
@@ -74,9 +74,9 @@ def boxes_of(masks: torch.Tensor) -> torch.Tensor:
 def noised_boxes(
     boxes: torch.Tensor, size: tuple[int, int], generator: torch.Generator, far_off: torch.Tensor
 ) -> torch.Tensor:
-    """Move each side by a normal of 10 % of the box's length there, at most 5 % of the image (SAM: 2 %, 20 of 1024).
+    """Add Gaussian noise of 10 % of the box's length to each side, at most 5 % of the image (SAM: 2 %, 20 of 1024).
 
-    A box that is ``far_off`` gets three times as much.
+    Boxes that are ``far_off`` get three times as much.
     """
     lengths = (boxes[:, 2:] - boxes[:, :2] + 1).repeat(1, 2)
     limit = 0.05 * torch.tensor([size[1], size[0]], dtype=boxes.dtype).repeat(2)
@@ -89,18 +89,18 @@ def noised_boxes(
 
 
 def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One pixel (P, 2), x and y, drawn evenly from each region (P, H, W) bool; the first pixel where it is empty."""
-    lots = torch.rand(regions.shape, generator=generator).clamp(min=1e-6) * regions
-    place = lots.flatten(1).argmax(dim=1)
-    return torch.stack((place % regions.shape[2], place // regions.shape[2]), dim=1).float()
+    """Draw one pixel (P, 2), x and y, uniformly from each region (P, H, W) bool; the first pixel of empty regions."""
+    lottery = torch.rand(regions.shape, generator=generator).clamp(min=1e-6) * regions
+    index = lottery.flatten(1).argmax(dim=1)
+    return torch.stack((index % regions.shape[2], index // regions.shape[2]), dim=1).float()
 
 
 def corrections(
     predicted: torch.Tensor, masks: torch.Tensor, generator: torch.Generator, wrong: float = 0.05
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next click (P, 1, 2) and its code (P, 1): a pixel of the error, on the object where it was missed.
+    """Draw the next click (P, 1, 2) and its code (P, 1): a pixel of the error, on the object if the pixel was missed.
 
-    A share ``wrong`` of the clicks says the opposite. Where nothing is wrong the click is on the object.
+    A fraction ``wrong`` of the clicks has the opposite code. Without errors the click is on the object.
     """
     error = predicted != masks
     region = torch.where(error.flatten(1).any(dim=1)[:, None, None], error, masks)
@@ -114,7 +114,7 @@ def corrections(
 def corrupted_masks(
     masks: torch.Tensor, others: torch.Tensor, size: tuple[int, int], generator: torch.Generator, wrong: float
 ) -> torch.Tensor:
-    """Logits (P, h, w) as another network might give them: moved, eaten into, too sure or unsure, of any offset."""
+    """Logits (P, h, w) like those of another network: shifted, eroded, over- or underconfident, with an offset."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand((len(masks), 1, 1), generator=generator)

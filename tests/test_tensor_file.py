@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from knowsam_monai.files import NotATensorFile, read_tensor_file, write_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file, write_tensor_file
 from tests.same_bits import assert_same_bits
 
 
@@ -30,7 +30,7 @@ def test_every_flipped_bit_is_refused_or_harmless(written):
         path.write_bytes(content)
         try:
             found = read_tensor_file(path)
-        except NotATensorFile:
+        except InvalidCheckpointError:
             refused += 1
         else:
             assert_same_bits(found, state)
@@ -53,7 +53,7 @@ def test_other_programs_files_are_read_and_flipped_weights_in_their_zip_refused(
     content[content.index(state["network"]["layer3.weight"].numpy().tobytes()) + 7] ^= 64
     (tmp_path / "b.pt").write_bytes(content)
     if as_zip:
-        with pytest.raises(NotATensorFile, match="is damaged"):
+        with pytest.raises(InvalidCheckpointError, match="is damaged"):
             read_tensor_file(tmp_path / "b.pt")
 
 
@@ -65,5 +65,7 @@ def test_flipped_weights_are_called_damaged(written):
         content[start + 16 * i] ^= 64
     path.write_bytes(content)
     assert torch.load(path, weights_only=True)["x"] == 0.5  # torch itself takes it
-    with pytest.raises(NotATensorFile, match=r"^\(\d+ bytes\) is damaged: its checksum is not that of its content$"):
+    with pytest.raises(
+        InvalidCheckpointError, match=r"^\(\d+ bytes\) is damaged: its checksum does not match its content$"
+    ):
         read_tensor_file(path)

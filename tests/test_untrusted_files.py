@@ -22,7 +22,7 @@ from knowsam_monai.data import LoadCased, acdc_datalist, check_datalist, left_at
 from knowsam_monai.data.evaluation import inference_items
 from knowsam_monai.data.phantom import write_phantom
 from knowsam_monai.errors import root_cause
-from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.student_loader import StudentLoader
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -31,7 +31,7 @@ from pretraining.pretrain_vit_t import parse, pretrain
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 ROOT = Path(__file__).parents[1]
-WOULD_RUN = "pickle of Python objects, which would run code when it is loaded, so it was not"
+WOULD_RUN = "pickle of Python objects, which would run code, so it was not loaded"
 
 
 class Trap:
@@ -76,7 +76,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 
 def test_checkpoint_reader_names_what_the_file_is(checkpoint):
-    with pytest.raises(NotATensorFile, match=f"^is a {WOULD_RUN}$") as error:
+    with pytest.raises(InvalidCheckpointError, match=f"^is a {WOULD_RUN}$") as error:
         read_tensor_file(checkpoint)
     assert error.value.runs_code
 
@@ -86,14 +86,18 @@ def test_damaged_checkpoint_is_not_called_code(tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], whole[50:]):
         (tmp_path / "b.pt").write_bytes(content)
-        with pytest.raises(NotATensorFile, match=rf"^\({len(content)} bytes\) is truncated or no checkpoint") as error:
+        with pytest.raises(
+            InvalidCheckpointError, match=rf"^\({len(content)} bytes\) is truncated or not a checkpoint"
+        ) as error:
             read_tensor_file(tmp_path / "b.pt")
         assert not error.value.runs_code
     assert read_tensor_file(tmp_path / "a.pt")["weight"].shape == (9,)
 
 
 def test_sam_checkpoint(checkpoint):
-    with pytest.raises(ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; save"):
+    with pytest.raises(
+        ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; if you trust"
+    ):
         read_checkpoint(checkpoint, "vit_b")
 
 
@@ -159,7 +163,7 @@ def test_embedding_cache_computes_again(tmp_path, trap, caplog, write):
     expected = cache(x, encoder)
     (entry,) = (tmp_path / "cache").glob("*.npy")
     write(entry, trap)
-    assert torch.equal(cache(x, encoder), expected) and f"{entry} is torn or of another image" in caplog.text
+    assert torch.equal(cache(x, encoder), expected) and f"{entry} is damaged or belongs to another image" in caplog.text
 
 
 def test_owner_of_an_embedding_cache(tmp_path, trap):
@@ -241,7 +245,7 @@ def test_patient_record_of_acdc(tmp_path, trap):
 
 def test_list_of_a_phantom(tmp_path, trap):
     plain(4)(tmp_path / "dataset.json", trap)
-    with pytest.raises(ValueError, match="`folder` must be empty or hold an earlier phantom"):
+    with pytest.raises(ValueError, match="`folder` must be empty or contain only an earlier phantom"):
         write_phantom(tmp_path)
 
 
@@ -250,7 +254,7 @@ def test_cache_of_the_checker(tmp_path, trap):
     datalist = {"unlabeled": [{"image": str(tmp_path / "a.npy"), "patient": "a"}]}
     for _ in range(2):
         report = check_datalist(datalist, cache_dir=tmp_path / "cache", progress=False)
-        assert not report.wrong and "1 of them read" in report.header
+        assert not report.errors and "1 of them read" in report.header
         (kept,) = (tmp_path / "cache").iterdir()
         plain(4)(kept, trap)
 

@@ -1,1 +1,1 @@
-"""Makes of a bundle the zip that the Model Zoo hosts: weights, and the code that inference and evaluation need."""
+"""Build a bundle's zip for the Model Zoo, with its weights and the code that inference and evaluation need."""

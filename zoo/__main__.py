@@ -1,4 +1,4 @@
-"""``python -m zoo bundles/knowsam_acdc`` makes ``dist/knowsam_acdc_v0.1.0.zip``."""
+"""``python -m zoo bundles/knowsam_acdc`` builds ``dist/knowsam_acdc_v0.1.0.zip``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ logger = logging.getLogger("zoo")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m zoo", description="Make the zip of a bundle, as the Model Zoo hosts it."
-    )
+    parser = argparse.ArgumentParser("python -m zoo", description="Build the zip of a bundle for the Model Zoo.")
     parser.add_argument("bundle", type=Path, help="the bundle's folder, with the weights models/model.pt")
-    parser.add_argument("--output_dir", type=Path, default=Path("dist"), help="where the zip goes (default: dist)")
+    parser.add_argument("--output_dir", type=Path, default=Path("dist"), help="folder of the zip (default: dist)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

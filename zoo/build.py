@@ -1,4 +1,4 @@
-"""The zip of a bundle, as the Model Zoo hosts it."""
+"""The zip of a bundle for the Model Zoo."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from zoo.scripts import DOTTED_NAME, copies, rename
 from zoo.weights import Training, find_training
 
 LARGE_FILES = "large_files.yml"
-# what MONAI and the Zoo look for in a bundle, beside what is made here
-TAKEN = ("LICENSE", LARGE_FILES, "configs/*.json", "configs/logging.conf", "docs/*")
-# the Zoo's limit of a file; larger ones are hosted elsewhere and listed in large_files.yml
+# files that are copied from the bundle; the others are generated
+COPIED = ("LICENSE", LARGE_FILES, "configs/*.json", "configs/logging.conf", "docs/*")
+# the Zoo's size limit; larger files are hosted elsewhere and listed in large_files.yml
 MAX_BYTES = 25 * 2**20
 TIME_STAMP = (1980, 1, 1, 0, 0, 0)
 
 
 def build(bundle: Path, output_dir: Path) -> Path:
     """
-    Write ``<bundle>_v<version>.zip``: the bundle, its weights, and ``scripts/``, the code of inference and evaluation.
+    Write ``<bundle>_v<version>.zip``: the bundle, its weights, and ``scripts/`` with the code of inference and
+    evaluation.
 
     Weights that ``large_files.yml`` lists are hosted elsewhere and left out.
 
-    Inference and evaluation of the zip need MONAI and the packages of its metadata, but not this one; training does.
-    The same bundle makes the same bytes.
+    Inference and evaluation of the zip need MONAI and the packages in its metadata, but not this package; training
+    needs it. Equal bundles give equal bytes.
 
     Args:
         bundle: the bundle's folder.
-        output_dir: where the zip goes, made when missing.
+        output_dir: folder of the zip, created if it is missing.
 
     Returns:
-        the zip.
+        the path of the zip.
 
     Raises:
-        ValueError: if the bundle has no metadata or no weights of a known run, or a file is too large for the Zoo, or
-            is another than the one that ``large_files.yml`` lists.
+        ValueError: if the bundle has no metadata or no weights of a known run, or if a file is too large for the Zoo or
+            differs from the one in ``large_files.yml``.
 
     Example:
         >>> build(Path("bundles/knowsam_acdc"), Path("dist"))     # doctest: +SKIP
@@ -56,7 +57,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
     texts |= {f"scripts/{path}": text for path, text in scripts.items()}
     texts |= {"configs/metadata.json": _metadata(bundle, training), "docs/README.md": _readme(bundle, training)}
     texts[f"models/{RECORD}"] = _json(training.record)
-    files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in TAKEN for path in bundle.glob(name)}
+    files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in COPIED for path in bundle.glob(name)}
     files["models/model.pt"] = (bundle / "models" / "model.pt").read_bytes()
     files |= {path: text.encode() for path, text in texts.items()}
     _leave_out_hosted(files)
@@ -65,7 +66,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
 
 
 def _leave_out_hosted(files: dict[str, bytes]) -> None:
-    """Take out what ``large_files.yml`` says is hosted elsewhere, if what is hosted is the same."""
+    """Remove the files that are hosted elsewhere by ``large_files.yml``, after comparing their hashes."""
     if LARGE_FILES not in files:
         return
     for hosted in yaml.safe_load(files[LARGE_FILES])["large_files"]:
@@ -77,12 +78,12 @@ def _leave_out_hosted(files: dict[str, bytes]) -> None:
         if actual != hosted.get("hash_val"):
             raise ValueError(
                 f"`hash_val` of {hosted['path']} in {LARGE_FILES} must be the file's {kind}, {actual}, but is "
-                f"{hosted.get('hash_val')}; host this file and write its hash there."
+                f"{hosted.get('hash_val')}; host this file and update the hash."
             )
 
 
 def _metadata(bundle: Path, training: Training) -> str:
-    """The metadata, with what the weights were trained on and what was measured then."""
+    """The metadata with the training data and the metrics of the weights."""
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     metadata["description"] += f" {training.sentence}"
     metadata["eval_metrics"] = training.metrics
@@ -90,11 +91,13 @@ def _metadata(bundle: Path, training: Training) -> str:
 
 
 def _readme(bundle: Path, training: Training) -> str:
-    """The readme, with the same between its marks of the weights."""
+    """The readme with a sentence about the weights between its marks."""
     text = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     text, number = re.subn("<!-- weights -->.*<!-- /weights -->", lambda _: training.sentence, text)
     if number != 1:
-        raise ValueError(f"`bundle` must say once between <!-- weights --> and <!-- /weights --> in {bundle}'s readme.")
+        raise ValueError(
+            f"`bundle` must have <!-- weights --> and <!-- /weights --> once in its readme but {bundle} has {number}."
+        )
     return text
 
 
@@ -103,7 +106,7 @@ def _json(content: dict) -> str:
 
 
 def write(path: Path, folder: str, files: dict[str, bytes]) -> Path:
-    """Zip files, given as contents by path, into one folder; none may be over the Zoo's limit."""
+    """Zip files, given as contents by path, into one folder; files above the Zoo's limit are refused."""
     for name, content in files.items():
         if len(content) > MAX_BYTES:
             raise ValueError(

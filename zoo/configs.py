@@ -1,4 +1,4 @@
-"""Configs of the zip that need no package: evaluation and inference, with the sizes of the weights that it has."""
+"""The zip's standalone configs: evaluation and inference, with the sizes of its weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from zoo.scripts import PACKAGE
 
 def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
-    What of a bundle's configs runs on the copied code; the names in it are still the package's.
+    Return the configs that will run on the copied code; their names are still the package's.
 
-    ``train.json`` and all overlays stay as they are: who trains has the package.
+    ``train.json`` and all overlays are not changed, since training needs the package.
 
     Args:
         configs: the bundle's folder of configs.
-        student: network, classes and sizes that the weights were trained with, which both then have.
+        student: network, classes and sizes of the weights.
 
     Returns:
-        contents by file name: evaluation and inference.
+        the contents of both configs by file name.
     """
     inference = ConfigParser.load_config_file(configs / "inference.json")
     sizes = {key: value for key, value in student.items() if key in inference}
@@ -34,23 +34,23 @@ def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict
 
 
 def _evaluation(configs: Path, student: dict[str, Any]) -> dict[str, Any]:
-    """Evaluation over an unchanged ``train.json``: it brings itself whatever it needs of the package."""
+    """The evaluation overlay of an unchanged ``train.json``, with all parts that name the package."""
     merged = ConfigParser.load_config_files([str(configs / name) for name in ("train.json", "evaluate.json")])
     merged |= student
     own = ConfigParser.load_config_file(configs / "evaluate.json")
     own = {key: value for key, value in own.items() if not key.startswith("+")}
     needed = _needed(ConfigParser(merged), ["initialize", "run"])
-    of_package = {name: value for name, value in needed.items() if PACKAGE in json.dumps(value)}
-    parts = {*own, *of_package}
-    brought = {k: v for k, v in of_package.items() if not any(k.startswith(f"{part}#") for part in parts)}
+    package_parts = {name: value for name, value in needed.items() if PACKAGE in json.dumps(value)}
+    parts = {*own, *package_parts}
+    copied = {k: v for k, v in package_parts.items() if not any(k.startswith(f"{part}#") for part in parts)}
     used = set(re.findall(r"\w+", json.dumps([needed, own])))
-    imports = [one for one in dict.fromkeys(merged["imports"]) if one.split()[-1] in used]
+    imports = [line for line in dict.fromkeys(merged["imports"]) if line.split()[-1] in used]
     sizes = {key: value for key, value in student.items() if key in needed}
-    return _initialized_in_run({"imports": imports, **brought, **own, **sizes})
+    return _initialized_in_run({"imports": imports, **copied, **own, **sizes})
 
 
 def _needed(parser: ConfigParser, names: list[str]) -> dict[str, Any]:
-    """What some ids refer to, in turn, by id."""
+    """The parts that some ids refer to, directly or indirectly, by id."""
     waiting, found = list(names), {}
     while waiting:
         for reference in sorted(_references(parser[waiting.pop()])):
@@ -64,9 +64,9 @@ def _references(value: Any) -> set[str]:
     if isinstance(value, str):
         return {name.replace(ReferenceResolver.sep, "#") for name in ReferenceResolver.match_refs_pattern(value)}
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return {reference for one in values for reference in _references(one)}
+    return {reference for element in values for reference in _references(element)}
 
 
 def _initialized_in_run(config: dict[str, Any]) -> dict[str, Any]:
-    """MONAI puts a bundle's root on Python's path after `initialize`, when it runs: only then the copy is found."""
+    """Move `initialize` to `run`: MONAI adds a bundle's root to Python's path in between."""
     return {**config, "initialize": [], "run": [*config["initialize"], *config["run"]]}

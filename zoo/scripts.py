@@ -1,4 +1,4 @@
-"""The code of a bundle's ``scripts/``: modules of the package, copied, with imports that stay inside the copy."""
+"""The code of a bundle's ``scripts/``: copied modules of the package with relative imports."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import isort
 PACKAGE = "knowsam_monai"
 ROOT = Path(__file__).parents[1]
 DOTTED_NAME = re.compile(rf"\b{PACKAGE}(?:\.\w+)+")
-# of the Model Zoo's code format check
+# as in the Model Zoo's format check
 LINE_LENGTH = 120
-# the check wants `strict` in every zip, which TorchScript's does not take
-HEADER = """# A copy of {origin} with imports of its own: change it there.
+# the check requires `strict` for every zip, which TorchScript does not support
+HEADER = """# A copy of {origin} with relative imports; edit the original.
 # flake8: noqa: B905
 
 """
 
 
 def copied_name(name: str) -> str:
-    """Where the copy has what the package has.
+    """Return the name of a definition of the package in the copy.
 
     Args:
-        name: dotted name of a module, a class or a function, as a config or an import names it.
+        name: dotted name of a module, class or function in a config or import.
 
     Returns:
-        its name under ``scripts``, in the module that defines it.
+        its name under ``scripts`` in the defining module.
 
     Raises:
-        ValueError: if the package has no such name.
+        ValueError: if the package does not have it.
 
     Example::
 
@@ -44,18 +44,18 @@ def copied_name(name: str) -> str:
 
 
 def rename(text: str) -> str:
-    """Let every name of the package in a text, such as a config's ``_target_``, be the copy's."""
+    """Replace every name of the package in a text, such as a config's ``_target_``, with the copy's."""
     return DOTTED_NAME.sub(lambda match: copied_name(match.group()), text)
 
 
 def copies(names: Iterable[str]) -> dict[str, str]:
-    """Copy the modules that define some names, and what those import in turn.
+    """Copy the modules that define some names, and the modules that these import.
 
     Args:
-        names: dotted names of the package.
+        names: dotted names in the package.
 
     Returns:
-        files of ``scripts/``, path to text, formatted as the Model Zoo's CI asks.
+        the texts of ``scripts/`` by path, formatted for the Model Zoo's CI.
     """
     waiting, files = [_definition(name)[0] for name in names], {}
     while waiting:
@@ -66,14 +66,14 @@ def copies(names: Iterable[str]) -> dict[str, str]:
         source = _path(module).read_text(encoding="utf-8")
         waiting += [_definition(name)[0] for names in _imports(source, module).values() for name in names]
         header = HEADER.format(origin=f"{PACKAGE}/{path.as_posix()}")
-        files[path.as_posix()] = header + _formatted(_with_own_imports(source, module))
+        files[path.as_posix()] = header + _formatted(_with_relative_imports(source, module))
     for folder in {parent for path in files for parent in Path(path).parents}:
         files[(folder / "__init__.py").as_posix()] = ""
     return dict(sorted(files.items()))
 
 
 def _imports(source: str, module: str) -> Mapping[ast.ImportFrom, list[str]]:
-    """The imports of the package in a module, and the dotted names that each imports."""
+    """A module's imports from the package, with the dotted names that each imports."""
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
@@ -87,8 +87,8 @@ def _imports(source: str, module: str) -> Mapping[ast.ImportFrom, list[str]]:
     return found
 
 
-def _with_own_imports(source: str, module: str) -> str:
-    """The source with relative imports of the modules that define what it imports; nothing else is touched."""
+def _with_relative_imports(source: str, module: str) -> str:
+    """The source with relative imports from the defining modules and no other changes."""
     lines = source.splitlines(keepends=True)
     imports = _imports(source, module)
     for node in sorted(imports, key=lambda node: node.lineno, reverse=True):
@@ -105,7 +105,7 @@ def _with_own_imports(source: str, module: str) -> str:
 
 
 def _relative(origin: str, module: str) -> tuple[int, str | None]:
-    """Dots and rest of the relative import of `origin` in `module`."""
+    """Level and module name of the relative import of `origin` in `module`."""
     theirs, ours = origin.split("."), module.split(".")[:-1]
     common = 0
     while common < min(len(theirs), len(ours)) and theirs[common] == ours[common]:
@@ -114,14 +114,14 @@ def _relative(origin: str, module: str) -> tuple[int, str | None]:
 
 
 def _definition(name: str) -> tuple[str, str | None]:
-    """The module that defines a dotted name, and its name there; None for a module."""
+    """The module that defines a dotted name, and the name within it; None for modules."""
     path = _path(name)
     if path is not None and path.stem != "__init__":
         return name, None
     package, _, attribute = name.rpartition(".")
     path = _path(package)
     if path is None or not attribute:
-        raise ValueError(f"`name` must be of {PACKAGE} but {name} is not there.")
+        raise ValueError(f"`name` must be in {PACKAGE} but is {name}.")
     source = path.read_text(encoding="utf-8")
     if path.stem != "__init__":
         return package, attribute
@@ -129,11 +129,11 @@ def _definition(name: str) -> tuple[str, str | None]:
         for imported, alias in zip(names, node.names):
             if attribute == (alias.asname or alias.name):
                 return _definition(imported)
-    raise ValueError(f"`name` must be what {package} imports but is {name}.")
+    raise ValueError(f"`name` must be imported by {package} but is {name}.")
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module; of a package, the one that names what it holds."""
+    """The file of a module, or the file of a package that lists its names."""
     path = ROOT.joinpath(*module.split("."))
     files = (path.with_suffix(".py"), path / "__init__.pyi", path / "__init__.py")
     return next((file for file in files if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""The weights of the zip: of which run they are, what that run measured, and at which sizes it trained."""
+"""The weights of the zip: their run, its metrics, and its sizes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from knowsam_monai.runs.trained_student import CONFIG, KEY_METRIC, MODEL, PHANTO
 
 class Training(NamedTuple):
     """
-    The run that wrote the weights.
+    The training run of the weights.
 
     Args:
-        name: its folder's.
-        trained_on: the phantom, or a data set by name.
-        metrics: of its best validation.
+        name: name of the run's folder.
+        trained_on: the phantom, or the name of a data set.
+        metrics: metrics of its best validation.
         student: network, classes and sizes of the student, by key of the bundle's configs.
-        sha256: of the weights.
+        sha256: hash of the weights.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Training(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``model.json`` says in the zip, without the run's own config, which knows its trainer's paths."""
+        """The zip's ``model.json``, without the run's config, which contains local paths."""
         return {
             "run": self.name,
             "trained_on": self.trained_on,
@@ -43,20 +43,20 @@ class Training(NamedTuple):
     def sentence(self) -> str:
         data = self.trained_on
         if data == PHANTOM:
-            data = f"the {PHANTOM}, no patient: they are for trying the bundle out"
+            data = f"the {PHANTOM}, not on patients, for trying out the bundle"
         dice = f"; mean validation Dice {self.metrics[KEY_METRIC]:.3f}" if KEY_METRIC in self.metrics else ""
-        return f"The weights in models/model.pt are of the run {self.name}, trained on {data}{dice}."
+        return f"The weights in models/model.pt are from the run {self.name}, trained on {data}{dice}."
 
 
 def find_training(bundle: Path) -> Training:
     """
-    Find the run that a bundle's ``models/model.pt`` is of, in the ``model.json`` beside it.
+    Find the training run of a bundle's ``models/model.pt`` in its ``model.json``.
 
     Args:
         bundle: the bundle's folder.
 
     Raises:
-        ValueError: if there are no weights or no such record, or the weights are not of the bundle's student.
+        ValueError: if weights or record are missing, or if the weights belong to another student.
     """
     weights = bundle / "models" / MODEL
     if not weights.is_file():
@@ -67,8 +67,8 @@ def find_training(bundle: Path) -> Training:
     record = read_record(weights.parent)
     if CONFIG not in record["sha256"]:
         raise ValueError(
-            f"`bundle` must be one that trained its student, with {CONFIG} of the run, but {bundle} is a zip's; make "
-            "the zip where the student was trained."
+            f"`bundle` must have the {CONFIG} of its training run but {bundle} is from a zip; build the zip where the "
+            "student was trained."
         )
     inference = ConfigParser.load_config_file(bundle / "configs" / "inference.json")
     student = student_options(weights.parent / CONFIG, [*inference, "class_names"])

@@ -1,8 +1,8 @@
-"""Data: lists of patients, reading and checking, transforms, the phantom, and the two-stream loader."""
+"""Data: data lists, readers, checks, transforms, phantoms, and the two-stream loader."""
 
 from __future__ import annotations
 
 import lazy_loader
 
-# the names and their modules stand in __init__.pyi; each module is loaded when a name of it is first used
+# __init__.pyi lists the names and their modules; a module is loaded when one of its names is first used
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,7 +27,7 @@ from .simpleitk_reader import SimpleITKReader as SimpleITKReader
 from .transforms import CheckDatad as CheckDatad
 from .transforms import ScaleVolumed as ScaleVolumed
 from .transforms import SplitSlicesd as SplitSlicesd
-from .volume_transforms import CropCentred as CropCentred
+from .volume_transforms import CropCenterd as CropCenterd
 from .volume_transforms import OrientVolumed as OrientVolumed
 from .volume_transforms import PadVolumed as PadVolumed
 from .volume_transforms import ResampleVolumed as ResampleVolumed

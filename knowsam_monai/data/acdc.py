@@ -1,4 +1,4 @@
-"""The published ACDC split by patient, for the official release and for the SSL4MIS pack of h5 files."""
+"""The published ACDC split by patient, for the official release and the SSL4MIS pack of h5 files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _patients(numbers: str) -> tuple[str, ...]:
     return tuple(f"patient{number}" for number in numbers.split())
 
 
-# The order decides who is labelled: a protocol of n patients labels the first n.
+# The order matters: a protocol with n labeled patients uses the first n.
 ACDC_TRAINING_PATIENTS = _patients(
     "099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 043 "
     "041 063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 062 034 "
@@ -33,40 +33,40 @@ ACDC_TRAINING_PATIENTS = _patients(
 )
 ACDC_VALIDATION_PATIENTS = _patients("028 085 082 087 019 030 078 045 002 039")
 ACDC_TEST_PATIENTS = _patients("011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052")
-# Slices of the SSL4MIS pack that each protocol labels.
+# Number of labeled slices of the SSL4MIS pack for each protocol.
 ACDC_LABELED_SLICES = {3: 68, 7: 136, 21: 396, 70: 1312}
-# What is looked for, as an error says it.
+# Supported folder layouts, for error messages.
 ACDC_FORMS = (
-    "the official ACDC release (training/patient001/Info.cfg was looked for)",
-    "the SSL4MIS pack of ACDC (data/slices/*.h5 was looked for)",
+    "the official ACDC release (with training/patient001/Info.cfg)",
+    "the SSL4MIS pack of ACDC (with data/slices/*.h5)",
 )
 
 
 def acdc_datalist(
     dataset_dir: str | Path, labeled_patients: int = 7, holdout_patients: int = 0
 ) -> dict[str, list[dict]]:
-    """List the published 70/10/20 ACDC patients, the first `labeled_patients` of the 70 with their labels.
+    """List the published split of 70/10/20 ACDC patients, with labels for the first `labeled_patients` of the 70.
 
-    Two forms are read. The official release (`training/patient001/Info.cfg`, `patient001_frame01.nii.gz`,
-    `patient001_frame01_gt.nii.gz`) gives one ED and one ES volume a patient. The SSL4MIS pack
-    (`data/slices/patient001_frame01_slice_0.h5`, `data/patient001_frame01.h5`) gives slices to train on and
-    volumes to validate on. The `testing` folder of the official release (patients 101 to 150) is no part of
-    the published split and is not read.
+    Two formats are supported. The official release (`training/patient001/Info.cfg`, `patient001_frame01.nii.gz`,
+    `patient001_frame01_gt.nii.gz`) has one ED and one ES volume per patient. The SSL4MIS pack
+    (`data/slices/patient001_frame01_slice_0.h5`, `data/patient001_frame01.h5`) has slices for training and volumes for
+    validation. The `testing` folder of the official release (patients 101 to 150) is not part of the published split
+    and is not read.
 
     Args:
         dataset_dir: the release's folder, its `training` folder, or the pack's folder.
         labeled_patients: number of patients with labels: 3, 7 or 21 (published), or all 70.
-        holdout_patients: this many patients, the last of the published training order, leave the training data
-            and take the place of the validation patients: for tuning without looking at the validation set.
+        holdout_patients: number of patients, from the end of the published training order, to use for validation
+            instead of training, so that you can tune without the validation set.
 
     Returns:
         `labeled`, `unlabeled`, `validation` and `test` lists of items `{"image", "label", "patient", "frame"}`, plus
-        `"slice"` for slice files. Unlabelled items have no `"label"`. `test` is empty where none of its patients
-        is there.
+        `"slice"` for slice files. Unlabeled items have no `"label"`. `test` is empty if the folder has none of its
+        patients.
 
     Raises:
-        ValueError: if `labeled_patients` is no published protocol, or the folder has neither form.
-        FileNotFoundError: if a file of the split is missing; it names the first one.
+        ValueError: if `labeled_patients` is not a published protocol, or if the folder has neither format.
+        FileNotFoundError: if a file of the split is missing; the message names the first one.
 
     Example:
         >>> from knowsam_monai.data import acdc_datalist
@@ -75,7 +75,7 @@ def acdc_datalist(
         (136, 1176)
 
     Reference:
-        Bernard et al., IEEE TMI 2018 (ACDC); the split is the one of https://github.com/HiLab-git/SSL4MIS.
+        Bernard et al., IEEE TMI 2018 (ACDC); the split is from https://github.com/HiLab-git/SSL4MIS.
     """
     labeled, unlabeled, heldout = split_training(
         ACDC_TRAINING_PATIENTS, labeled_patients, holdout_patients, ACDC_LABELED_SLICES
@@ -105,15 +105,15 @@ def acdc_datalist(
     }
     if pack and len(datalist["labeled"]) != ACDC_LABELED_SLICES[labeled_patients]:
         raise KnowSAMValueError(
-            f"`dataset_dir` must hold the {ACDC_LABELED_SLICES[labeled_patients]} slices of the first "
-            f"{labeled_patients} training patients but {root} holds {len(datalist['labeled'])} of them. "
-            "Unpack the SSL4MIS data again."
+            f"`dataset_dir` must contain the {ACDC_LABELED_SLICES[labeled_patients]} slices of the first "
+            f"{labeled_patients} training patients but {root} contains {len(datalist['labeled'])} of them; unpack the "
+            "SSL4MIS data again."
         )
     return datalist
 
 
 def find_acdc(dataset_dir: str | Path) -> tuple[str, Path] | None:
-    """The form of an ACDC folder, "official" or "pack", and the folder of its patients or lists; None if it is none."""
+    """The format of an ACDC folder, "official" or "pack", and the folder of its patients or lists; None if unknown."""
     root = Path(os.path.expanduser(dataset_dir))
     if not os.path.isdir(root):
         return None
@@ -124,7 +124,7 @@ def find_acdc(dataset_dir: str | Path) -> tuple[str, Path] | None:
 
 
 def _existing(path: Path) -> str:
-    return existing_file(path, "the whole ACDC training data")
+    return existing_file(path, "the complete ACDC training data")
 
 
 def _official_volumes(root: Path, patient: str) -> list[dict]:
@@ -134,10 +134,10 @@ def _official_volumes(root: Path, patient: str) -> list[dict]:
         match = re.search(rf"^\s*{phase}\s*:\s*(\d+)", info, flags=re.MULTILINE)
         if match is None:
             raise KnowSAMValueError(
-                f"`Info.cfg` must give the frame of {phase} but {root / patient / 'Info.cfg'} does not."
+                f"`Info.cfg` must give the frame of {phase} but {root / patient / 'Info.cfg'} does not; restore it."
             )
         stem = f"{patient}_frame{int(match.group(1)):02d}"
-        # Some copies of the release were unpacked to .nii.
+        # Some copies of the release are unpacked to .nii.
         suffix = ".nii" if (root / patient / f"{stem}.nii").is_file() else ".nii.gz"
         image, label = (_existing(root / patient / f"{stem}{end}{suffix}") for end in ("", "_gt"))
         items.append({"image": image, "label": label, "patient": patient, "frame": phase})
@@ -153,7 +153,7 @@ def _pack_volumes(root: Path, patient: str) -> list[dict]:
 
 
 def _pack_slices(root: Path) -> dict[str, list[dict]]:
-    """Slice items of each training patient, by frame and position in the stack."""
+    """Slice items of each training patient, ordered by frame and position in the stack."""
     folder, listed = root / "data" / "slices", root / "train_slices.list"
     if listed.is_file():
         paths = [Path(_existing(folder / f"{name.removesuffix('.h5')}.h5")) for name in listed_names(listed)]
@@ -175,7 +175,7 @@ def _pack_slices(root: Path) -> dict[str, list[dict]]:
 
 
 def _stacked_slices(slices: list[dict]) -> list[dict]:
-    """Volumes of a training patient from its slice files (the list of files is read as one stack)."""
+    """Volume items of a training patient; each lists its slice files, which are read as one stack."""
     items = []
     for frame in dict.fromkeys(item["frame"] for item in slices):
         files = [item["image"] for item in slices if item["frame"] == frame]
@@ -184,7 +184,7 @@ def _stacked_slices(slices: list[dict]) -> list[dict]:
 
 
 def _test_items(root: Path, pack: bool, patient_volumes) -> list[dict]:
-    """The test volumes, or nothing where not a single one is there (the pack is often shared without them)."""
+    """The test volumes; none if the folder has no test patient (the pack is often shared without them)."""
     if pack:
         present = any((root / "data" / f"{p}_frame01.h5").exists() for p in ACDC_TEST_PATIENTS)
     else:

@@ -1,4 +1,4 @@
-"""From data-list items to a cached dataset, of slices or of whole volumes."""
+"""Cached datasets of slices or whole volumes from data-list items."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from monai.data import CacheDataset
 from monai.transforms import Compose
 
 from knowsam_monai import ranks
+from knowsam_monai.errors import root_cause
 
 __all__ = ["cached_dataset"]
 
@@ -20,21 +21,21 @@ def cached_dataset(
     num_workers: int = 2,
     progress: bool = True,
 ) -> CacheDataset:
-    """Load and preprocess every item once, flatten volumes to slices, and augment a copy on each access.
+    """Load and preprocess every item once, split volumes into slices, and augment a copy on each access.
 
-    An item whose preprocessing gives a list (see `SplitSlicesd`) becomes as many entries; an item that stays whole,
-    as a validation volume or one that 3D patches are cut from, is one entry. A random crop belongs in `augmentation`:
-    with `SemiSupervisedLoader` each patch is then a function of the seed, the stream, the epoch and the index.
+    If preprocessing turns an item into a list (see `SplitSlicesd`), each element becomes an entry; otherwise the item
+    is one entry. Put random crops into `augmentation`: with `SemiSupervisedLoader` each patch is then a function of the
+    seed, the stream, the epoch and the index.
 
     Args:
         data: data-list items.
-        preprocessing: deterministic transforms; their results are kept in memory.
-        augmentation: random transforms, drawn anew on each access.
-        num_workers: number of threads that load.
-        progress: whether to show a progress bar where the output is a terminal.
+        preprocessing: deterministic transforms; their results are cached in memory.
+        augmentation: random transforms, applied on each access.
+        num_workers: number of loading threads.
+        progress: whether to show a progress bar on a terminal.
 
     Raises:
-        ValueError: what a transform found wrong with a file, as it said it.
+        ValueError: if a transform refuses a file; MONAI's wrapping error is removed.
 
     Example:
         >>> from monai.transforms import RandFlipd
@@ -50,13 +51,10 @@ def cached_dataset(
         loaded = CacheDataset(data, _compose(preprocessing), num_workers=num_workers, progress=progress)
         cases = [loaded[index] for index in range(len(loaded))]
     except RuntimeError as error:
-        root: BaseException = error
-        while root.__cause__ is not None and not isinstance(root, ValueError):
-            root = root.__cause__
-        if not isinstance(root, ValueError):
+        cause = root_cause(error)
+        if not isinstance(cause, ValueError):
             raise
-        # MONAI's "applying transform ..." would stand last and hide the sentence.
-        raise root from None
+        raise cause from None  # without MONAI's "applying transform ..."
     slices = [entry for case in cases for entry in (case if isinstance(case, list) else [case])]
     return CacheDataset(slices, _compose(augmentation), progress=False)
 

@@ -1,4 +1,4 @@
-"""What one case of a data list is like, read once and kept in a cache for the next start."""
+"""Facts about each case of a data list, cached between runs."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 
 logger = logging.getLogger(__name__)
 
-# Raise when facts or checks change: entries of another version are read anew.
+# Increment if facts or checks change; entries of other versions are ignored.
 VERSION = 4
 
 
 @dataclass
 class CaseFacts:
-    """One case. Lengths in mm, axes as they are read; what is not known is None or empty."""
+    """Facts about one case, with lengths in mm; unknown values are None or empty."""
 
-    fault: str = ""  # why a training would refuse it, in one sentence
+    fault: str = ""  # why training would refuse it, in one sentence
     size: Sequence[int] = ()  # voxels
     channels: int = 0
     low: float = 0.0
     high: float = 0.0
     spacing: Sequence[float] | None = None
-    orientation: str | None = None  # such as "LPS": where each axis runs to
-    content: Sequence[str] = ()  # hash of each slice's voxels, or of a 2D image's; none of a constant one
-    digest: str = ""  # hash of all that training takes from the files: voxels of image and label, spacings, axes
+    orientation: str | None = None  # such as "LPS": the direction of each axis
+    content: Sequence[str] = ()  # hash of the voxels of each slice that is not constant
+    digest: str = ""  # hash of the data that training uses: voxels of image and label, spacings, orientations
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
-    label_values: Sequence[int] | None = None  # as training has them
-    label_is_mask: bool = False  # of 0 and 255, read as 0 and 1
+    label_values: Sequence[int] | None = None  # after the check's corrections
+    label_is_mask: bool = False  # values 0 and 255, read as 0 and 1
 
 
 class CaseReader:
-    """Read a case as training does, and tell what it is like.
+    """Read a case as training does, and collect its facts.
 
     Args:
         num_classes: as in `CheckDatad`.
         num_channels: as in `CheckDatad`.
-        slice_axis: of volumes in h5 files, see `H5Reader`.
+        slice_axis: see `H5Reader`.
         num_axes: as in `CheckDatad`.
 
     Example:
@@ -103,14 +103,14 @@ def read_cases(
     num_workers: int = 4,
     progress: bool = True,
 ) -> tuple[list[CaseFacts], int]:
-    """Facts of each item, and how many of them had to be read.
+    """Return the facts of each item and the number of items that had to be read.
 
     Args:
         items: data-list items.
-        read: what reads one.
-        cache_dir: folder in which a JSON file keeps the facts; those of a file are used while its size and its time of
-            change are the same. None: read all.
-        num_workers: threads that read.
+        read: the reader.
+        cache_dir: folder for a JSON file with the facts, which are valid while a file's size and time stamps are
+            unchanged. None reads all items.
+        num_workers: number of reading threads.
         progress: whether to show a progress bar.
 
     Example:
@@ -118,31 +118,31 @@ def read_cases(
     """
     keys, states = zip(*(_key_and_state(item, read.settings) for item in items)) if items else ((), ())
     path = None if cache_dir is None or not items else _cache_file(items, Path(cache_dir).expanduser())
-    kept = {} if path is None else _read_cache(path)
-    facts = [_kept_facts(kept, key, state) for key, state in zip(keys, states)]
-    unread = [index for index, known in enumerate(facts) if known is None]
+    cached = {} if path is None else _read_cache(path)
+    facts = [_cached_facts(cached, key, state) for key, state in zip(keys, states)]
+    unread = [index for index, fact in enumerate(facts) if fact is None]
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         results = pool.map(read, [items[index] for index in unread])
         bar = tqdm(results, total=len(unread), desc="Checking data", unit="case", disable=not (progress and unread))
         for index, fresh in zip(unread, bar):
             facts[index] = fresh
-            if states[index] is not None and not fresh.fault:  # what is faulty may be read better another time
-                kept[keys[index]] = {"state": states[index], "facts": vars(fresh)}
+            if states[index] is not None and not fresh.fault:  # a fault may be temporary
+                cached[keys[index]] = {"state": states[index], "facts": vars(fresh)}
     if path is not None and unread:
-        _write_cache(path, kept)
+        _write_cache(path, cached)
     return facts, len(unread)
 
 
 def _intensities(image: torch.Tensor) -> tuple[float, float, list[str]]:
-    """Smallest, largest, and hashes that images of the same voxels share, whatever their names and headers."""
+    """Minimum, maximum, and hashes of the slices, which depend on voxels only, not on names and headers."""
     array = np.asarray(image, dtype=np.float32)
     slices = array[None] if array.ndim == 3 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
-    extremes = [(float(one.min()), float(one.max())) for one in slices]
+    extremes = [(float(image_slice.min()), float(image_slice.max())) for image_slice in slices]
     hashes = []
-    for one, (low, high) in zip(slices, extremes):
+    for image_slice, (low, high) in zip(slices, extremes):
         if low < high:
-            content = hashlib.blake2b(str(one.shape).encode(), digest_size=12)
-            content.update(np.ascontiguousarray(one))
+            content = hashlib.blake2b(str(image_slice.shape).encode(), digest_size=12)
+            content.update(np.ascontiguousarray(image_slice))
             hashes.append(content.hexdigest())
     return min(low for low, _ in extremes), max(high for _, high in extremes), hashes
 
@@ -157,7 +157,7 @@ def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -
 
 
 def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None]:
-    """Spacing and orientation where a file tells them: an h5 pack has none."""
+    """Spacing and orientation; None for files without them, such as h5 packs."""
     if not isinstance(image, MetaTensor) or not image.meta.get("spacing_known", True):
         return None, None
     num_axes = image.ndim - 1
@@ -167,18 +167,18 @@ def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None
 
 
 def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
-    """Names of an item's files, and their sizes and times of change; None where one is not there."""
+    """Paths of an item's files, and their sizes and time stamps; None if a file is missing."""
     files = {key: [os.path.abspath(path) for path in image_paths(item, key)] for key in ("image", "label")}
     try:
         stats = [os.stat(file) for names in files.values() for file in names]
-    except (OSError, ValueError):  # not there, or no name that a file can have
+    except (OSError, ValueError):  # missing, or not a valid file name
         stats = None
     state = None if stats is None else [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]
     return json.dumps([settings, files]), state
 
 
 def _cache_file(items: Sequence[dict], folder: Path) -> Path:
-    """One file for each folder of data, so that all its data lists share it."""
+    """One cache file per data folder, shared by all its data lists."""
     folders = sorted({os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)})
     try:
         common = os.path.commonpath(folders)
@@ -189,21 +189,25 @@ def _cache_file(items: Sequence[dict], folder: Path) -> Path:
 
 def _read_cache(path: Path) -> dict[str, dict]:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none, or torn
+        cached = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # missing or damaged
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return cached if isinstance(cached, dict) else {}
 
 
-def _kept_facts(kept: dict[str, dict], key: str, state: list | None) -> CaseFacts | None:
+def _cached_facts(cached: dict[str, dict], key: str, state: list | None) -> CaseFacts | None:
     try:
-        return CaseFacts(**kept[key]["facts"]) if state is not None and kept[key]["state"] == state else None
-    except (KeyError, TypeError):  # new, or of another program
+        return CaseFacts(**cached[key]["facts"]) if state is not None and cached[key]["state"] == state else None
+    except (KeyError, TypeError):  # missing, or from another version
         return None
 
 
-def _write_cache(path: Path, kept: dict[str, dict]) -> None:
+def _write_cache(path: Path, cached: dict[str, dict]) -> None:
     try:
-        write_whole(path, lambda file: file.write(json.dumps(kept).encode()))
+        write_whole(path, lambda file: file.write(json.dumps(cached).encode()))
     except OSError as error:
-        logger.info("What was checked could not be kept in %s (%s): the next start reads it again.", path, error)
+        logger.info(
+            "The results of the data check could not be saved to %s (%s); the next run checks all files again.",
+            path,
+            error,
+        )

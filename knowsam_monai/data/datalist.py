@@ -1,4 +1,4 @@
-"""The one place that chooses the data: a phantom, ACDC or left-atrium data in either form, or a user's own list."""
+"""The data list of a run: a phantom, ACDC or left-atrium data in either format, or a user's own list."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def load_datalist(
     holdout_patients: int = 0,
     phantom: dict | None = None,
 ) -> dict[str, list[dict]]:
-    """Give the `labeled`, `unlabeled`, `validation` and `test` items of a run.
+    """Return the `labeled`, `unlabeled`, `validation` and `test` items of a run.
 
     Args:
-        dataset_dir: None for the synthetic phantom; a folder of ACDC or of left-atrium data, told apart by what is in
-            it, see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
+        dataset_dir: None for the synthetic phantom; a folder of ACDC or left-atrium data, recognized by its content,
+            see `acdc_datalist` and `left_atrium_datalist`; or the path of a MONAI data-list JSON with `labeled`,
             `unlabeled` (no labels), `validation` and optionally `test`, each a list of `{"image": path, "label":
-            path}`. Its paths are relative to the JSON's folder; a list of paths gives the channels of one image. Other
-            keys of the JSON, such as a description, are not read; a misspelled one of these is refused.
-        phantom_dir: where the phantom is written once and then reused. Not touched with a `dataset_dir`; "" where there
-            must be one.
-        labeled_patients: patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
-        holdout_patients: validate on the last so many training patients, see the two data lists.
+            path}`. Paths are relative to the JSON's folder; a list of paths gives the channels of one image. Other
+            keys, such as a description, are ignored, but misspellings of these four are refused.
+        phantom_dir: folder to which the phantom is written once. It is not used with a `dataset_dir`; "" if a
+            `dataset_dir` is required.
+        labeled_patients: number of patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
+        holdout_patients: number of training patients to validate on instead, see the two functions above.
         phantom: further arguments of `write_phantom`, such as its `anatomy`.
 
     Raises:
-        ValueError: if the folder has no known form or the data list is not valid; it says what is wrong.
-        FileNotFoundError: if a file that is listed does not exist; it names the first one.
+        ValueError: if the folder has no known format, or if the data list is not valid.
+        FileNotFoundError: if a listed file does not exist; the message names the first one.
 
     Example:
         >>> items = load_datalist(None, phantom_dir="/tmp/phantom")     # doctest: +SKIP
@@ -54,8 +54,8 @@ def load_datalist(
     if dataset_dir is None:
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
         logger.warning(
-            "NO DATA SET GIVEN (`dataset_dir` is null): this run uses a SYNTHETIC PHANTOM in %s, %d labeled and %d "
-            "unlabeled volumes. Its numbers say nothing about patients. `labeled_patients` is not used.",
+            "NO DATA SET GIVEN (`dataset_dir` is null): this run uses a SYNTHETIC PHANTOM in %s with %d labeled and %d "
+            "unlabeled volumes. Its results say nothing about patients. `labeled_patients` is ignored.",
             phantom_dir,
             len(datalist["labeled"]),
             len(datalist["unlabeled"]),
@@ -67,7 +67,7 @@ def load_datalist(
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
     for name, (find, datalist_of) in known.items():
         if find(path):
-            logger.info("%s is read as a folder of %s.", path, name)
+            logger.info("Reading %s as a folder of %s.", path, name)
             try:
                 return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
             except ValueError as error:
@@ -83,9 +83,7 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
     except ValueError as error:
         raise KnowSAMValueError(f"`dataset_dir` must be valid JSON but {path} is not: {error}.") from error
     if not isinstance(content, dict):
-        raise KnowSAMValueError(
-            f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is no object."
-        )
+        raise KnowSAMValueError(f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is not.")
     _refuse_unknown_sections(path, content)
     datalist = {name: _read_section(path, name, content.get(name, [])) for name in SECTIONS}
     for name in ("labeled", "validation"):
@@ -94,29 +92,27 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
                 f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}."
             )
     for shared in shared_names(datalist):
-        raise KnowSAMValueError(f"{shared} (in {path}). Leave it in one of them.")
+        raise KnowSAMValueError(f"{shared} (in {path}); remove it from one of them.")
     for shared in labels_as_images(datalist):
-        raise KnowSAMValueError(f"{shared} (in {path}). Correct one of them.")
+        raise KnowSAMValueError(f"{shared} (in {path}); correct one of them.")
     return datalist
 
 
 def _refuse_unknown_sections(path: Path, content: Mapping[str, object]) -> None:
-    """Other keys describe the data; a list of items under another name would be left out in silence."""
+    """Other keys may describe the data, but a list of items under another name would be ignored silently."""
     for name, value in content.items():
         if name in SECTIONS:
             continue
         has_items = isinstance(value, list) and any(isinstance(item, dict) and "image" in item for item in value)
-        meant = _meant(name, SECTIONS, cutoff=0.6 if has_items else 0.85)
-        if meant or has_items:
-            remedy = f"did you mean `{meant}`?" if meant else "rename or remove it."
-            raise KnowSAMValueError(
-                f"`{name}` must be one of the lists {SECTIONS} but is something else in {path}; {remedy}"
-            )
+        intended = _closest(name, SECTIONS, cutoff=0.6 if has_items else 0.85)
+        if intended or has_items:
+            remedy = f"did you mean `{intended}`?" if intended else "rename or remove it."
+            raise KnowSAMValueError(f"`{name}` must be one of the lists {SECTIONS} but is not in {path}; {remedy}")
 
 
-def _meant(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
-    """Which of some names was misspelled; "" for none."""
-    by_letters = {"".join(sorted(one)): one for one in known}
+def _closest(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
+    """The known name that was misspelled; "" if there is none."""
+    by_letters = {"".join(sorted(known_name)): known_name for known_name in known}
     same_letters = by_letters.get("".join(sorted(name.strip().lower())))
     return same_letters or next(iter(difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=cutoff)), "")
 
@@ -127,20 +123,20 @@ def _read_section(path: Path, name: str, items: object) -> list[dict]:
     section = []
     for number, item in enumerate(items):
         if isinstance(item, str) and name in ("unlabeled", "test"):
-            item = {"image": item}  # MONAI's data lists give images without a label as plain paths
+            item = {"image": item}  # MONAI's data lists may list images without labels as plain paths
         where = f"item {number} of `{name}` in {path}"
         if isinstance(item, dict):
             for key in item.keys() - set(ITEM_KEYS):
-                meant = _meant(key, [known for known in ITEM_KEYS if known not in item])
-                if meant:
+                intended = _closest(key, [known for known in ITEM_KEYS if known not in item])
+                if intended:
                     raise KnowSAMValueError(
-                        f"`{key}` must be a key of an item but is none in {where}; did you mean `{meant}`?"
+                        f"`{key}` must be a known key of an item but is not in {where}; did you mean `{intended}`?"
                     )
         if not isinstance(item, dict) or not item.get("image"):
             raise KnowSAMValueError(f"`image` must be a path but {where} has none.")
         if name == "unlabeled" and "label" in item:
             raise KnowSAMValueError(
-                f"`unlabeled` items must have no label but {where} has {item['label']!r}. Remove it."
+                f"`unlabeled` items must have no label but {where} has {item['label']!r}; remove it."
             )
         if name in ("labeled", "validation") and not item.get("label"):
             raise KnowSAMValueError(f"`label` must be a path but {where} has none.")
@@ -152,7 +148,7 @@ def _resolve(path: Path, key: str, value, where: str):
     if key not in ("image", "label"):
         return value
     if isinstance(value, list) and value:
-        return [_resolve(path, key, one, where) for one in value]
+        return [_resolve(path, key, element, where) for element in value]
     if not isinstance(value, str):
         raise KnowSAMValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
     file = os.path.join(path.parent, os.path.expanduser(value))

@@ -1,4 +1,4 @@
-"""What inference and evaluation run on: a folder of images, or one split of a data list."""
+"""The items for inference and evaluation: a folder of images, or one split of a data list."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ def inference_items(
     phantom: dict | None = None,
     output_dir: str | PathLike | None = None,
 ) -> list[dict]:
-    """List the images to segment: all that match, readable or not.
+    """List the images to segment, readable or not.
 
     Args:
-        dataset_dir: a folder of images; one image file; a data-list JSON, whose `test` images are taken; or None for
-            the test images of the synthetic phantom.
-        pattern: glob pattern below the folder, such as "*.nii.gz" or "*/*frame[0-9][0-9].nii.gz"; "**" recurses. Links
-            in the folder are followed.
-        phantom_dir: where the phantom is, or is written to.
+        dataset_dir: a folder of images; one image file; a data-list JSON, for its `test` images; or None for the test
+            images of the synthetic phantom.
+        pattern: glob pattern relative to the folder, such as "*.nii.gz" or "*/*frame[0-9][0-9].nii.gz"; "**" recurses.
+            Links are followed.
+        phantom_dir: folder of the phantom, which is written if it is missing.
         phantom: further arguments of `write_phantom`, as in training.
-        output_dir: where the segmentations are written to; what lies there is no image to segment.
+        output_dir: folder of the segmentations; its files are not listed as images.
 
     Returns:
         [{"image": path}, ...], sorted by path.
 
     Raises:
-        ValueError: if `dataset_dir` does not exist, nothing in it matches `pattern`, the pattern leads out of it, two
-            images would be segmented into one file, or `output_dir` is the folder itself.
+        ValueError: if `dataset_dir` does not exist, if no file matches `pattern`, if the pattern leaves the folder, if
+            two images would write the same output file, or if `output_dir` is the folder itself.
 
     Example:
         >>> inference_items("/data/scans", "*.nii.gz")     # doctest: +SKIP
     """
     if dataset_dir is None:
         logger.warning(
-            "No `dataset_dir` was given: the SYNTHETIC PHANTOM's test images in %s are segmented, which show no "
-            "patient. Give --dataset_dir FOLDER for your own files.",
+            "No `dataset_dir` is given: segmenting the test images of the SYNTHETIC PHANTOM in %s, which are not from "
+            "patients. Pass --dataset_dir FOLDER for your own files.",
             phantom_dir,
         )
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
@@ -70,17 +70,17 @@ def inference_items(
         )
     if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts:
         raise KnowSAMValueError(
-            f"`image_pattern` must be a pattern below the folder of the images but is {pattern!r}; name the folder "
-            "above as `dataset_dir`."
+            f"`image_pattern` must be relative to the folder of the images but is {pattern!r}; set `dataset_dir` to "
+            "the parent folder."
         )
     root = os.path.realpath(folder)
     output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))
     if output == root:
         raise KnowSAMValueError(
-            f"`output_dir` must be another folder than that of the images but is {folder}, in which the next run would "
-            "take segmentations for images; name another, such as one in it."
+            f"`output_dir` must not be the folder of the images but is {folder}, where the next run would read "
+            "segmentations as images; name another folder, such as a subfolder."
         )
-    # what is no file is an image that cannot be read: a dangling link, or a folder called like an image
+    # dangling links and folders with an image's name are listed, so that they are reported as unreadable
     matching = glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
     paths = sorted(
         path
@@ -90,7 +90,7 @@ def inference_items(
     )
     if not paths:
         raise KnowSAMValueError(
-            f"`dataset_dir` must hold files that match {pattern!r} but {folder} has none; set `image_pattern`, "
+            f"`dataset_dir` must contain files that match {pattern!r} but {folder} has none; set `image_pattern`, "
             "for example --image_pattern '**/*.nii.gz'."
         )
     _refuse_same_names(paths)
@@ -98,15 +98,15 @@ def inference_items(
 
 
 def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) -> str:
-    """The folder below which the images of ``inference_items`` lie: segmentations keep their images' subfolders.
+    """Return the common folder of the images of ``inference_items``; segmentations keep subfolders relative to it.
 
     Args:
-        dataset_dir: as given to ``inference_items``.
-        items: what it returned.
+        dataset_dir: as passed to ``inference_items``.
+        items: its result.
 
     Returns:
-        `dataset_dir` where that is a folder, of a data list the folder that all its images share, and "" of a single
-        image and of the phantom.
+        `dataset_dir` if it is a folder, the common folder of all images of a data list, and "" for a single image and
+        the phantom.
 
     Example:
         >>> images_root("list.json", [{"image": "/data/a/mri.nrrd"}, {"image": "/data/b/mri.nrrd"}])
@@ -123,32 +123,32 @@ def _is_below(path: str | None, folder: str) -> bool:
 
 
 def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
-    """A segmentation is named like its image's first file but for the extension."""
+    """A segmentation has the name of its image's first file, except for the extension."""
     firsts: dict[str, str] = {}
     for image in map(_first_file, images):
         stem = IMAGE_ENDING.sub("", image)
         if stem in firsts:
             raise KnowSAMValueError(
-                f"`dataset_dir` must have one image of a name but {firsts[stem]} and {image} would be segmented into "
-                "one file; rename one, or choose by `image_pattern`."
+                f"Two images would write the same output file: {firsts[stem]}, {image}; rename one, or select one with "
+                "`image_pattern`."
             )
         firsts[stem] = image
 
 
 def _first_file(image: str | Sequence[str]) -> str:
-    """Of an image whose channels are files of their own the first."""
+    """The file of an image, or its first file if each channel is a file."""
     return str(image) if isinstance(image, (str, PathLike)) else str(image[0])
 
 
 def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -> list[dict]:
-    """Take the labelled items of one split, such as "validation" or "test", to evaluate on.
+    """Return the labeled items of one split, such as "validation" or "test", for evaluation.
 
     Args:
-        datalist: of ``load_datalist``.
+        datalist: the result of ``load_datalist``.
         split: its key.
 
     Raises:
-        ValueError: if there is no such split, it is empty, or one of its items has no label.
+        ValueError: if the split is missing or empty, or if one of its items has no label.
 
     Example:
         >>> split_items({"test": [{"image": "a.nii", "label": "a_gt.nii"}]}, "test")
@@ -158,7 +158,7 @@ def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -
     for item in items:
         if not item.get("label"):
             raise KnowSAMValueError(
-                f"`split` {split!r} must have a label for every image but {item['image']} has none."
+                f"`split` {split!r} must have a label for every image but {item['image']} has none; add one."
             )
     return list(items)
 
@@ -166,8 +166,8 @@ def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -
 def _filled(datalist: Mapping[str, list[dict]], split: str) -> list[dict]:
     if not datalist.get(split):
         filled = ", ".join(key for key, items in datalist.items() if items and items[0].get("label"))
-        none = " (none of its cases is in the folder)" if split in datalist else ""
+        empty = ", which has no cases in the folder" if split in datalist else ""
         raise KnowSAMValueError(
-            f"`split` must be one of the data list's splits with labels, {filled}, but is {split!r}{none}."
+            f"`split` must be one of the data list's splits with labels, {filled}, but is {split!r}{empty}."
         )
     return datalist[split]

@@ -1,4 +1,4 @@
-"""The usual left-atrium split by case, for the official 2018 challenge release and for the UA-MT pack of h5 files."""
+"""The usual left-atrium split by case, for the official 2018 challenge release and the UA-MT pack of h5 files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The order decides which case is labelled: a protocol of n cases labels the first n.
+# The order matters: a protocol with n labeled cases uses the first n.
 LEFT_ATRIUM_TRAINING_CASES = tuple(
     (
         "06SR5RBREL16DQ6M8LWS 0RZDK210BSMWAA6467LU 1D7CUD1955YZPGK8XHJX 1GU15S0GJ6PFNARO469W 1MHBF3G6DCPWHSKG7XCP "
@@ -52,45 +52,45 @@ LEFT_ATRIUM_TEST_CASES = tuple(
     ).split()
 )
 LEFT_ATRIUM_LABELED = (4, 8, 16)
-# Without a list of validation cases, so many leave the end of the training list for it.
+# Number of cases at the end of the training list to validate on, if there is no list of validation cases.
 LEFT_ATRIUM_VALIDATION = 4
-# What is looked for, as an error says it.
+# Supported folder layouts, for error messages.
 LEFT_ATRIUM_FORMS = (
-    "the official left-atrium release (<case>/lgemri.nrrd was looked for, also in `Training Set`)",
-    "the UA-MT pack of it (<case>/mri_norm2.h5 was looked for, also in `2018LA_Seg_Training Set`)",
+    "the official left-atrium release (with <case>/lgemri.nrrd, also in `Training Set`)",
+    "the UA-MT pack of left-atrium data (with <case>/mri_norm2.h5, also in `2018LA_Seg_Training Set`)",
 )
 CASE_FOLDERS = ("", "Training Set", "2018LA_Seg_Training Set")
-# Image and label; an h5 file holds both.
+# Image and label; an h5 file contains both.
 FILES = {"official": ("lgemri.nrrd", "laendo.nrrd"), "pack": ("mri_norm2.h5", "mri_norm2.h5")}
 
 
 def left_atrium_datalist(
     dataset_dir: str | Path, labeled_patients: int = 8, holdout_patients: int = 0
 ) -> dict[str, list[dict]]:
-    """List the left-atrium cases, the first `labeled_patients` of the training list with their labels.
+    """List the left-atrium cases, with labels for the first `labeled_patients` of the training list.
 
-    Two forms are read, each with `train.list`, `test.list` and `val.list` where they lie beside the cases or beside
-    their folder: the official release of the 2018 Atrial Segmentation Challenge (`<case>/lgemri.nrrd` and
-    `laendo.nrrd`; read where both forms are there) and the UA-MT pack (`<case>/mri_norm2.h5`). Without the lists the
-    published ones of 80 and 20 cases hold. The challenge's own 54 test cases are no part of this split.
+    Two formats are supported: the official release of the 2018 Atrial Segmentation Challenge (`<case>/lgemri.nrrd` and
+    `laendo.nrrd`), which is preferred, and the UA-MT pack (`<case>/mri_norm2.h5`). `train.list`, `test.list` and
+    `val.list` may be next to the cases or next to their folder; by default the published lists of 80 and 20 cases are
+    used. The challenge's own 54 test cases are not part of this split.
 
-    The literature has no validation set and often picks checkpoints on the test cases. Here validation cases are those
-    of `val.list`; without one the last 4 of the training list, which then are not trained on. Test cases are never
-    among them.
+    The literature has no validation set and often selects checkpoints on the test cases. Here the validation cases are
+    those of `val.list`, or else the last 4 of the training list, which are then not used for training. They never
+    include test cases.
 
     Args:
-        dataset_dir: the folder of the cases, or the one above it.
+        dataset_dir: the folder of the cases, or its parent.
         labeled_patients: number of cases with labels: 4, 8 or 16 (of the usual 80).
-        holdout_patients: validate on the last so many training cases instead; they leave the training data.
+        holdout_patients: number of cases, from the end of the training list, to validate on instead of training.
 
     Returns:
-        `labeled`, `unlabeled`, `validation` and `test` lists of items `{"image", "label", "patient"}`. Unlabelled
-        items have no `"label"`. `test` is empty where none of its cases is there.
+        `labeled`, `unlabeled`, `validation` and `test` lists of items `{"image", "label", "patient"}`. Unlabeled
+        items have no `"label"`. `test` is empty if the folder has none of its cases.
 
     Raises:
-        ValueError: if `labeled_patients` is no usual protocol, a list is too short or shares a case with another, or
-            the folder has neither form.
-        FileNotFoundError: if a file of the split is missing, such as a labelled case's label; it names the first one.
+        ValueError: if `labeled_patients` is not a usual protocol, if a list is too short or shares a case with another
+            one, or if the folder has neither format.
+        FileNotFoundError: if a file of the split is missing, such as a label; the message names the first one.
 
     Example:
         >>> from knowsam_monai.data import left_atrium_datalist
@@ -99,7 +99,7 @@ def left_atrium_datalist(
         (8, 68)
 
     Reference:
-        Xiong et al., Medical Image Analysis 2021 (the challenge); the split and the pack are those of Yu et al.,
+        Xiong et al., Medical Image Analysis 2021 (the challenge); the split and the pack are from Yu et al.,
         MICCAI 2019, https://github.com/yulequan/UA-MT.
     """
     found = find_left_atrium(dataset_dir)
@@ -110,20 +110,20 @@ def left_atrium_datalist(
     training = _listed(folder, "train.list") or [c for c in LEFT_ATRIUM_TRAINING_CASES if c not in validation]
     test = _listed(folder, "test.list") or LEFT_ATRIUM_TEST_CASES
     _check_disjoint({"train.list": training, "val.list": validation, "test.list": test})
-    by_rule = 0 if validation or holdout_patients else LEFT_ATRIUM_VALIDATION
-    if labeled_patients in LEFT_ATRIUM_LABELED and by_rule > len(training) - labeled_patients >= 0:
+    num_default = 0 if validation or holdout_patients else LEFT_ATRIUM_VALIDATION
+    if labeled_patients in LEFT_ATRIUM_LABELED and num_default > len(training) - labeled_patients >= 0:
         raise KnowSAMValueError(
-            f"`train.list` must have {by_rule} cases more than the {labeled_patients} labelled ones, to validate on, "
-            f"but has {len(training)}; give fewer `labeled_patients` (to evaluate, those of the training), add cases, "
-            "list those to validate on in a val.list beside it, or set `holdout_patients`."
+            f"`train.list` must have {num_default} validation cases in addition to {labeled_patients} labeled ones but "
+            f"has {len(training)} cases; lower `labeled_patients` (for evaluation: to its training value), add cases, "
+            "list the validation cases in val.list, or set `holdout_patients`."
         )
     labeled, unlabeled, heldout = split_training(
-        training, labeled_patients, holdout_patients or by_rule, LEFT_ATRIUM_LABELED
+        training, labeled_patients, holdout_patients or num_default, LEFT_ATRIUM_LABELED
     )
     if form == "pack":
         logger.warning(
-            "The UA-MT pack in %s is cropped around the true left atrium, test cases included: results on it are "
-            "better than on uncropped images, for every method.",
+            "The UA-MT pack in %s is cropped around the true left atrium, including test cases: results of every "
+            "method are better than on uncropped images.",
             folder,
         )
     return {
@@ -135,7 +135,7 @@ def left_atrium_datalist(
 
 
 def find_left_atrium(dataset_dir: str | Path) -> tuple[str, Path] | None:
-    """The form of a left-atrium folder, "official" or "pack", and the folder of its cases; None if it is none."""
+    """The format of a left-atrium folder, "official" or "pack", and the folder of its cases; None if unknown."""
     root = Path(os.path.expanduser(dataset_dir))
     if not os.path.isdir(root):
         return None
@@ -147,10 +147,10 @@ def find_left_atrium(dataset_dir: str | Path) -> tuple[str, Path] | None:
 
 
 def _listed(folder: Path, name: str) -> list[str]:
-    """Cases of a list file beside the cases or beside their folder; none without the file."""
+    """Cases of a list file next to the cases or next to their folder; none without the file."""
     for path in (folder / name, folder.parent / name):
         if path.is_file():
-            # Some lists name the file in the case's folder.
+            # Some lists have paths of files in the cases' folders.
             return [line.split("/")[0] for line in listed_names(path)]
     return []
 
@@ -160,10 +160,10 @@ def _check_disjoint(lists: dict[str, Sequence[str]]) -> None:
     for name, cases in lists.items():
         for case in cases:
             if seen.get(case) == name:
-                raise KnowSAMValueError(f"`{name}` must name each case once but names {case} twice. Mend the list.")
+                raise KnowSAMValueError(f"`{name}` must name each case once but names {case} twice; correct the list.")
             if case in seen:
                 raise KnowSAMValueError(
-                    f"`{name}` must share no case with `{seen[case]}` but both name {case}. Mend the lists."
+                    f"`{name}` must share no case with `{seen[case]}` but both name {case}; correct the lists."
                 )
             seen[case] = name
 
@@ -175,7 +175,7 @@ def _items(folder: Path, form: str, cases: Sequence[str], labels: bool = True) -
         item = {"image": existing_file(folder / case / image, "the image of every listed left-atrium case")}
         if labels:
             item["label"] = existing_file(
-                folder / case / label, "a label for every labeled, validation and test case of the left atrium"
+                folder / case / label, "the label of every labeled, validation and test case of the left atrium"
             )
         items.append({**item, "patient": case})
     return items

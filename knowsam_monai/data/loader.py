@@ -1,4 +1,4 @@
-"""The two-stream loader of semi-supervised training: labelled rows first, every draw a function of its seed."""
+"""The two-stream loader for semi-supervised training: labeled rows first, all randomness from the seed."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ __all__ = ["SemiSupervisedLoader"]
 
 
 class SemiSupervisedLoader:
-    """Batches of labelled and unlabelled rows for a trainer, labelled rows first.
+    """Batches of labeled and unlabeled rows for a trainer, labeled rows first.
 
-    Each stream repeats its items for ever: pass e over n items is a permutation drawn from (seed, stream, e), so every
-    item comes once before any comes again. The random transforms of a row are seeded with (seed, stream, e, index).
-    Order and augmentation therefore depend on nothing else: not on workers, ranks, restarts or the global generators.
+    Each stream repeats its items endlessly: pass e over n items is a permutation drawn from (seed, stream, e). The
+    random transforms of a row are seeded with (seed, stream, e, index). Order and augmentation therefore do not depend
+    on workers, ranks, restarts or the global generators.
 
-    The stream is endless in pieces of `len(loader)` batches: each new iteration over the loader goes on where the last
-    one stopped, and `set_iteration(k)` makes the next one start with batch k, as resuming does.
+    An iteration over the loader yields `len(loader)` batches and continues where the last one stopped. After
+    `set_iteration(k)` the next iteration starts with batch k, as for resuming.
 
     Args:
-        labeled: map-style dataset of items with a label, with its random transforms in `.transform`
-            (MONAI's datasets; see `cached_dataset`).
-        unlabeled: dataset of items that have no label key at all. None or empty for supervised training.
-        labeled_batch_size: labelled rows of the whole batch, over all ranks together.
-        unlabeled_batch_size: unlabelled rows of the whole batch, 0 without `unlabeled`.
-        seed: of order and augmentation.
-        num_workers: processes that load; 0 loads in this one.
-        rank: which part of the batch is made here. Default: from `torch.distributed` where it is initialised, else 0.
-        world_size: number of parts. Default as for `rank`.
-        label_key: the key that only labelled items have.
-        pin_memory: page-locked memory, for a faster copy to a GPU.
+        labeled: map-style dataset of items with a label, with its random transforms in `.transform`, as MONAI's
+            datasets have them; see `cached_dataset`.
+        unlabeled: dataset of items without a label key. None or empty for supervised training.
+        labeled_batch_size: number of labeled rows in a batch, summed over all ranks.
+        unlabeled_batch_size: number of unlabeled rows in a batch, summed over all ranks; 0 without `unlabeled`.
+        seed: seed of order and augmentation.
+        num_workers: number of loading processes; 0 loads in the main process.
+        rank: this process's part of each batch. Default: from `torch.distributed` if it is initialized, else 0.
+        world_size: number of parts. Default: as for `rank`.
+        label_key: the key that only labeled items have.
+        pin_memory: whether to use page-locked memory, which speeds up the copy to a GPU.
 
     Shape:
-        A batch is a dict: image (B, ch, *spatial) with B = labelled + unlabelled rows, label (B_l, 1, *spatial), each
-        further key that all rows have, (B, ...) or a list of B, and each that only labelled or only unlabelled rows
-        have, with as many (FixMatch's `image_strong`).
+        A batch is a dict with image (B, ch, *spatial) for B labeled and unlabeled rows, and label (B_l, 1, *spatial).
+        Other keys of all rows are (B, ...) or lists of length B. Keys that only labeled or only unlabeled rows have
+        (FixMatch's `image_strong`) contain just these rows.
 
     Raises:
         ValueError: if a batch size is less than 1, larger than its dataset, or not a multiple of `world_size`; if the
-            labelled dataset is empty; if an unlabelled item has a label or a labelled one has none.
+            labeled dataset is empty; if an unlabeled item has a label or a labeled one has none.
 
     Example:
         >>> labeled = [{"image": torch.rand(1, 8, 8), "label": torch.zeros(1, 8, 8)} for _ in range(4)]
@@ -77,23 +77,23 @@ class SemiSupervisedLoader:
         sizes, batch_sizes = (len(labeled), len(unlabeled)), (labeled_batch_size, unlabeled_batch_size)
         if sizes[LABELED] == 0:
             raise KnowSAMValueError(
-                "`labeled` must have at least one item but is empty. Check the `labeled` data list."
+                "`labeled` must have at least one item but is empty; check the `labeled` data list."
             )
         for name, size, batch_size in zip(("labeled", "unlabeled"), sizes, batch_sizes):
             if size == 0 and batch_size != 0:
                 raise KnowSAMValueError(
-                    f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}. "
-                    f"Set it to 0 for supervised training, or give {name} items."
+                    f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}; "
+                    f"set it to 0 for supervised training, or add {name} items."
                 )
             if size > 0 and batch_size < 1 and not (name == "unlabeled" and batch_size == 0):
                 raise KnowSAMValueError(f"`{name}_batch_size` must be at least 1 but is {batch_size}.")
             if batch_size > size:
                 raise KnowSAMValueError(
-                    f"`{name}_batch_size` must be at most the number of {name} items, {size}, but is {batch_size}. "
-                    f"Lower it, or give more {name} items."
+                    f"`{name}_batch_size` must be at most the number of {name} items, {size}, but is {batch_size}; "
+                    f"lower it, or add {name} items."
                 )
         self.datasets = (labeled, unlabeled)
-        # The sampler knows nothing of this object: in a reference cycle torch's workers take seconds to stop.
+        # No reference from the sampler to this object: with a reference cycle torch's workers take seconds to stop.
         self._sampler = TwoStreamSampler(sizes, batch_sizes, seed, rank, world_size)
         self._loader = DataLoader(
             _SeededRows((labeled, unlabeled), seed, label_key),
@@ -106,11 +106,11 @@ class SemiSupervisedLoader:
         )
 
     def __len__(self) -> int:
-        """Number of batches that show every unlabelled item once (every labelled one without unlabelled rows)."""
+        """Number of batches in one pass over the unlabeled items, or over the labeled ones if there are no others."""
         return len(self._sampler)
 
     def set_iteration(self, iteration: int) -> None:
-        """Make the next iteration over the loader start with batch number `iteration` (from 0) of the whole run."""
+        """Start the next iteration over the loader with batch number `iteration` of the run, counted from 0."""
         if iteration < 0:
             raise KnowSAMValueError(f"`iteration` must be at least 0 but is {iteration}.")
         self._sampler.next_iteration = iteration
@@ -122,7 +122,7 @@ class SemiSupervisedLoader:
 
 
 class _SeededRows(Dataset):
-    """The rows of both streams by key, each drawn with random transforms seeded by its key."""
+    """The rows of both streams by key; the key seeds a row's random transforms."""
 
     def __init__(self, datasets: tuple[Any, Any], seed: int, label_key: str) -> None:
         self.datasets = datasets
@@ -135,21 +135,21 @@ class _SeededRows(Dataset):
         set_rnd(getattr(dataset, "transform", dataset), seed)
         with _seeded_globals(seed):
             item = dataset[key.index]
-        rows = list(item) if isinstance(item, (list, tuple)) else [item]  # a multi-sample transform gives a list
+        rows = list(item) if isinstance(item, (list, tuple)) else [item]  # multi-sample transforms return lists
         is_labeled = key.stream == LABELED
         if any((self.label_key in row) != is_labeled for row in rows):
             if is_labeled:
                 raise KnowSAMValueError(
-                    f"`labeled` items must have a {self.label_key!r} key but item {key.index} has none."
+                    f"`labeled` items must have a {self.label_key!r} key but item {key.index} has none; add its label."
                 )
             raise KnowSAMValueError(
-                f"`unlabeled` items must have no {self.label_key!r} key but item {key.index} has one."
+                f"`unlabeled` items must have no {self.label_key!r} key but item {key.index} has one; remove it."
             )
         return key.stream, rows
 
 
 class _Collate:
-    """Images and all else that every row has in one collation, so that each row keeps its metadata; labels apart."""
+    """Collate keys that all rows share, such as images, for the whole batch, and other keys for their stream only."""
 
     def __init__(self, label_key: str) -> None:
         self.label_key = label_key
@@ -160,19 +160,19 @@ class _Collate:
         shared = [key for key in all_rows[0] if key != self.label_key and all(key in row for row in all_rows)]
         batch = list_data_collate([{key: row[key] for key in shared} for row in all_rows])
         for rows in (labeled, all_rows[len(labeled) :]):
-            apart = [key for key in (rows[0] if rows else ()) if key not in batch and all(key in row for row in rows)]
-            if apart:
-                batch.update(list_data_collate([{key: row[key] for key in apart} for row in rows]))
+            own = [key for key in (rows[0] if rows else ()) if key not in batch and all(key in row for row in rows)]
+            if own:
+                batch.update(list_data_collate([{key: row[key] for key in own} for row in rows]))
         return batch
 
 
 @contextmanager
 def _seeded_globals(seed: int) -> Iterator[None]:
-    """Seed the global generators for transforms that draw from them, and put them back afterwards."""
+    """Temporarily seed the global generators, for transforms that use them."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA
     try:
         yield
     finally:

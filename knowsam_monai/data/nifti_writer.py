@@ -1,4 +1,4 @@
-"""Writing a segmentation as NIfTI with exactly the geometry of the file that it came from."""
+"""Writing segmentations as NIfTI with exactly the geometry of their input files."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ GEOMETRY_FIELDS = (
 
 
 class NiftiGeometryWriter(NibabelWriter):
-    """Copy both coordinate forms, their codes, spacing and units from the input file's header to the output's.
+    """Copy qform, sform, their codes, the spacing and the units from the input file's header.
 
-    MONAI's writer puts nibabel's affine into both forms. That changes a file whose two forms differ, or which has
-    none: nibabel and ITK then disagree with themselves about input and output. Here every reader sees the same
-    geometry twice, whichever form it prefers. Nothing else is copied: no description, no extension, no patient.
+    MONAI's writer stores nibabel's affine as both qform and sform. If these differ in the input, or if it has none,
+    nibabel or ITK would then place input and output differently. This writer preserves both, so input and output match
+    in every reader. It copies no other header fields, such as descriptions, extensions or patient names.
 
-    An input that is no NIfTI file, or a prediction on another grid, has the affine that MONAI gives it, in mm. A file
-    is there whole or not at all, and never in place of its input.
+    If the input is not NIfTI, or if the prediction has another grid, the output has MONAI's affine, in mm. Files are
+    written completely or not at all, and never overwrite their input.
 
     Args:
-        output_dtype: type of the voxels, uint8 for label maps.
-        kwargs: of ``NibabelWriter``.
+        output_dtype: data type of the voxels, uint8 for label maps.
+        kwargs: further arguments of ``NibabelWriter``.
 
     Raises:
-        ValueError: if the file to write is the input.
+        ValueError: if the output file is the input file.
 
     Example:
         >>> from monai.transforms import SaveImaged
@@ -54,12 +54,12 @@ class NiftiGeometryWriter(NibabelWriter):
         files = (filename, str(self.source))
         if all(map(os.path.exists, files)) and os.path.samefile(*files):
             raise KnowSAMValueError(
-                f"`filename` must be another file than the input but is {filename}; give an `output_postfix`, or "
-                "another folder."
+                f"`filename` must not be the input file but is {filename}; set `output_postfix`, or choose another "
+                "folder."
             )
         header = _nifti_header(self.source)
         image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)
-        super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file's name
+        super(NibabelWriter, self).write(filename, verbose=verbose)  # logs the file name
         array = image.dataobj
         shape = () if header is None else _same_grid(array.shape, header.get_data_shape())
         if not shape:
@@ -85,7 +85,7 @@ def _save_whole(image: Any, filename: PathLike) -> None:
 
 
 def _nifti_header(source: Any) -> Any:
-    """The header of the file `source`, None when that is no NIfTI file."""
+    """The header of the file `source`; None if it is not a NIfTI file."""
     import nibabel
 
     try:
@@ -96,7 +96,7 @@ def _nifti_header(source: Any) -> Any:
 
 
 def _same_grid(shape: tuple[int, ...], source_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The source's shape, without channels, in which an array of `shape` has to be written; () if the grids differ."""
+    """The shape to write an array of `shape` in, which is the source's without channels; () if the grids differ."""
     spatial_shape = tuple(source_shape) + (1,) * (3 - len(source_shape))
     if tuple(shape) + (1,) * (3 - len(shape)) != spatial_shape[:3]:
         return ()

@@ -1,39 +1,27 @@
-"""Flips and turns of a square image, and the check that nothing else moves what a cached encoder sees."""
+"""The eight flips and rotations of a square image."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.transforms import (
-    Flip,
-    MapTransform,
-    RandomizableTransform,
-    Rotate90,
-)
+from monai.transforms import Flip, MapTransform, RandomizableTransform, Rotate90
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = [
-    "SAM_IMAGE",
-    "RandOrientationd",
-    "orient",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["SAM_IMAGE", "RandOrientationd", "orient"]
 
 SAM_IMAGE = "sam_image"
 NUM_ORIENTATIONS = 8
 
 
 def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
-    """One of the eight flips and turns of a square: `orientation % 4` quarter turns, then from 4 on a flip of axis 0.
+    """Rotate a square image by `orientation % 4` quarter turns, then flip axis 0 if `orientation` is 4 or more.
 
     Args:
-        image: (ch, n, n); a MetaTensor's affine is turned too.
-        orientation: 0 (nothing) to 7.
+        image: (ch, n, n). A MetaTensor's affine is updated.
+        orientation: 0 (no change) to 7.
 
     Raises:
         ValueError: if the image is not 2D and square.
@@ -44,8 +32,8 @@ def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
     """
     if image.ndim != 3 or image.shape[1] != image.shape[2]:
         raise KnowSAMValueError(
-            f"`image` must be 2D and square, (channels, n, n), to be flipped and turned but is of shape "
-            f"{tuple(image.shape)}; resize or pad it before."
+            f"`image` must be 2D and square, (channels, n, n), to be flipped and rotated but has shape "
+            f"{tuple(image.shape)}; resize or pad it first."
         )
     if orientation % 4:
         image = Rotate90(k=orientation % 4)(image)
@@ -53,18 +41,18 @@ def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 class RandOrientationd(RandomizableTransform, MapTransform):
-    """Flip and turn a square image by one of the eight orientations, drawn with equal chances.
+    """Flip and rotate a square image to one of eight orientations, drawn with equal probability.
 
-    Beside the keys it writes `"orientation"`, 0 to 7 (see `orient`), and `"sam_image"`: the image flipped and turned
-    but not augmented otherwise. `SAMDistillation` gives that one to the teacher: SAM sees the image before intensities
-    are augmented, and so each image in eight forms only, which `SAMTeacher(encoder="cached")` encodes once.
-    Put it before every other random transform.
+    It also adds `"orientation"`, 0 to 7 (see `orient`), and `"sam_image"`, a copy of the oriented image.
+    `SAMDistillation` passes this copy to the teacher: SAM sees images before intensity augmentation, so each image has
+    only eight variants, which `SAMTeacher(encoder="cached")` encodes once. Put this transform before all other random
+    transforms.
 
     Args:
-        keys: keys to flip and turn alike.
-        image_key: the one of them that SAM sees.
-        orientations: those to draw from; all eight.
-        allow_missing_keys: for unlabelled items.
+        keys: keys to transform equally.
+        image_key: the key of the image for SAM.
+        orientations: orientations to draw from; default: all eight.
+        allow_missing_keys: True for unlabeled items.
 
     Shape:
         (ch, n, n) each.

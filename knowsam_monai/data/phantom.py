@@ -1,4 +1,4 @@
-"""Synthetic data sets, short-axis cine MR or the left atrium: what every run without real data trains on."""
+"""Synthetic data sets, short-axis cine MR or left atrium, for runs without real data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["phantom_datalist", "write_phantom"]
 
-# Raise when the drawn patients change: a phantom of another version is written anew.
+# Increment if the drawn patients change; phantoms of other versions are replaced.
 PHANTOM_VERSION = 1
-# Largest in-plane size in voxels, where none is given.
+# Default of the largest in-plane size, in voxels.
 MAX_SIZES = {"short_axis": 128, "left_atrium": 64}
 LIST_NAME = "dataset.json"
 
@@ -36,31 +36,32 @@ def write_phantom(
     max_size: int | None = None,
     anatomy: str = "short_axis",
 ) -> Path:
-    """Write synthetic patients as NIfTI, with a MONAI data list `dataset.json`, and return its path.
+    """Write synthetic patients as NIfTI with a MONAI data list `dataset.json`, and return the list's path.
 
-    A short-axis patient has an ED and an ES volume: left ventricle (3), myocardium (2) and right ventricle (1) among
-    lungs, liver, chest wall and vessels. A left-atrium patient has one late-enhancement volume: the blood of the left
-    atrium with the first millimetres of its veins (1) among chambers as bright, in slabs of differing gain, with scars
-    in its wall. Place, size, rotation and contrast vary, with bias field, noise, anisotropic spacing and an oblique
-    orientation. The same arguments give the same voxels. A whole phantom of the same arguments is left as it is;
-    anything else is written beside it first and then put in place, so that an interrupted run leaves nothing half
-    written. A phantom of other arguments is replaced, which is warned of, unless files of somebody else lie in it.
+    A short-axis patient has an ED and an ES volume with left ventricle (3), myocardium (2) and right ventricle (1),
+    surrounded by lungs, liver, chest wall and vessels. A left-atrium patient has one late-enhancement volume with the
+    blood of the left atrium and the beginning of its veins (1), other chambers of equal brightness, slabs of different
+    gain, and scars in the wall. Position, size, rotation and contrast vary. The volumes have a bias field, noise,
+    anisotropic spacing and an oblique orientation. Equal arguments give equal voxels. A complete phantom with equal
+    arguments is kept. Otherwise the phantom is written to a temporary folder and then moved, so an interrupted run
+    leaves no partial phantom. A phantom with other arguments is replaced, with a warning, unless the folder has other
+    files.
 
     Args:
-        folder: where to write; new, empty, or holding an earlier phantom.
-        num_labeled: patients with labels to train on.
-        num_unlabeled: patients without label files.
-        num_validation: patients to validate on.
-        num_test: patients to test on.
-        seed: of all patients.
-        max_size: largest in-plane size in voxels; patients have 3/4 of it up to all of it. Default: 128 for the short
-            axis; 64 for the left atrium, which is half to 5/8 of that deep.
+        folder: new, empty, or with an earlier phantom.
+        num_labeled: number of labeled patients for training.
+        num_unlabeled: number of patients without label files.
+        num_validation: number of patients for validation.
+        num_test: number of patients for testing.
+        seed: seed of all patients.
+        max_size: largest in-plane size in voxels; patients have 3/4 to 4/4 of it. Default: 128 for the short axis; 64
+            for the left atrium, with a depth of 1/2 to 5/8 of it.
         anatomy: "short_axis" or "left_atrium".
 
     Raises:
-        ValueError: if a count is negative, no patient is labelled, `anatomy` is neither, or `folder` holds anything but
-            a phantom.
-        PermissionError: if `folder` cannot be written.
+        ValueError: if a count is negative, if no patient is labeled, if `anatomy` is unknown, or if `folder` has other
+            files.
+        PermissionError: if `folder` is not writable.
 
     Example:
         >>> from knowsam_monai.data import phantom_datalist, write_phantom
@@ -68,13 +69,13 @@ def write_phantom(
     """
     counts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "validation": num_validation, "test": num_test}
     if num_labeled < 1 or min(counts.values()) < 0:
-        raise KnowSAMValueError(f"`num_labeled` must be at least 1 and no count negative but they are {counts}.")
+        raise KnowSAMValueError(f"`num_labeled` must be at least 1 and all counts at least 0 but they are {counts}.")
     if anatomy not in MAX_SIZES:
         raise KnowSAMValueError(f"`anatomy` must be one of {list(MAX_SIZES)} but is {anatomy!r}.")
     max_size = MAX_SIZES[anatomy] if max_size is None else max_size
     if max_size < 32:
         raise KnowSAMValueError(f"`max_size` must be at least 32 voxels but is {max_size}.")
-    made_from = {
+    arguments = {
         "version": PHANTOM_VERSION,
         "anatomy": anatomy,
         "seed": seed,
@@ -82,18 +83,20 @@ def write_phantom(
         "patients": counts,
     }
     folder = Path(folder).expanduser()
-    if _is_whole(folder, made_from):
+    if _is_complete(folder, arguments):
         return folder / LIST_NAME
-    _refuse_foreign(folder)
+    _check_no_foreign_files(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise KnowSAMPermissionError(f"`folder` must be writable but {folder} is not ({error.strerror}).") from error
+        raise KnowSAMPermissionError(
+            f"`folder` must be writable but {folder} is not ({error.strerror}); choose another folder."
+        ) from error
     try:
-        temporary.chmod(0o755)  # mkdtemp's own is private
-        _write(temporary, counts, made_from)
-        _put_in_place(temporary, folder, made_from)
+        temporary.chmod(0o755)  # mkdtemp creates a private folder
+        _write(temporary, counts, arguments)
+        _move_into_place(temporary, folder, arguments)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / LIST_NAME
@@ -106,7 +109,7 @@ def phantom_datalist(list_path: str | Path) -> dict[str, list[dict]]:
         list_path: the `dataset.json` that `write_phantom` returned.
 
     Returns:
-        `labeled`, `unlabeled`, `validation` and `test` lists of items; unlabelled items have no `"label"`.
+        `labeled`, `unlabeled`, `validation` and `test` lists of items; unlabeled items have no `"label"`.
 
     Example:
         >>> items = phantom_datalist("/tmp/phantom/dataset.json")     # doctest: +SKIP
@@ -135,9 +138,9 @@ def is_phantom(list_path: str | Path) -> bool:
     return isinstance(datalist, dict) and "phantom" in datalist
 
 
-def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
-    draw = {"short_axis": draw_patient, "left_atrium": draw_left_atrium}[made_from["anatomy"]]
-    datalist: dict = {"name": f"synthetic {made_from['anatomy'].replace('_', ' ')} MR phantom", "phantom": made_from}
+def _write(folder: Path, counts: dict[str, int], arguments: dict) -> None:
+    draw = {"short_axis": draw_patient, "left_atrium": draw_left_atrium}[arguments["anatomy"]]
+    datalist: dict = {"name": f"synthetic {arguments['anatomy'].replace('_', ' ')} MR phantom", "phantom": arguments}
     number = 0
     for name, count in counts.items():
         datalist[name] = []
@@ -145,7 +148,7 @@ def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
             number += 1
             patient = f"phantom{number:03d}"
             (folder / patient).mkdir()
-            frames = draw(seed=made_from["seed"], number=number, max_size=made_from["max_size"])
+            frames = draw(seed=arguments["seed"], number=number, max_size=arguments["max_size"])
             for frame, (image, label, affine) in frames.items():
                 item = {"image": f"{patient}/{patient}_{frame}.nii.gz", "patient": patient, "frame": frame}
                 _save_nifti(folder / item["image"], image, affine)
@@ -156,23 +159,23 @@ def _write(folder: Path, counts: dict[str, int], made_from: dict) -> None:
     (folder / LIST_NAME).write_text(json.dumps(datalist, indent=1), encoding="utf-8")
 
 
-def _put_in_place(temporary: Path, folder: Path, made_from: dict) -> None:
-    """Rename, unless another process was faster: what it put there is in use."""
-    if _is_whole(folder, made_from):
+def _move_into_place(temporary: Path, folder: Path, arguments: dict) -> None:
+    """Rename the folder, unless another process has written the phantom, which may be in use."""
+    if _is_complete(folder, arguments):
         return
     if is_phantom(folder / LIST_NAME):
-        _refuse_foreign(folder)
-        logger.warning("%s held a phantom of other arguments or of another version: it is replaced.", folder)
+        _check_no_foreign_files(folder)
+        logger.warning("%s has a phantom with other arguments or of another version, which is replaced.", folder)
         shutil.rmtree(folder)
     try:
         os.replace(temporary, folder)
     except OSError:
-        if not _is_whole(folder, made_from):
+        if not _is_complete(folder, arguments):
             raise
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """A folder that is replaced must be new or empty, or hold what `write_phantom` wrote and no file more."""
+def _check_no_foreign_files(folder: Path) -> None:
+    """A folder may only be replaced if it is new or empty, or if `write_phantom` wrote all its files."""
     own = set()
     if is_phantom(folder / LIST_NAME):
         parts = json.loads((folder / LIST_NAME).read_text(encoding="utf-8")).values()
@@ -182,8 +185,8 @@ def _refuse_foreign(folder: Path) -> None:
     foreign = next((path for path in files if path.relative_to(folder).as_posix() not in own), None)
     if foreign is not None:
         raise KnowSAMValueError(
-            f"`folder` must be empty or hold an earlier phantom and nothing else but {folder} holds {foreign.name}; "
-            "name another folder."
+            f"`folder` must be empty or contain only an earlier phantom but {folder} contains {foreign.name}; "
+            "choose another folder."
         )
 
 
@@ -197,11 +200,11 @@ def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     nibabel.save(image, path)
 
 
-def _is_whole(folder: Path, made_from: dict) -> bool:
+def _is_complete(folder: Path, arguments: dict) -> bool:
     if not is_phantom(folder / LIST_NAME):
         return False
-    if json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["phantom"] != made_from:
+    if json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["phantom"] != arguments:
         return False
     datalist = phantom_datalist(folder / LIST_NAME)
-    items = [item for name in made_from["patients"] for item in datalist[name]]
+    items = [item for name in arguments["patients"] for item in datalist[name]]
     return all(Path(item[key]).is_file() for item in items for key in ("image", "label") if key in item)

@@ -1,4 +1,4 @@
-"""Drawing one synthetic short-axis patient: anatomy in millimetres, then tissue, bias field, blur and noise."""
+"""Drawing one synthetic short-axis patient: anatomy in millimeters, then tissue, bias field, blur and noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RIGHT_VENTRICLE, MYOCARDIUM, LEFT_VENTRICLE = 1, 2, 3
 
 
 class _Grid(NamedTuple):
-    """Where the voxels of one slice lie, in mm: x and y in the image, u and v along the axes of the heart."""
+    """Voxel coordinates of one slice, in mm: x and y in the image, u and v along the axes of the heart."""
 
     x: np.ndarray
     y: np.ndarray
@@ -37,7 +37,7 @@ def draw_patient(seed: int, number: int, max_size: int = 128) -> dict[str, tuple
     rng = np.random.default_rng([seed, number])
     height, width = (int(rng.integers(3 * max_size // 4, max_size + 1)) for _ in range(2))
     depth = int(rng.integers(6, 11))
-    # Fewer voxels see the same field of view: about 130 to 200 mm.
+    # The field of view, about 130 to 200 mm, does not depend on the number of voxels.
     in_plane, thickness = rng.uniform(1.4, 1.6) * 128 / max_size, rng.uniform(8.0, 10.0)
 
     diastole = _Heart(rng.uniform(22, 30), rng.uniform(8, 11), rng.uniform(35, 44), rng.uniform(23, 31))
@@ -49,7 +49,7 @@ def draw_patient(seed: int, number: int, max_size: int = 128) -> dict[str, tuple
         rv_width=diastole.rv_width * rng.uniform(0.6, 0.8),
     )
     patient = {
-        "centre": rng.uniform(-14, 14, 2),
+        "center": rng.uniform(-14, 14, 2),
         "tilt": rng.uniform(-7, 7, 2),
         "breathing": rng.normal(0, 1.0, (depth, 2)),
         "septum": np.deg2rad(rng.uniform(150, 250)),
@@ -103,9 +103,9 @@ def _place(shape: tuple[int, int, int], z: int, in_plane: float, patient: dict) 
     rows, columns = np.mgrid[:height, :width].astype(np.float64)
     y = (rows - (height - 1) / 2) * in_plane
     x = (columns - (width - 1) / 2) * in_plane
-    centre = patient["centre"] + patient["tilt"] * (level - 0.5) + patient["breathing"][z]
+    center = patient["center"] + patient["tilt"] * (level - 0.5) + patient["breathing"][z]
     cos, sin = np.cos(patient["septum"]), np.sin(patient["septum"])
-    dy, dx = y - centre[0], x - centre[1]
+    dy, dx = y - center[0], x - center[1]
     return _Grid(x=x, y=y, u=dx * cos + dy * sin, v=-dx * sin + dy * cos, level=level)
 
 
@@ -124,7 +124,7 @@ def _draw_heart(grid: _Grid, heart: _Heart, patient: dict) -> np.ndarray:
 
 
 def _radii(level: float, heart: _Heart) -> tuple[float, float]:
-    """Cavity radius and wall thickness at a level: a truncated ellipsoid, its wall thinner towards the apex."""
+    """Cavity radius and wall thickness at a level: a truncated ellipsoid, its wall thinner toward the apex."""
     taper = np.sqrt(1 - (0.9 * (1 - level)) ** 2)
     return heart.lv_radius * taper, heart.wall * (0.75 + 0.25 * level)
 
@@ -135,7 +135,7 @@ def _distance(grid: _Grid, patient: dict) -> np.ndarray:
 
 
 def _right_ventricle(grid: _Grid, heart: _Heart, margin: float = 0.0) -> np.ndarray:
-    """An ellipse beside the left ventricle; what the myocardium covers of it is drawn over, which leaves a crescent."""
+    """An ellipse beside the left ventricle; the myocardium covers part of it, which leaves a crescent."""
     cavity, wall = _radii(grid.level, heart)
     taper = np.sqrt(1 - (1 - grid.level) ** 2) ** 0.7
     length, width = heart.rv_length * taper + margin, heart.rv_width * taper + margin
@@ -152,7 +152,7 @@ def _draw_background(grid: _Grid, heart: _Heart, patient: dict, rng: np.random.G
     vessels = smooth(rng.normal(0, 1, x.shape), 1.3)
     image[lungs] = tissue["lung"]
     image[lungs & (vessels > 2.0 * vessels.std())] = 0.75 * tissue["blood"]
-    # Liver below the right heart, larger towards the apex.
+    # Liver below the right heart, larger toward the apex.
     liver_y, liver_x = patient["liver"]
     liver = ((x - liver_x) / 62) ** 2 + ((y - liver_y + 22 * (1 - grid.level)) / 38) ** 2 < 1
     image[liver] = tissue["liver"] * (1 + 0.25 * (vessels[liver] > 2 * vessels.std()))
@@ -166,7 +166,7 @@ def _draw_background(grid: _Grid, heart: _Heart, patient: dict, rng: np.random.G
     aorta = np.hypot(x - aorta_x, y - aorta_y) - aorta_radius
     image[aorta < 2] = tissue["wall"]
     image[aorta < 0] = tissue["blood"] * 0.97
-    # Fat around the heart, on one side more than on the other, and the thin wall of the right ventricle.
+    # Fat around the heart, thicker on one side, and the thin wall of the right ventricle.
     cavity, wall = _radii(grid.level, heart)
     distance = _distance(grid, patient)
     fat = patient["fat"] * (1 + np.cos(np.arctan2(grid.v, grid.u) - 1.2))

@@ -1,4 +1,4 @@
-"""Drawing one synthetic left atrium in late-enhancement MR: anatomy in millimetres, then tissue, slabs and noise."""
+"""Drawing one synthetic left atrium in late-enhancement MR: anatomy in millimeters, then tissue, slabs and noise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class _Atrium(NamedTuple):
     axes: np.ndarray  # half axes of the body
     wobble: np.ndarray  # of its surface, 5 terms
     veins: np.ndarray  # directions (4, 3)
-    vein_bends: np.ndarray  # sideways way at 25 mm (4, 3)
+    vein_bends: np.ndarray  # lateral displacement after 25 mm (4, 3)
     vein_radii: np.ndarray
     vein_length: float  # of the label, beyond the body
-    appendage: np.ndarray  # centre and half axes (2, 3)
+    appendage: np.ndarray  # center and half axes (2, 3)
     valve: np.ndarray  # unit normal of the mitral valve
-    valve_depth: float  # its distance from the centre
+    valve_depth: float  # its distance from the center
 
 
 def draw_left_atrium(
@@ -30,19 +30,19 @@ def draw_left_atrium(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draw patient `number`: for "LGE" its image (H, W, D) int16, label (H, W, D) uint8 and affine (4, 4).
 
-    The label is 1 in the blood of the atrium's body, of the appendage and of the first millimetres of four veins, up
-    to the mitral valve. Right atrium, left ventricle and aorta are as bright.
+    The label is 1 in the blood of the atrium's body, of the appendage and of the first millimeters of four veins, up
+    to the mitral valve. Right atrium, left ventricle and aorta are equally bright.
     """
     rng = np.random.default_rng([seed, number])
     in_plane = rng.integers(3 * max_size // 4, max_size + 1, 2)
     shape = (int(in_plane[0]), int(in_plane[1]), int(rng.integers(max_size // 2, 5 * max_size // 8 + 1)))
-    # Fewer voxels see the same field of view, and no two sides of a voxel are alike.
+    # The field of view does not depend on the number of voxels; all three spacings differ.
     spacing = np.append(rng.uniform(1.4, 1.65, 2), rng.uniform(1.9, 2.3)) * 64 / max_size
     atrium = _draw_shape(rng)
     gains, shifts = _slabs(rng, shape[2])
     scanner = _place(rng, shape, spacing, shifts)
-    own = scanner @ turn_matrix(np.deg2rad(rng.uniform(-20, 20, 3)))
-    outside, label, veins, past_valve = _draw_atrium(own, atrium)
+    atrium_grid = scanner @ turn_matrix(np.deg2rad(rng.uniform(-20, 20, 3)))
+    outside, label, veins, past_valve = _draw_atrium(atrium_grid, atrium)
 
     tissue = {
         "blood": rng.uniform(0.5, 0.75),
@@ -53,13 +53,13 @@ def draw_left_atrium(
         "fat": rng.uniform(0.45, 0.7),
         "bone": rng.uniform(0.32, 0.48),
     }
-    image = _draw_chest(rng, scanner, own, atrium, tissue)
+    image = _draw_chest(rng, scanner, atrium_grid, atrium, tissue)
     image[veins] = tissue["blood"]
     wall = (outside > 0) & (outside < rng.uniform(2.0, 3.0))
     image[wall] = tissue["wall"]
     scar = unit_deviation(smooth(rng.normal(0, 1, shape), 2.0)) > rng.uniform(0.6, 1.4)
     image[wall & scar] = tissue["scar"]
-    image[_ventricle(own, atrium) & (past_valve > 1.5)] = tissue["blood"]
+    image[_ventricle(atrium_grid, atrium) & (past_valve > 1.5)] = tissue["blood"]
     image[(np.abs(past_valve) < 1.5) & (outside < 3)] = tissue["wall"]
     image[label] = tissue["blood"]
 
@@ -102,7 +102,7 @@ def _slabs(rng: np.random.Generator, depth: int) -> tuple[np.ndarray, np.ndarray
 def _place(
     rng: np.random.Generator, shape: tuple[int, int, int], spacing: np.ndarray, shifts: np.ndarray
 ) -> np.ndarray:
-    """Place of every voxel (H, W, D, 3) from the atrium's centre, mm."""
+    """Position of every voxel (H, W, D, 3) relative to the atrium's center, mm."""
     middle = (np.array(shape) - 1) / 2
     place = (np.moveaxis(np.indices(shape), 0, -1) - middle) * spacing - rng.uniform(-5, 5, 3)
     place[..., :2] -= shifts
@@ -110,11 +110,11 @@ def _place(
 
 
 def _draw_atrium(place: np.ndarray, atrium: _Atrium) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Distance outside the body and appendage, about, mm; label; all of the veins; distance past the valve, mm."""
+    """Approximate distance from body and appendage, mm; label; complete veins; distance past the valve, mm."""
     outside = _outside_body(place, atrium)
     past_valve = place @ atrium.valve - atrium.valve_depth
-    centre, half_axes = atrium.appendage
-    outside_appendage = (np.linalg.norm((place - centre) / half_axes, axis=-1) - 1) * half_axes.mean()
+    center, half_axes = atrium.appendage
+    outside_appendage = (np.linalg.norm((place - center) / half_axes, axis=-1) - 1) * half_axes.mean()
     veins = np.zeros(outside.shape, dtype=bool)
     for direction, bend, radius in zip(atrium.veins, atrium.vein_bends, atrium.vein_radii):
         along = place @ direction
@@ -135,14 +135,14 @@ def _outside_body(place: np.ndarray, atrium: _Atrium) -> np.ndarray:
 
 def _ventricle(place: np.ndarray, atrium: _Atrium) -> np.ndarray:
     """The left ventricle's blood behind the valve."""
-    centre = (atrium.valve_depth + 12) * atrium.valve
-    return np.linalg.norm(place - centre, axis=-1) < 20
+    center = (atrium.valve_depth + 12) * atrium.valve
+    return np.linalg.norm(place - center, axis=-1) < 20
 
 
 def _draw_chest(
-    rng: np.random.Generator, scanner: np.ndarray, own: np.ndarray, atrium: _Atrium, tissue: dict[str, float]
+    rng: np.random.Generator, scanner: np.ndarray, atrium_grid: np.ndarray, atrium: _Atrium, tissue: dict[str, float]
 ) -> np.ndarray:
-    """Everything around the atrium: what lies along the body's axes, and the other chambers, which turn with it."""
+    """Everything around the atrium: the chest, along the body's axes, and the other chambers, along the atrium's."""
     x, y, _ = np.moveaxis(scanner, -1, 0)
     width, back, front = atrium.axes[0], -atrium.axes[1], atrium.axes[1]
     image = np.full(x.shape, tissue["muscle"])
@@ -160,11 +160,11 @@ def _draw_chest(
         distance = np.hypot(x - tube_x, y - tube_y)
         image[distance < radius + 1.5] = tissue["wall"]
         image[distance < radius] = 0.97 * tissue["blood"]
-    right_centre = np.array([-width - 14, 9, -4]) + rng.normal(0, 2, 3)
-    right = np.linalg.norm((own - right_centre) / rng.uniform([12, 14, 16], [16, 18, 20]), axis=-1)
+    right_center = np.array([-width - 14, 9, -4]) + rng.normal(0, 2, 3)
+    right = np.linalg.norm((atrium_grid - right_center) / rng.uniform([12, 14, 16], [16, 18, 20]), axis=-1)
     image[right < 1.12] = tissue["wall"]
     image[right < 1] = 0.95 * tissue["blood"]
-    image[_ventricle(own / 1.15, atrium)] = tissue["wall"]  # its muscle
+    image[_ventricle(atrium_grid / 1.15, atrium)] = tissue["wall"]  # its muscle
     return image
 
 

@@ -1,4 +1,4 @@
-"""What the scanner adds to a phantom: blur, the noise of a magnitude image, and the place of the voxels."""
+"""Scanner effects of the phantoms: blur, noise of magnitude images, and an oblique affine."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def magnitude(rng: np.random.Generator, image: np.ndarray, noise: float) -> np.n
 def oblique_affine(
     rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float], turns: Sequence[tuple[float, float]]
 ) -> np.ndarray:
-    """Voxel to world (RAS, mm) of a volume turned against the scanner's axes and centred near its origin.
+    """Voxel to world (RAS, mm) of a volume rotated against the scanner's axes and centered near its origin.
 
     Args:
-        rng: draws the turns and the origin.
+        rng: generator of the rotations and the origin.
         shape: voxels along each axis.
         spacing: mm along each axis.
-        turns: smallest and largest turn around each axis, degrees.
+        turns: range of the rotation around each axis, degrees.
     """
     angles = np.deg2rad([rng.uniform(*turn) for turn in turns])
-    flips = np.diag([-1.0, -1.0, 1.0])  # scanner files count towards left and posterior
+    flips = np.diag([-1.0, -1.0, 1.0])  # scanner files use LPS coordinates
     affine = np.eye(4)
     affine[:3, :3] = turn_matrix(angles) @ flips @ np.diag(spacing)
     affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
@@ -49,7 +49,7 @@ def oblique_affine(
 
 
 def turn_matrix(angles: Sequence[float]) -> np.ndarray:
-    """Rotation (3, 3) around the three axes in turn; radians."""
+    """Rotation matrix (3, 3) for rotations around the three axes, one after the other; radians."""
     turn = np.eye(3)
     for axis, angle in enumerate(angles):
         i, j = [k for k in range(3) if k != axis]

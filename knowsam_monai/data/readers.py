@@ -1,4 +1,4 @@
-"""Reading image files, their headers first, and one sentence that names a file which cannot be read."""
+"""Readers that check the headers of image files first, and name files that they cannot read."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = ["H5Reader", "LoadCased"]
 class H5Reader(NumpyReader):
     """Read one dataset of an h5 file as an image for MONAI's `LoadImage`.
 
-    Several files of one 2D slice each are stacked, in their order, to one volume. An h5 pack has no spacing: the
-    affine is the identity and `meta["spacing_known"]` is False, so that distances can be reported in voxels.
+    Several files with one 2D slice each are stacked in their order. An h5 pack has no spacing, so the affine is the
+    identity and `meta["spacing_known"]` is False; distances are then reported in voxels.
 
     Args:
-        dataset: name of the dataset in the file, "image" or "label" in the usual packs.
-        slice_axis: axis of a 3D dataset that counts the slices; it becomes the last one. 0 in the SSL4MIS ACDC pack
-            (slices, H, W); -1 where the volume is already (H, W, slices), as in the UA-MT left-atrium pack.
+        dataset: name of the dataset in the file, usually "image" or "label".
+        slice_axis: slice axis of a 3D dataset, which becomes the last axis. 0 for the SSL4MIS ACDC pack (slices, H, W);
+            -1 for volumes (H, W, slices), as in the UA-MT left-atrium pack.
 
     Shape:
         (H, W) or (H, W, slices), without a channel axis.
 
     Raises:
         ImportError: if h5py is not installed.
-        ValueError: if the file is no whole h5 file or has no such dataset; if the dataset is none of numbers, keeps its
-            voxels in another file, or is larger than can be meant.
+        ValueError: if the file is damaged, not an h5 file, or lacks the dataset; if the dataset does not contain
+            numbers, stores its voxels in another file, or is too large.
 
     Example:
         >>> from monai.transforms import LoadImage
@@ -65,7 +65,9 @@ class H5Reader(NumpyReader):
             return np.moveaxis(arrays[0], self.slice_axis, -1) if arrays[0].ndim == 3 else arrays[0]
         if any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
             shapes = sorted({array.shape for array in arrays})
-            raise KnowSAMValueError(f"`data` must be slices of one shape (H, W) but has shapes {shapes}.")
+            raise KnowSAMValueError(
+                f"`data` must be slices of one shape (H, W) but their shapes are {shapes}; correct the list of files."
+            )
         return np.stack(arrays, axis=-1)
 
     def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -77,7 +79,7 @@ class H5Reader(NumpyReader):
             import h5py
         except ImportError as error:
             raise KnowSAMImportError(
-                "`h5py` must be installed to read h5 files but is not. Run pip install h5py."
+                "`h5py` must be installed to read h5 files but is not; run `pip install h5py`."
             ) from error
         try:
             with h5py.File(name, "r") as file:
@@ -86,10 +88,12 @@ class H5Reader(NumpyReader):
                     return self._voxels(file[self.dataset])
                 found = sorted(file)
         except OSError as error:
-            raise KnowSAMValueError(f"`data` must be a whole h5 file but {name} is not ({error}).") from error
+            raise KnowSAMValueError(
+                f"`data` must be an intact h5 file but {name} is not ({error}); restore it."
+            ) from error
         if link is not None:
             raise KnowSAMValueError(
-                f"its `{self.dataset}` is a link to {link.path!r}; give files that hold their voxels."
+                f"its `{self.dataset}` is a link to {link.path!r}; use files that contain their voxels."
             )
         raise KnowSAMValueError(f"`dataset` must be in {name} but is {self.dataset!r}; the file has {found}.")
 
@@ -98,10 +102,12 @@ class H5Reader(NumpyReader):
 
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf":
             found = dataset.dtype if isinstance(dataset, h5py.Dataset) else "a group"
-            raise KnowSAMValueError(f"its `{self.dataset}` must be an array of numbers but is {found}.")
+            raise KnowSAMValueError(
+                f"its `{self.dataset}` must be an array of numbers but is {found}; export it again."
+            )
         if dataset.external or dataset.is_virtual:
             raise KnowSAMValueError(
-                f"its `{self.dataset}` keeps its voxels in another file; give files that hold their own."
+                f"its `{self.dataset}` stores its voxels in another file; use files that contain their voxels."
             )
         check_size(dataset.shape, dataset.dtype.itemsize)
         array = np.asarray(dataset)
@@ -111,13 +117,13 @@ class H5Reader(NumpyReader):
 
 
 class NiftiReader(NibabelReader):
-    """Read NIfTI files for MONAI's `LoadImage`: the header first, and without axes of length 1 after the third.
+    """Read NIfTI files for MONAI's `LoadImage`, check the header first, and drop axes of length 1 after the third.
 
-    ITK writes the values of a voxel to the fifth axis, so that files of (x, y, z, 1, values) are usual.
+    ITK writes several values per voxel along the fifth axis, so files of shape (x, y, z, 1, values) are common.
 
     Raises:
-        ValueError: if the voxels are no real numbers, or the header declares more of them than the file can hold, more
-            than 2 GiB of them, or an affine that places none.
+        ValueError: if the voxels are not real numbers, if the header declares more voxels than the file can contain or
+            more than 2 GiB, or if the affine is not invertible.
 
     Example:
         >>> from monai.transforms import LoadImage
@@ -131,10 +137,10 @@ class NiftiReader(NibabelReader):
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
         for name in ensure_tuple(data):
-            image = nibabel.load(name)  # the header alone, as it is: MONAI repairs some
+            image = nibabel.load(name)  # only the header, unmodified; MONAI repairs some headers
             dtype = image.get_data_dtype()
             if dtype.kind not in "biuf":
-                raise KnowSAMValueError(f"its voxels are of type {dtype}, no real numbers.")
+                raise KnowSAMValueError(f"its voxels have type {dtype}; convert them to real numbers.")
             ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
             check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
             _check_affine(image.affine)
@@ -142,7 +148,7 @@ class NiftiReader(NibabelReader):
 
 
 class ArchiveReader(NumpyReader):
-    """Read .npy and .npz files for MONAI's `LoadImage`, archives that unpack to a size that can be meant.
+    """Read .npy and .npz files for MONAI's `LoadImage`, and refuse archives that are too large when unpacked.
 
     Example:
         >>> from monai.transforms import LoadImage
@@ -159,27 +165,27 @@ class ArchiveReader(NumpyReader):
                     size = sum(member.file_size for member in archive.infolist())
             if size > LARGEST_IMAGE:
                 raise KnowSAMValueError(
-                    f"its arrays take {size / 2**30:.1f} GiB and the limit is {LARGEST_IMAGE / 2**30:g} GiB."
+                    f"its arrays take {size / 2**30:.1f} GiB but the limit is {LARGEST_IMAGE / 2**30:g} GiB; crop them."
                 )
         return super().read(data, **kwargs)
 
 
 class LoadCased(MapTransform):
-    """Load the image files of a case, whatever `LoadImage` reads plus .h5 and .nrrd, and name one that cannot be read.
+    """Load a case's image files in the formats of `LoadImage`, .h5 and .nrrd, and name files that cannot be read.
 
-    In an h5 file the dataset called like the key is read, NRRD files by `SimpleITKReader`. Everything else is MONAI's
-    `LoadImage`, which picks its reader by the file's suffix. A header that declares more than 2 GiB of voxels, or more
-    than its file can hold, is refused before they are read; so is one that points at a file elsewhere.
+    h5 files are read by `H5Reader`, with the key as the name of the dataset, and NRRD files by `SimpleITKReader`. For
+    other formats MONAI's `LoadImage` chooses the reader by suffix. Headers are checked before voxels are read: more
+    than 2 GiB of voxels, more voxels than the file can contain, and data files in other folders are refused.
 
     Args:
-        keys: keys whose values are paths (a list of paths: the channels of one image).
+        keys: keys of paths; a list of paths gives the channels of one image.
         slice_axis: see `H5Reader`.
-        allow_missing_keys: skip keys that an item does not have: unlabeled items have no label.
+        allow_missing_keys: whether to skip missing keys, such as the label of unlabeled items.
         kwargs: further arguments of `LoadImage`.
 
     Raises:
-        ValueError: if a file is missing, corrupt or of an unknown format, has no voxels, or an affine that is no
-            geometry; it names the file.
+        ValueError: if a file is missing, corrupt or of unknown format, or if it has no voxels or an invalid affine; the
+            message names the file.
 
     Example:
         >>> load = LoadCased(keys=["image", "label"], allow_missing_keys=True)
@@ -195,7 +201,7 @@ class LoadCased(MapTransform):
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
             self.loaders[key].register(NiftiReader())
             self.loaders[key].register(ArchiveReader())
-            # by its content: PIL would give a .png that is PostScript to an interpreter
+            # restricted formats: PIL would run PostScript in a .png file
             self.loaders[key].register(PILReader(formats=("PNG", "JPEG", "BMP")))
             self.loaders[key].register(SimpleITKReader())
             self.loaders[key].register(H5Reader(dataset=str(key), slice_axis=slice_axis))
@@ -205,10 +211,10 @@ class LoadCased(MapTransform):
         for key in self.key_iterator(case):
             path = case[key]
             try:
-                for one in ensure_tuple(path):
-                    _check_is_file(one)
+                for file in ensure_tuple(path):
+                    _check_is_file(file)
                 case[key] = _checked(self.loaders[key](path))
-            except Exception as error:  # every reader has its own exceptions
+            except Exception as error:  # readers raise many kinds of errors
                 raise KnowSAMValueError(
                     f"`{key}` must be a readable image but {path} is not: {_reason(error)}"
                 ) from error
@@ -216,15 +222,15 @@ class LoadCased(MapTransform):
 
 
 def _check_is_file(path: PathLike) -> None:
-    """A pipe or a device would be waited for; folders are read by those who have a reader of DICOM series."""
+    """Refuse pipes and devices, whose reading would block; folders may be DICOM series."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise KnowSAMValueError("it is no file but a pipe, a socket or a device.")
+        raise KnowSAMValueError("it is a pipe, a socket or a device; use a regular file.")
 
 
 def _checked(image: torch.Tensor) -> torch.Tensor:
     if image.numel() == 0:
-        raise KnowSAMValueError(f"it has no voxels, its shape is {tuple(image.shape)}.")
+        raise KnowSAMValueError(f"it has no voxels, its shape is {tuple(image.shape)}; restore the file.")
     if isinstance(image, MetaTensor):
         _check_affine(image.affine.numpy())
     return image
@@ -236,11 +242,11 @@ def _check_affine(affine: np.ndarray) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; NumPy's and MONAI's advise to load what could run code."""
+    """The first line of an error, without the advice of NumPy and MONAI to load code."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "allow_pickle" not in lines[0]:
         return lines[0]
     cause = str(error.__cause__ or error)
     if "pickle" in cause or "Object arrays" in cause:
-        return "it holds no plain array; pickled Python objects are not loaded, since they could run code."
+        return "it is not a plain array; pickled Python objects are not loaded, since they could run code."
     return cause

@@ -1,4 +1,4 @@
-"""Which rows make which batch of two endless streams: a function of the seed alone."""
+"""Sampling of batches from two endless streams, as a function of the seed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.seeds import derive_seed
 
-__all__ = ["LABELED", "UNLABELED", "RowKey", "TwoStreamSampler", "derive_seed"]
+__all__ = ["LABELED", "UNLABELED", "RowKey", "TwoStreamSampler"]
 
 LABELED, UNLABELED = 0, 1
 
 
 class RowKey(NamedTuple):
-    """One row: its stream, how often the stream has been through before, and the item's index."""
+    """One row: its stream, the number of earlier passes over the stream, and the item's index."""
 
     stream: int
     epoch: int
@@ -25,21 +25,20 @@ class RowKey(NamedTuple):
 
 
 class TwoStreamSampler:
-    """Batch sampler that goes on from `next_iteration` for `len(self)` batches, labelled rows first.
+    """Sample `len(self)` batches from `next_iteration` on, labeled rows first.
 
-    Pass e over the n items of a stream is a permutation drawn from (seed, stream, e): every item comes once before any
-    comes again. Rank r of w takes the r-th of w equal, contiguous parts of the labelled rows of a batch and of the
-    unlabelled ones.
+    Pass e over the items of a stream is a permutation drawn from (seed, stream, e). Rank r of w takes the r-th of w
+    equal, contiguous parts of a batch's labeled rows, and of its unlabeled rows.
 
     Args:
-        sizes: number of labelled and of unlabelled items.
-        batch_sizes: labelled and unlabelled rows of the whole batch, over all ranks.
-        seed: of the order.
-        rank: part that is made here. Default: from `torch.distributed` where it is initialised by then, else 0.
-        world_size: number of parts. Default as for `rank`.
+        sizes: numbers of labeled and of unlabeled items.
+        batch_sizes: numbers of labeled and of unlabeled rows in a batch, summed over all ranks.
+        seed: seed of the order.
+        rank: this process's part. Default: from `torch.distributed` if it is initialized by then, else 0.
+        world_size: number of parts. Default: as for `rank`.
 
     Raises:
-        ValueError: if `rank` is no part of `world_size`, or a batch size is not a multiple of `world_size`.
+        ValueError: if `rank` is not below `world_size`, or if a batch size is not a multiple of `world_size`.
 
     Example:
         >>> sampler = TwoStreamSampler(sizes=(2, 3), batch_sizes=(1, 2))
@@ -62,25 +61,22 @@ class TwoStreamSampler:
         self.world_size = world_size
         self.next_iteration = 0
         self._orders: dict[tuple[int, int], list[int]] = {}
-        self.shard()  # what is already known to be wrong is said here
+        self.shard()  # checks the arguments early
 
     def __len__(self) -> int:
         stream = UNLABELED if self.batch_sizes[UNLABELED] else LABELED
         return -(-self.sizes[stream] // self.batch_sizes[stream])
 
     def __iter__(self) -> Iterator[list[RowKey]]:
-        first = self.next_iteration  # workers run ahead of it afterwards
+        first = self.next_iteration  # workers prefetch, so it changes during the loop
         rank, world_size = self.shard()
         for iteration in range(first, first + len(self)):
             yield self.keys(iteration, rank, world_size)
 
     def shard(self) -> tuple[int, int]:
-        """This process's rank and the number of ranks."""
-        rank, world_size = self.rank, self.world_size
-        if world_size is None:
-            world_size = ranks.world_size()
-        if rank is None:
-            rank = ranks.rank()
+        """Return this process's rank and the number of ranks."""
+        rank = ranks.rank() if self.rank is None else self.rank
+        world_size = ranks.world_size() if self.world_size is None else self.world_size
         if not 0 <= rank < world_size:
             raise KnowSAMValueError(f"`rank` must be from 0 to {world_size - 1} but is {rank}.")
         for name, batch_size in zip(("labeled", "unlabeled"), self.batch_sizes):
@@ -92,7 +88,7 @@ class TwoStreamSampler:
         return rank, world_size
 
     def keys(self, iteration: int, rank: int, world_size: int) -> list[RowKey]:
-        """The rows of one rank in batch number `iteration` of the run."""
+        """Return the rows of one rank in batch number `iteration` of the run."""
         keys = []
         for stream, (size, batch_size) in enumerate(zip(self.sizes, self.batch_sizes)):
             part = batch_size // world_size
@@ -104,8 +100,8 @@ class TwoStreamSampler:
 
     def _order(self, stream: int, epoch: int) -> list[int]:
         if (stream, epoch) not in self._orders:
-            self._orders.pop((stream, epoch - 2), None)  # a batch reaches into two passes at most
-            # RandomState's streams are frozen by numpy; a Generator's may change with its version.
+            self._orders.pop((stream, epoch - 2), None)  # a batch spans two passes at most
+            # NumPy guarantees the streams of RandomState, but not those of Generator.
             generator = np.random.RandomState(derive_seed(self.seed, stream, epoch))
             self._orders[stream, epoch] = generator.permutation(self.sizes[stream]).tolist()
         return self._orders[stream, epoch]

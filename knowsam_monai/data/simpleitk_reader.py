@@ -1,4 +1,4 @@
-"""Reading NRRD and MetaImage files with SimpleITK, their geometry included."""
+"""Reading NRRD and MetaImage files with SimpleITK, including their geometry."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ __all__ = ["SimpleITKReader"]
 class SimpleITKReader(ImageReader):
     """Read NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd) files for MONAI's `LoadImage`.
 
-    MONAI's own readers of these formats need `itk` or `pynrrd`. The affine is that of MONAI's NIfTI reader: voxel index
-    to millimetres towards right, anterior and superior,
+    MONAI's own readers of these formats need `itk` or `pynrrd`. As in MONAI's NIfTI reader, the affine maps voxel
+    indices to RAS coordinates in mm:
 
         affine = diag(-1, -1, 1) [direction diag(spacing), origin],
 
-    because ITK's coordinates count towards left and posterior. A flipped axis stays flipped, in voxels and in affine.
-    The header is read first: a size that cannot be meant is refused, and so is a header that points at a file outside
-    of its own folder. Axes of length 1 after the third are left out.
+    because ITK uses LPS coordinates. Axes are not reordered or flipped. The header is checked first: impossible sizes
+    and data files outside its folder are refused. Axes of length 1 after the third are dropped.
 
     Shape:
-        (x, y, z), the file's own order of axes, or (ch, x, y, z) for voxels of several values or several files.
+        (x, y, z), in the file's order of axes, or (ch, x, y, z) for several values per voxel or several files.
 
     Raises:
         ImportError: if SimpleITK is not installed.
-        ValueError: if a file cannot be read, is neither 2D nor 3D, or several files do not share one grid.
+        ValueError: if a file cannot be read, if it is neither 2D nor 3D, or if several files have different grids.
 
     Example:
         >>> from monai.transforms import LoadImage
@@ -54,7 +53,9 @@ class SimpleITKReader(ImageReader):
                 images.append(_read_file(name))
             except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).rpartition("ERROR:")[2].split())
-                raise KnowSAMValueError(f"`data` must be a whole image file but {name} is not ({reason})") from error
+                raise KnowSAMValueError(
+                    f"`data` must be an intact image file but {name} is not ({reason}); restore it."
+                ) from error
         return images
 
     def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
@@ -65,9 +66,9 @@ class SimpleITKReader(ImageReader):
         sizes = [image.GetSize() for image in images]
         if any(size != sizes[0] or not np.allclose(affine, affines[0]) for size, affine in zip(sizes, affines)):
             raise KnowSAMValueError(
-                f"`data` must be files of one grid, the channels of an image, but has sizes {sizes}."
+                f"`data` must be files with one grid, the channels of an image, but their sizes are {sizes}."
             )
-        # SimpleITK gives (z, y, x) and the values of a voxel last.
+        # SimpleITK returns (z, y, x, values).
         arrays = [SimpleITK.GetArrayFromImage(image).T for image in images]
         has_channels = images[0].GetNumberOfComponentsPerPixel() > 1
         if len(arrays) == 1:
@@ -88,19 +89,19 @@ def _read_file(name: str) -> Any:
         import SimpleITK
     except ImportError as error:
         raise KnowSAMImportError(
-            "`SimpleITK` must be installed to read NRRD files but is not. Run pip install SimpleITK."
+            "`SimpleITK` must be installed to read NRRD files but is not; run `pip install SimpleITK`."
         ) from error
     files = detached_files(name) or [Path(name)]
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(name)
-    # by the suffix: ITK would take the reader of any format that it finds inside
+    # set by the suffix, since ITK would choose the format by content
     reader.SetImageIO("NrrdImageIO" if name.lower().endswith(("nrrd", "nhdr")) else "MetaImageIO")
     reader.ReadImageInformation()
     size, num_values = reader.GetSize(), reader.GetNumberOfComponents()
     itemsize = SimpleITK.Image([1, 1], reader.GetPixelID(), num_values).GetSizeOfPixelComponent()
     check_size((*size, num_values), itemsize, sum(file.stat().st_size for file in files), LARGEST_RATIO)
     if any(length > 1 for length in size[3:]):
-        raise KnowSAMValueError(f"`data` must be 2D or 3D but {name} has {len(size)} axes.")
+        raise KnowSAMValueError(f"`data` must be 2D or 3D but {name} has {len(size)} axes; extract a 3D image.")
     reader.SetExtractSize([*size[:3], *(0 for _ in size[3:])])
     return reader.Execute()
 

@@ -1,4 +1,4 @@
-"""Cutting a published list of training patients, and saying what a folder lacks: shared by all data lists."""
+"""Helpers of the data lists: splitting a published list of training patients, and reading files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["existing_file", "listed_names", "read_json", "split_training", "unkn
 def split_training(
     training: Sequence[str], labeled_patients: int, holdout_patients: int, protocols: Collection[int]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Cut a training list, in its order, into labelled, unlabelled and held-out patients.
+    """Split a training list, in its order, into labeled, unlabeled and held-out patients.
 
     Args:
-        training: names of the training patients; the first `labeled_patients` are labelled.
+        training: names of the training patients; the first `labeled_patients` are labeled.
         labeled_patients: one of `protocols`.
-        holdout_patients: this many, the last of the list, are held out.
-        protocols: the published numbers of labelled patients.
+        holdout_patients: number of patients to hold out from the end of the list.
+        protocols: the published numbers of labeled patients.
 
     Raises:
-        ValueError: if `labeled_patients` is no published number, or fewer patients than that are left.
+        ValueError: if `labeled_patients` is not a published number, or if the list is too short.
 
     Example:
         >>> split_training("abcdef", labeled_patients=2, holdout_patients=1, protocols=(2, 3))
@@ -33,8 +33,8 @@ def split_training(
     """
     if type(labeled_patients) is not int or labeled_patients not in protocols:
         raise KnowSAMValueError(
-            f"`labeled_patients` must be one of {list(protocols)} but is {labeled_patients!r}. "
-            "Other selections can be written as a data-list JSON."
+            f"`labeled_patients` must be one of {list(protocols)} but is {labeled_patients!r}; "
+            "write a data-list JSON for other selections."
         )
     if labeled_patients > len(training):
         raise KnowSAMValueError(
@@ -52,58 +52,60 @@ def split_training(
 
 
 def without_labels(items: Sequence[dict]) -> list[dict]:
-    """The same items as unlabelled ones: no label key at all."""
+    """The same items without a label key."""
     return [{key: value for key, value in item.items() if key != "label"} for item in items]
 
 
-def existing_file(path: Path, whole: str) -> str:
-    """The path of a file that must be there, as text; `whole` says in the error what it is a part of."""
+def existing_file(path: Path, content: str) -> str:
+    """The path of a file that must exist, as text; `content` describes for the error what is required."""
     if not os.path.isfile(path):
-        raise KnowSAMFileNotFoundError(f"`dataset_dir` must hold {whole} but {path} is missing. Unpack the data again.")
+        raise KnowSAMFileNotFoundError(
+            f"`dataset_dir` must contain {content} but {path} is missing; unpack the data again."
+        )
     return str(path)
 
 
 def listed_names(path: Path) -> list[str]:
-    """The names in a text file of names, one a line; none leads out of the folder."""
+    """The names in a text file with one name per line; names that leave the folder are refused."""
     try:
         names = path.read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise KnowSAMValueError(
-            f"`{path.name}` must be a text file of names but {path} is not. Unpack it again."
+            f"`{path.name}` must be a text file of names but {path} is not; unpack it again."
         ) from error
     for name in names:
         if ".." in (PurePosixPath(name).parts or "..") or name.startswith("/"):
             raise KnowSAMValueError(
-                f"`{path.name}` must have names of its folder's data but {path} has {name!r}. Mend the list."
+                f"`{path.name}` must only have names in its own folder but {path} has {name!r}; correct the list."
             )
     return names
 
 
 def read_json(path: str | Path) -> Any:
-    """What is in a JSON file. A byte-order mark is left out; a key may be there once.
+    """Read a JSON file, with or without a byte-order mark.
 
     Raises:
-        ValueError: if it cannot be read, is no JSON, is nested too deeply, or an object has a key twice; without the
-            file's name.
+        ValueError: if it cannot be read, is not JSON, is nested too deeply, or has a duplicate key in an object;
+            without the file's name.
     """
     try:
-        return json.loads(Path(path).read_bytes(), object_pairs_hook=_different_keys)
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise KnowSAMValueError("it is nested too deeply") from None
     except OSError as error:
         raise KnowSAMValueError(error.strerror) from error
 
 
-def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
-        raise KnowSAMValueError(f"the key {twice!r} is there twice")
+        duplicate = next(key for key in content if sum(key == other for other, _ in pairs) > 1)
+        raise KnowSAMValueError(f"the key {duplicate!r} appears twice")
     return content
 
 
 def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> KnowSAMValueError:
-    """The error for a `dataset_dir` in which no known form was found; `forms` say what was looked for."""
+    """The error for a `dataset_dir` without a known format; `forms` describe the supported ones."""
     root = Path(os.path.expanduser(dataset_dir))
     lists: list[Path] = []
     if not os.path.exists(root):
@@ -113,12 +115,12 @@ def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bo
     elif not os.access(root, os.R_OK | os.X_OK):
         found = "cannot be read"
     else:
-        found = "holds none of them" if any(root.iterdir()) else "is empty"
+        found = "contains none of them" if any(root.iterdir()) else "is empty"
         lists = [path for path in sorted(root.glob("*.json")) if _is_datalist(path)]
-    remedy = f"Give the data list in it, {lists[0]}" if lists else "Give the folder that contains one of these"
-    phantom = ", or no `dataset_dir` for the synthetic phantom" if or_phantom else ""
+    remedy = f"use its data list {lists[0]}" if lists else "use the folder that contains one of these"
+    phantom = ", or leave out `dataset_dir` to use the synthetic phantom" if or_phantom else ""
     return KnowSAMValueError(
-        f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}. {remedy}{phantom}."
+        f"`dataset_dir` must be {', '.join(forms)} or a data-list *.json but {root} {found}; {remedy}{phantom}."
     )
 
 

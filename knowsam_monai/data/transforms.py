@@ -1,4 +1,4 @@
-"""The transforms that MONAI lacks: checking a case by name, scaling by volume, splitting a volume into slices."""
+"""Transforms that MONAI lacks: checking cases, scaling by volume, and splitting volumes into slices."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
 
-AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # names of the ends of the axes, as nibabel has them
+AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
 
-# Resampling and arithmetic in float32 leave labels so far beside their integer.
+# Tolerance for labels that resampling or float32 arithmetic moved off their integers.
 ROUNDED = 1e-3
-# The square of a larger one is no float32, and so neither is the variance.
+# The square of a larger value overflows float32, and so does the variance.
 LARGEST_VALUE = 1e18
 
 logger = logging.getLogger(__name__)
 
 
 class CheckDatad(Transform):
-    """Refuse a case that would silently train wrong, naming its file, and give its label the image's grid and classes.
+    """Refuse cases that would silently spoil training, and fix a label's grid and values.
 
-    A label whose header has the image's grid with axes in another order or direction is turned to the image's. One that
-    differs otherwise, as after a tool that lost the header, is taken as aligned voxel by voxel, and gets the image's
-    affine. Either is warned of. Label values within 0.001 of an integer are rounded. Of two classes a mask of 0 and 255
-    is read as 0 and 1, which is warned of once.
+    A label with the image's grid but another order or direction of axes is reoriented to the image. With other
+    differences, such as a lost header, voxels are assumed to be aligned, and the label gets the image's affine. Both
+    cause a warning. Label values within 0.001 of an integer are rounded. With two classes, a mask of 0 and 255 is read
+    as 0 and 1, with one warning.
 
     Args:
         image_key: key of the image, channel first.
-        label_key: key of the label, channel first, one channel of class numbers; absent in unlabelled items.
-        num_classes: number of classes C, background included: label values are the integers 0 to C - 1.
-        num_channels: channels that the network takes; None for any number.
-        num_axes: spatial axes that the network takes; None for 2 or 3.
-        warn: whether what is put right is warned of.
+        label_key: key of the label, one channel of class numbers; absent in unlabeled items.
+        num_classes: number of classes C, background included; label values are the integers 0 to C - 1.
+        num_channels: input channels of the network; None for any number.
+        num_axes: spatial axes of the network's input; None for 2 or 3.
+        warn: whether to warn about corrections.
 
     Shape:
         image (ch, *spatial), label (1, *spatial).
 
     Raises:
-        ValueError: if the image has another number of channels or axes, NaN, infinite values or some above 1e18, the
-            label has another spatial shape or more than one channel, or a label value is no integer from 0 to C - 1.
+        ValueError: if the image has another number of channels or axes, or values that are NaN, infinite or above 1e18;
+            if the label has another spatial shape or several channels; if its values are not integers from 0 to C - 1.
 
     Example:
         >>> check = CheckDatad(num_classes=4)
@@ -78,25 +78,24 @@ class CheckDatad(Transform):
         if image.ndim - 1 not in ((2, 3) if self.num_axes is None else (self.num_axes,)):
             raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_axes or '2 or 3'} spatial axes but {image_name(image)} has "
-                f"{image.ndim - 1}, {tuple(image.shape[1:])}. Take the bundle for images of that kind, or write one "
-                "image to each file."
+                f"{image.ndim - 1}, {tuple(image.shape[1:])}; use the bundle for such images, or split the file."
             )
         if self.num_channels not in (None, image.shape[0]):
             raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
-                f"{image.shape[0]}. Set `in_channels` to the channels of the data."
+                f"{image.shape[0]}; set `in_channels` to the channels of the data."
             )
-        extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN where there is one
+        extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN if there is one
         if not extremes.isfinite().all():
             num_bad = int(image.numel() - torch.isfinite(image).sum())
             raise KnowSAMValueError(
-                f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values. "
-                "Repair or remove the file."
+                f"`{self.image_key}` must be finite but {image_name(image)} has {num_bad} NaN or infinite values; "
+                "repair or remove the file."
             )
         if extremes.abs().max() > LARGEST_VALUE:
             raise KnowSAMValueError(
                 f"`{self.image_key}` must have values up to {LARGEST_VALUE:g} but {image_name(image)} goes from "
-                f"{extremes[0]:g} to {extremes[1]:g}, whose squares are infinite. Replace what stands for no value."
+                f"{extremes[0]:g} to {extremes[1]:g}, whose squares overflow; replace placeholders of missing values."
             )
         if self.label_key not in data:
             return data
@@ -105,22 +104,21 @@ class CheckDatad(Transform):
         return data if label is data[self.label_key] else {**data, self.label_key: label}
 
     def _on_grid_of(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        both = (image, label)
-        if not all(isinstance(one, MetaTensor) and one.meta.get("spacing_known", True) for one in both):
+        if not all(isinstance(x, MetaTensor) and x.meta.get("spacing_known", True) for x in (image, label)):
             return label
         if _is_close(image.affine, label.affine):
             return label
-        said = "different affines: the voxels are taken as aligned"
-        placed = label.clone()
+        difference = "different affines: their voxels are assumed to be aligned"
+        aligned = label.clone()
         if image.ndim == label.ndim == 4:
             turned = Orientation(axcodes=nibabel.aff2axcodes(image.affine.numpy()), labels=AXES)(label)
             if turned.shape[1:] == image.shape[1:] and _is_close(turned.affine, image.affine):
-                said = "axes in another order or direction: the label is turned to the image's"
-                placed = turned
-        placed.affine, placed.applied_operations = image.affine.clone(), []
+                difference = "axes in another order or direction: the label is reoriented to the image"
+                aligned = turned
+        aligned.affine, aligned.applied_operations = image.affine.clone(), []
         if self.warn:
-            logger.warning("%s and its label have %s.", image_name(image), said)
-        return placed
+            logger.warning("%s and its label have %s.", image_name(image), difference)
+        return aligned
 
     def _as_classes(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
@@ -129,23 +127,24 @@ class CheckDatad(Transform):
                 f"{image_name(label)} has shape {tuple(label.shape)} for the image {image_name(image)}."
             )
         plain = torch.as_tensor(label)
-        if plain.is_floating_point() and 0 < (plain - plain.round()).abs().max() <= ROUNDED:  # not so for NaN
+        if plain.is_floating_point() and 0 < (plain - plain.round()).abs().max() <= ROUNDED:  # False for NaN
             label = label.round()
             plain = torch.as_tensor(label)
         low, high = torch.aminmax(plain)
         if self.num_classes == 2 and high == 255 and ((plain == 0) | (plain == 255)).all():
             if self.warn and not self.has_warned_of_masks:
                 logger.warning(
-                    "%s has the values 0 and 255: read as 0 and 1, here and in further files.", image_name(label)
+                    "%s has the values 0 and 255, which are read as 0 and 1, in this and all other files.",
+                    image_name(label),
                 )
                 self.has_warned_of_masks = True
             return label // 255
-        if not (low >= 0 and high < self.num_classes and (plain == plain.floor()).all()):  # so for NaN
+        if not (low >= 0 and high < self.num_classes and (plain == plain.floor()).all()):  # True for NaN
             wrong = [v for v in torch.unique(plain).tolist() if v not in range(self.num_classes)]
             shown = ", ".join(list(dict.fromkeys(f"{v:.5g}" for v in wrong))[:5])
             raise KnowSAMValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
-                f"{image_name(label)} has {shown}. Set `num_classes` to the classes of the data or map the labels."
+                f"{image_name(label)} has {shown}; set `num_classes` to the classes of the data, or map the labels."
             )
         return label
 
@@ -153,15 +152,15 @@ class CheckDatad(Transform):
 class ScaleVolumed(MapTransform):
     """Scale an image to 0..1 over its whole volume.
 
-    A slice file of a pack, an item with a `"slice"` number, stays as it is: it was scaled together with its volume when
-    the pack was made, and by its own range it would be brighter in training than its volume is in validation.
+    A slice file of a pack, an item with a `"slice"` number, is not changed: it was scaled with its volume when the pack
+    was made. Scaled by its own range, it would be brighter in training than its volume in validation.
 
     Args:
         keys: keys of the images.
-        channel_wise: whether each channel is scaled by itself.
+        channel_wise: whether to scale each channel separately.
 
     Raises:
-        ValueError: if a slice file has values outside 0..1.
+        ValueError: if a slice file has values outside of 0..1.
 
     Example:
         >>> scaled = ScaleVolumed("image")({"image": torch.tensor([[[2.0, 4.0], [3.0, 2.0]]])})
@@ -184,15 +183,15 @@ class ScaleVolumed(MapTransform):
 
 
 class SplitSlicesd(MapTransform, MultiSampleTrait):
-    """Split a volume into its slices along the last axis; an image that is already 2D passes unchanged.
+    """Split a volume into its slices along the last axis; 2D images pass unchanged.
 
     Args:
-        keys: keys of the volumes to split together; a missing key is skipped (unlabelled items).
-        image_key: the key whose number of axes says whether the item is a volume.
+        keys: keys of the volumes to split together; missing keys are skipped.
+        image_key: the key whose number of axes decides whether the item is a volume.
 
     Shape:
-        (ch, H, W, D) gives D items of (ch, H, W), each with its own metadata (affine moved to the slice) and its
-        position in the stack as `"slice"`. (ch, H, W) gives the item itself.
+        (ch, H, W, D) becomes D items (ch, H, W), each with its own metadata (the affine of the slice) and its position
+        in the stack as `"slice"`. (ch, H, W) remains one item.
 
     Example:
         >>> slices = SplitSlicesd(keys=["image"])({"image": MetaTensor(torch.rand(1, 8, 8, 3))})
@@ -209,7 +208,7 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
         if data[self.image_key].ndim == 3:
             return dict(data)
         stacks = {key: self.split(data[key]) for key in self.key_iterator(data)}
-        # A slice is copied: a view would keep the whole volume in memory.
+        # Slices are copied, since a view would keep the whole volume in memory.
         return [
             {**data, **{key: stack[index].clone() for key, stack in stacks.items()}, "slice": index}
             for index in range(len(stacks[self.image_key]))
@@ -217,24 +216,24 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
 
 
 def check_slice_range(name: str, low: float, high: float, key: str = "image") -> None:
-    """Refuse a slice of a volume, an item with a `"slice"` number, that was not scaled together with the volume.
+    """Refuse an item with a `"slice"` number that was not scaled with its volume.
 
     Args:
-        name: of its file.
-        low: its smallest value.
-        high: its largest value.
+        name: name of its file.
+        low: its minimum.
+        high: its maximum.
         key: key of the image.
 
     Raises:
-        ValueError: if the values leave 0 to 1.
+        ValueError: if values are outside of 0..1.
 
     Example:
         >>> check_slice_range("patient001_frame01_slice_0.h5", low=0.0, high=0.8)
     """
     if low < 0 or high > 1:
         raise KnowSAMValueError(
-            f"`{key}` must be from 0 to 1, scaled with its volume, in an item with a slice number but {name} goes from "
-            f"{low:g} to {high:g}. Scale the volume first, or leave the number out to scale each file by itself."
+            f"`{key}` of an item with a slice number must be in 0..1, scaled with its volume, but {name} goes from "
+            f"{low:g} to {high:g}; scale the volume first, or leave the number out to scale each file separately."
         )
 
 
@@ -243,6 +242,6 @@ def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def image_name(image: torch.Tensor) -> str:
-    """The file an image came from, for messages."""
+    """The file of an image, for messages."""
     meta = image.meta if isinstance(image, MetaTensor) else {}
     return str(meta.get("filename_or_obj", "an image in memory"))

@@ -1,4 +1,4 @@
-"""What a 3D volume goes through before patches: orientation, spacing, a crop without labels, padding."""
+"""Preprocessing of 3D volumes: orientation, spacing, a crop that needs no label, and padding."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from knowsam_monai.data.declared_size import LARGEST_IMAGE
 from knowsam_monai.data.transforms import AXES, image_name
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["CropCentred", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
+__all__ = ["CropCenterd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
 
 logger = logging.getLogger(__name__)
 
 
 class OrientVolumed(Orientationd):
-    """Turn volumes so that their axes run the same way, those whose geometry is known; h5 packs pass unchanged.
+    """Reorient volumes of known geometry to the same axes; h5 packs pass unchanged.
 
-    However a scan was stored, the network and SAM's slices then see it the same way. The inverse turns back.
+    The network and SAM then see all scans in the same orientation. The inverse restores the original one.
 
     Args:
-        keys: keys of image and label; a missing one is skipped.
-        axcodes: where the axes run to. LPS is the order of DICOM's axial slices.
+        keys: keys of image and label; missing keys are skipped.
+        axcodes: directions of the axes. LPS is the order of DICOM's axial slices.
 
     Example:
         >>> image = MetaTensor(torch.arange(3.0).reshape(1, 3, 1, 1), affine=torch.eye(4))     # runs to R, A, S
@@ -47,16 +47,16 @@ class OrientVolumed(Orientationd):
 
 
 class ResampleVolumed(Spacingd):
-    """Resample volumes to one spacing, those whose spacing is known; h5 packs have lost theirs and pass unchanged.
+    """Resample volumes of known spacing to one spacing; h5 packs, which have none, pass unchanged.
 
     Args:
-        keys: keys of image and label; a missing one is skipped.
-        pixdim: spacing in mm along each axis. 0 keeps an axis as it is.
-        mode: interpolation of each key.
+        keys: keys of image and label; missing keys are skipped.
+        pixdim: spacing along each axis, mm. 0 keeps the axis unchanged.
+        mode: interpolation for each key.
 
     Raises:
-        ValueError: if a volume would become larger than an image may be, as where a header gives its spacing in another
-            unit than mm; it names the file.
+        ValueError: if a volume would become too large, for example because its header has a spacing in another unit
+            than mm; the message names the file.
 
     Example:
         >>> image = MetaTensor(torch.rand(1, 8, 8, 4), affine=torch.diag(torch.tensor([1.0, 1.0, 2.0, 1.0])))
@@ -95,17 +95,17 @@ class ResampleVolumed(Spacingd):
         return super().inverse(data) if _knows_geometry(self, data) else dict(data)
 
 
-class CropCentred(CropForegroundd):
-    """Crop a cube of so many millimetres around the image's centre of brightness, without looking at any label.
+class CropCenterd(CropForegroundd):
+    """Crop a cube around the image's center of brightness, without using labels.
 
-    Air and lungs are dark, so that the centre of brightness of an axial chest scan lies in the mediastinum. The left
-    atrium, about 100 mm wide with its veins, stays inside 200 mm when that centre is 50 mm off. An axis shorter than
-    the cube stays whole; a volume of unknown spacing, from an h5 pack, too. A crop that cuts into the label is warned
-    of, with the file. The inverse pads with 0.
+    Air and lungs are dark, so the center of brightness of an axial chest scan is in the mediastinum. The left atrium,
+    about 100 mm wide with its veins, is inside 200 mm even if that center is 50 mm off. Axes shorter than the cube and
+    volumes of unknown spacing, from h5 packs, are not cropped. If the crop removes part of the label, a warning names
+    the file. The inverse pads with 0.
 
     Args:
-        keys: keys to crop alike; a missing one is skipped.
-        size: edge of the cube, mm; None crops nothing.
+        keys: keys to crop equally; missing keys are skipped.
+        size: edge length of the cube, mm; None disables the crop.
         source_key: key of the image.
 
     Raises:
@@ -114,14 +114,14 @@ class CropCentred(CropForegroundd):
     Example:
         >>> image = MetaTensor(torch.zeros(1, 12, 6), affine=torch.eye(4))
         >>> image[0, 9, 2] = 1
-        >>> cropped = CropCentred("image", size=3)({"image": image})["image"]
+        >>> cropped = CropCenterd("image", size=3)({"image": image})["image"]
         >>> tuple(cropped.shape), cropped.nonzero().tolist()
         ((1, 3, 3), [[0, 1, 1]])
     """
 
     def __init__(self, keys: Any = ("image", "label"), size: float | None = 200.0, source_key: str = "image") -> None:
         if size is not None and not size > 0:
-            raise KnowSAMValueError(f"`size` must be a length above 0 mm, or None, but is {size}.")
+            raise KnowSAMValueError(f"`size` must be a length above 0 mm or None but is {size}.")
         super().__init__(
             keys,
             source_key=source_key,
@@ -142,8 +142,8 @@ class CropCentred(CropForegroundd):
             before, after = ((x[key] > 0).sum().item() for x in (data, case))
             if after < before:
                 logger.warning(
-                    "%s has %d of its %d labelled voxels outside of the %g mm around its image's centre of brightness, "
-                    "which is all that is kept; set `crop_size` larger, or to None (--crop_size '$None').",
+                    "%s loses %d of its %d labeled voxels to the crop of %g mm around its image's center of "
+                    "brightness; increase `crop_size`, or disable it (--crop_size '$None').",
                     image_name(data[key]),
                     before - after,
                     before,
@@ -156,11 +156,11 @@ class CropCentred(CropForegroundd):
 
 
 class PadVolumed(SpatialPadd):
-    """Pad a volume that is smaller than the patch with 0 on all sides, and say so with its name.
+    """Pad volumes smaller than the patch with 0 on all sides, with a warning that names the file.
 
     Args:
-        keys: keys to pad alike; a missing one is skipped.
-        spatial_size: the patch, in voxels.
+        keys: keys to pad equally; missing keys are skipped.
+        spatial_size: size of the patch, in voxels.
 
     Example:
         >>> tuple(PadVolumed("image", spatial_size=(8, 8, 8))({"image": torch.rand(1, 10, 8, 5)})["image"].shape)
@@ -174,15 +174,15 @@ class PadVolumed(SpatialPadd):
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
         image = data[self.first_key(data)]
         shape = tuple(image.shape[1:])
-        if any(size < least for size, least in zip(shape, self.patch)):
+        if any(size < patch_size for size, patch_size in zip(shape, self.patch)):
             logger.warning(
-                "%s is smaller, %s voxels, than a patch, %s: padded with 0.", image_name(image), shape, self.patch
+                "%s has %s voxels, fewer than a patch, %s, and is padded with 0.", image_name(image), shape, self.patch
             )
         return super().__call__(data, lazy=lazy)
 
 
 def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
-    """A mask (1, *spatial) of the cube; all of the image where its spacing is unknown."""
+    """A mask (1, *spatial) of the cube; the whole image if its spacing is unknown."""
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
     known = isinstance(image, MetaTensor) and image.meta.get("spacing_known", True)
     spacing = image.pixdim.tolist() if known else [0.0] * mask[0].ndim
@@ -190,12 +190,12 @@ def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
     brightness = brightness - brightness.min()
     box: list[slice] = []
     for axis, (length, step) in enumerate(zip(brightness.shape, spacing)):
-        kept = min(length, max(1, round(size / step))) if step else length
+        cube_length = min(length, max(1, round(size / step))) if step else length
         profile = brightness.sum([other for other in range(brightness.ndim) if other != axis])
         positions = torch.arange(length, dtype=profile.dtype)
-        centre = float((profile * positions).sum() / profile.sum()) if profile.sum() > 0 else (length - 1) / 2
-        first = min(max(round(centre - (kept - 1) / 2), 0), length - kept)
-        box.append(slice(first, first + kept))
+        center = float((profile * positions).sum() / profile.sum()) if profile.sum() > 0 else (length - 1) / 2
+        first = min(max(round(center - (cube_length - 1) / 2), 0), length - cube_length)
+        box.append(slice(first, first + cube_length))
     mask[(slice(None), *box)] = True
     return mask
 

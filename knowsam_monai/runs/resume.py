@@ -16,7 +16,7 @@ from monai.handlers import CheckpointSaver
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
-from knowsam_monai.files import NotATensorFile, read_tensor_file, remove_parts, save_checkpoint
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file, remove_parts, save_checkpoint
 from knowsam_monai.runs import stop_signals
 from knowsam_monai.runs.at_exception import add_exception_handler
 from knowsam_monai.runs.comparison import configured, digests, other_data, other_settings
@@ -256,9 +256,9 @@ class Resume:
             try:
                 state = read_tensor_file(file)
                 if not isinstance(state, dict) or "trainer" not in state:
-                    raise NotATensorFile("holds something else")
+                    raise InvalidCheckpointError("holds something else")
                 return file, state
-            except (OSError, NotATensorFile) as error:
+            except (OSError, InvalidCheckpointError) as error:
                 logger.warning("%s must be a whole checkpoint but is not: it %s; trying the one before.", file, error)
         if self.files():
             logger.warning("No checkpoint in %s is whole: this run starts from its beginning.", self.output_dir)

@@ -8,7 +8,7 @@ from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _state_dict(path: str) -> dict[str, Tensor]:
         )
     try:
         content = read_tensor_file(path)
-    except NotATensorFile as error:
+    except InvalidCheckpointError as error:
         raise KnowSAMValueError(
             f"`load_path` must be a PyTorch state dict but {path} {error}; save `state_dict()`."
         ) from error

@@ -1,4 +1,4 @@
-"""Whatever can teach: SAM with adapters and learnable prompts, SAM 2, a frozen network, slice by slice of a volume."""
+"""Teachers: SAM with adapters and learnable prompts, SAM 2, a frozen network, and 2D teachers on slices of volumes."""
 
 from __future__ import annotations
 

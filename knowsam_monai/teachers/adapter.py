@@ -1,4 +1,4 @@
-"""Adapters: small trainable bottlenecks that wrap the frozen modules of SAM."""
+"""Adapters: small trainable bottlenecks that wrap SAM's frozen modules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MLP_ADAPTER_SCALE = 0.5  # weight of the adapter beside an MLP
 class Adapter(nn.Module):
     """A bottleneck that starts as the identity (with skip) or as zero (without).
 
-    ``A(x) = W_2 GELU(W_1 x + b_1) + b_2 (+ x)`` with ``W_2 = 0, b_2 = 0`` at the start, so that a network with adapters
-    begins exactly where the network without them is. The authors' code initialises both layers at random.
+    ``A(x) = W_2 GELU(W_1 x + b_1) + b_2 (+ x)`` with ``W_2 = 0, b_2 = 0`` at the start, so adapters do not change a
+    network's output before training. The authors' code initializes both layers at random.
 
     Args:
         dim: C, the number of channels of input and output.
-        skip: whether the input is added to the output.
+        skip: whether to add the input to the output.
 
     Shape:
         - x: (..., C)
@@ -50,16 +50,16 @@ class Adapter(nn.Module):
 
 
 class AdaptedAttention(nn.Module):
-    """An attention of SAM (after its output projection, before the residual sum) followed by an adapter with skip.
+    """SAM's attention (after its output projection, before the residual sum) followed by an adapter with skip.
 
     ``y = A(attention(...))``
 
     Args:
-        attention: the module to wrap; it gets the arguments of the call as they are.
-        dim: number of channels of its output.
+        attention: the module to wrap; it receives the arguments of the call.
+        dim: number of output channels.
 
     Shape:
-        - arguments: those of ``attention``
+        - input: as ``attention`` takes it
         - output: (..., dim)
 
     Example::
@@ -79,13 +79,13 @@ class AdaptedAttention(nn.Module):
 
 
 class AdaptedMLP(nn.Module):
-    """An MLP of SAM with an adapter beside it that sees the same input.
+    """SAM's MLP with an adapter in parallel.
 
     ``y = mlp(x) + 0.5 A(x)``
 
     Args:
         mlp: the module to wrap.
-        dim: number of channels of its input and output.
+        dim: number of input and output channels.
 
     Shape:
         - x: (..., dim)
@@ -108,14 +108,15 @@ class AdaptedMLP(nn.Module):
 
 
 def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
-    """Wrap attentions and MLPs of a SAM in place.
+    """Wrap the attentions and MLPs of a SAM in place.
 
-    Encoder block: an adapter on the attention's output and one beside the MLP. Decoder layer: one on the output of each
-    of the three attentions and one beside the token MLP; one on the final attention. Both forwards, upstream's own and
-    those of :mod:`knowsam_monai.teachers.sam_encoder` and :mod:`knowsam_monai.teachers.sam_decoder`, run them.
+    Each encoder block gets an adapter after its attention and one parallel to its MLP. Each decoder layer gets one
+    after each of its three attentions and one parallel to its MLP. The decoder's final attention gets one, too. The
+    forwards of :mod:`knowsam_monai.teachers.sam_encoder`, :mod:`knowsam_monai.teachers.sam_decoder` and upstream all
+    run them.
 
     Args:
-        sam: a `segment_anything` Sam, with its weights loaded: wrapping changes the names of its parameters.
+        sam: a `segment_anything` Sam with its weights loaded; wrapping renames its parameters.
         encoder: whether the image encoder gets adapters too.
 
     Example::

@@ -1,9 +1,9 @@
 """
-The network of a MONAI bundle, with its weights, without running the bundle's code.
+Load the network of a MONAI bundle and its weights without running the bundle's code.
 
-A bundle's config is code: expressions after "$" are evaluated, and "_target_" can name any function. Of its
-``inference`` config only `network_def` is read here. It is built when it is plain values around classes of networks,
-which nearly all bundles have; what is more than that is refused.
+A bundle's config is code: expressions after "$" are evaluated, and "_target_" can name any function. This module reads
+only `network_def` of the ``inference`` config. It builds network classes with plain values, which is all that most
+bundles have, and refuses anything else.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 CONFIGS = tuple(f"configs/inference.{ending}" for ending in ("json", "yaml", "yml"))
 MODEL, TORCHSCRIPT, METADATA = "models/model.pt", "models/model.ts", "configs/metadata.json"
-PACKAGES = ("monai.networks", "knowsam_monai.networks", "torch.nn")  # of whose classes a network is built
-BY_NAME = "monai.networks.nets"  # where a class without a package is
+PACKAGES = ("monai.networks", "knowsam_monai.networks", "torch.nn")  # a network may consist of their classes
+BY_NAME = "monai.networks.nets"  # package of a class that is named without one
 
 
 class BundleFacts(NamedTuple):
-    """What a bundle says of its network, None where it does not."""
+    """What a bundle states about its network; None or empty if it states nothing."""
 
     channel_names: dict[str, int]
     patch_size: tuple[int, ...] | None
@@ -39,12 +39,12 @@ class BundleFacts(NamedTuple):
 @kept_random_state()
 def build_bundle_network(folder: Path) -> nn.Module:
     """
-    Build `network_def` of a bundle's inference config and load ``models/model.pt`` into it, strictly.
+    Build `network_def` of a bundle's inference config and load ``models/model.pt`` into it strictly.
 
     Raises:
-        FileNotFoundError: when the config or the weights are missing.
-        ValueError: when `network_def` is missing, or is more than plain values around networks' classes, or the
-            weights are another network's.
+        FileNotFoundError: if the config or the weights are missing.
+        ValueError: if `network_def` is missing or has more than network classes and plain values, or if the weights
+            belong to another network.
 
     Example::
 
@@ -58,25 +58,27 @@ def build_bundle_network(folder: Path) -> nn.Module:
         definition = config["network_def"]
     except KeyError:
         raise KnowSAMValueError(
-            f"`path` must be a bundle that defines its network but {config_file} has no `network_def`; build the "
-            "network yourself and give it to `NetworkTeacher`."
+            f"`path` must be a bundle with a network definition but {config_file} has no `network_def`; build "
+            "the network yourself and pass it to `NetworkTeacher`."
         ) from None
-    except Exception as error:  # JSON's and YAML's own
-        raise KnowSAMValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it anew.") from error
-    network = _built(_plain(definition, config, config_file), config_file)
+    except Exception as error:  # the errors of JSON and YAML
+        raise KnowSAMValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it again.") from error
+    network = _built(_resolved(definition, config, config_file), config_file)
     if not isinstance(network, nn.Module):
         raise KnowSAMValueError(f"`network_def` of {config_file} must be a network but is {definition!r}.")
     expectation = f"`path` must be a bundle with its network's weights but {folder / MODEL}"
-    load_strictly(network, read_state_dict(folder / MODEL, expectation), expectation, "copy config and weights anew")
+    load_strictly(
+        network, read_state_dict(folder / MODEL, expectation), expectation, "copy the config and weights again"
+    )
     return network
 
 
 def check_bundle(path: str | os.PathLike[str]) -> Path:
     """
-    The folder of a bundle that has weights.
+    Return the path of a bundle's folder after checking that it has weights.
 
     Raises:
-        FileNotFoundError: when it is no folder or has no weights.
+        FileNotFoundError: if it is not a folder or has no weights.
 
     Example::
 
@@ -84,18 +86,18 @@ def check_bundle(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise KnowSAMFileNotFoundError(f"`path` must be a bundle's folder but {folder} is none; unpack a zip first.")
+        raise KnowSAMFileNotFoundError(f"`path` must be a bundle's folder but {folder} is not; unpack zip files first.")
     if not any((folder / name).is_file() for name in (MODEL, TORCHSCRIPT)):
         raise KnowSAMFileNotFoundError(
-            f"`path` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; get it whole "
-            f"with `python -m monai.bundle download --name {folder.name} --bundle_dir {folder.parent}`."
+            f"`path` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; download "
+            f"it with `python -m monai.bundle download --name {folder.name} --bundle_dir {folder.parent}`."
         )
     return folder
 
 
 def read_bundle_facts(folder: Path) -> BundleFacts:
     """
-    What ``metadata.json`` and LICENSE say; empty where they are missing or say nothing.
+    Read ``metadata.json`` and LICENSE. Missing entries are None or empty.
 
     Example::
 
@@ -120,20 +122,20 @@ def read_bundle_facts(folder: Path) -> BundleFacts:
     )
 
 
-def _plain(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, ...] = ()) -> Any:
-    """A value with its references to other plain values filled in."""
+def _resolved(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, ...] = ()) -> Any:
+    """A value with its references to other plain values resolved."""
     if isinstance(value, dict):
-        return {key: _plain(item, config, file, seen) for key, item in value.items()}
+        return {key: _resolved(item, config, file, seen) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item, config, file, seen) for item in value]
+        return [_resolved(item, config, file, seen) for item in value]
     if isinstance(value, str) and value.startswith("@"):
         found: Any = config
         keys = value[1:].replace("#", "::").split("::")
         for key in keys:
             found = found[int(key)] if isinstance(found, list) and key.isdigit() else _item(found, key)
         if value in seen or found is None:
-            raise _refused(file, f"the reference {value}, which leads to no value")
-        return _plain(found, config, file, (*seen, value))
+            raise _refused(file, f"the reference {value}, which has no plain value")
+        return _resolved(found, config, file, (*seen, value))
     if isinstance(value, str) and value.startswith(("$", "%")):
         raise _refused(file, f"the expression {value}")
     return value
@@ -155,7 +157,7 @@ def _built(value: Any, file: Path) -> Any:
     if special:
         raise _refused(file, some(special))
     if arguments.get("pretrained"):
-        raise _refused(file, "`pretrained`, for which it would download weights")
+        raise _refused(file, "`pretrained`, which would download weights")
     try:
         return _network_class(value["_target_"], file)(**arguments)
     except TypeError as error:
@@ -172,12 +174,12 @@ def _network_class(target: Any, file: Path) -> type[nn.Module]:
             found = None
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
-    raise _refused(file, f"the target {target}, no class of {', '.join(PACKAGES)}")
+    raise _refused(file, f"the target {target}, which is not a class of {', '.join(PACKAGES)}")
 
 
 def _refused(file: Path, what: str) -> KnowSAMValueError:
     return KnowSAMValueError(
-        f"`network_def` of {file} must be plain values around networks' classes but has {what}; a config is code, and "
-        "code that came with a file is not run: build the network yourself and give it to `NetworkTeacher`, or take "
-        "its TorchScript (`from_torchscript`)."
+        f"`network_def` of {file} must have only network classes and plain values but has {what}. A config is code, "
+        "and this package does not run the code of downloaded files; build the network yourself and pass it to "
+        "`NetworkTeacher`, or use its TorchScript file (`from_torchscript`)."
     )

@@ -1,20 +1,20 @@
 """
-What every teacher keeps to, and the check of it.
+The contract of every teacher, and a check of it.
 
-A teacher is a module ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial):
+A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are (B, channels, *spatial):
 
-- **Rows.** No row sees another, so labeled rows with a graph and unlabeled rows without one can run apart.
-- **Sizes and classes.** Any size that the student sees goes in, and the same size comes out, with one channel for each
-  class of the student. `num_classes` says how many there are.
-- **Values.** The image is in 0..1, and the teacher leaves it as it is. The logits are float32 (float64 for a float64
+- **Rows.** Rows are independent, so labeled rows with a graph and unlabeled rows without one can run separately.
+- **Sizes and classes.** It accepts any size that the student accepts and returns logits of that size, with one channel
+  for each class of the student. `num_classes` is their number.
+- **Values.** The image is in 0..1, and the teacher does not change it. The logits are float32 (float64 for a float64
   teacher) and finite.
-- **Eval mode.** It makes targets, so neither dropout nor batch statistics belong in them. ``teacher.train()`` leaves
-  every module in eval mode, the same call gives the same logits, and a call changes no weight and no buffer.
-- **Prompts.** The student's logits are a prompt at most: no gradient flows back into them.
-- **What trains.** Every parameter with `requires_grad` has a part in the logits. A teacher without one makes no graph
-  and needs no optimizer.
-- **Where it comes from.** `pretrained` says whether its weights were trained before, `pretrained_on` on what, and
-  `license` under which terms the weights can be used; None where that is not known.
+- **Eval mode.** Its logits are targets and must not depend on dropout or batch statistics. ``teacher.train()`` leaves
+  every module in eval mode, equal calls return equal logits, and a call changes no weight and no buffer.
+- **Prompts.** The student's logits are only a prompt: no gradient flows back into them.
+- **Training.** The logits depend on every parameter with `requires_grad`. A teacher without such parameters builds no
+  graph and needs no optimizer.
+- **Provenance.** `pretrained` tells whether its weights are pretrained, `pretrained_on` on which data, and `license` is
+  the license of the weights; each is None if unknown.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from torch import Tensor, nn
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.teachers.provenance import origin
 
-TOLERANCE = 1e-3  # of the largest logit: a batch is computed in another order than its rows
+TOLERANCE = 1e-3  # relative to the largest logit: a batch and its single rows are computed in different orders
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
     """
-    What :func:`check_teacher` found.
+    The result of :func:`check_teacher`.
 
     Args:
-        name: of the teacher's class.
-        num_classes: C of its logits.
-        num_parameters: all of them.
-        trainable: names of those that train; empty for a frozen teacher.
-        pretrained, pretrained_on, license: as the teacher says, or the name of its checkpoint
-            (:func:`knowsam_monai.teachers.origin`); None where neither does.
+        name: name of the teacher's class.
+        num_classes: number of channels C of its logits.
+        num_parameters: number of all parameters.
+        trainable: names of the trainable parameters; empty for a frozen teacher.
+        pretrained, pretrained_on, license: provenance of the weights, from the teacher or from the name of its
+            checkpoint (:func:`knowsam_monai.teachers.origin`); None if unknown.
 
     Example::
 
@@ -63,29 +63,28 @@ class TeacherFacts:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing trains, so that the teacher needs no optimizer."""
+        """Whether the teacher has no trainable parameters and needs no optimizer."""
         return not self.trainable
 
 
 def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = None) -> TeacherFacts:
     """
-    Call a teacher a few times and compare it with the contract above.
+    Call a teacher a few times and check that it fulfills the contract above.
 
-    The weights, gradients and modes of the teacher and the global random states are afterwards as they were. A cached
-    encoder keeps the embeddings of these images.
+    The check restores the teacher's weights, gradients and modes and the global random states. A cached encoder keeps
+    the embeddings of these images.
 
     Args:
         teacher: ``f(image, prompt_logits) -> logits``.
-        image: (B, channels, *spatial) with values in 0..1, two rows or more, as the student sees them and on the
-            teacher's device.
-        num_classes: C of the student (1 for a sigmoid). None: what the teacher says.
+        image: (B, channels, *spatial) in 0..1 with two or more rows, as the student sees them, on the teacher's device.
+        num_classes: C of the student (1 for a sigmoid). None: the teacher's `num_classes`.
 
     Returns:
-        What the teacher is.
+        Facts about the teacher.
 
     Raises:
-        TypeError: when `teacher` is not a module.
-        ValueError: when the image does not serve, or the teacher breaks the contract: one sentence says where.
+        TypeError: if `teacher` is not a module.
+        ValueError: if the image is unsuitable, or if the teacher breaks the contract.
 
     Example::
 
@@ -104,16 +103,16 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         )
     if not (0 <= image.min() and image.max() <= 1):
         raise KnowSAMValueError(f"`image` must be in 0..1 but is in {image.min():.4g}..{image.max():.4g}; scale it.")
-    said = getattr(teacher, "num_classes", None)
-    if said is not None and num_classes is not None and said != num_classes:
-        raise _broken(f"have the student's {num_classes} classes", f"has {said}")
-    num_classes = said if num_classes is None else num_classes
+    own_num_classes = getattr(teacher, "num_classes", None)
+    num_classes = own_num_classes if num_classes is None else num_classes
     if num_classes is None:
-        raise _broken("say its `num_classes`", "does not", "set that attribute, or give `num_classes` here")
+        raise _broken("have `num_classes`", "does not", "set that attribute, or pass `num_classes` here")
+    if own_num_classes not in (None, num_classes):
+        raise _broken(f"have the student's {num_classes} classes", f"has {own_num_classes}")
     for name, kind in (("pretrained", bool), ("pretrained_on", str), ("license", str)):
         value = getattr(teacher, name, None)
         if value is not None and not isinstance(value, kind):
-            raise _broken(f"have a {kind.__name__} as `{name}`, or None", f"has {value!r}")
+            raise _broken(f"have a {kind.__name__} or None as `{name}`", f"has {value!r}")
     facts = TeacherFacts(
         name=type(teacher).__name__,
         num_classes=num_classes,
@@ -123,7 +122,7 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         pretrained_on=origin(teacher).pretrained_on,
         license=origin(teacher).license,
     )
-    with _left_as_it_was(teacher, image):
+    with _restored_state(teacher, image):
         _check_modes(teacher)
         _check_calls(teacher, image, num_classes)
         _check_graph(teacher, image, num_classes)
@@ -136,8 +135,8 @@ def _check_modes(teacher: nn.Module) -> None:
     if training:
         raise _broken(
             "stay in eval mode after `train()`",
-            f"puts {len(training)} modules into training mode, {training[0]} first",
-            "let its `train` do `return super().train(False)`",
+            f"puts {len(training)} modules into training mode, such as {training[0]}",
+            "override `train` with `return super().train(False)`",
         )
 
 
@@ -146,38 +145,38 @@ def _check_calls(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
     image, before, values = image.clone(), image.clone(), _versions(teacher)
     try:
         logits = _call(teacher, image, prompt_logits)
-    except Exception as error:  # whatever its code raises
+    except Exception as error:  # its code may raise anything
         reason = " ".join(str(error).split())
         raise _broken(
-            f"take images of shape {tuple(image.shape)} and prompts of shape {tuple(prompt_logits.shape)}",
+            f"accept images of shape {tuple(image.shape)} and prompts of shape {tuple(prompt_logits.shape)}",
             f"raises {type(error).__name__}: {reason}",
         ) from error
     expected = prompt_logits.shape
     if not isinstance(logits, Tensor) or logits.shape != expected:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise _broken(
-            f"give logits of shape {tuple(expected)} for images of shape {tuple(image.shape)}",
-            f"gives {found}",
+            f"return logits of shape {tuple(expected)} for images of shape {tuple(image.shape)}",
+            f"returns {found}",
             "map its output to the student's classes and size",
         )
     if logits.dtype not in (torch.float32, torch.float64):
-        raise _broken("give logits in float32", f"gives {logits.dtype}")
+        raise _broken("return logits in float32", f"returns {logits.dtype}")
     if not logits.isfinite().all():
-        raise _broken("give finite logits", "gives NaN or infinite ones", "look at its weights, and clamp logarithms")
+        raise _broken("return finite logits", "returns NaN or infinity", "check its weights, and clamp logarithms")
     if not torch.equal(image, before):
-        raise _broken("leave the image as it is", "changes it in place", "let it work on a copy")
+        raise _broken("not change the image", "changes it in place", "work on a copy")
     tolerance = TOLERANCE * logits.abs().max().clamp(min=1)
     if (_call(teacher, image, prompt_logits) - logits).abs().max() > tolerance:
-        raise _broken("give the same logits for the same image", "does not", "take dropout and random draws out")
+        raise _broken("return the same logits for the same image", "does not", "remove dropout and random draws")
     rows = [_call(teacher, image[i : i + 1], prompt_logits[i : i + 1]) for i in range(len(image))]
     if (torch.cat(rows) - logits).abs().max() > tolerance:
         raise _broken(
-            "give each row the logits that it has alone",
-            "gives others in a batch",
-            "keep batch statistics and what else mixes rows out",
+            "return the same logits for a row alone and in a batch",
+            "does not",
+            "remove batch statistics and other operations across rows",
         )
     if _versions(teacher) != values:
-        raise _broken("change none of its weights and buffers in a call", "does", "put all of it into eval mode")
+        raise _broken("not change its weights and buffers in a call", "does", "keep all its modules in eval mode")
 
 
 def _check_graph(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
@@ -188,24 +187,24 @@ def _check_graph(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
     if not logits.requires_grad:
         if trainable:
             raise _broken(
-                "have a graph to the parameters that train",
-                f"has none to {len(trainable)} of them",
-                "take `no_grad` out, or freeze them with `requires_grad_(False)`",
+                "build a graph to its trainable parameters",
+                f"builds none to {len(trainable)} of them",
+                "remove `no_grad`, or freeze them with `requires_grad_(False)`",
             )
         return
-    # unlike a sum, which the softmax of logits would not move
+    # a plain sum would have no gradient through a softmax
     target = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
     inputs = (prompt_logits, *trainable.values())
     to_prompt, *gradients = torch.autograd.grad((logits * target).sum(), inputs, allow_unused=True)
     if to_prompt is not None:
-        raise _broken("pass no gradient to the prompt", "does", "detach `prompt_logits` in it")
+        raise _broken("pass no gradient to the prompt", "does", "detach `prompt_logits` in its forward")
     if not trainable:
-        raise _broken("make no graph when nothing in it trains", "does", "let it work under `torch.no_grad()`")
+        raise _broken("build no graph without trainable parameters", "does", "run it under `torch.no_grad()`")
     idle = [name for name, gradient in zip(trainable, gradients) if gradient is None]
     if idle:
         raise _broken(
-            "use every parameter that trains",
-            f"leaves {len(idle)} of them out, {idle[0]} first",
+            "use every trainable parameter",
+            f"does not use {len(idle)} of them, such as {idle[0]}",
             "freeze them with `requires_grad_(False)`",
         )
 
@@ -216,19 +215,19 @@ def _call(teacher: nn.Module, image: Tensor, prompt_logits: Tensor) -> Tensor:
 
 
 def _prompt(image: Tensor, num_classes: int) -> Tensor:
-    """Logits that differ from pixel to pixel, row to row and class to class, without a random draw."""
+    """Logits that differ between pixels, rows and classes, without a random draw."""
     shape = (len(image), num_classes, *image.shape[2:])
     ramp = torch.arange(shape[0] * num_classes * image[0, 0].numel(), dtype=image.dtype, device=image.device)
     return (ramp * 0.37).sin().view(shape) * 3
 
 
 def _versions(teacher: nn.Module) -> list[tuple[int, int]]:
-    """A change in place counts a tensor's version up."""
+    """An in-place change increments a tensor's version."""
     return [(x.data_ptr(), x._version) for x in (*teacher.parameters(), *teacher.buffers())]
 
 
 @contextmanager
-def _left_as_it_was(teacher: nn.Module, image: Tensor) -> Iterator[None]:
+def _restored_state(teacher: nn.Module, image: Tensor) -> Iterator[None]:
     modes = {module: module.training for module in teacher.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in teacher.buffers()]
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,4 +1,4 @@
-"""Embeddings of a frozen image encoder, computed once for each image: in memory, or memory-mapped in a folder."""
+"""Cache of a frozen image encoder's embeddings: each image is encoded once; kept in memory or in a folder."""
 
 from __future__ import annotations
 
@@ -20,36 +20,35 @@ from knowsam_monai.files import write_whole
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float16: "float16", torch.float32: "float32"}
-OWNER = "cache.json"  # says whose embeddings a folder holds
-LOOKUPS_WITHOUT_A_HIT = 2000  # after which something must make new images each time
+OWNER = "cache.json"  # records which encoder a folder's embeddings belong to
+LOOKUPS_WITHOUT_A_HIT = 2000  # after so many, a transform probably changes the images each time
 
 
 class EmbeddingCache:
-    """Look embeddings up by the content of their image; encode and keep those that are not there.
+    """Look up embeddings by image content, and encode missing ones.
 
-    The key is a hash of the image's values and of the encoder. A flipped or turned image has other values and so its
-    own entry, encoded by itself: nothing is turned after the encoder, and all is exact. Images are encoded one at a
-    time, without gradient and without autocast, so an entry does not depend on the batch that made it. Weights that
-    change in place make a new encoder, with other keys. Use it where images come again, as slices in eight
-    orientations do: with random intensities no image is seen twice, and the cache only grows, which is warned of.
+    The key is a hash of the image and the encoder. A flipped or rotated image has its own entry, so all embeddings are
+    exact. Images are encoded one at a time, without gradient and without autocast, so an entry does not depend on the
+    batch. In-place changes of the encoder's weights change the keys. The cache pays off if images repeat, such as
+    slices in eight orientations. With random intensities no image repeats and the cache only grows; a warning says so.
 
     Args:
-        encoder: the frozen encoder; its values are hashed.
-        facts: what else the embedding depends on (variant, image size): plain JSON values.
+        encoder: the frozen encoder; its parameters and buffers are hashed.
+        facts: what else the embedding depends on (variant, image size), as plain JSON values.
         shape: (D, h, w) of an embedding.
-        folder: keeps the embeddings, one file an image, for later runs too, and for several processes at once; made
-            where it is missing. None keeps them in memory.
-        dtype: torch.float16, half the room and an error of at most 2^-11 of each value; or torch.float32, exact.
+        folder: where to store the embeddings, one file per image. Later runs and concurrent processes can share it. It
+            is created if it is missing. None keeps the embeddings in memory.
+        dtype: torch.float16 (half the space, relative error of at most 2^-11) or torch.float32 (exact).
 
     Shape:
         - image: (B, 3, H, W)
         - output: (B, D, h, w), on the image's device, in the precision of the encoder's weights
 
     Raises:
-        ValueError: when `dtype` is another, when the folder holds embeddings of another encoder, size or precision, or
-            when an embedding is not finite in this precision. A file that is torn is warned of and computed again.
-        NotADirectoryError: when `folder` is a file.
-        PermissionError: when `folder` cannot be made.
+        ValueError: if `dtype` is unsupported, if the folder belongs to another encoder, size or precision, or if an
+            embedding is not finite in this precision. A damaged file causes a warning and is computed again.
+        NotADirectoryError: if `folder` is a file.
+        PermissionError: if `folder` cannot be created.
 
     Example::
 
@@ -78,14 +77,14 @@ class EmbeddingCache:
         self._versions: tuple[tuple[int, int], ...] = ()
         self._encoder_hash = ""
         self._num_lookups = self._num_hits = 0
-        self._follow_encoder()
+        self._update_encoder_hash()
 
     def __len__(self) -> int:
-        """Number of embeddings that are kept for this encoder."""
+        """Number of stored embeddings."""
         return len(self._entries) if self.folder is None else len(list(self.folder.glob("*.npy")))
 
     def __call__(self, image: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        self._follow_encoder()
+        self._update_encoder_hash()
         pixels = image.detach().cpu()
         rows = [self._embedding(pixels[i], image[i, None], encode) for i in range(len(image))]
         return torch.stack(rows).to(image.device, next(self.encoder.parameters()).dtype)
@@ -100,8 +99,8 @@ class EmbeddingCache:
         self._num_hits += kept is not None
         if self._num_lookups == LOOKUPS_WITHOUT_A_HIT and self._num_hits == 0:
             logger.warning(
-                "Of %d images of the cached encoder none came again: look for a random transform before "
-                "RandOrientationd, or take the encoder 'adapted'.",
+                "None of the first %d images of the cached encoder repeated: look for a random transform before "
+                "RandOrientationd, or set the encoder to 'adapted'.",
                 self._num_lookups,
             )
         if kept is None:
@@ -109,8 +108,8 @@ class EmbeddingCache:
                 kept = encode(image)[0].to("cpu", self.dtype).contiguous()
             if not kept.isfinite().all():
                 raise KnowSAMValueError(
-                    f"`dtype` of the cache must hold the encoder's values but in {self.dtype} one is not finite; take "
-                    "torch.float32, or look for NaN in the checkpoint."
+                    f"`dtype` of the cache must hold the encoder's values but one is not finite in {self.dtype}; "
+                    "use torch.float32, or look for NaN in the checkpoint."
                 )
             if self.folder is None:
                 self._entries[key] = kept
@@ -123,8 +122,8 @@ class EmbeddingCache:
         content.update(_bytes(pixels))
         return content.hexdigest()
 
-    def _follow_encoder(self) -> None:
-        """Hash the encoder's values when they may have changed: each change in place counts a tensor's version up."""
+    def _update_encoder_hash(self) -> None:
+        """Hash the encoder again if it may have changed: in-place changes increment a tensor's version."""
         versions = tuple((x.data_ptr(), x._version) for x in (*self.encoder.parameters(), *self.encoder.buffers()))
         if versions == self._versions:
             return
@@ -134,24 +133,24 @@ class EmbeddingCache:
             content.update(_bytes(value.detach().cpu()))
         if content.hexdigest() != self._encoder_hash:
             if self.folder is not None:
-                self._own_folder(self.folder, content.hexdigest())
+                self._claim_folder(self.folder, content.hexdigest())
             self._encoder_hash = content.hexdigest()
             self._entries.clear()
         self._versions = versions
 
-    def _own_folder(self, folder: Path, encoder_hash: str) -> None:
-        """Write down whose folder this is; refuse one that is another's."""
+    def _claim_folder(self, folder: Path, encoder_hash: str) -> None:
+        """Record the folder's encoder; refuse a folder of another one."""
         facts = {**self.facts, "encoder": encoder_hash, "shape": self.shape, "dtype": DTYPES[self.dtype]}
         facts = json.loads(json.dumps(facts))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise KnowSAMNotADirectoryError(
-                f"`cache_dir` must be a folder but {folder} is or lies in a file."
+                f"`cache_dir` must be a folder but {folder} is, or is inside, a file."
             ) from None
         except OSError as error:
             raise KnowSAMPermissionError(
-                f"`cache_dir` must be a folder that can be written but {folder} cannot ({error.strerror}); name "
+                f"`cache_dir` must be a writable folder but {folder} cannot be created ({error.strerror}); name "
                 "another."
             ) from error
         try:
@@ -167,14 +166,14 @@ class EmbeddingCache:
             other = next((name for name in facts if name in found and found[name] != facts[name]), None)
             reason = f"has no readable {OWNER}"
             if other is not None:
-                reason = f"holds those of {other} {found[other]}, and this teacher's is {facts[other]}"
+                reason = f"has those of {other} {found[other]} instead of {facts[other]}"
             raise KnowSAMValueError(
                 f"`cache_dir` must hold the embeddings of this encoder but {folder} {reason}; name another folder, or "
-                "delete that one."
+                "delete this one."
             )
 
     def _read(self, key: str) -> torch.Tensor | None:
-        """The embedding of a whole file, None where there is none; nothing that a file may hold is run."""
+        """The embedding of an intact file, else None; code in a file is never run."""
         path = self.folder / f"{key}.npy"
         try:
             record = np.lib.format.open_memmap(path, mode="r")
@@ -186,7 +185,7 @@ class EmbeddingCache:
             embedding = np.array(record["embedding"][0])
             if record["key"][0] == key.encode() and record["checksum"][0] == zlib.crc32(embedding):
                 return torch.from_numpy(embedding)
-        logger.warning("%s is torn or of another image: its embedding is computed again.", path)
+        logger.warning("%s is damaged or belongs to another image: its embedding is computed again.", path)
         return None
 
     def _write(self, key: str, embedding: torch.Tensor) -> None:
@@ -194,7 +193,8 @@ class EmbeddingCache:
         record["key"], record["embedding"] = key.encode(), embedding.numpy()
         record["checksum"] = zlib.crc32(embedding.numpy())
         path = self.folder / f"{key}.npy"
-        write_whole(path, lambda file: np.save(file, record, allow_pickle=False), sync=False)  # the checksum tells
+        # without sync: the checksum reveals a truncated file
+        write_whole(path, lambda file: np.save(file, record, allow_pickle=False), sync=False)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How an image that is not 0..1 becomes what SAM takes."""
+"""Scaling of a window of intensities to SAM's range, 0..1."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from knowsam_monai.errors import KnowSAMValueError
 
 class IntensityWindow:
     """
-    Three channels of one, a range of intensities scaled to 0..1 and what lies outside cut off: ``to_rgb`` of a teacher.
+    Scale a window of intensities to 0..1, clamp the rest, and repeat the channel three times: a ``to_rgb`` for
+    teachers.
 
     .. math:: rgb = clamp((x - low) / (high - low), 0, 1)
 
-    Volumes normalised to zero mean and unit variance need it, -2..4 for late-enhancement MR; CT a window in HU.
+    Use -2..4 for late-enhancement MR that was normalized to zero mean and unit variance, and a window in HU for CT.
 
     Args:
         low: intensity that becomes 0.
         high: intensity that becomes 1.
-        channel: which channel of the image.
+        channel: index of the image channel.
 
     Shape:
         - image: (B, channels, H, W)
         - output: (B, 3, H, W)
 
     Raises:
-        ValueError: when `high` is not above `low`.
+        ValueError: if `high` is not above `low`.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""A trained network as the teacher: frozen, its classes mapped onto the student's."""
+"""A trained, frozen network as a teacher, with its classes mapped to the student's."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from knowsam_monai.tensors import at_least_float32, class_logits, without_meta
 
 class NetworkTeacher(nn.Module):
     """
-    Any segmentation network that was trained before: a big model, another lab's, a bundle of the Model Zoo.
+    Teach with a trained segmentation network: a large model, another lab's model, or a Model Zoo bundle.
 
     .. math:: Y_c = \\log \\sum_{k \\in K_c} e^{z_k}
 
-    z are the network's logits and K_c the channels that make class c of the student. The softmax of Y is the sum of the
-    network's probabilities over those channels. The network is frozen, in place, and stays in eval mode. The prompt is
-    ignored: no weight and no student changes what it says of an image, so it needs no optimizer.
+    z are the network's logits, and K_c are the channels that form class c of the student. The softmax of Y sums the
+    network's probabilities over these channels. The network is frozen in place and stays in eval mode. It ignores the
+    prompt and needs no optimizer.
 
-    For a 2D network and a 3D student take ``SliceTeacher(NetworkTeacher(...))``.
+    For a 2D network and a 3D student use ``SliceTeacher(NetworkTeacher(...))``.
 
     Args:
-        network: ``f(image) -> logits`` (B, K, *spatial) of a softmax, or one channel of a sigmoid, which counts as the
-            two channels background and foreground. Several sigmoid channels that overlap do not fit.
-        channels: for each class of the student the network's channel, or those to merge, every channel once;
-            ``channels=4`` means 0 to 3 in order. For a sigmoid student one entry, the foreground; the rest is
-            background.
-        patch_size: what the network was trained on. An image is then cut into such windows, which are blended by a
-            Gaussian, and a smaller one is padded with 0. None: the whole image.
-        overlap: of these windows, 0..1.
-        windows_per_call: how many windows go through the network at once.
-        normalize: what the network wants instead of 0..1: "z_score" (each channel of each image to mean 0 and standard
-            deviation 1, as nnU-Net does for MR), or a callable (B, channels, *spatial) -> the same.
-        pretrained, pretrained_on, license: what is known of the weights, for preflight and report. Check whether the
+        network: ``f(image) -> logits`` (B, K, *spatial) for a softmax, or one sigmoid channel, which counts as two
+            channels, background and foreground. Several overlapping sigmoid channels are not supported.
+        channels: for each class of the student the network's channel, or several channels to merge. Every channel
+            appears once; ``channels=4`` means 0 to 3 in order. A sigmoid student has one entry, the foreground; the
+            other channels are background.
+        patch_size: patch size of the network's training. Images are then processed in Gaussian-weighted windows of this
+            size; smaller images are padded with 0. None: the whole image at once.
+        overlap: overlap of these windows, 0..1.
+        windows_per_call: number of windows in one call of the network.
+        normalize: input normalization if the network does not expect 0..1: "z_score" (mean 0 and standard deviation 1
+            for each channel of each image, as nnU-Net does for MR), or a callable that preserves the shape.
+        pretrained, pretrained_on, license: provenance of the weights, for preflight and report. Check whether the
             network was trained on patients of your test set.
 
     Shape:
@@ -54,7 +54,7 @@ class NetworkTeacher(nn.Module):
         - output: (B, C, *spatial), float32 (float64 for a float64 network)
 
     Raises:
-        ValueError: when an argument is none of the above, or the network's channels or its output's size do not fit.
+        ValueError: if an argument is invalid, or if the network's channels or output size do not fit.
 
     Example::
 
@@ -98,18 +98,18 @@ class NetworkTeacher(nn.Module):
         cls, path: str | os.PathLike[str], channels: int | Sequence[int | Sequence[int]], **options: Any
     ) -> NetworkTeacher:
         """
-        The teacher of a TorchScript file (.ts), such as `ckpt_export` of a bundle makes.
+        Build a teacher from a TorchScript file (.ts), such as a bundle's `ckpt_export` writes.
 
-        Such a file is a program of torch's operators. It holds no Python, so loading it runs none; but it computes what
-        its author wrote, so take it from whom you trust.
+        A TorchScript file is a program of torch operators. It contains no Python, so loading it runs none, but it
+        computes what its author wrote: use files only from sources that you trust.
 
         Args:
-            path: of the file.
+            path: the file.
             channels, options: as above.
 
         Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when it is no TorchScript.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if it is not TorchScript.
 
         Example::
 
@@ -121,8 +121,8 @@ class NetworkTeacher(nn.Module):
             network = torch.jit.load(path, map_location="cpu")
         except RuntimeError as error:
             raise KnowSAMValueError(
-                f"`path` must be a TorchScript file but {path} is none or damaged; a `state_dict` (.pt) needs its "
-                "network: `NetworkTeacher(network, ...)` or `from_bundle`."
+                f"`path` must be a TorchScript file but {path} is damaged or something else; for a `state_dict` "
+                "(.pt) use `NetworkTeacher(network, ...)` or `from_bundle`."
             ) from error
         return cls(network, channels, **options)
 
@@ -131,20 +131,20 @@ class NetworkTeacher(nn.Module):
         cls, path: str | os.PathLike[str], channels: int | Sequence[int | str | Sequence[int | str]], **options: Any
     ) -> NetworkTeacher:
         """
-        The teacher of a bundle's folder, as `monai.bundle download` or a training leaves it; nothing is downloaded.
+        Build a teacher from a bundle's folder, as `monai.bundle download` or a training run writes it.
 
-        Its config is code, so only `network_def` is read, and refused if it is more than plain values; the weights are
-        ``models/model.pt``, read without running what it may hold, or else ``models/model.ts``. Patch size, data source
-        and license come from the bundle's ``metadata.json`` and LICENSE unless you give them. Its preprocessing is not
-        read: say with `normalize` if it wants other values than 0..1.
+        A config is code, so only `network_def` is read, and only if it consists of plain values. The weights are read
+        from ``models/model.pt`` without running code, or else from ``models/model.ts``. Patch size, data source and
+        license are read from the bundle's ``metadata.json`` and LICENSE unless you pass them. The bundle's
+        preprocessing is not read: set `normalize` if its network does not expect 0..1. Nothing is downloaded.
 
         Args:
-            path: of the folder.
-            channels, options: as above. Instead of numbers, channels may have the names of the bundle's `channel_def`.
+            path: the folder.
+            channels, options: as above. Channels may also be names of the bundle's `channel_def`.
 
         Raises:
-            FileNotFoundError: when the folder, its config or its weights are missing.
-            ValueError: when its network can't be built from plain values, the weights do not fit it, or a name is
+            FileNotFoundError: if the folder, its config or its weights are missing.
+            ValueError: if the network cannot be built from plain values, if the weights do not fit, or if a name is
                 unknown.
 
         Example::
@@ -156,7 +156,9 @@ class NetworkTeacher(nn.Module):
         folder = check_bundle(path)
         facts = read_bundle_facts(folder)
         if not isinstance(channels, int):
-            channels = [[_number(name, facts.channel_names, folder) for name in _several(entry)] for entry in channels]
+            channels = [
+                [_index(name, facts.channel_names, folder) for name in _as_sequence(entry)] for entry in channels
+            ]
         options = {
             "patch_size": facts.patch_size,
             "pretrained_on": facts.data_source,
@@ -176,27 +178,27 @@ class NetworkTeacher(nn.Module):
         logits = self.inferer(self._normalized(image), self.network)
         if not isinstance(logits, Tensor):
             raise KnowSAMValueError(
-                f"`network` must give one tensor but gives a {type(logits).__name__}; wrap it in a module that returns "
-                "its finest logits."
+                f"`network` must return one tensor but returns a {type(logits).__name__}; wrap it in a module that "
+                "returns its finest logits."
             )
         logits = at_least_float32(logits)
         if len(logits) != len(image) or logits.shape[2:] != image.shape[2:]:
             raise KnowSAMValueError(
-                f"`network` must give logits of the image's rows and size, {tuple(image.shape)}, but gives "
-                f"{tuple(logits.shape)}; give its `patch_size`, or wrap it in a module that resizes."
+                f"`network` must return logits of the image's batch and spatial size, {tuple(image.shape)}, but "
+                f"returns {tuple(logits.shape)}; set `patch_size`, or wrap it in a module that resizes."
             )
-        return self._classes(class_logits(logits))
+        return self._student_classes(class_logits(logits))
 
-    def _classes(self, logits: Tensor) -> Tensor:
+    def _student_classes(self, logits: Tensor) -> Tensor:
         used = [channel for group in self.channels for channel in group]
-        everything = list(range(logits.shape[1]))
-        if self.num_classes == 1 and set(used) < set(everything):
-            rest = [channel for channel in everything if channel not in used]
+        all_channels = list(range(logits.shape[1]))
+        if self.num_classes == 1 and set(used) < set(all_channels):
+            rest = [channel for channel in all_channels if channel not in used]
             return _merged(logits, self.channels[0]) - _merged(logits, rest)
-        if sorted(used) != everything:
+        if sorted(used) != all_channels:
             raise KnowSAMValueError(
-                f"`channels` must name each of the network's {len(everything)} channels once but are {self.channels}; "
-                "merge what the student has no class for into its background."
+                f"`channels` must name each of the network's {len(all_channels)} channels once but are "
+                f"{self.channels}; merge channels without a student class into the background."
             )
         return torch.cat([_merged(logits, group) for group in self.channels], dim=1)
 
@@ -213,25 +215,26 @@ def _merged(logits: Tensor, group: Sequence[int]) -> Tensor:
 
 
 def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    groups = [(channel,) for channel in range(channels)] if isinstance(channels, int) else map(_several, channels)
+    groups = [(channel,) for channel in range(channels)] if isinstance(channels, int) else map(_as_sequence, channels)
     groups = tuple(tuple(group) for group in groups)
     used = [channel for group in groups for channel in group]
     valid = all(type(channel) is int and channel >= 0 for channel in used)
     if not groups or not all(groups) or not valid or len(set(used)) < len(used):
         raise KnowSAMValueError(
-            "`channels` must have for each class one or more channels of the network, 0 or above and none twice, but "
+            "`channels` must have one or more channels of the network for each class, 0 or above, each only once, but "
             f"are {channels!r}."
         )
     return groups
 
 
-def _several(entry: Any) -> Sequence[Any]:
+def _as_sequence(entry: Any) -> Sequence[Any]:
     return entry if isinstance(entry, Sequence) and not isinstance(entry, str) else (entry,)
 
 
-def _number(name: int | str, names: dict[str, int], folder: Path) -> int:
+def _index(name: int | str, names: dict[str, int], folder: Path) -> int:
     if isinstance(name, str) and name not in names:
         raise KnowSAMValueError(
-            f"`channels` must be among {', '.join(names) or 'numbers'}, the channels of {folder}, but one is {name!r}."
+            f"`channels` must be among {', '.join(names) or 'numbers'}, the channels of {folder}, but one of them is "
+            f"{name!r}."
         )
     return names[name] if isinstance(name, str) else name

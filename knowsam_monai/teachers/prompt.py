@@ -1,4 +1,4 @@
-"""The learnable prompt: sparse prompt tokens for each class, read from SAM's own image embedding."""
+"""The learnable prompt: sparse prompt tokens for each class, predicted from SAM's image embedding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from knowsam_monai.errors import KnowSAMValueError
 
 
 class LearnablePrompt(nn.Module):
-    """Prompt tokens of each class from the image embedding, no sample seeing another.
+    """Predict prompt tokens of each class from the image embedding, independently for each image.
 
-    ``tokens = W GELU(V LN(mean(trunk(E))) + v) + b``, with one trunk for all classes, two blocks of 3x3
-    Conv-GroupNorm-GELU of stride 2, and only ``W`` and ``b`` per class. With 4 classes, 2 tokens of 256: 1.0 M
-    parameters. The authors' code has a head of 5.6 M for each class (22 M), whose batch norms tie the labelled to the
-    unlabelled rows and whose poolings need 4 x 4 tokens; here every token grid works, from 1 x 1 on.
+    ``tokens = W GELU(V LN(mean(trunk(E))) + v) + b``. The trunk, two 3x3 Conv-GroupNorm-GELU blocks of stride 2, is
+    shared by all classes; only ``W`` and ``b`` are per class. With 4 classes and 2 tokens of 256 channels it has 1.0 M
+    parameters. The authors' code has a head of 5.6 M for each class (22 M). Its batch norms couple labeled and
+    unlabeled rows, and its pooling requires 4 x 4 tokens; this module accepts any token grid from 1 x 1.
 
     Args:
         num_classes: C, background included.
@@ -26,7 +26,7 @@ class LearnablePrompt(nn.Module):
         - output: (B, C, num_tokens, D)
 
     Raises:
-        ValueError: when a count is below 1.
+        ValueError: if a count is below 1.
 
     Example::
 
@@ -49,7 +49,7 @@ class LearnablePrompt(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, embed_dim), nn.GELU())
         self.tokens = nn.Linear(embed_dim, num_classes * num_tokens * embed_dim)
-        nn.init.normal_(self.tokens.bias)  # classes start apart, on the scale of SAM's own prompt embeddings
+        nn.init.normal_(self.tokens.bias)  # classes start different, on the scale of SAM's own prompt embeddings
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         features = self.trunk(embedding).mean(dim=(2, 3))

@@ -1,4 +1,4 @@
-"""What promptable teachers have in common: three channels in, prompts of each class, and a kept embedding."""
+"""Base class of promptable teachers: conversion to RGB, shape checks, and cached embeddings."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class PromptedTeacher(nn.Module):
     """
     ``decode(encode(image), prompt_logits)``, always in eval mode.
 
-    A subclass has ``_encode(rgb)``, from images (B, 3, H, W) of `image_size` in 0..1 to one embedding, and
+    Subclasses override ``_encode(rgb)``, which maps images (B, 3, *image_size) in 0..1 to an embedding, and
     ``decode(embedding, prompt_logits, size)``. With a `cache` each image is encoded once.
 
     Args:
         num_classes: C, background included (1 for a sigmoid student).
-        image_size: (height, width) of what the encoder sees.
-        to_rgb: how an image becomes three channels: the index of the channel to repeat, "mean" of the channels, "rgb"
-            to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W).
+        image_size: (height, width) of the encoder's input.
+        to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W).
     """
 
-    called = "The teacher"  # in warnings
+    display_name = "The teacher"  # for warnings
 
     def __init__(
         self, num_classes: int, image_size: tuple[int, int], to_rgb: int | str | Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ class PromptedTeacher(nn.Module):
         self.image_size = image_size
         self.to_rgb = to_rgb
         self.cache: EmbeddingCache | None = None
-        self._saw_image = False
+        self._checked_range = False
 
     @property
     def num_parameters(self) -> int:
@@ -53,51 +53,51 @@ class PromptedTeacher(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def train(self, mode: bool = True) -> PromptedTeacher:
-        """Stay in eval mode: a teacher makes targets, and neither dropout nor batch statistics belong in them."""
+        """Stay in eval mode: targets must not depend on dropout or batch statistics."""
         return super().train(False)
 
     def forward(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         if image.ndim != 4:
             raise KnowSAMValueError(
-                f"`image` must be (B, channels, H, W) but is of shape {tuple(image.shape)}; volumes go through "
-                "SliceTeacher(sam_teacher)."
+                f"`image` must have shape (B, channels, H, W) but has {tuple(image.shape)}; wrap the teacher in "
+                "SliceTeacher for volumes."
             )
         if prompt_logits.shape != (len(image), self.num_classes, *image.shape[2:]):
             raise KnowSAMValueError(
-                f"`prompt_logits` must be of shape {(len(image), self.num_classes, *image.shape[2:])}, for an image of "
-                f"shape {tuple(image.shape)} and {self.num_classes} classes, but are of shape "
-                f"{tuple(prompt_logits.shape)}; `num_classes` of teacher and student must agree."
+                f"`prompt_logits` must have shape {(len(image), self.num_classes, *image.shape[2:])}, for an image of "
+                f"shape {tuple(image.shape)} and {self.num_classes} classes, but have shape "
+                f"{tuple(prompt_logits.shape)}; give teacher and student the same `num_classes`."
             )
         return self.decode(self.encode(image), prompt_logits, size=image.shape[2:])
 
     def encode(self, image: Tensor) -> Tensor:
-        """The embedding of images (B, channels, H, W): (B, channels of the embedding, h, w) on the token grid."""
-        rgb = self._three_channels(without_meta(image))
-        if not self._saw_image and not rgb.is_meta:
-            self._saw_image = True
-            self._warn_of_range(rgb)
+        """Encode images (B, channels, H, W) to embeddings (B, D, h, w) on the token grid."""
+        rgb = self._convert_to_rgb(without_meta(image))
+        if not self._checked_range and not rgb.is_meta:
+            self._checked_range = True
+            self._warn_about_range(rgb)
         if self.cache is None:
-            return self._resized_and_encoded(rgb)
+            return self._resize_and_encode(rgb)
         if rgb.shape[2] != rgb.shape[3]:
             raise KnowSAMValueError(
-                f"`image` must be square for the encoder 'cached' but is of shape {tuple(image.shape)}."
+                f"`image` must be square for the encoder 'cached' but has shape {tuple(image.shape)}."
             )
-        return self.cache(rgb, self._resized_and_encoded)
+        return self.cache(rgb, self._resize_and_encode)
 
     @abstractmethod
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
+        """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
 
     @abstractmethod
     def _encode(self, rgb: Tensor) -> Tensor:
-        """The embedding of images (B, 3, *image_size), 0..1."""
+        """Encode images (B, 3, *image_size) in 0..1."""
 
-    def _resized_and_encoded(self, rgb: Tensor) -> Tensor:
+    def _resize_and_encode(self, rgb: Tensor) -> Tensor:
         if rgb.shape[2:] != self.image_size:
             rgb = F.interpolate(rgb, size=self.image_size, mode="bilinear")
         return self._encode(rgb)
 
-    def _three_channels(self, image: Tensor) -> Tensor:
+    def _convert_to_rgb(self, image: Tensor) -> Tensor:
         channels = image.shape[1]
         if callable(self.to_rgb):
             rgb = self.to_rgb(image)
@@ -108,25 +108,25 @@ class PromptedTeacher(nn.Module):
         else:
             if not -channels <= self.to_rgb < channels:
                 raise KnowSAMValueError(
-                    f"`to_rgb` must be a channel of the image, which has {channels}, but is {self.to_rgb}; "
+                    f"`to_rgb` must be the index of one of the image's {channels} channels but is {self.to_rgb}; "
                     "the first is 0."
                 )
             rgb = image[:, self.to_rgb, None].expand(-1, 3, -1, -1)
         if rgb.ndim != 4 or rgb.shape[:2] != (len(image), 3):
             raise KnowSAMValueError(
-                f"`to_rgb` must make three channels of {tuple(image.shape)} but {self.to_rgb!r} makes "
+                f"`to_rgb` must turn {tuple(image.shape)} into three channels but {self.to_rgb!r} returns "
                 f"{tuple(rgb.shape)}; choose a channel index or 'mean' for images that are not RGB."
             )
         return rgb
 
-    def _warn_of_range(self, rgb: Tensor) -> None:
-        """Augmented intensities may be somewhat out of 0..1; those of CT, or normalized ones, are far out."""
+    def _warn_about_range(self, rgb: Tensor) -> None:
+        """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
         if low < -1 or high > 2:
             logger.warning(
-                "%s expects images in 0..1 but the first are in %.4g..%.4g: scale them, or give `to_rgb` a callable "
+                "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to a callable "
                 "that does (IntensityWindow for CT).",
-                self.called,
+                self.display_name,
                 low,
                 high,
             )

@@ -1,4 +1,4 @@
-"""SAM at any input size, built from the classes of `segment_anything`."""
+"""SAM for any input size, built from the classes of `segment_anything`."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ SIZE_DIVISOR = 16
 def build_sam(
     variant: str = "vit_b", image_size: int | Sequence[int] = 1024, checkpoint: str | os.PathLike[str] | None = None
 ) -> nn.Module:
-    """Build SAM for one input size and load a published checkpoint into it, strictly.
+    """Build SAM for one input size and load a published checkpoint strictly.
 
-    The checkpoint's position table and its relative positions of global attention are resized once, here, to the token
-    grid (bilinear and linear; upstream resizes the latter the same way in every forward). Windows keep theirs.
+    The checkpoint's position table (bilinear) and its relative positions of global attention (linear) are resized to
+    the token grid once; upstream resizes the latter in every forward. Relative positions of windows are not resized.
 
     Args:
-        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes (2 M parameters,
-            patch size 8 so that 128 x 128 pixels keep 16 x 16 tokens) for which no published weights exist.
+        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes without published
+            weights (2 M parameters, patch size 8: 128 x 128 pixels have 16 x 16 tokens).
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
-        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's form (``vit_b``). "procedural" is the package's
-            own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None leaves them random: a
-            function of torch's global generator, which is left as it was.
+        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's format (``vit_b``). "procedural" is the
+            package's own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None: random
+            weights, drawn from torch's global generator, whose state is restored.
 
     Returns:
         `segment_anything`'s Sam in eval mode.
 
     Raises:
-        ValueError: when variant or size are none of the above, or the checkpoint is damaged or of another model.
-        FileNotFoundError: when the checkpoint is missing; the message holds the command that gets it.
-        ImportError: when `segment_anything` is not installed.
+        ValueError: if variant or size is invalid, or if the checkpoint is damaged or belongs to another model.
+        FileNotFoundError: if the checkpoint is missing; the message contains the download command.
+        ImportError: if `segment_anything` is not installed.
 
     Example::
 
@@ -97,7 +97,7 @@ def build_sam(
 
 
 def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of SAM's input.
+    """Return (height, width) of SAM's input after checking it.
 
     Example::
 
@@ -108,15 +108,15 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
         raise KnowSAMValueError(
             f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "
-            "SAM resizes its images itself, so a near multiple will do."
+            "images are resized to it, so choose the nearest multiple."
         )
     return size
 
 
 def _size_positions(encoder: nn.Module, grid: tuple[int, int]) -> None:
-    """Give the position tables the token grid's shape: upstream makes them square.
+    """Give the position tables the token grid's shape; upstream's are square.
 
-    Upstream starts them at zero, which leaves a SAM that is trained from scratch with equal tokens for equal patches.
+    Upstream initializes them with zeros, so a SAM trained from scratch could not tell equal patches apart.
     """
     channels = encoder.pos_embed.shape[-1]
     encoder.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *grid, channels), std=0.02))

@@ -1,4 +1,4 @@
-"""SAM 2 of `transformers`: its sizes, its adapters, and the loading of published weights from a local path."""
+"""SAM 2 of `transformers`: variants, adapters, and strict loading of published weights from a local path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 logger = logging.getLogger(__name__)
 
-# the image encoders (Hiera) of Meta's configs sam2.1_hiera_{t,s,b+,l}.yaml, under the names that transformers gives
+# the image encoders (Hiera) of Meta's configs sam2.1_hiera_{t,s,b+,l}.yaml, under the names in transformers
 SAM2_VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "embed_dim_per_stage": [96, 192, 384, 768],
@@ -56,19 +56,19 @@ SAM2_VARIANTS: dict[str, dict[str, Any]] = {
         "window_positional_embedding_background_size": [7, 7],
     },
 }
-SIZE_DIVISOR = 32  # the coarsest stage has a stride of 32, and windows of 8 tokens of stride 4 tile the finest
+SIZE_DIVISOR = 32  # the coarsest stage has stride 32; windows of 8 tokens of stride 4 tile the finest stage
 
 PATCH_PROJECTION = "vision_encoder.backbone.patch_embed.projection.weight"
 POSITIONS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
-# memory of earlier video frames, which one image has none of: Meta's names, then those of transformers
-OF_VIDEOS = re.compile(
+# memory of video frames, unused for single images: Meta's names, then those of transformers
+VIDEO_MEMORY = re.compile(
     r"^(memory_attention|memory_encoder|mask_downsample|maskmem_tpos_enc|no_mem_pos_enc|no_obj_ptr|no_obj_embed_spatial"
     r"|obj_ptr_proj|obj_ptr_tpos_proj|memory_temporal_positional_encoding|no_memory_positional_encoding"
     r"|no_object_pointer|occlusion_spatial_embedding_parameter|object_pointer_proj"
     r"|temporal_positional_encoding_projection_layer)(\.|$)"
 )
-# Meta's name of a tensor -> that of transformers, each rule in turn
+# from Meta's tensor names to those of transformers; rules apply in order
 META_TO_TRANSFORMERS = [
     (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
     (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
@@ -98,20 +98,20 @@ META_TO_TRANSFORMERS = [
 @kept_random_state()
 def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] | None = None) -> nn.Module:
     """
-    Build `transformers`' Sam2Model and load published weights into it, strictly. No hub is ever asked.
+    Build `transformers`' Sam2Model and load published weights strictly. Nothing is downloaded.
 
     Args:
         variant: "tiny", "small", "base_plus" or "large", or a `transformers.Sam2Config` of your own.
-        checkpoint: a folder as the hub stores it (`config.json`, `model.safetensors`), or Meta's file (.pt), of SAM 2,
-            SAM 2.1 or MedSAM2, whose memory of video frames is left out. None leaves the weights random.
+        checkpoint: a folder in the hub's format (`config.json`, `model.safetensors`) or a file in Meta's (.pt), of SAM
+            2, SAM 2.1 or MedSAM2. Weights for the memory of video frames are ignored. None: random weights.
 
     Returns:
         The Sam2Model, in eval mode.
 
     Raises:
-        ValueError: when the variant is none of these, or the checkpoint is damaged or another model's.
-        FileNotFoundError: when the checkpoint is missing.
-        ImportError: when `transformers` is not installed.
+        ValueError: if the variant is unknown, or if the checkpoint is damaged or belongs to another model.
+        FileNotFoundError: if the checkpoint is missing.
+        ImportError: if `transformers` is not installed.
 
     Example::
 
@@ -126,29 +126,29 @@ def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] |
     config = _config(transformers, variant) if isinstance(variant, str) else variant
     state = None if checkpoint is None else read_sam2_checkpoint(checkpoint, variant, config)
     sam2 = transformers.Sam2Model(config)
-    # the mask of the first token, as in training: the fallback to another one jumps from pixel to pixel
+    # always the first mask, as in training: the fallback to another mask is discontinuous
     sam2.mask_decoder.dynamic_multimask_via_stability = False
     if state is not None:
         expectation = _expectation(checkpoint, variant)
-        load_strictly(sam2, state, expectation, "give a file as Meta, the hub or MedSAM2 publish it")
+        load_strictly(sam2, state, expectation, "use a file as published by Meta, MedSAM2 or on the hub")
         logger.info("SAM 2 %s: all %d tensors loaded from %s.", _name(variant), len(state), checkpoint)
     return sam2.eval()
 
 
 def import_transformers() -> ModuleType:
     """
-    The package `transformers`, with SAM 2 in it.
+    Import `transformers` with SAM 2.
 
     Raises:
-        ImportError: when it is missing or too old.
+        ImportError: if it is missing or too old.
     """
     try:
         import transformers
 
-        transformers.Sam2Model  # noqa: B018  # it is imported on the first look
+        transformers.Sam2Model  # noqa: B018  # imported lazily
     except (ImportError, AttributeError) as error:
         raise KnowSAMImportError(
-            "SAM 2 needs `transformers` with Sam2Model, which is not installed; get it with "
+            "SAM 2 needs `transformers` with Sam2Model, which is not installed; install it with "
             "`pip install knowsam-monai[sam2]`."
         ) from error
     return transformers
@@ -156,16 +156,16 @@ def import_transformers() -> ModuleType:
 
 def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any, config: Any) -> dict[str, Tensor]:
     """
-    The tensors of one image's SAM 2, by the names of `transformers`.
+    Read the tensors of SAM 2's image model, under their names in `transformers`.
 
     Raises:
-        ValueError: when the checkpoint is damaged or of another model or variant.
-        FileNotFoundError: when it is missing.
+        ValueError: if the checkpoint is damaged or belongs to another model or variant.
+        FileNotFoundError: if it is missing.
     """
     path, expectation = Path(checkpoint), _expectation(checkpoint, variant)
     if not path.exists():
         raise KnowSAMFileNotFoundError(
-            f"{expectation} does not exist; nothing is downloaded by itself: where there is a network, get it with "
+            f"{expectation} does not exist; it is not downloaded automatically, so get it with "
             f"`hf download facebook/sam2.1-hiera-{_name(variant).replace('_', '-')} --local-dir {path}`."
         )
     files = [path]
@@ -174,18 +174,16 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         files = _weight_files(path, expectation)
     state = {name: value for file in files for name, value in read_state_dict(file, expectation).items()}
     if any(name.startswith("image_encoder.trunk.") for name in state):
-        state = _of_transformers(state)
+        state = _transformers_names(state)
     if PATCH_PROJECTION not in state:
-        other = which_model(state)
-        kind = f"another model (its tensors are {some(state)})" if other is None else other
-        raise KnowSAMValueError(f"{expectation} holds {kind}; give the file of a SAM 2 {_name(variant)}.")
+        raise KnowSAMValueError(f"{expectation} holds {which_model(state)}; use a file of SAM 2 {_name(variant)}.")
     found = _variant_of(state)
     if isinstance(variant, str) and found is not None and found != variant:
         raise KnowSAMValueError(
-            f"{expectation} holds a {found}; set `variant` to {found!r} or give the file of a {variant}."
+            f"{expectation} holds a {found}; set `variant` to {found!r} or use a file of {variant}."
         )
-    state = {name: value for name, value in state.items() if not OF_VIDEOS.match(name)}
-    for name, twin in (POSITIONS, POSITIONS[::-1]):  # one matrix, which some files hold once
+    state = {name: value for name, value in state.items() if not VIDEO_MEMORY.match(name)}
+    for name, twin in (POSITIONS, POSITIONS[::-1]):  # one matrix under two names; some files have only one
         if name not in state and twin in state:
             state[name] = state[twin]
     return state
@@ -193,10 +191,10 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
 
 def check_sam2_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """
-    (height, width) of SAM 2's input.
+    Return (height, width) of SAM 2's input after checking it.
 
     Raises:
-        ValueError: when they are no multiples of 32.
+        ValueError: if they are not multiples of 32.
 
     Example::
 
@@ -206,8 +204,8 @@ def check_sam2_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
         raise KnowSAMValueError(
-            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; the "
-            "teacher resizes its images itself, so a near multiple will do."
+            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "
+            "images are resized to it, so choose the nearest multiple."
         )
     return size
 
@@ -228,10 +226,10 @@ class AdaptedPairAttention(AdaptedAttention):
 
 def add_sam2_adapters(sam2: nn.Module, encoder: bool = True) -> None:
     """
-    Wrap attentions and MLPs of a Sam2Model in place, where :func:`knowsam_monai.teachers.adapter.add_adapters` does.
+    Wrap the attentions and MLPs of a Sam2Model in place, as :func:`knowsam_monai.teachers.adapter.add_adapters` does.
 
     Args:
-        sam2: with its weights loaded: wrapping changes the names of its parameters.
+        sam2: a Sam2Model with its weights loaded; wrapping renames its parameters.
         encoder: whether the image encoder gets adapters too.
 
     Example::
@@ -257,14 +255,14 @@ def _config(transformers: ModuleType, variant: str) -> Any:
     return transformers.Sam2Config(vision_config=vision)
 
 
-def _of_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for name, value in state.items():
-        for pattern, replacement in [] if OF_VIDEOS.match(name) else META_TO_TRANSFORMERS:
+        for pattern, replacement in [] if VIDEO_MEMORY.match(name) else META_TO_TRANSFORMERS:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
     points = sorted(name for name in renamed if name.startswith("prompt_encoder.point_embeddings."))
-    if points:  # four embeddings of one row each
+    if points:  # four embeddings with one row each
         renamed["prompt_encoder.point_embed.weight"] = torch.cat([renamed.pop(name) for name in points])
     return renamed
 
@@ -277,28 +275,28 @@ def _variant_of(state: dict[str, Tensor]) -> str | None:
 
 
 def _check_config(folder: Path, variant: str | Any, config: Any, expectation: str) -> None:
-    """Windows and global attention leave no trace in the shapes of tensors: the folder's config must have the same."""
+    """Compare the backbone configs: window sizes and global attention do not show in tensor shapes."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = found["model_type"]
     except FileNotFoundError:
-        raise KnowSAMValueError(f"{expectation} has no config.json; download the whole folder.") from None
+        raise KnowSAMValueError(f"{expectation} has no config.json; download the complete folder.") from None
     except (ValueError, KeyError, TypeError):
-        raise KnowSAMValueError(f"{expectation} has a damaged config.json; download it anew.") from None
+        raise KnowSAMValueError(f"{expectation} has a damaged config.json; download it again.") from None
     if model not in ("sam2", "sam2_video"):
-        remedy = "for SAM 1 take SAMTeacher and Meta's .pth" if model == "sam" else "give the folder of a SAM 2"
+        remedy = "use SAMTeacher and Meta's .pth for SAM 1" if model == "sam" else "use the folder of a SAM 2"
         raise KnowSAMValueError(f"{expectation} holds a {model!r}; {remedy}.")
     vision = found.get("vision_config") or {}
     backbone = import_transformers().Sam2HieraDetConfig.from_dict(vision.get("backbone_config") or {})
     expected = config.vision_config.backbone_config
     blocks = {name: numbers["blocks_per_stage"] for name, numbers in SAM2_VARIANTS.items()}
-    named = next((name for name, stages in blocks.items() if list(backbone.blocks_per_stage) == stages), None)
+    variant_found = next((name for name, stages in blocks.items() if list(backbone.blocks_per_stage) == stages), None)
     for key in SAM2_VARIANTS["tiny"]:
         if list(getattr(backbone, key)) != list(getattr(expected, key)):
-            remedy = f"set `variant` to {named!r}" if named else "give its Sam2Config as `variant`"
+            remedy = f"set `variant` to {variant_found!r}" if variant_found else "pass its Sam2Config as `variant`"
             raise KnowSAMValueError(
                 f"{expectation} has {key} {list(getattr(backbone, key))} instead of {list(getattr(expected, key))}; "
-                f"{remedy}, or give the folder of a {_name(variant)}."
+                f"{remedy}, or use a folder of {_name(variant)}."
             )
 
 
@@ -311,13 +309,13 @@ def _weight_files(folder: Path, expectation: str) -> list[Path]:
         files = [folder / Path(shard).name for shard in shards]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the whole folder.")
+            raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the complete folder.")
         return files
-    raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the whole folder.")
+    raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the complete folder.")
 
 
 def _name(variant: str | Any) -> str:
-    return variant if isinstance(variant, str) else "of your own config"
+    return variant if isinstance(variant, str) else "of a custom config"
 
 
 def _expectation(checkpoint: str | os.PathLike[str], variant: str | Any) -> str:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of Meta's SAM2Transforms, for images in 0..1
 
-# what a single mask from prompt tokens and a mask prompt never touches
+# parameters that a single mask from prompt tokens and a mask prompt does not use
 UNUSED_IN_SAM2 = (
     "prompt_encoder.point_embed.",
     "prompt_encoder.not_a_point_embed.",
@@ -40,47 +40,47 @@ UNUSED_IN_SAM2 = (
 
 class Sam2Teacher(PromptedTeacher):
     """
-    SAM 2 (2.1, MedSAM2) with adapters and learnable prompts, prompted by a student's logits, image by image.
+    SAM 2 (2.1, MedSAM2) with adapters and learnable prompts, prompted by a student's logits, for single images.
 
-    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as :class:`knowsam_monai.teachers.SAMTeacher` does it
-    with SAM 1: one decoder call for all classes of all images, the mask prompt the *detached raw* logits of the class,
-    bilinear to 4 x the token grid, the masks bilinear to the size of the image in logit space. What SAM 2 adds is in
-    it: the high-resolution features, the object-score token, and the no-memory embedding of a single image. It is
-    `transformers`' Sam2Model throughout, of whose mask tokens the first is read.
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as in :class:`knowsam_monai.teachers.SAMTeacher`. One
+    decoder call predicts one mask for each class of each image. The mask prompt is the class's *detached raw* logits,
+    resized bilinearly to 4 x the token grid. The masks are resized bilinearly to the image's size in logit space. The
+    additions of SAM 2 are used: the high-resolution features, the object-score token, and the no-memory embedding of a
+    single image. All modules are those of `transformers`' Sam2Model; the first mask token is read.
 
-    An embedding is one tensor (B, 4 D, h, w): the high-resolution features are folded onto the token grid in front of
-    the image embedding. With ``encoder="cached"`` it is kept, as SAMTeacher keeps its own, in four times the room.
+    An embedding is one tensor (B, 4 D, h, w): the high-resolution features are folded onto the token grid and precede
+    the image embedding. ``encoder="cached"`` caches it as SAMTeacher does, in four times the space.
 
     Args:
         num_classes: C, background included (1 for a sigmoid student).
-        image_size: height and width of SAM 2's input, multiples of 32; images of other sizes are resized to it.
+        image_size: height and width of SAM 2's input, multiples of 32; other images are resized to it.
             Published weights were trained at 1024, MedSAM2 at 512.
         variant: "tiny", "small", "base_plus" or "large", or a `transformers.Sam2Config`. MedSAM2 is a "tiny".
-        checkpoint: a folder as the hub stores it, or Meta's file (.pt), see
-            :func:`knowsam_monai.teachers.sam2_model.build_sam2`. Nothing is downloaded. None leaves the weights random.
-        trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM 2
-            without pretrained weights.
-        to_rgb: how an image becomes SAM 2's three channels: the index of the channel to repeat, "mean" of the channels,
-            "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+        checkpoint: a folder in the hub's format or a file in Meta's (.pt), see
+            :func:`knowsam_monai.teachers.sam2_model.build_sam2`. Nothing is downloaded. None: random weights.
+        trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
+            forward uses, for a SAM 2 without pretrained weights.
+        to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
         num_prompt_tokens: prompt tokens of each class (2 in KnowSAM).
-        encoder: "adapted", or "cached": frozen, its embeddings kept, adapters in the decoder alone.
-        cache_dir: folder that keeps the embeddings; None keeps them in memory.
-        cache_dtype: torch.float16 or torch.float32, how they are kept.
-        pretrained_on: what the weights were trained on; None: what the checkpoint's name tells.
+        encoder: "adapted", or "cached": frozen and without adapters, each image encoded once.
+        cache_dir: folder for the embeddings; None keeps them in memory.
+        cache_dtype: torch.float16 or torch.float32, the precision of cached embeddings.
+        pretrained_on: training data of the weights; None: recognized by the checkpoint's file name.
 
     Attributes:
-        num_classes, image_size, variant, checkpoint, pretrained, pretrained_on, license, encoder: as built.
+        num_classes, image_size, variant, checkpoint, pretrained, pretrained_on, license, encoder: as constructed.
         cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
-        - image: (B, channels, H, W), 0..1 (another range is warned of once)
+        - image: (B, channels, H, W), 0..1 (another range causes one warning)
         - prompt_logits: (B, C, H, W)
         - output: (B, C, H, W), float32 (float64 for a float64 teacher)
 
     Raises:
-        ValueError: when an argument is none of the above, or ``image`` and ``prompt_logits`` do not fit.
-        FileNotFoundError: when the checkpoint is missing.
-        ImportError: when `transformers` is not installed.
+        ValueError: if an argument is invalid, or if ``image`` and ``prompt_logits`` do not fit.
+        FileNotFoundError: if the checkpoint is missing.
+        ImportError: if `transformers` is not installed.
 
     Example::
 
@@ -91,7 +91,7 @@ class Sam2Teacher(PromptedTeacher):
         Ravi et al., SAM 2, arXiv:2408.00714; Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8.
     """
 
-    called = "Sam2Teacher"
+    display_name = "Sam2Teacher"
     stand_in = False
 
     @kept_random_state()
@@ -117,7 +117,7 @@ class Sam2Teacher(PromptedTeacher):
         if encoder == "cached" and self.image_size[0] != self.image_size[1]:
             raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder, self.trainable = encoder, trainable
-        self.variant = variant if isinstance(variant, str) else "own config"
+        self.variant = variant if isinstance(variant, str) else "custom config"
         self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
         self.pretrained_on, self.license = pretrained_on, None
         self.pretrained_on, self.license = origin(self)
@@ -131,10 +131,10 @@ class Sam2Teacher(PromptedTeacher):
         self.eval()
         if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
             logger.warning(
-                "SAM 2 %s has no pretrained weights and its %s frozen: a teacher that knows nothing. "
-                "Give `checkpoint`, or train it whole with `trainable='all'` and `encoder='adapted'`.",
+                "SAM 2 %s has no pretrained weights but its %s frozen, so it learns nothing useful; set `checkpoint`, "
+                "or train all of it with `trainable='all'` and `encoder='adapted'`.",
                 self.variant,
-                "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
+                "image encoder is" if trainable == "all" else "weights, except its adapters, are",
             )
         if encoder == "cached":
             self.cache = EmbeddingCache(
@@ -164,7 +164,7 @@ class Sam2Teacher(PromptedTeacher):
 
     @property
     def pretrained(self) -> bool:
-        """Whether SAM 2's weights came from a checkpoint."""
+        """Whether SAM 2's weights were loaded from a checkpoint."""
         return self.checkpoint is not None
 
     def _encode(self, rgb: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Sam2Teacher(PromptedTeacher):
         return torch.cat((finest, finer, coarse), dim=1)
 
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
+        """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
         dim = embedding.shape[1] // 4
         finest, finer, coarse = embedding.split((2 * dim, dim, dim), dim=1)
         coarse = coarse + self.sam.no_memory_embedding.view(1, dim, 1, 1)
@@ -197,14 +197,16 @@ class Sam2Teacher(PromptedTeacher):
                 for_each_class(F.pixel_shuffle(finer, 2)),
             ],
         )
-        masks = masks.view(len(prompts), self.num_classes, *masks.shape[-2:]).to(prompts.dtype)  # half under autocast
+        masks = masks.view(len(prompts), self.num_classes, *masks.shape[-2:]).to(
+            prompts.dtype
+        )  # half precision under autocast
         return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """The encoding of the token grid, (1, D, h, w): upstream's own is for the square grid of its config."""
+        """Encode the positions of the token grid, (1, D, h, w); upstream's is for the square grid of its config."""
         layer = self.sam.shared_image_embedding
         like = layer.positional_embedding
-        with torch.autocast(like.device.type, enabled=False):  # an angle of many turns has no digits to spare
+        with torch.autocast(like.device.type, enabled=False):  # large angles need full precision
             y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
             x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
             grid = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)

@@ -1,4 +1,4 @@
-"""SAM's mask decoder for all classes of all images in one call: forwards that drive `segment_anything`'s submodules."""
+"""SAM's mask decoder for all classes of all images in one call, using the submodules of `segment_anything`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from knowsam_monai.teachers.sam_encoder import layer_norm_of_channels
 
 
 def dense_positions(prompt_encoder: nn.Module) -> torch.Tensor:
-    """SAM's positional encoding of its token grid, (h * w, D), in the precision of its frequencies.
+    """Encode the positions of SAM's token grid, (h * w, D), in the precision of its frequencies.
 
     Args:
-        prompt_encoder: `segment_anything`'s PromptEncoder. Its own ``get_dense_pe`` works in float32 only.
+        prompt_encoder: `segment_anything`'s PromptEncoder. Its own ``get_dense_pe`` only supports float32.
 
     Example::
 
@@ -25,7 +25,7 @@ def dense_positions(prompt_encoder: nn.Module) -> torch.Tensor:
     layer = prompt_encoder.pe_layer
     frequencies = layer.positional_encoding_gaussian_matrix
     height, width = prompt_encoder.image_embedding_size
-    with torch.autocast(frequencies.device.type, enabled=False):  # an angle of many turns has no digits to spare
+    with torch.autocast(frequencies.device.type, enabled=False):  # large angles need full precision
         y = (torch.arange(height, dtype=frequencies.dtype, device=frequencies.device) + 0.5) / height
         x = (torch.arange(width, dtype=frequencies.dtype, device=frequencies.device) + 0.5) / width
         grid = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
@@ -33,14 +33,14 @@ def dense_positions(prompt_encoder: nn.Module) -> torch.Tensor:
 
 
 def embed_masks(prompt_encoder: nn.Module, masks: torch.Tensor) -> torch.Tensor:
-    """SAM's embedding of mask prompts, on channels-last tokens.
+    """Embed mask prompts on channels-last tokens.
 
     Args:
         prompt_encoder: `segment_anything`'s PromptEncoder.
-        masks: one prompt a row, (P, 4 h, 4 w) for a token grid of h x w.
+        masks: (P, 4 h, 4 w) for P prompts and a token grid of h x w.
 
     Returns:
-        Dense embeddings (P, h * w, D), those of ``prompt_encoder.mask_downscaling``.
+        Dense embeddings (P, h * w, D), equal to ``prompt_encoder.mask_downscaling``.
 
     Example::
 
@@ -50,7 +50,7 @@ def embed_masks(prompt_encoder: nn.Module, masks: torch.Tensor) -> torch.Tensor:
     """
     first, first_norm, activation, second, second_norm, last_activation, project = prompt_encoder.mask_downscaling
     height, width = prompt_encoder.image_embedding_size
-    # both convolutions have stride 2 and kernel 2: each token owns 2 x 2 patches of 2 x 2 pixels
+    # both convolutions have stride 2 and kernel 2, so each token covers 2 x 2 patches of 2 x 2 pixels
     patches = masks.view(-1, height, 2, 2, width, 2, 2).permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height * width, 4, 4)
     x = F.linear(patches, first.weight.flatten(1), first.bias)  # (P, tokens, 4, channels)
     x = activation(layer_norm_of_channels(first_norm, x)).flatten(2)
@@ -66,20 +66,20 @@ def decode_masks(
     prompt_tokens: torch.Tensor,
     mask_tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """Run `segment_anything`'s MaskDecoder on several prompts of several images at once, single-mask output.
+    """Run `segment_anything`'s MaskDecoder on several prompts of several images at once, with single-mask output.
 
-    Upstream takes one image a call, and predicts four masks and their quality to return one of them. Here only the
-    first mask token's path is run: no quality head, no hypernetwork of the other masks.
+    Upstream processes one image per call, and predicts four masks and their quality to return one mask. This function
+    only computes the first mask: no quality head and no hypernetworks of the other masks.
 
     Args:
         decoder: MaskDecoder, with or without adapters.
         embedding: image embeddings (B, D, h, w).
         positions: :func:`dense_positions`, (h * w, D).
-        prompt_tokens: sparse prompts of C prompts an image, (B, C, T, D).
-        mask_tokens: dense prompts, :func:`embed_masks`, (B, C, h * w, D).
+        prompt_tokens: sparse embeddings of C prompts per image, (B, C, T, D).
+        mask_tokens: dense embeddings of :func:`embed_masks`, (B, C, h * w, D).
 
     Returns:
-        Mask logits (B, C, 4 h, 4 w), equal to ``decoder(..., multimask_output=False)`` image by image up to rounding.
+        Mask logits (B, C, 4 h, 4 w), equal up to rounding to ``decoder(..., multimask_output=False)`` for each image.
 
     Example::
 
@@ -108,19 +108,21 @@ def decode_masks(
 def _two_way_transformer(
     transformer: nn.Module, image: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor, readout: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token at index ``readout`` (P, D) and the image tokens (P, h * w, D) after TwoWayTransformer."""
+    """TwoWayTransformer's outputs: the token at index ``readout`` (P, D) and the image tokens (P, h * w, D)."""
     queries, keys = tokens, image
     for layer in transformer.layers:
         if layer.skip_first_layer_pe:
             queries = _attend(layer.self_attn, queries, queries, queries)
         else:
-            placed = queries + tokens
-            queries = queries + _attend(layer.self_attn, placed, placed, queries)
+            positioned = queries + tokens
+            queries = queries + _attend(layer.self_attn, positioned, positioned, queries)
         queries = layer.norm1(queries)
-        placed_keys = keys + positions
-        queries = layer.norm2(queries + _attend(layer.cross_attn_token_to_image, queries + tokens, placed_keys, keys))
+        positioned_keys = keys + positions
+        queries = layer.norm2(
+            queries + _attend(layer.cross_attn_token_to_image, queries + tokens, positioned_keys, keys)
+        )
         queries = layer.norm3(queries + layer.mlp(queries))
-        keys = layer.norm4(keys + _attend(layer.cross_attn_image_to_token, placed_keys, queries + tokens, queries))
+        keys = layer.norm4(keys + _attend(layer.cross_attn_image_to_token, positioned_keys, queries + tokens, queries))
     query, token = queries[:, readout : readout + 1], tokens[:, readout : readout + 1]
     query = query + _attend(transformer.final_attn_token_to_image, query + token, keys + positions, keys)
     return transformer.norm_final_attn(query).squeeze(1), keys
@@ -139,8 +141,8 @@ def _upscaled_masks(
 ) -> torch.Tensor:
     """Mask logits (P, 4 h, 4 w) of image tokens (P, h * w, D) and the mask token (P, D).
 
-    Both transposed convolutions have stride 2 and kernel 2, so each token makes its 4 x 4 pixels alone: they stay
-    channels last, and only the finished mask is put in order.
+    Both transposed convolutions have stride 2 and kernel 2, so each token computes its own 4 x 4 pixels. Data stays
+    channels-last, and only the final mask is rearranged.
     """
     first, norm, activation, second, last_activation = decoder.output_upscaling
     x = F.linear(image, first.weight.permute(2, 3, 1, 0).flatten(0, 2), first.bias.repeat(4))

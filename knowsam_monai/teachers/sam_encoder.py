@@ -1,4 +1,4 @@
-"""SAM's image encoder without work on padded tokens: a forward that drives the submodules of `segment_anything`."""
+"""SAM's image encoder without computations on padded tokens, using the submodules of `segment_anything`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from knowsam_monai.teachers.adapter import AdaptedAttention
 
 
 def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    """Run `segment_anything`'s ImageEncoderViT on its real tokens only.
+    """Run `segment_anything`'s ImageEncoderViT on real tokens only.
 
-    Upstream pads the token grid to whole windows (16 x 16 tokens to 28 x 28) and lets queries attend to the padding.
-    The padding comes after the norm and is zero, so all padded tokens of a window have one key and one value, the
-    biases of the projection, and differ in their relative positions alone. They fold exactly into one key of logit
+    Upstream pads the token grid to whole windows (16 x 16 tokens to 28 x 28), and queries attend to the padding. The
+    padding is zero and is added after the norm, so all padded tokens of a window share one key and one value, the
+    biases of the projection, and differ only in their relative positions. They are equivalent to one key with the logit
 
         ``q.k_pad / sqrt(d) + logsumexp over padded positions of (rel_h + rel_w)``
 
-    The decomposed relative positions are appended to the queries, against one-hot rows and columns in the keys: no
-    (tokens x tokens) bias is written, and `scaled_dot_product_attention` takes its fused path, with gradients too.
-    Tokens are kept window by window throughout, so that windows are slices.
+    The decomposed relative positions are appended to the queries, and one-hot rows and columns to the keys. This avoids
+    a (tokens x tokens) bias, so `scaled_dot_product_attention` uses its fused kernels, also with gradients. Tokens are
+    ordered by window, so windows are slices.
 
     Args:
-        encoder: ImageEncoderViT, with or without adapters, whose position tables fit the token grid.
-        image: normalised image (B, 3, H, W) of the encoder's input size, square or not.
+        encoder: ImageEncoderViT, with or without adapters, with position tables of the token grid's size.
+        image: normalized image (B, 3, H, W) of the encoder's input size, which need not be square.
 
     Returns:
         The image embedding (B, D, H / patch size, W / patch size), equal to ``encoder(image)`` up to rounding.
@@ -45,7 +45,7 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
     order = _window_order(grid, window_size).to(tokens.device)
     layouts = {size: _layout(order, grid, size, tokens) for size in (0, window_size)}
 
-    tokens = tokens.flatten(1, 2).index_select(1, order)  # (B, h * w, channels), window by window
+    tokens = tokens.flatten(1, 2).index_select(1, order)  # (B, h * w, channels), ordered by window
     for block in encoder.blocks:
         tokens = tokens + _attend(block.attn, block.norm1(tokens), layouts[block.window_size])
         tokens = tokens + block.mlp(block.norm2(tokens))
@@ -53,7 +53,7 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 
 class _Windows(NamedTuple):
-    """Equal windows of an image, and the real tokens in each."""
+    """Windows of equal size, and the number of real tokens in each."""
 
     count: int
     height: int
@@ -61,23 +61,23 @@ class _Windows(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where the tokens are in their windows."""
+    """Positions of the tokens within their windows."""
 
-    windows: list[_Windows]  # consecutive in the order of tokens
-    padded: tuple[int, int]  # height and width of a window with upstream's padding
-    distances: torch.Tensor  # (h * w, rows + columns) entry of (rel_pos_h, rel_pos_w) for each row and column
-    one_hot: torch.Tensor  # (h * w, rows + columns) the token's own row and column
+    windows: list[_Windows]  # in the order of the tokens
+    padded: tuple[int, int]  # height and width of a window, including padding
+    distances: torch.Tensor  # (h * w, rows + columns) index into (rel_pos_h, rel_pos_w) for each row and column
+    one_hot: torch.Tensor  # (h * w, rows + columns) encodes the token's row and column
 
 
 def _spans(size: int, window_size: int) -> list[tuple[int, int, int]]:
-    """(start, stop, real extent of a window) of the whole windows along an axis, then of the cut one."""
+    """(start, stop, window size without padding) of an axis's whole windows and of its partial window."""
     whole = size - size % (window_size or size)
     spans = [(0, whole, window_size or size), (whole, size, size - whole)]
     return [span for span in spans if span[0] < span[1]]
 
 
 def _window_order(grid: tuple[int, int], window_size: int) -> torch.Tensor:
-    """Indices into the flat token grid: whole windows first, then those cut at the right, at the bottom, at both."""
+    """Indices into the flat token grid: whole windows, then partial ones at the right, at the bottom, and at both."""
     index = torch.arange(grid[0] * grid[1]).view(grid)
     return torch.cat(
         [
@@ -95,18 +95,18 @@ def _layout(order: torch.Tensor, grid: tuple[int, int], window_size: int, tokens
         for left, right, width in _spans(grid[1], window_size)
     ]
     padded = (window_size, window_size) if window_size else grid
-    first_entry, distances, one_hot = 0, [], []
+    offset, distances, one_hot = 0, [], []
     for position, length in zip((order // grid[1], order % grid[1]), padded):
         position = position[:, None] % length
         others = torch.arange(length, device=order.device)
-        distances.append(position - others + length - 1 + first_entry)
+        distances.append(position - others + length - 1 + offset)
         one_hot.append((position == others).to(tokens.dtype))
-        first_entry += 2 * length - 1
+        offset += 2 * length - 1
     return _Layout(windows, padded, torch.cat(distances, dim=1), torch.cat(one_hot, dim=1))
 
 
 def _attend(attention: nn.Module, tokens: torch.Tensor, layout: _Layout) -> torch.Tensor:
-    """Attention inside windows, (B, h * w, channels) to the same."""
+    """Attention within windows; keeps the shape (B, h * w, channels)."""
     if isinstance(attention, AdaptedAttention):
         return attention.adapter(_attend(attention.attention, tokens, layout))
     qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))
@@ -134,9 +134,9 @@ def _with_padding_key(
     windows: _Windows,
     padded: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Append the one key and value that stand for all padded tokens of a window.
+    """Append the key and value that represent all padded tokens of a window.
 
-    Padded are the rows below (all columns) and, beside the real rows, the columns to the right.
+    The padding consists of the rows below the real ones and of the columns to their right.
     """
     rel_h, rel_w = query[..., -sum(padded) :].to(torch.promote_types(query.dtype, torch.float32)).split(padded, dim=-1)
     terms = []
@@ -158,12 +158,12 @@ def _with_padding_key(
 
 def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     channels = value.shape[-1]
-    value = F.pad(value, (0, key.shape[-1] - channels))  # the fused kernels want one width for keys and values
+    value = F.pad(value, (0, key.shape[-1] - channels))  # the fused kernels need keys and values of equal width
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
 
 
 def _neck(neck: nn.Sequential, tokens: torch.Tensor) -> torch.Tensor:
-    """Conv 1x1, norm, conv 3x3, norm, channels last throughout: the norms are layer norms of the tokens."""
+    """Conv 1x1, norm, conv 3x3, norm, channels-last: the norms are layer norms of the tokens."""
     project, first_norm, mix, second_norm = neck
     tokens = F.linear(tokens, project.weight.flatten(1))
     tokens = layer_norm_of_channels(first_norm, tokens)
@@ -172,5 +172,5 @@ def _neck(neck: nn.Sequential, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def layer_norm_of_channels(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`segment_anything`'s LayerNorm2d on channels-last tokens (..., C)."""
+    """Apply `segment_anything`'s LayerNorm2d to channels-last tokens (..., C)."""
     return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)

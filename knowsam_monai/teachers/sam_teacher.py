@@ -22,7 +22,7 @@ from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
 
-# what a single mask from prompt tokens and a mask prompt never touches
+# parameters that a single mask from prompt tokens and a mask prompt does not use
 UNUSED_IN_SAM = (
     "prompt_encoder.point_embeddings.",
     "prompt_encoder.not_a_point_embed.",
@@ -37,47 +37,46 @@ UNUSED_IN_SAM = (
 class SAMTeacher(PromptedTeacher):
     """Segment Anything with adapters and learnable prompts, prompted by a student's logits.
 
-    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``: one decoder call for all classes of all images gives
-    one mask a class; the low-resolution masks, bilinear to the size of the image in logit space, are the teacher's
-    logits. The mask prompt is the *detached raw* logits of the class, bilinear to 4 x the token grid, no sigmoid. It is
-    always in eval mode, and no row sees another, so labelled rows with a graph and unlabelled rows without one can run
-    apart and give what one call gives.
+    ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``. One decoder call predicts one mask for each class of
+    each image; these masks, resized bilinearly to the image's size, are the teacher's logits. The mask prompt is the
+    class's *detached raw* logits, resized bilinearly to 4 x the token grid, without a sigmoid. The teacher stays in
+    eval mode. Its rows are independent: labeled rows with a graph and unlabeled rows without one may run separately.
 
-    With ``encoder="cached"`` SAM's image encoder is frozen and has no adapters, and each image is encoded once: a step
-    costs no more than the decoder. It pays where images come again, value for value: SAM sees them before intensities
-    are augmented, in the eight orientations of :class:`knowsam_monai.data.RandOrientationd`, 2D and square.
+    With ``encoder="cached"`` SAM's image encoder is frozen, has no adapters, and encodes each image once, so a step
+    only costs the decoder. The cache pays off if exactly the same images repeat: SAM then sees 2D square images before
+    intensity augmentation, in the eight orientations of :class:`knowsam_monai.data.RandOrientationd`.
 
-    What is random in it at first is a function of torch's seed. Building and calling it leave all global generators as
-    they were, so that a student with this teacher and one without begin alike and see the same data.
+    Initial random weights depend on torch's seed. Building and calling the teacher restore all global generators, so a
+    student starts with the same weights and sees the same data with and without it.
 
     Args:
         num_classes: C, background included (1 for a sigmoid student).
-        image_size: height and width of SAM's input, multiples of 16; images of other sizes are resized to it.
-        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, none published), see :func:`build_sam`.
-        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``vit_t``). None leaves them
-            random: for "adapters" that is a test, not a teacher.
-        trainable: "adapters" trains adapters and prompt head alone; "all" whatever the forward uses, for a SAM without
-            pretrained weights.
-        to_rgb: how an image becomes SAM's three channels: the index of the channel to repeat, "mean" of the channels,
-            "rgb" to take three as they are, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+        image_size: height and width of SAM's input, multiples of 16; other images are resized to it.
+        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, without published weights), see :func:`build_sam`.
+        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``vit_t``). None: random weights;
+            with "adapters" they stay random, which is only good for tests.
+        trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
+            forward uses, for a SAM without pretrained weights.
+        to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
         num_prompt_tokens: prompt tokens of each class (2 in the paper).
-        encoder: "adapted" (the paper), or "cached": frozen, its embeddings kept, adapters in the decoder alone.
-        cache_dir: folder that keeps the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
-        cache_dtype: torch.float16 or torch.float32, how they are kept. The deviation of float16 is in the tests.
+        encoder: "adapted" (the paper), or "cached": frozen and without adapters, each image encoded once.
+        cache_dir: folder for the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
+        cache_dtype: torch.float16 or torch.float32, the precision of cached embeddings.
 
     Attributes:
-        num_classes, image_size, variant, checkpoint, pretrained, stand_in, encoder: as built.
+        num_classes, image_size, variant, checkpoint, pretrained, stand_in, encoder: as constructed.
         cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
-        - image: (B, channels, H, W), 0..1 (another range is warned of once); SAM's scale, mean and deviation are
-          applied here
+        - image: (B, channels, H, W), 0..1 (another range causes one warning); scaled and normalized here as SAM
+          expects
         - prompt_logits: (B, C, H, W)
         - output: (B, C, H, W), float32 (float64 for a float64 teacher)
 
     Raises:
-        ValueError: when an argument is none of the above, or ``image`` and ``prompt_logits`` do not fit.
-        FileNotFoundError: when the checkpoint is missing.
+        ValueError: if an argument is invalid, or if ``image`` and ``prompt_logits`` do not fit.
+        FileNotFoundError: if the checkpoint is missing.
 
     Example::
 
@@ -89,7 +88,7 @@ class SAMTeacher(PromptedTeacher):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8; adapters: Wu et al., arXiv:2304.12620.
     """
 
-    called = "SAM"
+    display_name = "SAM"
 
     @kept_random_state()
     def __init__(
@@ -123,10 +122,10 @@ class SAMTeacher(PromptedTeacher):
         self.eval()
         if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
             logger.warning(
-                "SAM %s has no pretrained weights and its %s frozen: a teacher that knows nothing. "
-                "Give `checkpoint`, or train it whole with `trainable='all'` and `encoder='adapted'`.",
+                "SAM %s has no pretrained weights but its %s frozen, so it learns nothing useful; set `checkpoint`, or "
+                "train all of it with `trainable='all'` and `encoder='adapted'`.",
                 variant,
-                "image encoder is" if trainable == "all" else "weights, all but its adapters, are",
+                "image encoder is" if trainable == "all" else "weights, except its adapters, are",
             )
         if encoder == "cached":
             prompts = self.sam.prompt_encoder
@@ -156,12 +155,12 @@ class SAMTeacher(PromptedTeacher):
 
     @property
     def pretrained(self) -> bool:
-        """Whether SAM's weights came from a checkpoint."""
+        """Whether SAM's weights were loaded from a checkpoint."""
         return self.checkpoint is not None
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights came from a checkpoint that can't be SAM's, since none of ``vit_t`` was published."""
+        """Whether the weights are from a checkpoint that is not SAM's: no weights of ``vit_t`` are published."""
         return self.pretrained and self.variant == "vit_t"
 
     def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
@@ -171,7 +170,7 @@ class SAMTeacher(PromptedTeacher):
     def decode(
         self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Logits (B, C, *size) from embeddings of ``encode``, kept or fresh; by default of the prompts' size."""
+        """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
         prompt_encoder = self.sam.prompt_encoder
         prompts = without_meta(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
         masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
@@ -182,5 +181,5 @@ class SAMTeacher(PromptedTeacher):
             prompt_tokens=self.prompt(embedding),
             mask_tokens=embed_masks(prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
         )
-        masks = masks.to(prompts.dtype)  # under autocast they come in half precision
+        masks = masks.to(prompts.dtype)  # half precision under autocast
         return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")

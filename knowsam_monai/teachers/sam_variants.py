@@ -1,4 +1,4 @@
-"""The SAMs that can be built: their numbers and where their published weights are."""
+"""SAM variants: their sizes and the locations of their published weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class SAMVariant(NamedTuple):
-    """The numbers that make one SAM; those of vit_b, vit_l and vit_h are `segment_anything`'s."""
+    """Sizes of one SAM. Those of vit_b, vit_l and vit_h are `segment_anything`'s."""
 
     embed_dim: int
     depth: int
@@ -47,6 +47,6 @@ SAM_VARIANTS = {
         url=f"{_META}/sam_vit_h_4b8939.pth",
         md5="4b8939a88964f0f4ff5f5b2642c598a6",
     ),
-    # a small SAM of the same classes for CPU work: 128 x 128 pixels keep the 16 x 16 tokens that 256 x 256 have above
+    # a small SAM for CPUs: 16 x 16 tokens for 128 x 128 pixels, as the others have for 256 x 256
     "vit_t": SAMVariant(160, 4, 5, (1, 3), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
 }

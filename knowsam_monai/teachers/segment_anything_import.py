@@ -1,7 +1,7 @@
-"""`import segment_anything` without a working torchvision.
+"""Import `segment_anything` without a working torchvision.
 
-`segment_anything/__init__.py` imports its predictor and its mask generator, the only users of torchvision. Training
-needs neither, and torchvision often does not fit the torch beside it (a CUDA wheel beside a CPU build of torch).
+`segment_anything/__init__.py` imports its predictor and its mask generator, the only parts that use torchvision.
+Training needs neither, and torchvision often does not match torch (a CUDA wheel with a CPU build of torch).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from knowsam_monai.errors import KnowSAMImportError
 
 logger = logging.getLogger(__name__)
 
-# what segment_anything takes from torchvision, by module
+# names that segment_anything imports from torchvision, by module
 TORCHVISION_NAMES: dict[str, tuple[str, ...]] = {
     "torchvision": (),
     "torchvision.ops": (),
@@ -29,17 +29,17 @@ TORCHVISION_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def import_segment_anything() -> ModuleType:
-    """Return the package `segment_anything`, whatever the state of torchvision.
+    """Import the package `segment_anything`, with or without a working torchvision.
 
-    With a working torchvision this is a plain import. Otherwise placeholders stand in `sys.modules` for the four
-    torchvision functions while `segment_anything` is imported, once; afterwards `import torchvision` behaves as it did
+    With a working torchvision this is a plain import. Otherwise `sys.modules` contains placeholders for four
+    torchvision functions during the first import of `segment_anything`; afterwards `import torchvision` behaves as
     before. `SamPredictor` and `SamAutomaticMaskGenerator` then raise ImportError when they are used.
 
     Returns:
-        The package, whose modules are the ordinary ones (what is pickled elsewhere can be loaded here).
+        The package with its regular modules, so pickles from elsewhere can be loaded.
 
     Raises:
-        ImportError: when `segment_anything` itself is not installed.
+        ImportError: if `segment_anything` itself is not installed.
 
     Example::
 
@@ -51,25 +51,25 @@ def import_segment_anything() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == "segment_anything":
             raise KnowSAMImportError(
-                "SAM needs the package `segment_anything`, which is not installed; get it with "
+                "SAM needs the package `segment_anything`, which is not installed; install it with "
                 "`pip install segment-anything`, or train without SAM (`--use_sam False`)."
             ) from error
         failure: Exception = error
-    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError, OSError, AttributeError ...
+    except Exception as error:  # a mismatched torchvision raises RuntimeError, OSError, AttributeError ...
         failure = error
-    logger.debug("segment_anything is imported without torchvision, which failed with: %s", failure)
-    _forget("segment_anything")  # the submodules of the failed attempt: kept, they would be missing from the package
+    logger.debug("Importing segment_anything without torchvision, which failed with: %s", failure)
+    _forget("segment_anything")  # the package would otherwise lack the submodules of the failed import
     with _torchvision_placeholders(reason=str(failure)):
         return importlib.import_module("segment_anything")
 
 
 @contextmanager
 def _torchvision_placeholders(reason: str) -> Iterator[None]:
-    """While it is open, `sys.modules` holds placeholders for torchvision; then what it held before."""
+    """Temporarily replace torchvision in `sys.modules` with placeholders."""
     real = _forget("torchvision")
     for module_name, functions in TORCHVISION_NAMES.items():
         placeholder = ModuleType(module_name)
-        placeholder.__path__ = []  # type: ignore[attr-defined]  # a package: it has submodules
+        placeholder.__path__ = []  # type: ignore[attr-defined]  # marks a package
         for function in functions:
             setattr(placeholder, function, _unavailable(f"{module_name}.{function}", reason))
         sys.modules[module_name] = placeholder
@@ -84,7 +84,7 @@ def _torchvision_placeholders(reason: str) -> Iterator[None]:
 
 
 def _forget(package: str) -> dict[str, ModuleType]:
-    """Take a package and its submodules out of `sys.modules` and return them."""
+    """Remove a package and its submodules from `sys.modules` and return them."""
     names = [name for name in sys.modules if name.split(".")[0] == package]
     return {name: sys.modules.pop(name) for name in names}
 

@@ -1,4 +1,4 @@
-"""Slices of volumes: which ones, and a tensor of volumes cut down to them."""
+"""Random selection of slices of volumes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from knowsam_monai.seeds import derive_seed
 
 class SliceSelection(NamedTuple):
     """
-    The slices of each volume of a batch that a step is about.
+    The slices of each volume of a batch that one step uses.
 
-    :meth:`take` cuts volumes down to them: what comes out is a thin volume, whose `axis` has k instead of all slices.
+    :meth:`take` returns thin volumes with only these k slices along `axis`.
 
     Example::
 
@@ -32,11 +32,11 @@ class SliceSelection(NamedTuple):
 
     def take(self, tensor: Tensor, rows: slice = slice(None)) -> Tensor:
         """
-        These slices of a tensor, each row its own; the gradient passes to them alone.
+        Select each row's slices from a tensor. Only these slices get a gradient.
 
         Args:
-            tensor: (B, channels, *spatial), or of those rows of the batch that `rows` names.
-            rows: the rows of the batch that `tensor` holds.
+            tensor: (B, channels, *spatial), or only the batch rows in `rows`.
+            rows: the rows of the batch in `tensor`.
         """
         shape = [1] * tensor.ndim
         shape[0], shape[self.axis + 2] = self.index[rows].shape
@@ -44,18 +44,18 @@ class SliceSelection(NamedTuple):
 
 
 def draw_axis(axes: Sequence[int], seed: int, iteration: int) -> int:
-    """One of several axes for the whole batch, a function of (seed, iteration)."""
-    # the last number: another stream than the slices of any row
+    """Draw one axis for the whole batch, as a function of (seed, iteration)."""
+    # the last number separates this stream from the streams of the rows
     return axes[np.random.RandomState(derive_seed(seed, iteration, 0, 1)).randint(len(axes))]
 
 
 def draw_uniform(size: int, num_slices: int, num_rows: int, seed: int, iteration: int) -> Tensor:
     """
-    One slice of each of `num_slices` equal parts of the depth, (num_rows, num_slices), ascending.
+    Draw one slice from each of `num_slices` equal parts of the depth, (num_rows, num_slices), ascending.
 
     Args:
-        size: slices of the volume. Where it is no multiple of `num_slices`, some parts have one slice more.
-        num_rows: rows of the batch; the draw is a function of (seed, iteration, row of the batch over all ranks).
+        size: number of slices of the volume. If it is not a multiple of `num_slices`, some parts have one slice more.
+        num_rows: rows of the batch. The draw is a function of (seed, iteration, row of the batch over all ranks).
     """
     edges = np.arange(num_slices + 1) * size // num_slices
     return torch.from_numpy((edges[:-1] + _noise(num_slices, num_rows, seed, iteration) * np.diff(edges)).astype(int))
@@ -63,12 +63,12 @@ def draw_uniform(size: int, num_slices: int, num_rows: int, seed: int, iteration
 
 def draw_by_entropy(logits: Tensor, axis: int, num_slices: int, seed: int, iteration: int) -> Tensor:
     """
-    Slices without repetition, each draw in proportion to the slice's mean entropy, (B, num_slices), ascending.
+    Draw slices without replacement, in proportion to their mean entropy, (B, num_slices), ascending.
 
-    The largest of log H + Gumbel noise are such a draw. Where all is sure, every slice is as likely as the next.
+    The draw takes the largest values of log H + Gumbel noise. If the entropy is zero, all slices are equally likely.
 
     Args:
-        logits: (B, C, *spatial) of the student.
+        logits: the student's logits (B, C, *spatial).
     """
     slice_entropy = entropy_map(logits.detach()).movedim(axis + 2, 1).flatten(2).mean(2)
     noise = _noise(slice_entropy.shape[1], len(logits), seed, iteration).clip(1e-12, 1 - 1e-12)
@@ -78,8 +78,8 @@ def draw_by_entropy(logits: Tensor, axis: int, num_slices: int, seed: int, itera
 
 
 def _noise(count: int, num_rows: int, seed: int, iteration: int) -> np.ndarray:
-    """Numbers in 0..1, (num_rows, count), a function of (seed, iteration, row of the whole batch over all ranks)."""
+    """Draw numbers in 0..1, (num_rows, count), as a function of (seed, iteration, row of the batch over all ranks)."""
     first_row = ranks.rank() * num_rows
-    # RandomState's streams are frozen by numpy; a Generator's may change with its version.
+    # NumPy guarantees the streams of RandomState, but not those of Generator.
     states = (np.random.RandomState(derive_seed(seed, iteration, first_row + row)) for row in range(num_rows))
     return np.stack([state.random_sample(count) for state in states])

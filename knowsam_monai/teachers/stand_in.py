@@ -1,4 +1,4 @@
-"""The stand-in for SAM's weights: `vit_t` pretrained on procedural images. It is not SAM."""
+"""The stand-in for SAM's weights: `vit_t`, pretrained on procedural images. It is not SAM."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ WEIGHTS = Path(__file__).parent / "weights" / "vit_t.pt"
 
 
 def stand_in_checkpoint(variant: str) -> Path:
-    """The file that ``checkpoint="procedural"`` means; the log says that it is not SAM.
+    """Return the file behind ``checkpoint="procedural"``, with a warning that it is not SAM.
 
     Raises:
-        ValueError: for another variant than ``vit_t``.
-        FileNotFoundError: when the weights were not pretrained yet; the message holds the command that does it.
+        ValueError: if the variant is not ``vit_t``.
+        FileNotFoundError: if the weights do not exist; the message contains the command that trains them.
 
     Example::
 
@@ -27,11 +27,11 @@ def stand_in_checkpoint(variant: str) -> Path:
     if variant != "vit_t":
         raise KnowSAMValueError(
             f"`checkpoint` must be a file with SAM's weights for {variant} but is {STAND_IN!r}, which exists for vit_t "
-            "only; set `variant` to 'vit_t' or name a file."
+            "only; set `variant` to 'vit_t' or `checkpoint` to a file."
         )
     if not WEIGHTS.is_file():
         raise KnowSAMFileNotFoundError(
-            f"`checkpoint` {STAND_IN!r} needs {WEIGHTS}, which does not exist; make it in the project's root with "
+            f"`checkpoint` {STAND_IN!r} needs {WEIGHTS}, which does not exist; create it in the project's root with "
             f"`python -m pretraining.pretrain_vit_t --output {WEIGHTS}`."
         )
     logger.warning("The teacher is vit_t pretrained on procedural images: a stand-in, NOT SAM.")

@@ -1,4 +1,4 @@
-"""A file of weights as one plain state dict, whoever wrote it; nothing that it may hold is run."""
+"""Weights files of several formats as plain state dicts, read without running code."""
 
 from __future__ import annotations
 
@@ -10,72 +10,80 @@ from typing import Any
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import NotATensorFile, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = ("model", "state_dict", "network", "net", "network_weights")  # keys under which trainers keep the weights
+WRAPPERS = ("model", "state_dict", "network", "net", "network_weights")  # keys under which trainers store the weights
 LORA = ("lora_A", "lora_B", "lora_down", "lora_up")
 
 
-def read_state_dict(path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str = "copy it again") -> dict[str, Tensor]:
     """
-    Read the tensors of a checkpoint by their names.
+    Read a checkpoint's tensors by name.
 
-    Tensors in half precision become float32, and "module." before every name goes away; the log says both.
+    Tensors in half precision are converted to float32, and a "module." prefix of all names is removed; both are logged.
 
     Args:
-        path: a file of ``torch.save``, or one of `safetensors`.
-        expectation: how an error begins, "`checkpoint` must be ... but <path>".
+        path: a file of ``torch.save`` or `safetensors`.
+        expectation: beginning of error messages, "`checkpoint` must be ... but <path>".
+        remedy: end of the message for a damaged file.
 
     Raises:
-        ValueError: when it is no such file, or holds only the low-rank changes (LoRA) of some other weights.
+        ValueError: if it is damaged or another file, or if it has only low-rank changes (LoRA) of other weights.
 
     Example::
 
         state = read_state_dict("models/model.pt", "`path` must hold weights but models/model.pt")
     """
     if os.fspath(path).endswith(".safetensors"):
-        content: Any = _read_safetensors(path, expectation)
+        content: Any = _read_safetensors(path, expectation, remedy)
     else:
         try:
             content = read_tensor_file(path)
-        except NotATensorFile as error:
-            remedy = "save the plain `state_dict()` where you trust the file" if error.runs_code else "copy it anew"
+        except InvalidCheckpointError as error:
+            if error.runs_code:
+                remedy = f"if you trust the file, save its plain `state_dict()`; else {remedy}"
             raise KnowSAMValueError(f"{expectation} {error}; {remedy}.") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    ):
         kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise KnowSAMValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
     low_rank = [name for name in content if any(part in name for part in LORA)]
     if low_rank:
         raise KnowSAMValueError(
             f"{expectation} holds a LoRA, low-rank changes of other weights ({some(low_rank)}); merge it into its base "
-            "model where it was trained (`merge_and_unload` of peft), and give that file."
+            "model (`merge_and_unload` of peft) and use the merged file."
         )
     if all(name.startswith("module.") for name in content):
-        logger.info("%s was saved from several GPUs: 'module.' before each name is left out.", path)
+        logger.info("%s was saved from several GPUs: the prefix 'module.' is removed from its names.", path)
         content = {name.removeprefix("module."): value for name, value in content.items()}
     half = {str(x.dtype) for x in content.values() if x.is_floating_point() and x.element_size() < 4}
     if half:
-        logger.warning("%s holds %s: its values are rounded to that, and used in float32.", path, " and ".join(half))
+        logger.warning(
+            "%s holds %s, which is converted to float32; its values remain rounded.", path, " and ".join(half)
+        )
         content = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
     return content
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str, remedy: str) -> None:
     """
-    Load all tensors into all of a module.
+    Load a state dict that must match the module exactly.
 
     Raises:
-        ValueError: when a tensor is missing, left over or of another shape.
+        ValueError: if a tensor is missing, unexpected, or has another shape.
 
     Example::
 
-        load_strictly(network, state, "`path` must hold the network's weights but model.pt", "give its own file")
+        load_strictly(network, state, "`path` must hold the network's weights but model.pt", "use its own file")
     """
     expected = module.state_dict()
     misshapen = [
@@ -85,7 +93,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
     ]
     problems = [
         ("lacks", [name for name in expected if name not in state]),
-        ("has no place for", [name for name in state if name not in expected]),
+        ("has unexpected", [name for name in state if name not in expected]),
         ("has other shapes in", misshapen),
     ]
     found = [f"{verb} {some(names)}" for verb, names in problems if names]
@@ -95,7 +103,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, and how many more there are.
+    """List the first names and the number of the others.
 
     Example::
 
@@ -107,11 +115,11 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(f"`{name}`" for name in names[:limit]) + rest or "nothing"
 
 
-def _read_safetensors(path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
+def _read_safetensors(path: str | os.PathLike[str], expectation: str, remedy: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise KnowSAMValueError(f"{expectation} is truncated or no safetensors file; copy it anew.") from error
+        raise KnowSAMValueError(f"{expectation} is truncated or not a safetensors file; {remedy}.") from error

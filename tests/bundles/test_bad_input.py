@@ -55,14 +55,14 @@ def test_the_good_data_of_these_tests_train(training, data):
     assert len(training(dataset_dir=str(data / "list.json"), use_sam=False).run().history) == 2
 
 
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds none of them"])
+@pytest.mark.parametrize("found", ["does not exist", "is empty", "contains none of them"])
 def test_data_set_of_no_known_form_says_what_was_looked_for(refused, tmp_path, found):
     folder = tmp_path / "ACDC"
     if found != "does not exist":
         folder.mkdir()
-    if found == "holds none of them":
+    if found == "contains none of them":
         (folder / "readme.txt").write_text("ACDC")
-    forms = r"training/patient001/Info\.cfg was looked for.*data/slices/\*\.h5 was looked for"
+    forms = r"with training/patient001/Info\.cfg.*with data/slices/\*\.h5"
     refused(rf"`dataset_dir` must be .*{forms}.* but {folder} {found}", dataset_dir=str(folder))
 
 
@@ -103,7 +103,7 @@ def test_image_that_is_not_finite_is_named(refused, data, section, value):
 @pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
 def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data, section):
     write_volume(data / f"{section}.nii.gz", value=1.0, shape=(16, 16, 2, 3))
-    refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3. Set `in_channels`")
+    refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3; set `in_channels`")
 
 
 def test_one_image_under_two_names_is_said_with_both(refused, data):

@@ -368,7 +368,7 @@ def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(tr
     assert "smaller" not in caplog.text
     run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()
     assert run["train#trainer"].state.output["image"].shape == (2, 1, 16, 16, 16)
-    assert re.search(r"labeled.nii.gz is smaller, .* than a patch, \(16, 16, 16\): padded with 0", caplog.text)
+    assert re.search(r"labeled.nii.gz has .* voxels, fewer than a patch, \(16, 16, 16\), and is padded with 0", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -402,4 +402,4 @@ def test_folder_of_no_known_form_says_what_was_looked_for(training_3d, tmp_path)
     (tmp_path / "LA").mkdir()
     with pytest.raises(RuntimeError) as error:
         training_3d(dataset_dir=str(tmp_path / "LA")).run()
-    assert "<case>/lgemri.nrrd was looked for" in str(root_cause(error.value))
+    assert "with <case>/lgemri.nrrd" in str(root_cause(error.value))

@@ -89,13 +89,6 @@ def test_protocol_labels_exactly_the_published_patients_in_their_order(form, cou
 
 
 @pytest.mark.parametrize("form", ["pack", "official"])
-def test_no_patient_is_in_two_sets(form, request):
-    datalist = acdc_datalist(request.getfixturevalue(form), 7)
-    names = [name for items in datalist.values() for name in patients(items)]
-    assert len(names) == len(set(names))
-
-
-@pytest.mark.parametrize("form", ["pack", "official"])
 def test_unlabeled_items_have_no_label_and_all_others_have_one(form, request):
     datalist = acdc_datalist(request.getfixturevalue(form), 7)
     assert not any("label" in item for item in datalist["unlabeled"])
@@ -147,12 +140,6 @@ def test_held_out_patients_leave_training_and_take_the_place_of_validation(pack,
         assert all("label" in item for item in datalist["validation"])
 
 
-@pytest.mark.parametrize("count", [0, 5, 71, True, "7", None])
-def test_unpublished_number_of_labeled_patients_is_refused(pack, count):
-    with pytest.raises(ValueError, match=r"`labeled_patients` must be one of \[3, 7, 21, 70\] but is"):
-        acdc_datalist(pack, count)
-
-
 def test_first_missing_file_is_named(tmp_path):
     folder = write_official(tmp_path / "training")
     (folder / "patient028" / "patient028_frame01_gt.nii.gz").unlink()
@@ -185,24 +172,13 @@ def test_incomplete_pack_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="patient038_frame01_slice_3.h5 is missing"):
         acdc_datalist(folder)
     (folder / "train_slices.list").unlink()
-    with pytest.raises(ValueError, match="must hold the 136 slices of the first 7 training patients but .* holds 135"):
+    with pytest.raises(
+        ValueError, match="must contain the 136 slices of the first 7 training patients but .* contains 135"
+    ):
         acdc_datalist(folder)
     for path in slices.glob("patient015_*"):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="patient015_frame01_slice_0.h5 is missing"):
-        acdc_datalist(folder)
-
-
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds none of them", "is a file"])
-def test_folder_of_neither_form_says_what_was_looked_for(tmp_path, found):
-    folder = tmp_path / "data"
-    if found == "is a file":
-        folder.touch()
-    elif found != "does not exist":
-        folder.mkdir()
-    if found == "holds none of them":
-        (folder / "notes.txt").touch()
-    with pytest.raises(ValueError, match=rf"training/patient001/Info.cfg .*data/slices/\*.h5 .*{folder} {found}"):
         acdc_datalist(folder)
 
 

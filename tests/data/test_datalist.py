@@ -62,8 +62,8 @@ def test_left_atrium_data_is_told_by_what_is_in_the_folder(tmp_path, form):
 def test_folder_of_no_known_form_says_all_that_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
     looked_for = (r"training/patient001/Info\.cfg", r"data/slices/\*\.h5", "<case>/lgemri.nrrd", "<case>/mri_norm2.h5")
-    message = ".*".join(f"{name} was looked for" for name in looked_for)
-    with pytest.raises(ValueError, match=rf"`dataset_dir` must be .*{message}.* but {tmp_path} holds none of them"):
+    message = ".*".join(f"with {name}" for name in looked_for)
+    with pytest.raises(ValueError, match=rf"`dataset_dir` must be .*{message}.* but {tmp_path} contains none of them"):
         load_datalist(tmp_path, tmp_path / "phantom")
 
 

@@ -47,7 +47,7 @@ def test_a_data_list_gives_its_test_images_without_labels(tmp_path):
 
 def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     touch(tmp_path, "a.nii.gz", "a.nrrd", "b.nii")
-    with pytest.raises(ValueError, match=r"a\.nii\.gz and .*a\.nrrd would be segmented into one file; rename one"):
+    with pytest.raises(ValueError, match=r"same output file: .*a\.nii\.gz, .*a\.nrrd; rename one"):
         inference_items(tmp_path, "*.n*")
     (tmp_path / "c").mkdir()
     touch(tmp_path / "c", "b.nii")
@@ -61,14 +61,14 @@ def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     assert len(items) == 2 and images_root(tmp_path / "list.json", items) == str(tmp_path)
     lists["test"] = [{"image": ["c/b.nii", "b.nii"]}, {"image": ["c/b.h5", "c/d.nii"]}]  # images of two channels
     (tmp_path / "list.json").write_text(json.dumps(lists))
-    with pytest.raises(ValueError, match="would be segmented into one file"):
+    with pytest.raises(ValueError, match="would write the same output file"):
         inference_items(tmp_path / "list.json")
 
 
 def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         inference_items(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must hold files that match '\*\.nii\*' but .* has none"):
+    with pytest.raises(ValueError, match=r"must contain files that match '\*\.nii\*' but .* has none"):
         inference_items(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_without_a_folder_the_phantom_s_test_images_are_those_of_its_anatomy(tmp
     assert [item["image"].rpartition("_")[2] for item in items] == ["LGE.nii.gz"] * 2
 
 
-def test_a_split_must_be_there_filled_and_labelled():
+def test_a_split_must_be_filled_and_labeled():
     datalist = {"validation": [{"image": "a", "label": "b"}], "test": [], "unlabeled": [{"image": "c"}]}
     assert split_items(datalist) == datalist["validation"]
     for split in ("test", "training"):

@@ -102,9 +102,7 @@ def detached(path, target, sizes="4 4 4"):
     if path.suffix in (".nhdr", ".nrrd"):
         text = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: {sizes}\nencoding: raw\ndata file: {target}\n"
     else:
-        text = (
-            f"ObjectType = Image\nNDims = 3\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {target}\n"
-        )
+        text = f"NDims = 3\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {target}\n"
     path.write_text(text)
     return path
 
@@ -130,104 +128,52 @@ def cut(path):
     return path
 
 
-def folder_called(path):
-    path.mkdir()
-    return path
-
-
 NO_NUMBERS = np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+OUTSIDE = "points to '/etc/passwd', which is out"
 FILES = {
-    "no voxels": ("a.nii.gz", lambda path: with_header(path, dim=dim(8, 0, 5)), "8 x 0 x 5 voxels, which is no image"),
-    "negative size": ("a.nii.gz", lambda path: with_header(path, dim=dim(8, -7, 5)), "is not: "),
+    "no voxels": ("a.nii.gz", lambda p: with_header(p, dim=dim(8, 0, 5)), "8 x 0 x 5 voxels; it is empty"),
+    "negative size": ("a.nii.gz", lambda p: with_header(p, dim=dim(8, -7, 5)), "is not: "),
     "3 GB in a small gz": ("a.nii.gz", lambda p: with_header(p, dim=dim(930, 930, 930)), "3.0 GiB .* limit is 2 GiB"),
-    "3 GB": (
-        "a.nii",
-        lambda path: with_header(path, dim=dim(930, 930, 930)),
-        "3.0 GiB in memory, and the limit is 2 GiB",
-    ),
-    "more than gz can hold": ("a.nii.gz", lambda p: with_header(p, dim=dim(400, 400, 400)), "of the file cannot hold"),
-    "more than the file holds": ("a.nii", lambda p: with_header(p, dim=dim(8, 7, 6)), "1120 bytes of the file cannot"),
-    "NaN in the affine": (
-        "a.nii.gz",
-        lambda p: with_header(p, srow_x=[1, 0, 0, np.nan]),
-        "must be finite and invertible",
-    ),
-    "infinity in the affine": (
-        "a.nii",
-        lambda p: with_header(p, srow_y=[0, np.inf, 0, 0]),
-        "must be finite and invert",
-    ),
-    "no spacing": ("a.nii", lambda path: with_header(path, srow_z=[0, 0, 0, 0]), "must be finite and invertible"),
+    "3 GB": ("a.nii", lambda p: with_header(p, dim=dim(930, 930, 930)), "3.0 GiB in memory, but the limit is 2 GiB"),
+    "more than gz can hold": ("a.nii.gz", lambda p: with_header(p, dim=dim(400, 400, 400)), "bytes can contain"),
+    "more than the file holds": ("a.nii", lambda p: with_header(p, dim=dim(8, 7, 6)), "more than its 1120 bytes can"),
+    "NaN in the affine": ("a.nii.gz", lambda p: with_header(p, srow_x=[1, 0, 0, np.nan]), "finite and invertible"),
+    "infinity in the affine": ("a.nii", lambda p: with_header(p, srow_y=[0, np.inf, 0, 0]), "finite and invertible"),
+    "no spacing": ("a.nii", lambda p: with_header(p, srow_z=[0, 0, 0, 0]), "must be finite and invertible"),
     "NaN voxels": ("a.nii.gz", lambda p: nifti(p, volume("a") * np.nan), "280 NaN or infinite values"),
     "values of no voxel": ("a.nii.gz", lambda p: nifti(p, np.full((3, 4, 2), -3.4e38, "f4")), "goes from -3.4e.38 to"),
-    "colors": ("a.nii.gz", lambda path: nifti(path, NO_NUMBERS), "no real numbers"),
-    "complex": ("a.nii.gz", lambda path: nifti(path, volume("a") * 1j), "complex64, no real numbers"),
+    "colors": ("a.nii.gz", lambda p: nifti(p, NO_NUMBERS), "convert them to real numbers"),
+    "complex": ("a.nii.gz", lambda p: nifti(p, volume("a") * 1j), "complex64; convert them"),
     "cut gz": ("a.nii.gz", cut, "is not: "),
-    "empty file": ("a.nii", lambda path: path.touch() or path, "is not: "),
-    "axes": ("a.nii.gz", lambda path: nifti(path, volume("a", (6, 5, 4, 2, 3))), r"a\.nii\.gz has 4"),
-    "dangling link": ("a.nii.gz", lambda path: link(path, "nowhere"), "No such file|does not"),
-    "link to itself": ("a.nii.gz", lambda path: link(path, path), "symbolic links|does not"),
-    "pipe": ("a.nii.gz", pipe, "no file but a pipe"),
-    "folder": ("a.nii.gz", folder_called, "is not: "),
+    "empty file": ("a.nii", lambda p: p.touch() or p, "is not: "),
+    "axes": ("a.nii.gz", lambda p: nifti(p, volume("a", (6, 5, 4, 2, 3))), r"a\.nii\.gz has 4"),
+    "dangling link": ("a.nii.gz", lambda p: link(p, "nowhere"), "No such file|does not"),
+    "link to itself": ("a.nii.gz", lambda p: link(p, p), "symbolic links|does not"),
+    "pipe": ("a.nii.gz", pipe, "it is a pipe"),
+    "folder": ("a.nii.gz", lambda p: p.mkdir() or p, "is not: "),
     "h5 group": ("a.h5", lambda p: h5(p, lambda f: f.create_group("image")), "an array of numbers but is a group"),
-    "h5 text": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.create_dataset("image", data="text")),
-        "array of numbers but is obj",
-    ),
+    "h5 text": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data="text")), "of numbers but is obj"),
     "h5 link": ("a.h5", linked_h5, "`image` is a link to 'image'"),
-    "h5 soft link": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.__setitem__("image", h5py.SoftLink("/x"))),
-        "is a link to '/x'",
-    ),
-    "h5 stored elsewhere": ("a.h5", stored_elsewhere, "keeps its voxels in another file"),
-    "h5 virtual": ("a.h5", virtual_h5, "keeps its voxels in another file"),
-    "h5 of 1 TB": (
-        "a.h5",
-        lambda p: h5(p, lambda f: f.create_dataset("image", (9**4, 9**4, 9**4), "f4", chunks=True)),
-        "GiB",
-    ),
+    "h5 soft link": ("a.h5", lambda p: h5(p, lambda f: f.__setitem__("image", h5py.SoftLink("/x"))), "link to '/x'"),
+    "h5 stored elsewhere": ("a.h5", stored_elsewhere, "stores its voxels in another file"),
+    "h5 virtual": ("a.h5", virtual_h5, "stores its voxels in another file"),
+    "h5 of 1 TB": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", (9**4,) * 3, "f4", chunks=True)), "GiB"),
     "h5 scalar": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data=3.0)), "a.h5"),
     "h5 empty": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data=h5py.Empty("f4"))), "a.h5"),
     "h5 of 4 axes": ("a.h5", of_4_axes, r"a\.h5 has 4"),
-    "nhdr of /etc/passwd": (
-        "a.nhdr",
-        lambda path: detached(path, "/etc/passwd"),
-        "points at '/etc/passwd', which lies out",
-    ),
-    "nrrd of /etc/passwd": (
-        "a.nrrd",
-        lambda path: detached(path, "/etc/passwd"),
-        "points at '/etc/passwd', which lies out",
-    ),
-    "mhd of /etc/passwd": (
-        "a.mhd",
-        lambda path: detached(path, "/etc/passwd"),
-        "points at '/etc/passwd', which lies out",
-    ),
-    "mha of /etc/passwd": (
-        "a.mha",
-        lambda path: detached(path, "/etc/passwd"),
-        "points at '/etc/passwd', which lies out",
-    ),
-    "mhd of a list": (
-        "a.mhd",
-        lambda p: detached(p, "LIST\n/etc/passwd\n/etc/passwd"),
-        "points at '/etc/passwd', which",
-    ),
-    "nhdr above": (
-        "a.nhdr",
-        lambda path: detached(path, "../../../etc/passwd"),
-        "which lies outside of its own folder",
-    ),
-    "nhdr by a link": ("a.nhdr", link_out, "which lies outside of its own folder"),
-    "mhd of a pattern": ("a.mhd", lambda path: detached(path, "%03d.raw 1 4 1"), "pattern"),
-    "mhd of nothing": ("a.mhd", lambda path: path.write_text("NDims = 3\n") and path, "no `ElementDataFile`"),
-    "mhd of a missing file": ("a.mhd", lambda path: detached(path, "a.raw"), "No such file"),
-    "nhdr of 4 GB": ("a.nhdr", lambda path: detached(path, "a.nhdr", "4096 1024 1024"), "16.0 GiB in memory"),
-    "nhdr of less": ("a.nhdr", lambda path: detached(path, "a.nhdr", "512 512 512"), "of the file cannot hold"),
-    "npy of nothing": ("a.npy", lambda path: np.save(path, np.zeros((3, 0, 2))) or path, "it has no voxels"),
+    "nhdr of /etc/passwd": ("a.nhdr", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "nrrd of /etc/passwd": ("a.nrrd", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mhd of /etc/passwd": ("a.mhd", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mha of /etc/passwd": ("a.mha", lambda p: detached(p, "/etc/passwd"), OUTSIDE),
+    "mhd of a list": ("a.mhd", lambda p: detached(p, "LIST\n/etc/passwd\n/etc/passwd"), OUTSIDE),
+    "nhdr above": ("a.nhdr", lambda p: detached(p, "../../../etc/passwd"), "which is outside its folder"),
+    "nhdr by a link": ("a.nhdr", link_out, "which is outside its folder"),
+    "mhd of a pattern": ("a.mhd", lambda p: detached(p, "%03d.raw 1 4 1"), "pattern"),
+    "mhd of nothing": ("a.mhd", lambda p: p.write_text("NDims = 3\n") and p, "no `ElementDataFile`"),
+    "mhd of a missing file": ("a.mhd", lambda p: detached(p, "a.raw"), "No such file"),
+    "nhdr of 4 GB": ("a.nhdr", lambda p: detached(p, "a.nhdr", "4096 1024 1024"), "16.0 GiB in memory"),
+    "nhdr of less": ("a.nhdr", lambda p: detached(p, "a.nhdr", "512 512 512"), "bytes can contain"),
+    "npy of nothing": ("a.npy", lambda p: np.save(p, np.zeros((3, 0, 2))) or p, "it has no voxels"),
 }
 
 
@@ -260,10 +206,10 @@ def test_file_that_cannot_be_meant_is_one_sentence_with_its_name(tmp_path, datal
     path = write(tmp_path / file)
     if way == "check":
         datalist["unlabeled"] = [{"image": file}]
-        code, said = check(capsys, tmp_path, datalist)
-        assert code == 1 and re.search(message, said)
-        sentences = [line for line in said.splitlines() if str(path) in line and re.search(message, line)]
-        assert len(sentences) == 1, said
+        code, output = check(capsys, tmp_path, datalist)
+        assert code == 1 and re.search(message, output)
+        sentences = [line for line in output.splitlines() if str(path) in line and re.search(message, line)]
+        assert len(sentences) == 1, output
     else:
         with pytest.raises(Exception) as error:
             pipeline(way)(dict.fromkeys(["image"] if "inference" in way else ["image", "label"], str(path)))
@@ -295,8 +241,8 @@ def test_axes_of_length_1_go(tmp_path, datalist, capsys, way, shape):
     image = (prepared[0] if isinstance(prepared, list) else prepared)["image"]
     assert image.shape[0] == 1 and image.ndim == (3 if way == "2D training" else 4)
     datalist["unlabeled"] = [{"image": path.name, "patient": "a"}]
-    code, said = check(capsys, tmp_path, datalist, "--num_classes", "4")
-    assert code == 0 and "8 x 7 x 5 " in said
+    code, output = check(capsys, tmp_path, datalist, "--num_classes", "4")
+    assert code == 0 and "8 x 7 x 5 " in output
 
 
 @pytest.mark.parametrize("way", PIPELINES)
@@ -337,12 +283,12 @@ def test_labels_are_for_training_what_they_are_for_the_check(
     nifti(tmp_path / "labeled_gt.nii.gz", label)
     item = {key: str(tmp_path / datalist["labeled"][0][key]) for key in ("image", "label")}
     nifti(tmp_path / "validation_gt.nii.gz", np.zeros((8, 7, 5), np.uint8))
-    code, said = check(capsys, tmp_path, datalist, "--num_classes", str(num_classes))
+    code, output = check(capsys, tmp_path, datalist, "--num_classes", str(num_classes))
     transform = pipeline(way, num_classes=num_classes).transforms[1]
     load = pipeline(way).transforms[0]
     if isinstance(found, str):
-        assert code == 1 and len(re.findall(rf"labeled_gt\.nii\.gz {re.escape(found)}\. ", said)) == 1
-        with pytest.raises(ValueError, match=rf"labeled_gt\.nii\.gz {re.escape(found)}\. "):
+        assert code == 1 and len(re.findall(rf"labeled_gt\.nii\.gz {re.escape(found)}; ", output)) == 1
+        with pytest.raises(ValueError, match=rf"labeled_gt\.nii\.gz {re.escape(found)}; "):
             transform(load(item))
         return
     logging.getLogger().addHandler(caplog.handler)  # which the command took away
@@ -352,8 +298,12 @@ def test_labels_are_for_training_what_they_are_for_the_check(
     np.testing.assert_array_equal(
         given[0], np.resize(np.round(values) // (255 if max(values) > 200 else 1), label.shape)
     )
-    assert code == 0 and f" {' '.join(map(str, found))} " in said
-    assert caplog.text.count("read as 0 and 1, here and in") == said.count("read as 0 and 1") == (max(values) > 200)
+    assert code == 0 and f" {' '.join(map(str, found))} " in output
+    assert (
+        caplog.text.count("which are read as 0 and 1, in this")
+        == output.count("they are read as 0 and 1")
+        == (max(values) > 200)
+    )
 
 
 def spoiled(**changes):
@@ -384,27 +334,27 @@ LISTS = {
     "Labeled": (spoiled(Labeled=[]), "`Labeled` must be one .*did you mean `labeled`"),
     "validaiton": (spoiled(validaiton=[]), "`validaiton` must be one .*did you mean `validation`"),
     "train": (spoiled(train=[{"image": "labeled.nii.gz"}]), "`train` must be one of the lists .*; rename or remove it"),
-    "lable": (spoiled_item("unlabeled", lable="a.nii"), "`lable` must be a key .* item 0 .*did you mean `label`"),
+    "lable": (spoiled_item("unlabeled", lable="a.nii"), "`lable` must be a known key .* item 0 .*did you mean `label`"),
     "patients": (
         lambda sections: {**sections, "unlabeled": [{"image": "unlabeled.nii.gz", "patients": "a"}]},
-        "`patients` must be a key of an item .*did you mean `patient`",
+        "`patients` must be a known key of an item .*did you mean `patient`",
     ),
     "key twice": (
         lambda sections: json.dumps(sections)[:-1].encode() + b', "labeled": []}',
-        "list.json is not: the key 'labeled' is there twice",
+        "list.json is not: the key 'labeled' appears twice",
     ),
     "key of an item twice": (
         lambda sections: json.dumps(sections).replace('{"image"', '{"image": "a.nii", "image"', 1).encode(),
-        "list.json is not: the key 'image' is there twice",
+        "list.json is not: the key 'image' appears twice",
     ),
     "case of a patient": (
         spoiled_item("validation", patient="LABELED"),
-        "`validation` must share no patient with `training` but both have 'LABELED', written 'labeled' in `training`",
+        "`validation` must share no patient with `training` but both have 'LABELED', spelled 'labeled' in `training`",
     ),
     "spaces of a patient": (spoiled_item("validation", patient=" labe led\t"), "must share no patient with `training`"),
     "own image as label": (
         spoiled_item("labeled", label="./labeled.nii.gz"),
-        "`label` must be another file than an image but `labeled` has .*labeled.nii.gz, an image of `labeled`",
+        "`label` must not be an image file but `labeled` has .*labeled.nii.gz, an image of `labeled`",
     ),
     "image of another as label": (spoiled_item("labeled", label="validation.nii.gz"), "an image of `validation`"),
     "binary": (lambda _: b"\xff\xfe\x00\xd8", "list.json is not"),
@@ -415,16 +365,16 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_list_that_cannot_be_meant_is_one_sentence(tmp_path, datalist, capsys, name):
     spoil, message = LISTS[name]
-    code, said = check(capsys, tmp_path, spoil(datalist))
-    assert code == 1 and len(re.findall(message, said)) == 1, said
-    assert str(tmp_path) in said
+    code, output = check(capsys, tmp_path, spoil(datalist))
+    assert code == 1 and len(re.findall(message, output)) == 1, output
+    assert str(tmp_path) in output
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_list_with_a_byte_order_mark_is_read(tmp_path, datalist, capsys, encoding):
     datalist["unlabeled"][0]["patient"] = "Jürgen"
-    code, said = check(capsys, tmp_path, json.dumps(datalist, ensure_ascii=False).encode(encoding))
-    assert code == 0 and "wrong: nothing" in said
+    code, output = check(capsys, tmp_path, json.dumps(datalist, ensure_ascii=False).encode(encoding))
+    assert code == 0 and "errors: none" in output
 
 
 @pytest.mark.parametrize(
@@ -432,8 +382,8 @@ def test_list_with_a_byte_order_mark_is_read(tmp_path, datalist, capsys, encodin
 )
 def test_path_that_cannot_be_is_one_sentence(capsys, path):
     assert main(["check", path]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and path in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and path in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("name", ["train.list", "val.list", "test.list"])
@@ -443,4 +393,4 @@ def test_listed_cases_stay_in_their_folder(tmp_path, capsys, name, case):
     h5(tmp_path / "data" / "a" / "mri_norm2.h5", lambda file: file.create_dataset("image", data=volume("a")))
     (tmp_path / "data" / name).write_text(f"a\n{case}\n")
     assert main(["check", str(tmp_path / "data")]) == 1
-    assert f"`{name}` must have names of its folder's data but" in capsys.readouterr().err
+    assert f"`{name}` must only have names in its own folder but" in capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_ranks_share_each_batch_without_overlap_or_loss(world_size):
         assert [name for share in shares for name in share["name"][part:]] == batch["name"][6:]
 
 
-def test_rank_comes_from_torch_distributed_when_it_is_initialised_later(monkeypatch):
+def test_rank_comes_from_torch_distributed_when_it_is_initialized_later(monkeypatch):
     late = loader(labeled=6, unlabeled=6, sizes=(2, 4))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -212,16 +212,12 @@ def test_length_shows_every_unlabeled_item_once():
     assert len(loader(labeled=4, unlabeled=8, sizes=(4, 2))) == 4
 
 
-@pytest.mark.parametrize("unlabeled", [None, []])
+@pytest.mark.parametrize("unlabeled", [None, [], dataset("u", 7, False)])
 def test_supervised_floor_has_labeled_rows_only(unlabeled):
     floor = SemiSupervisedLoader(dataset("l", 5, True), unlabeled, 2, 0)
     assert len(floor) == 3
     for batch in floor:
         assert batch["image"].shape[0] == batch["label"].shape[0] == 2
-
-
-def test_unlabeled_items_can_be_left_out_by_batch_size():
-    assert all(len(batch["name"]) == 2 for batch in loader(sizes=(2, 0)))
 
 
 def test_lists_of_samples_are_flattened_within_their_stream():
@@ -268,6 +264,11 @@ def test_bad_argument_is_one_clear_error(arguments, message):
         loader(**arguments)
 
 
+def test_negative_iteration_is_refused():
+    with pytest.raises(ValueError, match="`iteration` must be at least 0 but is -1"):
+        loader().set_iteration(-1)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_stop_at_once_when_the_loader_goes(num_workers):
     """In a reference cycle torch waits 5 seconds for each."""
@@ -277,11 +278,6 @@ def test_workers_stop_at_once_when_the_loader_goes(num_workers):
     del with_workers
     gc.collect()
     assert time.monotonic() - started < 4
-
-
-def test_negative_iteration_is_refused():
-    with pytest.raises(ValueError, match="`iteration` must be at least 0 but is -1"):
-        loader().set_iteration(-1)
 
 
 def test_label_on_an_unlabeled_item_and_none_on_a_labeled_one_are_errors():

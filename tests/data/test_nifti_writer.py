@@ -66,5 +66,5 @@ def test_input_is_not_written_over(tmp_path):
     save = SaveImage(tmp_path, "", ".nii.gz", separate_folder=False, resample=False, writer=WRITER, print_log=False)
     with pytest.raises(Exception) as error:
         save(LoadImage(ensure_channel_first=True)(path))
-    assert "`filename` must be another file than the input but is" in str(root_cause(error.value))
+    assert "`filename` must not be the input file but is" in str(root_cause(error.value))
     assert path.read_bytes() == before

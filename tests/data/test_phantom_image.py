@@ -47,20 +47,20 @@ def test_left_ventricle_tapers_to_the_apex_and_is_enclosed_by_myocardium(patient
             inside = label == LEFT_VENTRICLE
             for axis in (0, 1):
                 for step in (1, -1):
-                    neighbour = np.roll(label, step, axis)[inside]
-                    assert set(np.unique(neighbour)) <= {MYOCARDIUM, LEFT_VENTRICLE}
+                    neighbor = np.roll(label, step, axis)[inside]
+                    assert set(np.unique(neighbor)) <= {MYOCARDIUM, LEFT_VENTRICLE}
 
 
 def test_patients_vary_in_size_place_and_contrast(patients):
     shapes = {frames["ED"][1].shape for frames in patients}
-    centres = np.array([np.argwhere(frames["ED"][1] == LEFT_VENTRICLE).mean(0)[:2] for frames in patients])
+    centers = np.array([np.argwhere(frames["ED"][1] == LEFT_VENTRICLE).mean(0)[:2] for frames in patients])
     volumes = [count(frames["ED"][1], LEFT_VENTRICLE) for frames in patients]
     frames_ed = [frames["ED"] for frames in patients]
     contrasts = [
         image[label == LEFT_VENTRICLE].mean() / image[label == MYOCARDIUM].mean() for image, label, _ in frames_ed
     ]
     assert len(shapes) >= 4
-    assert (centres.std(0) > 1.5).all()
+    assert (centers.std(0) > 1.5).all()
     assert max(volumes) > 1.3 * min(volumes)
     assert max(contrasts) > 1.2 * min(contrasts)
 

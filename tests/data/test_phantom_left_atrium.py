@@ -46,10 +46,10 @@ def test_atrium_is_one_piece_with_veins_that_stand_out(volumes):
 
 
 def test_patients_vary_in_place_size_and_contrast(volumes):
-    centres = np.array([np.argwhere(label).mean(0) / label.shape for _, label, _ in volumes])
+    centers = np.array([np.argwhere(label).mean(0) / label.shape for _, label, _ in volumes])
     voxel_volumes = np.array([label.sum() * abs(np.linalg.det(affine)) for _, label, affine in volumes])
     contrasts = [image[label == 1].mean() / image[label == 0].mean() for image, label, _ in volumes]
-    assert (centres.std(0) > 0.015).all()
+    assert (centers.std(0) > 0.015).all()
     assert voxel_volumes.max() > 1.3 * voxel_volumes.min()
     assert max(contrasts) > 1.15 * min(contrasts)
 

@@ -31,7 +31,7 @@ def test_quarter_turn_by_hand():
     np.testing.assert_allclose(turn_matrix([0, 0, np.pi / 2]), [[0, -1, 0], [1, 0, 0], [0, 0, 1]], atol=1e-12)
 
 
-def test_affine_has_the_spacing_and_its_centre_near_the_origin():
+def test_affine_has_the_spacing_and_its_center_near_the_origin():
     affine = oblique_affine(np.random.default_rng(0), (10, 20, 5), (1.0, 2.0, 3.0), turns=((5, 10),) * 3)
     np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), (1, 2, 3))
     assert np.abs(affine @ [4.5, 9.5, 2, 1])[:3].max() <= 30

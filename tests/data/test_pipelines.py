@@ -1,6 +1,8 @@
-"""The published preprocessing and augmentation, written as MONAI config, on the phantom."""
+"""The shipped preprocessing and augmentation of the ACDC bundle, on the phantom."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,99 +15,27 @@ from knowsam_monai.data import SemiSupervisedLoader, cached_dataset, phantom_dat
 
 SIZE = 64
 PHANTOM = {"num_labeled": 1, "num_unlabeled": 1, "num_validation": 1, "num_test": 0, "max_size": 48}
-BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
-SMOOTH = {**BOTH, "mode": ["bilinear", "nearest"], "padding_mode": "zeros"}
-AFFINE = {
-    "_target_": "RandAffined",
-    **SMOOTH,
-    "prob": 0.5,
-    "rotate_range": 0.1745,
-    "translate_range": "$[0.06 * @image_size, 0.06 * @image_size]",
-    "scale_range": [0.05, 0.05],
-}
-HOLES = {
-    "_target_": "RandCoarseDropoutd",
-    **BOTH,
-    "spatial_size": "$max(1, round(12 * @image_size / 256))",
-    "fill_value": 0,
-}
-LOAD = [
-    {"_target_": "knowsam_monai.data.LoadCased", **BOTH},
-    {"_target_": "EnsureChannelFirstd", **BOTH},
-    {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 4},
-    {"_target_": "knowsam_monai.data.ScaleVolumed", "keys": "image"},
-]
-CONFIG = {
-    "image_size": SIZE,
-    "slices": [
-        *LOAD,
-        {"_target_": "knowsam_monai.data.SplitSlicesd", "keys": ["image", "label"]},
-        {
-            "_target_": "Resized",
-            **BOTH,
-            "spatial_size": "$[@image_size, @image_size]",
-            "mode": ["bilinear", "nearest-exact"],
-        },
-    ],
-    "volumes": [
-        *LOAD,
-        {
-            "_target_": "Resized",
-            "keys": "image",
-            "spatial_size": "$[@image_size, @image_size, -1]",
-            "mode": "trilinear",
-        },
-    ],
-    "weak": [
-        {"_target_": "RandFlipd", **BOTH, "spatial_axis": 0, "prob": 0.5},
-        {"_target_": "RandFlipd", **BOTH, "spatial_axis": 1, "prob": 0.5},
-        {"_target_": "RandScaleIntensityd", "keys": "image", "factors": 0.2, "prob": 0.2},
-        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.2, "prob": 0.2},
-        AFFINE,
-        {**HOLES, "holes": 5, "max_holes": 8, "prob": 0.5},
-    ],
-    "strong": [
-        {"_target_": "RandScaleIntensityd", "keys": "image", "factors": 0.2, "prob": 0.6},
-        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.2, "prob": 0.6},
-        AFFINE,
-        {
-            "_target_": "OneOf",
-            "weights": [0.25, 0.25, 0.5],
-            "transforms": [
-                {"_target_": "RandGridDistortiond", **SMOOTH, "num_cells": 5, "distort_limit": 0.15, "prob": 1.0},
-                {
-                    "_target_": "Rand2DElasticd",
-                    **SMOOTH,
-                    "spacing": "$[@image_size / 8, @image_size / 8]",
-                    "magnitude_range": "$[@image_size / 128, @image_size / 64]",
-                    "prob": 1.0,
-                },
-                {"_target_": "Identityd", "keys": "image"},
-            ],
-        },
-        {**HOLES, "holes": 10, "max_holes": 20, "prob": 0.7},
-    ],
-    "only_holes": [{**HOLES, "holes": 10, "max_holes": 20, "prob": 1.0}],
-}
+TRAIN = Path(__file__).parents[2] / "bundles" / "knowsam_acdc" / "configs" / "train.json"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict:
     items = phantom_datalist(write_phantom(tmp_path_factory.mktemp("data") / "phantom", **PHANTOM))
     return {
-        "labeled": cached_dataset(items["labeled"], build("slices"), progress=False),
-        "unlabeled": cached_dataset(items["unlabeled"], build("slices"), progress=False),
+        "labeled": cached_dataset(items["labeled"], build("train#preprocessing"), progress=False),
+        "unlabeled": cached_dataset(items["unlabeled"], build("train#preprocessing"), progress=False),
         "validation": items["validation"],
     }
 
 
 def build(name: str) -> Compose:
-    parser = ConfigParser(CONFIG)
-    return Compose(parser.get_parsed_content(name))
+    parser = ConfigParser(ConfigParser.load_config_file(TRAIN))
+    parser.update({"image_size": SIZE, "sam_encoder": "adapted"})
+    return parser.get_parsed_content(name)
 
 
 def augmented(dataset, name: str):
-    return cached_dataset([dict(item) for item in dataset], [], build(name), progress=False)
+    return cached_dataset([dict(item) for item in dataset], [], build(f"train#{name}_augmentation"), progress=False)
 
 
 def test_slices_have_the_network_size_and_the_values_of_their_volume(data):
@@ -147,14 +77,18 @@ def test_augmentation_changes_images_and_leaves_the_cache(data, name):
 def test_holes_hit_image_and_label_alike(data):
     item = next(item for item in data["labeled"] if (item["label"] > 0).float().mean() > 0.1)
     image = item["image"].clamp_min(0.01)
-    holes = build("only_holes")({"image": image.clone(), "label": torch.ones_like(item["label"])})
+    drop_holes = build("train#strong_augmentation").transforms[-1]
+    drop_holes.prob = 1.0
+    holes = drop_holes({"image": image.clone(), "label": torch.ones_like(item["label"])})
     assert torch.equal(holes["image"] == 0, holes["label"] == 0)
     assert 10 * 9 / 4 < (holes["label"] == 0).sum() <= 20 * 9
 
 
 def test_image_and_label_move_together(data):
     """An image that is its own label stays so, to what smooth interpolation changes at the border."""
-    geometry = Compose([t for t in build("strong").transforms if "Intensity" not in type(t).__name__])
+    geometry = Compose(
+        [t for t in build("train#strong_augmentation").transforms if "Intensity" not in type(t).__name__]
+    )
     mask = (data["labeled"][4]["label"] > 0).float()
     for _ in range(8):
         moved = geometry({"image": mask.clone(), "label": mask.clone()})
@@ -164,7 +98,7 @@ def test_image_and_label_move_together(data):
 
 def test_validation_volume_goes_back_to_its_own_grid(data):
     """What a network would see, sent back as probabilities, is the truth again to the resolution of the grid."""
-    preprocessing = build("volumes")
+    preprocessing = build("validate#preprocessing")
     volumes = cached_dataset(data["validation"], preprocessing, progress=False)
     batch = next(iter(DataLoader(volumes, batch_size=1)))
     assert batch["image"].shape[2:4] == (SIZE, SIZE)

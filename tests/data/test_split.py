@@ -39,13 +39,18 @@ def test_unlabeled_items_lose_the_key_and_the_others_keep_it():
 def test_missing_file_is_named_with_what_it_is_part_of(tmp_path):
     (tmp_path / "there").touch()
     assert existing_file(tmp_path / "there", "all") == str(tmp_path / "there")
-    with pytest.raises(FileNotFoundError, match=f"must hold the images but {tmp_path / 'gone'} is missing"):
+    with pytest.raises(FileNotFoundError, match=f"must contain the images but {tmp_path / 'gone'} is missing"):
         existing_file(tmp_path / "gone", "the images")
 
 
 def test_unknown_folder_lists_every_form_and_what_is_there(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for name, found in [("file", "is a file"), ("empty", "is empty"), ("gone", "does not exist"), ("", "holds none")]:
+    for name, found in [
+        ("file", "is a file"),
+        ("empty", "is empty"),
+        ("gone", "does not exist"),
+        ("", "contains none"),
+    ]:
         message = str(unknown_folder(tmp_path / name, ("one form", "another")))
         assert f"must be one form, another or a data-list *.json but {tmp_path / name} {found}" in message

@@ -21,7 +21,7 @@ CONFIG = {
         {"_target_": "knowsam_monai.data.LoadCased", **BOTH, "slice_axis": -1, "ensure_channel_first": True},
         {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 2},
         {"_target_": "knowsam_monai.data.ResampleVolumed", "pixdim": [3.0, 3.0, 3.0]},
-        {"_target_": "knowsam_monai.data.CropCentred", "size": 80},
+        {"_target_": "knowsam_monai.data.CropCenterd", "size": 80},
         {"_target_": "NormalizeIntensityd", "keys": "image"},
         {"_target_": "knowsam_monai.data.PadVolumed", "spatial_size": PATCH},
     ],
@@ -106,7 +106,7 @@ def test_official_volume_is_cropped_without_its_label_and_the_truth_goes_back_to
     item = write_official(tmp_path)
     case = preprocessing(item)
     assert "laendo.nrrd has the values 0 and 255" in caplog.text
-    assert "lgemri.nrrd is smaller, (27, 27, 13) voxels, than a patch, (16, 16, 16)" in caplog.text
+    assert "lgemri.nrrd has (27, 27, 13) voxels, fewer than a patch, (16, 16, 16)" in caplog.text
     assert case["image"].shape == case["label"].shape == (1, 27, 27, 16)
     assert torch.equal(preprocessing({"image": item["image"]})["image"].as_tensor(), case["image"].as_tensor())
     probability = MetaTensor(case["label"].as_tensor(), meta=case["image"].meta)

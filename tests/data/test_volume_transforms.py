@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from knowsam_monai.data import CropCentred, OrientVolumed, PadVolumed, ResampleVolumed
+from knowsam_monai.data import CropCenterd, OrientVolumed, PadVolumed, ResampleVolumed
 from knowsam_monai.data.transforms import AXES
 
 
@@ -27,7 +27,7 @@ def test_volume_is_resampled_to_cubic_voxels_and_goes_back_to_its_own_grid():
     label = volume((image.as_tensor() >= 2).float(), spacing=(1.0, 0.5, 2.0))
     resample = ResampleVolumed(pixdim=(1.0, 1.0, 1.0))
     case = resample({"image": image, "label": label})
-    # From the first voxel's centre to the last one's it is 3, 2.5 and 8 mm.
+    # From the first voxel's center to the last one's it is 3, 2.5 and 8 mm.
     assert case["image"].shape == case["label"].shape == (1, 4, 4, 9)
     assert case["image"].pixdim.tolist() == [1.0, 1.0, 1.0]
     torch.testing.assert_close(case["image"][0, 1, 1].as_tensor(), torch.arange(9.0) / 2)
@@ -46,7 +46,7 @@ def test_zero_keeps_an_axis_as_it_is():
 
 def test_volume_of_unknown_spacing_is_neither_resampled_nor_cropped_and_comes_back():
     image = volume(torch.rand(1, 4, 6, 5), spacing_known=False)
-    for transform in (ResampleVolumed("image", pixdim=(0.5, 0.5, 0.5), mode="bilinear"), CropCentred("image", size=2)):
+    for transform in (ResampleVolumed("image", pixdim=(0.5, 0.5, 0.5), mode="bilinear"), CropCenterd("image", size=2)):
         case = transform({"image": image})
         assert torch.equal(case["image"], image)
         assert torch.equal(transform.inverse(case)["image"], image)
@@ -74,9 +74,9 @@ def bright_at(*places: tuple[int, int, int], shape=(20, 20, 6)) -> torch.Tensor:
         ([], (1.0, 1.0, 1.0), (6, 6, 0), (8, 8, 6)),
     ],
 )
-def test_cube_lies_around_the_centre_of_brightness(places, spacing, corner, shape):
+def test_cube_lies_around_the_center_of_brightness(places, spacing, corner, shape):
     image = volume(bright_at(*places) + 3, spacing)
-    case = CropCentred(size=8)({"image": image, "label": volume(torch.arange(2400.0).reshape(1, 20, 20, 6), spacing)})
+    case = CropCenterd(size=8)({"image": image, "label": volume(torch.arange(2400.0).reshape(1, 20, 20, 6), spacing)})
     assert tuple(case["image"].shape[1:]) == tuple(case["label"].shape[1:]) == shape
     assert case["label"][0, 0, 0, 0] == torch.arange(2400.0).reshape(20, 20, 6)[corner]
     torch.testing.assert_close(case["image"].affine[:3, 3].tolist(), [i * s for i, s in zip(corner, spacing)])
@@ -86,16 +86,16 @@ def test_cube_lies_around_the_centre_of_brightness(places, spacing, corner, shap
 def test_crop_looks_at_no_label():
     image = volume(bright_at((10, 10, 3)))
     cropped = [
-        CropCentred(size=8)({"image": image, "label": volume(bright_at(place))})["image"]
+        CropCenterd(size=8)({"image": image, "label": volume(bright_at(place))})["image"]
         for place in [(0, 0, 0), (19, 19, 5)]
     ]
     assert torch.equal(cropped[0], cropped[1])
-    assert torch.equal(CropCentred(size=8)({"image": image})["image"], cropped[0])
+    assert torch.equal(CropCenterd(size=8)({"image": image})["image"], cropped[0])
 
 
 def test_crop_goes_back_to_the_whole_grid_with_zeros_around():
     image = volume(bright_at((2, 15, 3)) + 1)
-    crop = CropCentred("image", size=8)
+    crop = CropCenterd("image", size=8)
     back = crop.inverse(crop({"image": image}))["image"]
     assert back.shape == image.shape and back[0, 2, 15, 3] == 2
     assert (back != 0).sum() == 8 * 8 * 6
@@ -106,21 +106,21 @@ def test_crop_goes_back_to_the_whole_grid_with_zeros_around():
 def test_crop_that_cuts_into_the_label_is_warned_of_with_the_file(caplog, place, is_cut):
     image, label = volume(bright_at((10, 10, 3))), volume(bright_at(place, (10, 10, 2)))
     label.meta["filename_or_obj"] = "case07_seg.nii.gz"
-    CropCentred(size=8)({"image": image, "label": label})
-    said = [message for message in caplog.messages if "labelled voxels outside" in message]
-    assert len(said) == is_cut
-    assert not is_cut or "case07_seg.nii.gz has 1 of its 2 labelled voxels outside of the 8 mm" in said[0]
+    CropCenterd(size=8)({"image": image, "label": label})
+    warnings = [message for message in caplog.messages if "labeled voxels to the crop" in message]
+    assert len(warnings) == is_cut
+    assert not is_cut or "case07_seg.nii.gz loses 1 of its 2 labeled voxels to the crop of 8 mm" in warnings[0]
 
 
 def test_without_a_size_nothing_is_cropped():
     case = {"image": volume(bright_at((0, 0, 0)))}
-    crop = CropCentred(size=None)
+    crop = CropCenterd(size=None)
     assert crop(case)["image"] is case["image"] and crop.inverse(case)["image"] is case["image"]
 
 
 def test_cube_must_have_a_size():
-    with pytest.raises(ValueError, match="`size` must be a length above 0 mm, or None, but is 0"):
-        CropCentred(size=0)
+    with pytest.raises(ValueError, match="`size` must be a length above 0 mm or None but is 0"):
+        CropCenterd(size=0)
 
 
 def test_volume_smaller_than_the_patch_is_padded_and_said_and_comes_back(caplog):
@@ -129,7 +129,7 @@ def test_volume_smaller_than_the_patch_is_padded_and_said_and_comes_back(caplog)
     case = pad({"image": image, "label": volume(torch.ones(1, 5, 6, 3))})
     assert case["image"].shape == case["label"].shape == (1, 8, 6, 4)
     assert case["image"].sum() == case["label"].sum() == 5 * 6 * 3
-    assert "case.nrrd is smaller, (5, 6, 3) voxels, than a patch, (8, 4, 4): padded" in caplog.text
+    assert "case.nrrd has (5, 6, 3) voxels, fewer than a patch, (8, 4, 4), and is padded" in caplog.text
     assert torch.equal(pad.inverse(case)["image"], image)
 
 

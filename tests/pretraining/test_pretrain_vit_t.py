@@ -11,7 +11,15 @@ import torch
 from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.teachers.sam_checkpoint import resize_positions
 from pretraining import pretrain_vit_t
-from pretraining.pretrain_vit_t import ProceduralDataset, _asked, _iou, _mask_losses, learning_rate, parse, pretrain
+from pretraining.pretrain_vit_t import (
+    ProceduralDataset,
+    _iou,
+    _mask_losses,
+    _requested_masks,
+    learning_rate,
+    parse,
+    pretrain,
+)
 
 SMALL = "--image_size 64 --batch_size 2 --objects 2 --rounds 2 --device cpu --held_out_images 2 --log_every 1"
 
@@ -68,7 +76,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(weights, tmp_path):
 
 def test_a_resume_with_other_options_is_an_error(tmp_path):
     run(tmp_path / "vit_t.pt", "--steps 2 --stop_after 1")
-    with pytest.raises(ValueError, match="`resume` must go on with the options"):
+    with pytest.raises(ValueError, match="`resume` needs the options"):
         run(tmp_path / "vit_t.pt", "--steps 2 --resume --lr 0.1")
 
 
@@ -84,7 +92,10 @@ def test_every_parameter_but_the_unused_gets_a_gradient():
 
 
 def test_a_lone_point_asks_for_three_masks_and_anything_else_for_one():
-    assert _asked(torch.tensor([True, False])).tolist() == [[False, True, True, True], [True, False, False, False]]
+    assert _requested_masks(torch.tensor([True, False])).tolist() == [
+        [False, True, True, True],
+        [True, False, False, False],
+    ]
 
 
 def test_mask_loss_is_twenty_times_focal_plus_dice():

@@ -144,7 +144,7 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"overrides": {"num_classes": "4"}}, "network of 4 classes but .*model.pt has 3"),
         ({"device": "cuda:99"}, "`device` must be one of this machine but is 'cuda:99'"),
         ({"device": "gpu"}, "`device` must be one of this machine but is 'gpu'"),
-        ({"image_pattern": "*.mha"}, "`dataset_dir` must hold files that match '\\*.mha'"),
+        ({"image_pattern": "*.mha"}, "`dataset_dir` must contain files that match '\\*.mha'"),
         ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file of .* weights but /nowhere.pt does not exist"),
         ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
         ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
@@ -207,9 +207,7 @@ def test_further_key_is_a_value_and_leads_nowhere_else(scans, tmp_path, monkeypa
 def test_pattern_stays_below_the_scans(scans, tmp_path, bundle, pattern):
     with pytest.raises(Exception) as error:
         predict_folder(scans, BUNDLE.with_name(bundle), tmp_path / "out", image_pattern=pattern, device="cpu")
-    assert str(root_cause(error.value)).startswith(
-        "`image_pattern` must be a pattern below the folder of the images but"
-    )
+    assert str(root_cause(error.value)).startswith("`image_pattern` must be relative to the folder of the images but")
 
 
 def test_names_are_no_expressions(scans, run, tmp_path, monkeypatch):
@@ -254,7 +252,7 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
     for output in (folder, tmp_path / "link"):
         with pytest.raises(Exception) as error:
             predict_folder(folder, BUNDLE, output, **options)
-        assert "`output_dir` must be another folder than that of the images" in str(root_cause(error.value))
+        assert "`output_dir` must not be the folder of the images" in str(root_cause(error.value))
 
 
 @pytest.mark.parametrize(
@@ -329,10 +327,10 @@ BROKEN = {
     "c": (with_two_channels, "must have 1 channels"),
     "d": (with_nan, "has 3072 NaN"),
     "e": (with_nan_in_the_affine, "must be finite and invertible"),
-    "f": (without_voxels, "which is no image"),
+    "f": (without_voxels, "it is empty or damaged"),
     "g": (lambda path: in_place_of(path, lambda one: one.symlink_to("nowhere")), "No such file"),
     "h": (lambda path: in_place_of(path, Path.mkdir), "is not: "),
-    "i": (lambda path: in_place_of(path, os.mkfifo), "no file but a pipe"),
+    "i": (lambda path: in_place_of(path, os.mkfifo), "it is a pipe"),
     "j": (lambda path: (path.parents[1] / "out" / "j_seg.nii.gz").mkdir(parents=True), "Is a directory"),
 }
 
@@ -395,7 +393,7 @@ def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_ph
     (tmp_path / "scans").mkdir()
     with pytest.raises(Exception) as error:
         predict_folder(tmp_path / "scans", BUNDLE, tmp_path / "out", run=student, device="cpu")
-    assert "must hold files that match" in str(root_cause(error.value)) and not caplog.messages
+    assert "must contain files that match" in str(root_cause(error.value)) and not caplog.messages
     predict_folder(scans / "phantom001_ED.nii.gz", BUNDLE, tmp_path / "out", run=student, device="cpu")
     assert "its_run" not in caplog.text
     shutil.copy(scans / "phantom001_ED.nii.gz", tmp_path / "scans")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -125,18 +124,13 @@ def test_another_run_finds_the_folder_filled(tmp_path):
     assert not list(tmp_path.rglob(f"*{PART}"))
 
 
-def test_folder_of_another_encoder_is_an_error(tmp_path):
-    encoder, cache = build(folder=tmp_path)
-    cache(images(1), encoder)
-    with pytest.raises(ValueError, match=f"`cache_dir` must hold .* {tmp_path} holds those of encoder [0-9a-f]+, and"):
-        build(Encoder(seed=1), folder=tmp_path)
-
-
-def test_folder_of_another_size_or_precision_is_an_error(tmp_path):
+def test_folder_of_another_encoder_size_or_precision_is_an_error(tmp_path):
     build(folder=tmp_path)
-    with pytest.raises(ValueError, match="holds those of image_size 8, and this teacher's is 16"):
+    with pytest.raises(ValueError, match=f"`cache_dir` must hold .* {tmp_path} has those of encoder [0-9a-f]+ instead"):
+        build(Encoder(seed=1), folder=tmp_path)
+    with pytest.raises(ValueError, match="has those of image_size 8 instead of 16"):
         EmbeddingCache(Encoder(), {"variant": "toy", "image_size": 16}, SHAPE, folder=tmp_path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="holds those of dtype float32, and this teacher's is float16"):
+    with pytest.raises(ValueError, match="has those of dtype float32 instead of float16"):
         build(folder=tmp_path, dtype=torch.float16)
 
 
@@ -150,36 +144,23 @@ def test_folder_whose_owner_cannot_be_read_is_an_error(tmp_path, content):
         build(folder=tmp_path)
 
 
-def damage_tail(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def damage_head(path):
-    path.write_bytes(path.read_bytes()[:9])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def damage_values(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-
-
 def of_another_image(path):
     encoder, cache = build(folder=path.parent)
     cache(images(2)[1:], encoder)
-    other = next(one for one in path.parent.glob("*.npy") if one != path)
+    other = next(file for file in path.parent.glob("*.npy") if file != path)
     path.write_bytes(other.read_bytes())
 
 
-def pickled(path):
-    np.save(path, np.array([print], dtype=object), allow_pickle=True)
+SPOILS = {
+    "tail": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "head": lambda path: path.write_bytes(path.read_bytes()[:9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "value": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "another image": of_another_image,
+}
 
 
-@pytest.mark.parametrize("spoil", [damage_tail, damage_head, empty, damage_values, of_another_image, pickled])
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_torn_file_is_warned_of_and_computed_again(tmp_path, spoil, caplog):
     encoder, cache = build(folder=tmp_path)
     x = images(1)
@@ -187,7 +168,7 @@ def test_torn_file_is_warned_of_and_computed_again(tmp_path, spoil, caplog):
     (path,) = tmp_path.glob("*.npy")
     spoil(path)
     assert torch.equal(cache(x, encoder), expected) and encoder.num_images == 2
-    assert [f"{path} is torn or of another image" in message for message in caplog.messages] == [True]
+    assert [f"{path} is damaged or belongs to another image" in message for message in caplog.messages] == [True]
     cache(x, encoder)
     assert encoder.num_images == 2
 
@@ -228,19 +209,19 @@ def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, nu
     monkeypatch.setattr("knowsam_monai.teachers.embedding_cache.LOOKUPS_WITHOUT_A_HIT", 4)
     encoder, cache = build()
     cache(torch.cat((images(4 - num_again), images(num_again), images(9)[4:])), encoder)
-    said = [message for message in caplog.messages if "Of 4 images of the cached encoder none came again" in message]
-    assert len(said) == (num_again == 0)
+    warnings = [
+        message for message in caplog.messages if "None of the first 4 images of the cached encoder repeated" in message
+    ]
+    assert len(warnings) == (num_again == 0)
 
 
 @pytest.mark.parametrize("path", ["file", "file/inside"])
 def test_folder_that_is_a_file_is_an_error(tmp_path, path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is or lies in a file"):
+    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is, or is inside, a file"):
         build(folder=tmp_path / path)
 
 
 def test_folder_that_cannot_be_made_is_an_error():
-    with pytest.raises(
-        PermissionError, match="`cache_dir` must be a folder that can be written but /proc/cache cannot"
-    ):
+    with pytest.raises(PermissionError, match="`cache_dir` must be a writable folder but /proc/cache cannot"):
         build(folder="/proc/cache")

@@ -6,20 +6,12 @@ import torch
 from knowsam_monai.teachers.prompt import LearnablePrompt
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2), (3, 3), (4, 4), (3, 5), (16, 16)])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_every_token_grid_gives_finite_tokens(grid, batch_size):
-    prompt = LearnablePrompt(num_classes=4, embed_dim=32)
-    tokens = prompt(torch.randn(batch_size, 32, *grid))
-    assert tokens.shape == (batch_size, 4, 2, 32)
-    assert tokens.isfinite().all()
-
-
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
-def test_shape_follows_classes_and_tokens(num_classes, num_tokens):
-    prompt = LearnablePrompt(num_classes=num_classes, embed_dim=16, num_tokens=num_tokens)
-    assert prompt(torch.randn(3, 16, 4, 4)).shape == (3, num_classes, num_tokens, 16)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2), (3, 5), (16, 16)])
+def test_every_token_grid_gives_finite_tokens_of_each_class(num_classes, num_tokens, grid):
+    tokens = LearnablePrompt(num_classes, embed_dim=16, num_tokens=num_tokens)(torch.randn(3, 16, *grid))
+    assert tokens.shape == (3, num_classes, num_tokens, 16) and tokens.isfinite().all()
 
 
 def test_no_sample_sees_another():

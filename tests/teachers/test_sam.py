@@ -19,7 +19,9 @@ def test_any_multiple_of_16_is_a_size(image_size):
 
 @pytest.mark.parametrize("image_size", [0, -16, 100, (64, 100), (64, 64, 64), (64,), 64.0, "64", True, (64.0, 64.0)])
 def test_other_sizes_are_an_error(image_size):
-    with pytest.raises(ValueError, match="`image_size` must be a positive multiple of 16.* but is .*; SAM resizes"):
+    with pytest.raises(
+        ValueError, match="`image_size` must be a positive multiple of 16.* but is .*; images are resized"
+    ):
         build_sam("vit_t", image_size)
 
 

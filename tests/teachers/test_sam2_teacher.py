@@ -184,7 +184,7 @@ def test_the_cache_is_another_when_the_high_resolution_projections_change():
         ({"image_size": 48}, "`image_size` must be a positive multiple of 32"),
         ({"image_size": (64, 64, 64)}, "`image_size` must be a positive multiple of 32"),
         ({"trainable": "some"}, "`trainable` must be 'adapters' or 'all'"),
-        ({"to_rgb": "grey"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable"),
+        ({"to_rgb": "gray"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable"),
         ({"encoder": "frozen"}, "`encoder` must be 'adapted' or 'cached'"),
         ({"encoder": "cached", "image_size": (64, 96)}, "`image_size` must be square for the encoder 'cached'"),
     ],
@@ -194,39 +194,13 @@ def test_bad_arguments_are_refused_before_a_model_is_built(options, message):
         Sam2Teacher(num_classes=3, **options)
 
 
-@pytest.mark.parametrize(
-    ("image", "prompts", "message"),
-    [
-        ((1, 1, 8, 8, 8), (1, 3, 8, 8, 8), "volumes go through SliceTeacher"),
-        ((1, 1, 8, 8), (1, 2, 8, 8), r"`prompt_logits` must be of shape \(1, 3, 8, 8\)"),
-        ((2, 1, 8, 8), (1, 3, 8, 8), r"`prompt_logits` must be of shape \(2, 3, 8, 8\)"),
-    ],
-)
-def test_images_and_prompts_that_do_not_fit_are_named(image, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        toy_teacher()(torch.zeros(image), torch.zeros(prompts))
-
-
-@pytest.mark.parametrize("to_rgb", [1, -1, "mean", "rgb", lambda image: image * 0.5])
-def test_channels_become_three(to_rgb):
-    teacher = toy_teacher(to_rgb=to_rgb)
-    assert teacher(torch.rand(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
-
-
-def test_images_far_out_of_range_are_warned_of_once(caplog):
-    teacher = toy_teacher()
-    for _ in range(2):
-        teacher(torch.rand(1, 1, 64, 64) * 300, torch.zeros(1, 3, 64, 64))
-    assert [record.getMessage().split(" in 0..1")[0] for record in caplog.records[1:]] == ["Sam2Teacher expects images"]
-
-
 def test_a_teacher_that_knows_nothing_is_warned_of(caplog, folder):
     toy_teacher()
-    assert "SAM 2 own config has no pretrained weights" in caplog.text
+    assert "SAM 2 custom config has no pretrained weights" in caplog.text
     caplog.clear()
     assert toy_teacher(checkpoint=folder).pretrained
     toy_teacher(trainable="all")
-    assert "knows nothing" not in caplog.text
+    assert "learns nothing useful" not in caplog.text
 
 
 @pytest.mark.parametrize("variant", SAM2_VARIANTS)
@@ -255,7 +229,7 @@ def test_no_hub_is_asked(folder, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     build_sam2(toy_config(), folder)
-    with pytest.raises(FileNotFoundError, match="facebook/sam2.1-hiera-tiny does not exist; nothing is downloaded"):
+    with pytest.raises(FileNotFoundError, match="facebook/sam2.1-hiera-tiny does not exist; it is not downloaded"):
         build_sam2("tiny", "facebook/sam2.1-hiera-tiny")
 
 
@@ -271,7 +245,7 @@ def test_shards_are_put_together(folder):
     loaded = build_sam2(toy_config(), folder).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in names)
     (folder / "model-2-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks `model-2-of-2.safetensors`; download the whole folder"):
+    with pytest.raises(FileNotFoundError, match="lacks `model-2-of-2.safetensors`; download the complete folder"):
         build_sam2(toy_config(), folder)
 
 
@@ -334,7 +308,7 @@ def test_a_file_of_several_gpus_and_of_half_precision_is_accepted_and_said(tmp_p
     loaded = build_sam2(toy_config(), tmp_path / "checkpoint.pt")
     assert loaded.no_memory_embedding.dtype == torch.float32
     assert "checkpoint.pt was saved from several GPUs" in caplog.text
-    assert "checkpoint.pt holds torch.float16: its values are rounded to that" in caplog.text
+    assert "checkpoint.pt holds torch.float16, which is converted to float32" in caplog.text
 
 
 def encoder_names(dim, num_blocks):
@@ -345,24 +319,24 @@ def encoder_names(dim, num_blocks):
 @pytest.mark.parametrize(
     ("state", "variant", "message"),
     [
-        (encoder_names(96, 12), "base_plus", "holds a tiny; set `variant` to 'tiny' or give the file of a base_plus"),
-        (encoder_names(144, 48), "tiny", "holds a large; set `variant` to 'large' or give the file of a tiny"),
+        (encoder_names(96, 12), "base_plus", "holds a tiny; set `variant` to 'tiny' or use a file of base_plus"),
+        (encoder_names(144, 48), "tiny", "holds a large; set `variant` to 'large' or use a file of tiny"),
         (encoder_names(96, 16), "tiny", "holds a small; set `variant` to 'small'"),
         (encoder_names(96, 12), "tiny", "holds another model (lacks `"),
         (
             {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)},
             "tiny",
-            "holds SAM 1, which SAMTeacher takes with `variant` 'vit_b'; give the file of a SAM 2 tiny",
+            "holds SAM 1, which SAMTeacher supports with `variant` 'vit_b'; use a file of SAM 2 tiny",
         ),
         (
             {"vision_encoder.patch_embed.projection.weight": torch.zeros(768, 3, 16, 16)},
             "tiny",
-            "holds SAM 1 as `transformers` stores it; SAMTeacher takes Meta's .pth",
+            "holds SAM 1 in the format of `transformers`; SAMTeacher reads Meta's .pth",
         ),
         (
             {"mask_decoder.hf_token.weight": torch.zeros(1, 256)},
             "tiny",
-            "holds HQ-SAM, whose decoder has layers of its own",
+            "holds HQ-SAM, which has additional decoder layers",
         ),
         ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "holds MobileSAM"),
         ({"conv.weight": torch.zeros(1)}, "tiny", "holds another model (its tensors are `conv.weight`)"),
@@ -384,29 +358,23 @@ def test_another_models_file_is_named_with_the_right_variant(tmp_path, state, va
 def test_hq_sam2s_file_has_no_place(tmp_path):
     state = meta_state() | {"sam_mask_decoder.hf_token.weight": torch.zeros(1, DIM)}
     torch.save(state, tmp_path / "sam2.1_hq.pt")
-    with pytest.raises(ValueError, match=r"has no place for `mask_decoder.hf_token.weight`"):
+    with pytest.raises(ValueError, match=r"has unexpected `mask_decoder.hf_token.weight`"):
         build_sam2(toy_config(), tmp_path / "sam2.1_hq.pt")
 
 
 def test_sam2_given_to_sam1_is_named(tmp_path):
     torch.save({"model": encoder_names(96, 12)}, tmp_path / "sam2.1_hiera_tiny.pt")
-    with pytest.raises(ValueError, match="sam2.1_hiera_tiny.pt holds SAM 2, which Sam2Teacher takes; give the file of"):
+    with pytest.raises(ValueError, match="sam2.1_hiera_tiny.pt holds SAM 2, which Sam2Teacher supports; use a file of"):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "sam2.1_hiera_tiny.pt")
     torch.save({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, tmp_path / "mobile_sam.pt")
-    with pytest.raises(ValueError, match="mobile_sam.pt holds MobileSAM, whose image encoder"):
+    with pytest.raises(ValueError, match="mobile_sam.pt holds MobileSAM, which has another image encoder"):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "mobile_sam.pt")
-
-
-def test_a_file_that_runs_code_is_not_loaded(tmp_path):
-    torch.save(nn.Linear(1, 1), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="model.pt is a pickle of Python objects, which would run code"):
-        build_sam2("tiny", tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_a_torn_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK torn")
-    with pytest.raises(ValueError, match=f"{name} .*(truncated|no checkpoint|no safetensors file)"):
+    with pytest.raises(ValueError, match=f"{name} .*(truncated|not a checkpoint|not a safetensors file)"):
         build_sam2("tiny", tmp_path / name)
 
 
@@ -416,12 +384,12 @@ def test_a_folder_of_another_variant_or_model_is_named(tmp_path, folder):
     transformers.Sam2Config(vision_config=vision).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"blocks_per_stage \[1, 2, 11, 2\] instead of .*set `variant` to 'small'"):
         build_sam2("tiny", tmp_path / "small")
-    with pytest.raises(FileNotFoundError, match="small has no model.safetensors; download the whole folder"):
+    with pytest.raises(FileNotFoundError, match="small has no model.safetensors; download the complete folder"):
         build_sam2("small", tmp_path / "small")
-    with pytest.raises(ValueError, match="embed_dim_per_stage .*give its Sam2Config as `variant`"):
+    with pytest.raises(ValueError, match="embed_dim_per_stage .*pass its Sam2Config as `variant`"):
         build_sam2("tiny", folder)
     transformers.SamConfig().save_pretrained(tmp_path / "sam1")
-    with pytest.raises(ValueError, match="holds a 'sam'; for SAM 1 take SAMTeacher and Meta's .pth"):
+    with pytest.raises(ValueError, match="holds a 'sam'; use SAMTeacher and Meta's .pth for SAM 1"):
         build_sam2("tiny", tmp_path / "sam1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no config.json"):
@@ -454,5 +422,5 @@ def test_without_transformers_the_extra_is_named():
         "try:\n    Sam2Teacher(num_classes=2)\n"
         "except ImportError as error:\n    print(error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "get it with `pip install knowsam-monai[sam2]`" in said
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "install it with `pip install knowsam-monai[sam2]`" in output

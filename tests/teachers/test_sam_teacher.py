@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.data import MetaTensor
 
-from knowsam_monai.data.orientation import orient
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.sam import build_sam
 from knowsam_monai.teachers.sam_decoder import dense_positions
@@ -94,14 +93,6 @@ def test_images_are_put_on_sams_scale():
     torch.testing.assert_close(seen[1], torch.ones(1, 3, 32, 32), rtol=0, atol=1e-5)
 
 
-def test_no_row_sees_another():
-    teacher = trained(toy_teacher().double())
-    image, prompt_logits = toy_batch(batch_size=4, dtype=torch.float64)
-    together = teacher(image, prompt_logits)
-    alone = torch.cat([teacher(image[i, None], prompt_logits[i, None]) for i in range(4)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
-
-
 def test_rows_with_a_graph_and_rows_without_one_are_the_rows_of_one_call():
     teacher = trained(toy_teacher().double())
     image, prompt_logits = toy_batch(batch_size=4, dtype=torch.float64)
@@ -130,29 +121,6 @@ def test_all_mode_trains_what_the_forward_uses_and_nothing_else():
     assert names_with_gradient(teacher) == trainable_names(teacher)
 
 
-@pytest.mark.parametrize("trainable", ["adapters", "all"])
-def test_a_step_changes_what_trains_and_nothing_else(trainable):
-    teacher = toy_teacher(trainable=trainable)
-    with torch.no_grad():
-        for module in teacher.modules():
-            if isinstance(module, Adapter):
-                nn.init.normal_(module.up.weight)  # at zero the first layers of the adapters have no gradient yet
-    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
-    optimizer = torch.optim.Adam(parameter for parameter in teacher.parameters() if parameter.requires_grad)
-    teacher(*toy_batch()).square().mean().backward()
-    optimizer.step()
-    changed = {name for name, parameter in teacher.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == trainable_names(teacher)
-
-
-def test_no_gradient_reaches_the_prompting_student():
-    teacher = toy_teacher()
-    image, prompt_logits = toy_batch()
-    prompt_logits.requires_grad_()
-    teacher(image, prompt_logits).sum().backward()
-    assert prompt_logits.grad is None
-
-
 def test_no_graph_is_built_before_the_first_adapter():
     teacher = toy_teacher(trainable="adapters")
     seen = {}
@@ -173,14 +141,6 @@ def test_the_mask_prompt_of_a_class_is_its_own_channel():
     before, after = teacher(image, prompt_logits), teacher(image, other)
     assert torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 2], after[:, 2])
     assert not torch.allclose(before[:, 1], after[:, 1])
-
-
-def test_it_stays_in_eval_mode():
-    teacher = toy_teacher()
-    assert teacher.train() is teacher
-    assert not any(module.training for module in teacher.modules())
-    nn.Sequential(teacher).train()
-    assert not any(module.training for module in teacher.modules())
 
 
 def test_a_kept_embedding_decodes_to_the_same_logits():
@@ -213,9 +173,9 @@ def test_an_image_becomes_three_channels(to_rgb, channels, expected):
 @pytest.mark.parametrize(
     ("to_rgb", "channels", "words"),
     [
-        (1, 1, "`to_rgb` must be a channel of the image, which has 1, but is 1"),
-        ("rgb", 1, r"`to_rgb` must make three channels of \(2, 1, 32, 32\) but 'rgb' makes \(2, 1, 32, 32\)"),
-        (lambda image: image, 2, r"`to_rgb` must make three channels of \(2, 2, 32, 32\)"),
+        (1, 1, "`to_rgb` must be the index of one of the image's 1 channels but is 1"),
+        ("rgb", 1, r"`to_rgb` must turn \(2, 1, 32, 32\) into three channels but 'rgb' returns \(2, 1, 32, 32\)"),
+        (lambda image: image, 2, r"`to_rgb` must turn \(2, 2, 32, 32\) into three channels"),
     ],
 )
 def test_an_image_that_cannot_become_three_channels_is_an_error(to_rgb, channels, words):
@@ -244,7 +204,7 @@ def test_under_bf16_autocast_logits_are_float32_and_near():
 
 @pytest.mark.parametrize("shape", [(2, 4, 32, 32), (2, 3, 16, 32), (1, 3, 32, 32)])
 def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
-    with pytest.raises(ValueError, match=r"`prompt_logits` must be of shape \(2, 3, 32, 32\).* but are of shape"):
+    with pytest.raises(ValueError, match=r"`prompt_logits` must have shape \(2, 3, 32, 32\).* but have shape"):
         toy_teacher()(torch.rand(2, 1, 32, 32), torch.zeros(shape))
 
 
@@ -252,7 +212,7 @@ def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
     ("kwargs", "words"),
     [
         ({"trainable": "everything"}, "`trainable` must be 'adapters' or 'all' but is 'everything'"),
-        ({"to_rgb": "grey"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is 'grey'"),
+        ({"to_rgb": "gray"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is 'gray'"),
         ({"num_classes": 0}, "`num_classes` must be at least 1 but is 0"),
         ({"image_size": 100}, "`image_size` must be a positive multiple of 16"),
     ],
@@ -306,6 +266,8 @@ def uncached_logits(teacher, image, prompt_logits):
 
 
 def test_cached_encoder_trains_decoder_adapters_and_prompt_head_alone(weights):
+    names = trainable_names(cached_teacher(weights, trainable="all"))
+    assert not [name for name in names if name.startswith("sam.image_encoder")]
     teacher = trained_adapters(cached_teacher(weights))
     expected = adapter_and_prompt_names(teacher)
     assert not [name for name in expected if name.startswith("sam.image_encoder")]
@@ -313,13 +275,6 @@ def test_cached_encoder_trains_decoder_adapters_and_prompt_head_alone(weights):
     assert trainable_names(teacher) == expected
     teacher(*toy_batch()).square().mean().backward()
     assert names_with_gradient(teacher) == expected
-
-
-def test_all_mode_leaves_a_cached_encoder_frozen(weights):
-    teacher = cached_teacher(weights, trainable="all")
-    names = trainable_names(teacher)
-    assert names > adapter_and_prompt_names(teacher)
-    assert not [name for name in names if name.startswith("sam.image_encoder")]
 
 
 def trained_adapters(teacher):
@@ -355,17 +310,6 @@ def test_half_precision_cache_moves_the_logits_by_thousandths(weights):
     assert not torch.equal(found, expected)
     error = ((found - expected).abs().max() / expected.std()).item()
     assert error < 2e-3
-
-
-def test_each_orientation_from_the_cache_is_that_of_the_encoder(weights):
-    teacher = cached_teacher(weights)
-    image, prompt_logits = toy_batch(batch_size=1)
-    for orientation in range(8):
-        turned = orient(image[0], orientation)[None]
-        expected = uncached_logits(teacher, turned, prompt_logits)
-        for _ in range(2):
-            torch.testing.assert_close(teacher(turned, prompt_logits), expected, rtol=0, atol=1e-6)
-    assert len(teacher.cache) == 8
 
 
 def test_folder_of_embeddings_serves_the_next_teacher_and_no_other(weights, tmp_path):

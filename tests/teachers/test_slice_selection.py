@@ -69,7 +69,7 @@ def test_draw_is_a_function_of_seed_iteration_and_row(sampling):
 @pytest.mark.parametrize("sampling", ["uniform", "entropy"])
 def test_rows_of_the_second_rank_are_the_rows_after_the_firsts(sampling, monkeypatch):
     both = draws(sampling, seed=0, iteration=5)
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: 1)
     assert torch.equal(draws(sampling, seed=0, iteration=5, num_rows=2), both[2:])
 
 

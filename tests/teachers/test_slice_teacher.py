@@ -105,9 +105,9 @@ def test_teacher_of_slices_says_of_itself_what_sam_says_and_stays_in_eval_mode()
         (dict(axes=3), "`axes` must be one or more different spatial axes, 0..2 or -3..-1, but is 3"),
         (dict(axes=(2, -1)), "`axes` must be one or more different"),
         (dict(axes=()), "`axes` must be one or more different"),
-        (dict(slices=0), "`slices` must be a number of slices, 1 or more, or None for all, but is 0"),
-        (dict(slices=2.5), "or None for all, but is 2.5"),
-        (dict(slices="8"), "or None for all, but is '8'"),
+        (dict(slices=0), "`slices` must be a number of slices, 1 or more, or None for all but is 0"),
+        (dict(slices=2.5), "or None for all but is 2.5"),
+        (dict(slices="8"), "or None for all but is '8'"),
         (dict(sampling="random"), "`sampling` must be one of uniform, entropy but is 'random'"),
     ],
 )
@@ -129,9 +129,7 @@ def test_more_slices_than_the_volume_has_are_an_error(sam_teacher):
 
 def test_image_for_the_teacher_of_volumes_and_volume_for_the_teacher_of_images_are_errors(sam_teacher):
     image, prompt_logits = toy_volumes()
-    with pytest.raises(
-        ValueError, match=r"`image` must be volumes \(B, channels, H, W, D\) but is of shape \(2, 1, 6, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"`image` must have shape \(B, channels, H, W, D\) but has \(2, 1, 6, 5\)"):
         SliceTeacher(sam_teacher)(image[..., 0], prompt_logits[..., 0])
-    with pytest.raises(ValueError, match="volumes go through SliceTeacher"):
+    with pytest.raises(ValueError, match="wrap the teacher in SliceTeacher for volumes"):
         SAMTeacher(3, image_size=32, variant="vit_t", trainable="all")(image, prompt_logits)

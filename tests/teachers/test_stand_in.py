@@ -29,7 +29,3 @@ def test_without_the_file_the_message_holds_the_command(tmp_path, monkeypatch):
 def test_another_variant_has_no_stand_in():
     with pytest.raises(ValueError, match="exists for vit_t only"):
         build_sam("vit_b", image_size=64, checkpoint="procedural")
-
-
-def test_random_weights_are_no_stand_in():
-    assert not SAMTeacher(2, 64, variant="vit_t", trainable="all").stand_in

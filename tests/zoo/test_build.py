@@ -80,7 +80,7 @@ def test_weights_are_a_plain_state_dict_named_for_what_they_were_trained_on(host
     assert state and all(isinstance(value, torch.Tensor) for value in state.values())
     metadata = json.loads((hosted.root / "configs" / "metadata.json").read_text())
     said = re.compile(
-        rf"weights in models/model.pt are of the run {RUN}, trained on the synthetic phantom.*Dice 0\.\d+"
+        rf"weights in models/model.pt are from the run {RUN}, trained on the synthetic phantom.*Dice 0\.\d+"
     )
     assert said.search(metadata["description"]) and said.search((hosted.root / "docs" / "README.md").read_text())
 
@@ -91,7 +91,7 @@ def test_zip_knows_that_its_student_is_of_the_phantom(hosted, caplog):
     warn_of_phantom(hosted.root / "models" / "model.pt", "/data/scans")
     assert f"of the run {RUN}, trained on the synthetic phantom" in caplog.text
     assert "warn_of_phantom" in (hosted.root / "configs" / "inference.json").read_text()
-    with pytest.raises(ValueError, match="is a zip's; make the zip where the student was trained"):
+    with pytest.raises(ValueError, match="is from a zip; build the zip where the student was trained"):
         build(hosted.root, hosted.root.parent)
 
 

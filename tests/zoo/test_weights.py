@@ -135,7 +135,7 @@ def published(tmp_path):
 def test_student_of_other_sizes_than_the_published_is_taken_with_its_own(published):
     training = find_training(published("knowsam_acdc", dataset_dir="/data/ACDC", image_size=128))
     assert training.trained_on == "ACDC" and training.student["image_size"] == 128
-    assert training.sentence.endswith(f"of the run {RUN}, trained on ACDC; mean validation Dice 0.750.")
+    assert training.sentence.endswith(f"from the run {RUN}, trained on ACDC; mean validation Dice 0.750.")
 
 
 def test_student_of_other_channels_and_classes_than_the_published_is_taken_with_its_own(published):
