@@ -42,9 +42,9 @@ that do not fit, files that cannot be read. What may be meant so is listed as od
   knowsam check /data/ACDC --labeled_patients 7
 """
 TRAIN = """\
-Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command, which is printed first, with
-the same keys; the bundle's README and docs/source/settings.md list them. Without --dataset_dir it trains on a phantom. A
-run that was broken off goes on with the same command.
+Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command with the same keys, and it
+is printed first. The keys are in the bundle's README and in docs/source/settings.md. Without --dataset_dir a phantom is
+the data. A run that was broken off goes on with the same command.
 
 A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. Where neither is there, the bundle that comes
 with the package is copied to knowsam_NAME.
@@ -113,7 +113,7 @@ def train(options: argparse.Namespace) -> int:
     if not any(key.partition("=")[0] == "--bundle_root" for key in options.keys):
         command += ["--bundle_root", str(bundle)]
     command += options.keys
-    logging.info("python %s", shlex.join(command))
+    logging.info("python %s", " ".join(map(quoted, command)))
     # in this process's place: signals and the exit code are the training's own
     trusted = ["-W", "ignore:parsing config_file"]  # MONAI warns that a config is code
     os.execv(sys.executable, [sys.executable, *trusted, *command])
@@ -148,6 +148,12 @@ def key_value(text: str) -> str:
     if not text.partition("=")[0] or "=" not in text:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE but is {text!r}")
     return text
+
+
+def quoted(word: str) -> str:
+    """A word of a command line, lists of names in the quotes that people write."""
+    plain = shlex.quote(word)
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else plain
 
 
 def names(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
 from knowsam_monai.files import NotATensorFile, read_tensor_file
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str) -> dict[str,
         expectation: how an error begins, "`checkpoint` must be ... but <path>".
 
     Raises:
+        ImportError: when the file is one of `safetensors`, which is not installed.
         ValueError: when it is no such file, or holds only the low-rank changes (LoRA) of some other weights.
 
     Example::
@@ -108,8 +109,14 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def _read_safetensors(path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise KnowSAMImportError(
+            f"{expectation} cannot be read without `safetensors`, which is not installed; get it with "
+            "`pip install 'safetensors>=0.4'` (the extra `sam2`)."
+        ) from error
 
     try:
         return load_file(path)
