@@ -44,7 +44,7 @@ that do not fit, files that cannot be read. What may be meant so is listed as od
 TRAIN = """\
 Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command with the same keys, and it
 is printed first. The keys are in the bundle's README and in docs/source/settings.md. Without --dataset_dir a phantom is
-the data. A run that was broken off goes on with the same command.
+the data. If a run is interrupted, the same command resumes it.
 
 A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. Where neither is there, the bundle that comes
 with the package is copied to knowsam_NAME.
