@@ -6,14 +6,16 @@ import difflib
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from knowsam_monai.errors import KnowSAMFileNotFoundError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 
 logger = logging.getLogger(__name__)
 
 # in a checkout a link to the repository's own folder, in a wheel copies of its configs and documents
 SHIPPED = Path(__file__).parents[1] / "bundles"
+METADATA = "configs/metadata.json"
 WRITTEN = ("models", "output", "data", "eval")  # by runs, and no part of what is shipped
 
 
@@ -25,7 +27,7 @@ def shipped_names() -> list[str]:
         >>> shipped_names()
         ['acdc', 'la']
     """
-    return sorted(path.parents[1].name.removeprefix("knowsam_") for path in SHIPPED.glob("*/configs/metadata.json"))
+    return sorted(path.parents[1].name.removeprefix("knowsam_") for path in SHIPPED.glob(f"*/{METADATA}"))
 
 
 def find_bundle(bundle: str | os.PathLike) -> Path:
@@ -43,15 +45,15 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     folder = Path(bundle).expanduser()
     if folder.name not in ("", "..") and len(folder.parts) == 1:
         name = f"knowsam_{folder.name.removeprefix('knowsam_')}"
-        candidates = [folder, "bundles" / Path(name), Path(name), SHIPPED / name]
+        candidates = [folder, Path("bundles", name), Path(name), SHIPPED / name]
     else:
         candidates = [folder]
-    found = next((one for one in candidates if (one / "configs" / "metadata.json").is_file()), None)
+    found = next((one for one in candidates if (one / METADATA).is_file()), None)
     if found is None:
         names = ", ".join(shipped_names())
         raise KnowSAMFileNotFoundError(
             f"`bundle` must be one of {names}, or the folder of a bundle, but {os.fspath(bundle)} has no "
-            "configs/metadata.json."
+            f"{METADATA}."
         )
     return found
 
@@ -65,12 +67,22 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: when there is no such bundle.
+        ValueError: when a folder of that name is there and is no bundle.
     """
     folder = find_bundle(bundle)
     if folder.parent != SHIPPED:
         return folder
     copy = Path(folder.name)
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*WRITTEN), dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=".", prefix=f".{copy}_") as parts:
+        whole = shutil.copytree(folder, Path(parts) / copy, ignore=shutil.ignore_patterns(*WRITTEN))
+        try:
+            whole.rename(copy)
+        except OSError as error:
+            if not (copy / METADATA).is_file():  # else another process of the same training was faster
+                raise KnowSAMValueError(
+                    f"`{copy}` in the working folder must be a bundle but has no {METADATA}; name a bundle by its "
+                    "path, or work in another folder."
+                ) from error
     logger.info("The bundle is in ./%s now: configs, and what a run writes (models, output).", copy)
     return copy
 
