@@ -9,9 +9,9 @@
 #   make lint               black, isort and flake8, changing nothing
 #   make clean              removes .venv and caches; trained models stay
 #
-# PYTHON picks the interpreter (3.10 to 3.12):  make train PYTHON=python3.12
+# The interpreter is python3 or the newest python3.x of 3.10 to 3.14; PYTHON names one:  make train PYTHON=python3.12
 
-PYTHON ?= python3
+PYTHON ?=
 VENV   ?= .venv
 BUNDLE ?= bundles/knowsam_acdc
 ARGS   ?=
@@ -19,13 +19,14 @@ ARGS   ?=
 venv_python = $(VENV)/bin/python
 pip_install = $(venv_python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 sources     = $(wildcard knowsam_monai bundles tests examples benchmarks docs pretraining zoo)
+pythons     = $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10)
 packaging   = setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help train zip test check docs lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^PYTHON/q'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^The interpreter/q'
 
 train: $(VENV)/.installed
 	@# MONAI warns that a config is code: this one is the repository's own
@@ -60,10 +61,17 @@ clean:
 # An environment that is there and has pip is taken as it is; one whose making was interrupted is made anew.
 $(VENV)/.created:
 	@$(venv_python) -m pip --version >/dev/null 2>&1 || { \
-	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
-	    echo "Python must be 3.10, 3.11 or 3.12 but \`$(PYTHON)\` is `$(PYTHON) --version 2>/dev/null || echo not found`:" \
-	         "name one, as in \`make PYTHON=python3.12 $(firstword $(MAKECMDGOALS))\`." >&2; exit 1; }; \
-	  $(PYTHON) -m venv --clear $(VENV); }
+	  for python in $(pythons); do \
+	    $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || continue; \
+	    $$python -c 'import ensurepip' 2>/dev/null || { \
+	      version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	      : $${needed:="\`$$python\` has no ensurepip; get it with \`sudo apt install python$$version-venv\`."}; continue; }; \
+	    exec $$python -m venv --clear $(VENV); \
+	  done; \
+	  for python in $(pythons); do found="$$found $$python ($$($$python --version 2>/dev/null || echo not found)),"; done; \
+	  : $${needed:="Python must be 3.10 to 3.14 but these were tried:$${found%,}; install one, or name it as in \
+	\`make PYTHON=/opt/python3.12/bin/python $(firstword $(MAKECMDGOALS))\`."}; \
+	  echo "$$needed" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(packaging)

@@ -1,10 +1,12 @@
-"""``python -m knowsam_monai``: check a data list, write a phantom, report on runs, segment a folder of scans."""
+"""``knowsam``, also ``python -m knowsam_monai``: check data, write a phantom, train, segment scans, report on runs."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -13,12 +15,11 @@ from knowsam_monai.errors import KnowSAMError, root_cause
 DESCRIPTION = """\
 SAM-induced knowledge distillation for semi-supervised segmentation, as parts for MONAI trainers.
 
-  phantom   write a synthetic data set with its data list
-  check     is a data list fit to train on?
-  report    one HTML page about a run, or about several side by side
-  predict   segment a folder of scans with a bundle
+  knowsam train acdc                                           try it: the whole method on a phantom, minutes on a CPU
 
-Training is MONAI's: python -m monai.bundle run --config_file bundles/knowsam_acdc/configs/train.json
+  knowsam check list.json --num_classes 3                      your data: is it fit to train on?
+  knowsam train acdc --dataset_dir list.json ...               train
+  knowsam predict scans --bundle acdc --output segmentations   segment
 """
 EXIT_CODES = "Exit codes: 0 done, 1 something given is wrong (said in one sentence), 2 wrong usage."
 EXIT_CODES_OF_PREDICT = """\
@@ -30,15 +31,28 @@ PHANTOM = """\
 Write synthetic patients as NIfTI, with a MONAI data list `dataset.json` beside them. The same arguments give the
 same voxels, and a phantom that is there is not written again.
 
-  python -m knowsam_monai phantom scans --labeled 2 --validation 1 --unlabeled 17 --test 0
-  python -m knowsam_monai phantom atria --anatomy left_atrium --size 48
+  knowsam phantom scans --labeled 2 --validation 1 --unlabeled 17 --test 0
+  knowsam phantom atria --anatomy left_atrium --size 48
 """
 CHECK = """\
 Read every image and label of a data list, and list errors, such as an image in two sets, labels that do not fit, or
 unreadable files. Possibly intentional issues are listed as warnings. The exit code is 1 if there are errors.
 
-  python -m knowsam_monai check scans/dataset.json --num_classes 4
-  python -m knowsam_monai check /data/ACDC --labeled_patients 7
+  knowsam check scans/dataset.json --num_classes 4
+  knowsam check /data/ACDC --labeled_patients 7
+"""
+TRAIN = """\
+Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command with the same keys, and it
+is printed first. The keys are in the bundle's README and in docs/source/settings.md. Without --dataset_dir a phantom is
+the data. If a run is interrupted, the same command resumes it.
+
+A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. Where neither is there, the bundle that comes
+with the package is copied to knowsam_NAME.
+
+  knowsam train acdc
+  knowsam train acdc --dataset_dir /data/list.json --class_names "['liver', 'tumor']" --preflight True
+  knowsam train la --with network_plain,mean_teacher --dataset_dir /data/list.json
+  knowsam train acdc --with evaluate --dataset_dir /data/ACDC --split test
 """
 REPORT = """\
 Write one HTML page from a run's folder (the `output_dir` of a training, finished or not): curves of every loss term,
@@ -46,8 +60,8 @@ student against teacher, the gate, the Dice of each case, the best and the worst
 folders stand side by side. The page opens offline. It shows slices of the validation's images: share it as you would
 share these.
 
-  python -m knowsam_monai report bundles/knowsam_acdc/output/knowsam_phantom_seed0
-  python -m knowsam_monai report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
+  knowsam report bundles/knowsam_acdc/output/knowsam_phantom_seed0
+  knowsam report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
 """
 PREDICT = """\
 Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
@@ -55,9 +69,9 @@ The student is the bundle's models/model.pt, or with --run that of a training's 
 that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output; what
 lies there already is not segmented.
 
-  python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --output segmentations
-  python -m knowsam_monai predict /data/scans --bundle bundles/knowsam_acdc --run output/my_run --output segmentations
-  python -m knowsam_monai predict /data --image_pattern '*/*.nii' --bundle bundles/knowsam_acdc --set image_size=192
+  knowsam predict /data/scans --bundle acdc --output segmentations
+  knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations
+  knowsam predict /data --image_pattern '*/*.nii' --bundle acdc --set image_size=192
 """
 
 
@@ -90,6 +104,21 @@ def check(options: argparse.Namespace) -> int:
     return 1 if found.errors else 0
 
 
+def train(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.bundle_folder import config_file, working_bundle
+
+    bundle = working_bundle(options.bundle)
+    configs = [str(config_file(bundle, name)) for name in ("train", *options.overlays)]
+    command = ["-m", "monai.bundle", "run", "--config_file", str(configs) if len(configs) > 1 else configs[0]]
+    if not any(key.partition("=")[0] == "--bundle_root" for key in options.keys):
+        command += ["--bundle_root", str(bundle)]
+    command += options.keys
+    logging.info("python %s", " ".join(map(quoted, command)))
+    # in this process's place: signals and the exit code are the training's own
+    trusted = ["-W", "ignore:parsing config_file"]  # MONAI warns that a config is code
+    os.execv(sys.executable, [sys.executable, *trusted, *command])
+
+
 def report(options: argparse.Namespace) -> int:
     from knowsam_monai.runs.report import write_report
 
@@ -98,11 +127,12 @@ def report(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.bundle_folder import find_bundle
     from knowsam_monai.runs.prediction import predict_folder
 
     predict_folder(
         options.scans,
-        options.bundle,
+        find_bundle(options.bundle),
         options.output,
         run=options.run,
         ckpt_path=options.ckpt_path,
@@ -120,6 +150,17 @@ def key_value(text: str) -> str:
     return text
 
 
+def quoted(word: str) -> str:
+    """A word of a command line, lists of names in the quotes that people write."""
+    plain = shlex.quote(word)
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else plain
+
+
+def names(text: str) -> list[str]:
+    """Names with commas in between."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def seed(text: str) -> int:
     """A number that can seed a random generator."""
     if not text.isdecimal():
@@ -130,7 +171,7 @@ def seed(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
-    program = argparse.ArgumentParser(prog="python -m knowsam_monai", description=DESCRIPTION, **form)
+    program = argparse.ArgumentParser(prog="knowsam", description=DESCRIPTION, **form)
     verbs = program.add_subparsers(title="verbs", metavar="VERB", required=True, help="VERB --help has examples")
 
     verb = verbs.add_parser("phantom", help="write a synthetic data set", description=PHANTOM, **form)
@@ -156,6 +197,19 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--labeled_patients", type=int, metavar="N", help="of a folder's published split; not for a JSON")
     verb.set_defaults(call=check)
 
+    verb = verbs.add_parser("train", help="train a bundle", description=TRAIN, allow_abbrev=False, **form)
+    verb.usage = "knowsam train BUNDLE [--with NAME[,NAME...]] [--KEY VALUE ...]"
+    verb.add_argument("bundle", metavar="BUNDLE", help="acdc, la, or the folder of a bundle")
+    verb.add_argument(
+        "--with",
+        dest="overlays",
+        type=names,
+        default=[],
+        metavar="NAME[,NAME...]",
+        help="further configs of the bundle, or files, each of which overrides those before it",
+    )
+    verb.set_defaults(call=train)
+
     verb = verbs.add_parser("report", help="one HTML page about runs", description=REPORT, **form)
     verb.add_argument("folders", nargs="+", metavar="FOLDER", help="`output_dir` of a training")
     verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
@@ -164,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     form["epilog"] = EXIT_CODES_OF_PREDICT
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)
     verb.add_argument("scans", metavar="SCANS", help="a folder of images, or one image")
-    verb.add_argument("--bundle", required=True, metavar="FOLDER", help="with configs/inference.json")
+    verb.add_argument("--bundle", required=True, metavar="FOLDER", help="acdc, la, or the folder of a bundle")
     verb.add_argument("--output", default="segmentations", metavar="FOLDER", help="default: %(default)s")
     verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
     verb.add_argument("--ckpt_path", metavar="FILE", help="another student's weights")
@@ -189,7 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 after an error that is said in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
     """
-    options = parser().parse_args(arguments)
+    program = parser()
+    options, keys = program.parse_known_args(arguments)
+    if keys and (options.call is not train or not keys[0].startswith("--")):
+        program.error(f"unrecognized arguments: {shlex.join(keys)}")
+    options.keys = keys  # of the bundle's config
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text

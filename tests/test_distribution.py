@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -51,8 +50,13 @@ def fresh(distributions, tmp_path_factory):
 def test_both_have_every_file_of_the_package(distributions):
     wheel, sdist = distributions
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "knowsam_monai").rglob("*") if path.is_file()}
-    package = {name for name in package if "__pycache__" not in name}
+    package = {name for name in package if "__pycache__" not in name and not name.startswith("knowsam_monai/bundles")}
     assert {"knowsam_monai/teachers/weights/vit_t.pt", "knowsam_monai/__init__.py"} <= package
+    bundles = (ROOT / "bundles").glob("knowsam_*")
+    kept = [
+        path for bundle in bundles for what in ("configs/*", "docs/*", "LICENSE", "*.yml") for path in bundle.glob(what)
+    ]
+    package |= {f"knowsam_monai/{path.relative_to(ROOT).as_posix()}" for path in kept}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == package
     with tarfile.open(sdist) as archive:
@@ -65,15 +69,16 @@ def test_both_pass_the_check_of_pypi(distributions):
     run(sys.executable, "-m", "twine", "check", "--strict", *distributions)
 
 
-def test_wheel_trains_a_bundle_with_the_teacher_s_weights_that_it_brings(fresh, tmp_path):
-    where = run(fresh, "-c", "import knowsam_monai; print(knowsam_monai.__file__)", cwd=tmp_path)
+def test_wheel_trains_a_bundle_by_its_name_with_the_teacher_s_weights_that_it_brings(fresh, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | {"PYTHONPATH": ""}
+    where = run(fresh, "-c", "import knowsam_monai; print(knowsam_monai.__file__)", cwd=tmp_path, env=environment)
     assert where.startswith(str(fresh.parents[1]))
-    shutil.copytree(ROOT / "bundles" / "knowsam_acdc" / "configs", tmp_path / "knowsam_acdc" / "configs")
     options = {"max_iterations": 1, "epoch_length": 1, "image_size": 32, "labeled_batch_size": 1, "num_workers": 0}
     options |= {"unlabeled_batch_size": 1, "network_def": json.dumps(SMALL_STUDENT)}
     arguments = [argument for key, value in options.items() for argument in (f"--{key}", value)]
-    command = [fresh, "-m", "monai.bundle", "run", "--config_file", "configs/train.json", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | {"PYTHONPATH": ""}
-    said = run(*command, cwd=tmp_path / "knowsam_acdc", env=environment)
+    said = run(fresh.parent / "knowsam", "train", "acdc", *arguments, cwd=tmp_path, env=environment)
     assert "pretrained on procedural images" in said
     assert (tmp_path / "knowsam_acdc" / "models" / "model.pt").is_file()
+    scan = next((tmp_path / "knowsam_acdc" / "data" / "phantom").rglob("*.nii.gz"))
+    run(fresh.parent / "knowsam", "predict", scan, "--bundle", "acdc", "--output", "out", cwd=tmp_path, env=environment)
+    assert len(list((tmp_path / "out").rglob("*.nii.gz"))) == 1

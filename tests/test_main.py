@@ -1,4 +1,4 @@
-"""python -m knowsam_monai: what each verb does, says and returns."""
+"""knowsam: what each verb does, says and returns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import sys
 import pytest
 
 import knowsam_monai
-from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, main, parser
+from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, TRAIN, main, parser
 
-VERBS = {"phantom": PHANTOM, "check": CHECK, "report": REPORT, "predict": PREDICT}
-
+VERBS = {"phantom": PHANTOM, "check": CHECK, "train": TRAIN, "report": REPORT, "predict": PREDICT}
 
 pytestmark = pytest.mark.usefixtures("root_logging_as_it_was")
 
@@ -37,7 +36,7 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
     [
         (["phantom", "{}", "--labeled", "0"], "`num_labeled` must be at least 1"),
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
-        (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be a bundle's folder but "),
+        (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be one of acdc, la, or the"),
         (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )
@@ -59,6 +58,8 @@ def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
     [
         [],
         ["train"],
+        ["train", "acdc", "data"],
+        ["check", "x", "--max_iterations", "3"],
         ["report"],
         ["predict", "x"],
         ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"],
@@ -68,17 +69,90 @@ def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
-    assert error.value.code == 2 and "usage: python -m knowsam_monai" in capsys.readouterr().err
+    assert error.value.code == 2 and "usage: knowsam" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines that take this program's place."""
+    commands = []
+    monkeypatch.setattr("os.execv", lambda program, words: commands.append((program, words)))
+    return commands
+
+
+def bundle_at(folder, *configs):
+    for config in ("metadata", "train", *configs):
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        (folder / "configs" / f"{config}.json").write_text("{}")
+
+
+def test_train_is_the_bundle_command_with_the_same_keys(tmp_path, monkeypatch, started, capsys):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "bundles" / "knowsam_acdc")
+    keys = ["--dataset_dir", "my data/list.json", "--lr=-1", "--class_names", "['liver', 'tumor']", "--seed", "-1"]
+    main(["train", "acdc", *keys])
+    (program, words), said = started[0], capsys.readouterr().out
+    config = "bundles/knowsam_acdc/configs/train.json"
+    line = ["-m", "monai.bundle", "run", "--config_file", config, "--bundle_root", "bundles/knowsam_acdc", *keys]
+    assert program == sys.executable and words == [sys.executable, "-W", "ignore:parsing config_file", *line]
+    assert shlex.split(said) == ["python", *line] and """"['liver', 'tumor']\"""" in said
+
+
+def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_given(tmp_path, monkeypatch, started):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "mine", "network_plain")
+    (tmp_path / "own.yaml").touch()
+    main(["train", "./mine", "--with", "network_plain,own.yaml", "--bundle_root", "elsewhere"])
+    configs = "['mine/configs/train.json', 'mine/configs/network_plain.json', 'own.yaml']"
+    assert started[0][1][4:] == ["monai.bundle", "run", "--config_file", configs, "--bundle_root", "elsewhere"]
+
+
+def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(tmp_path, monkeypatch, started, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "nowhere", "--bundle", "la", "--output", "out"]) == 1
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "knowsam_la").exists()
+    main(["train", "la"])
+    copied = {path.relative_to(tmp_path / "knowsam_la").parts[0] for path in (tmp_path / "knowsam_la").rglob("*.*")}
+    assert copied == {"configs", "docs", "large_files.yml"}
+    (tmp_path / "knowsam_la" / "configs" / "train.json").write_text("mine")
+    main(["train", "knowsam_la", "--with", "evaluate"])
+    assert (tmp_path / "knowsam_la" / "configs" / "train.json").read_text() == "mine"
+    assert [words[7] for _, words in started] == [
+        "knowsam_la/configs/train.json",
+        "['knowsam_la/configs/train.json', 'knowsam_la/configs/evaluate.json']",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (
+            ["acdd"],
+            "`bundle` must be one of acdc, la, or the folder of a bundle, but acdd has no configs/metadata.json.",
+        ),
+        (["."], "`bundle` must be one of acdc, la, or the folder of a bundle, but . has no configs/metadata.json."),
+        (
+            ["b", "--with", "mean_teecher"],
+            "`--with` must name configs of b, or files, but has mean_teecher; did you mean",
+        ),
+    ],
+)
+def test_train_says_what_it_does_not_find(tmp_path, monkeypatch, started, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "b", "mean_teacher")
+    assert main(["train", *arguments]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {sentence}") and not started
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_the_help_are_commands_that_are_understood(verb, capsys):
-    examples = [line.strip() for line in VERBS[verb].splitlines() if line.startswith("  python")]
+    examples = [line.strip() for line in VERBS[verb].splitlines() if line.startswith("  knowsam")]
     assert len(examples) >= 2
     for example in examples:
         words = shlex.split(example)
-        assert words[:4] == ["python", "-m", "knowsam_monai", verb]
-        assert parser().parse_args(words[3:]).call.__name__ == verb
+        assert words[:2] == ["knowsam", verb]
+        options, keys = parser().parse_known_args(words[1:])
+        assert options.call.__name__ == verb and (verb == "train" or not keys)
     with pytest.raises(SystemExit) as error:
         main([verb, "--help"])
     shown = capsys.readouterr().out

@@ -7,8 +7,6 @@ import logging
 import sys
 from pathlib import Path
 
-from zoo.build import build
-
 logger = logging.getLogger("zoo")
 
 
@@ -18,6 +16,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("dist"), help="folder of the zip (default: dist)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        from zoo.build import build
+    except ModuleNotFoundError as error:
+        if error.name not in ("black", "isort"):
+            raise
+        install = "pip install 'black>=26' 'isort>=6'"
+        logger.error(
+            "`%s` formats the scripts but is not installed; get it with `%s` (the extra `zoo`).", error.name, install
+        )
+        return 1
     try:
         path = build(options.bundle, options.output_dir)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class SemiSupervisedLoader:
             batch_sampler=self._sampler,
             collate_fn=_Collate(label_key),
             num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers > 0 and _forks() else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # torch would draw the workers' seed from the global generator
@@ -119,6 +121,15 @@ class SemiSupervisedLoader:
         for batch in self._loader:
             self._sampler.next_iteration += 1
             yield batch
+
+
+def _forks() -> bool:
+    """
+    Whether workers are to be forked though the default is "forkserver", as on Linux from Python 3.14 on.
+
+    A forked worker shares the cached items. Any other gets a copy, by way of a file descriptor for every tensor of it.
+    """
+    return multiprocessing.get_start_method() == "forkserver"
 
 
 class _SeededRows(Dataset):

@@ -149,7 +149,7 @@ def import_transformers() -> ModuleType:
     except (ImportError, AttributeError) as error:
         raise KnowSAMImportError(
             "SAM 2 needs `transformers` with Sam2Model, which is not installed; install it with "
-            "`pip install knowsam-monai[sam2]`."
+            "`pip install 'transformers>=4.57' 'safetensors>=0.4'` (the extra `sam2`)."
         ) from error
     return transformers
 

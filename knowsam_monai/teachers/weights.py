@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
 from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
         remedy: end of the message for a damaged file.
 
     Raises:
+        ImportError: if it is a `safetensors` file and that package is not installed.
         ValueError: if it is damaged or another file, or if it has only low-rank changes (LoRA) of other weights.
 
     Example::
@@ -116,8 +117,14 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def _read_safetensors(path: str | os.PathLike[str], expectation: str, remedy: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise KnowSAMImportError(
+            f"{expectation} cannot be read without `safetensors`, which is not installed; install it with "
+            "`pip install 'safetensors>=0.4'` (the extra `sam2`)."
+        ) from error
 
     try:
         return load_file(path)

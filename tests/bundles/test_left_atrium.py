@@ -368,7 +368,9 @@ def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(tr
     assert "smaller" not in caplog.text
     run = training_3d(dataset_dir=str(data / "list.json"), **ONE).run()
     assert run["train#trainer"].state.output["image"].shape == (2, 1, 16, 16, 16)
-    assert re.search(r"labeled.nii.gz has .* voxels, fewer than a patch, \(16, 16, 16\), and is padded with 0", caplog.text)
+    assert re.search(
+        r"labeled.nii.gz has .* voxels, fewer than a patch, \(16, 16, 16\), and is padded with 0", caplog.text
+    )
 
 
 @pytest.mark.parametrize(

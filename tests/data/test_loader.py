@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import random
 import time
 
@@ -169,6 +170,17 @@ def test_set_iteration_resumes_exactly(start):
     take(resumed, 2)
     resumed.set_iteration(start)
     assert_same(straight[start:], take(resumed, 12 - start))
+
+
+def test_workers_start_with_many_cached_tensors_under_the_default_of_python_3_14():
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        items = [{"image": torch.full((1, 4, 4), float(i)), "label": torch.zeros(1, 4, 4)} for i in range(300)]
+        batches = SemiSupervisedLoader(items, None, 2, 0, num_workers=1)
+        assert next(iter(batches))["image"].shape == (2, 1, 4, 4)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

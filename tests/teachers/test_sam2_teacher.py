@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -413,14 +411,3 @@ def test_what_the_weights_were_trained_on_is_known_by_their_name(tmp_path, name,
     assert teacher.license == license
     assert teacher.pretrained_on is None if pretrained_on is None else pretrained_on in teacher.pretrained_on
     assert toy_teacher(checkpoint=tmp_path / name, pretrained_on="our scans").pretrained_on == "our scans"
-
-
-def test_without_transformers_the_extra_is_named():
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from knowsam_monai.teachers import Sam2Teacher\n"
-        "try:\n    Sam2Teacher(num_classes=2)\n"
-        "except ImportError as error:\n    print(error)"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "install it with `pip install knowsam-monai[sam2]`" in output

@@ -1,0 +1,110 @@
+"""The bundles by name: those at hand in the working folder, and those that the package ships."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+
+logger = logging.getLogger(__name__)
+
+# in a checkout a link to the repository's own folder, in a wheel copies of its configs and documents
+SHIPPED = Path(__file__).parents[1] / "bundles"
+METADATA = "configs/metadata.json"
+WRITTEN = ("models", "output", "data", "eval")  # by runs, and no part of what is shipped
+
+
+def shipped_names() -> list[str]:
+    """
+    The names of the bundles that the package ships, in their short form.
+
+    Example:
+        >>> shipped_names()
+        ['acdc', 'la']
+    """
+    return sorted(path.parents[1].name.removeprefix("knowsam_") for path in SHIPPED.glob(f"*/{METADATA}"))
+
+
+def find_bundle(bundle: str | os.PathLike) -> Path:
+    """
+    The folder of a bundle.
+
+    A name stands for ``bundles/knowsam_NAME`` or ``knowsam_NAME`` in the working folder, else for the shipped bundle.
+
+    Args:
+        bundle: a folder, or a name such as "acdc" or "knowsam_acdc".
+
+    Raises:
+        FileNotFoundError: when there is no such bundle.
+    """
+    folder = Path(bundle).expanduser()
+    if folder.name not in ("", "..") and len(folder.parts) == 1:
+        name = f"knowsam_{folder.name.removeprefix('knowsam_')}"
+        candidates = [folder, Path("bundles", name), Path(name), SHIPPED / name]
+    else:
+        candidates = [folder]
+    found = next((one for one in candidates if (one / METADATA).is_file()), None)
+    if found is None:
+        names = ", ".join(shipped_names())
+        raise KnowSAMFileNotFoundError(
+            f"`bundle` must be one of {names}, or the folder of a bundle, but {os.fspath(bundle)} has no "
+            f"{METADATA}."
+        )
+    return found
+
+
+def working_bundle(bundle: str | os.PathLike) -> Path:
+    """
+    The folder of a bundle that may be written to: a shipped one is copied into the working folder first.
+
+    Args:
+        bundle: see :func:`find_bundle`.
+
+    Raises:
+        FileNotFoundError: when there is no such bundle.
+        ValueError: when a folder of that name is there and is no bundle.
+    """
+    folder = find_bundle(bundle)
+    if folder.parent != SHIPPED:
+        return folder
+    copy = Path(folder.name)
+    with tempfile.TemporaryDirectory(dir=".", prefix=f".{copy}_") as parts:
+        whole = shutil.copytree(folder, Path(parts) / copy, ignore=shutil.ignore_patterns(*WRITTEN))
+        try:
+            whole.rename(copy)
+        except OSError as error:
+            if not (copy / METADATA).is_file():  # else another process of the same training was faster
+                raise KnowSAMValueError(
+                    f"`{copy}` in the working folder must be a bundle but has no {METADATA}; name a bundle by its "
+                    "path, or work in another folder."
+                ) from error
+    logger.info("The bundle is in ./%s now: configs, and what a run writes (models, output).", copy)
+    return copy
+
+
+def config_file(bundle: Path, name: str) -> Path:
+    """
+    A config of a bundle.
+
+    Args:
+        bundle: its folder.
+        name: of the config, such as "mean_teacher", or any config's file.
+
+    Raises:
+        FileNotFoundError: when there is no such config.
+    """
+    configs = {path.stem: path for path in sorted((bundle / "configs").iterdir()) if path.stem != "metadata"}
+    configs = {stem: path for stem, path in configs.items() if path.suffix in (".json", ".yaml", ".yml")}
+    if name in configs:
+        return configs[name]
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file
+    near = difflib.get_close_matches(name, configs, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(configs)}."
+    raise KnowSAMFileNotFoundError(f"`--with` must name configs of {bundle}, or files, but has {name}; {remedy}")

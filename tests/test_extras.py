@@ -1,0 +1,57 @@
+"""A package of an extra that is missing: the error has the pip line, which installs what the extra would."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from knowsam_monai.errors import KnowSAMImportError
+from knowsam_monai.teachers.sam2_model import import_transformers
+from knowsam_monai.teachers.weights import read_state_dict
+from zoo.__main__ import main
+
+PACKAGING = configparser.ConfigParser()
+PACKAGING.read(Path(__file__).parents[1] / "setup.cfg", encoding="utf-8")
+
+
+def installed_by(sentence):
+    """The requirements of the one pip line in a sentence, and the extra that it names."""
+    line, extra = re.findall(r"`pip install (.+?)` \(the extra `(\w+)`\)", sentence)[0]
+    return set(shlex.split(line)), extra
+
+
+def required(extra):
+    lines = PACKAGING["options.extras_require"][extra].splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_sam_2_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(KnowSAMImportError) as error:
+        import_transformers()
+    requirements, extra = installed_by(str(error.value))
+    assert requirements == required(extra)
+
+
+def test_safetensors_file_without_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(KnowSAMImportError) as error:
+        read_state_dict(tmp_path / "model.safetensors", "`checkpoint`")
+    requirements, extra = installed_by(str(error.value))
+    assert requirements < required(extra)
+
+
+@pytest.mark.parametrize("missing", ["black", "isort"])
+def test_zip_without_formatters(monkeypatch, caplog, missing):
+    for name in ("zoo.build", "zoo.scripts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["bundles/knowsam_acdc"]) == 1
+    requirements, extra = installed_by(caplog.text)
+    assert requirements == required(extra) and caplog.text.count(f"`{missing}`") == 1
