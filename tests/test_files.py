@@ -1,14 +1,32 @@
-"""Tables that a spreadsheet shows and does not compute."""
+"""Files are whole or not there, tables cannot compute, and checkpoints are finite and read without running code."""
 
 from __future__ import annotations
 
 import csv
+import os
+import random
+import stat
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knowsam_monai.files import LOCK, PART, read_csv, remove_parts, write_csv
+from knowsam_monai.files import (
+    LOCK,
+    PART,
+    InvalidCheckpointError,
+    copy_whole,
+    read_csv,
+    read_tensor_file,
+    remove_parts,
+    save_checkpoint,
+    write_csv,
+    write_tensor_file,
+    write_whole,
+)
+from tests.full_disk import full_disk
+from tests.same_bits import assert_same_bits
 
 CELLS = st.text(st.sampled_from("=+-@'\t\r\n,\"ab1."), min_size=1, max_size=5)
 
@@ -48,3 +66,147 @@ def test_parts_of_another_run_and_files_of_others_stay(tmp_path):
         path.touch()
     remove_parts(tmp_path)
     assert not any(path.exists() for path in own) and all(path.exists() for path in others)
+
+
+SMALL, LARGE = {"weight": torch.zeros(2)}, {"weight": torch.rand(500_000)}
+
+
+def test_file_is_loaded_without_running_code_and_others_may_read_it(tmp_path):
+    save_checkpoint(SMALL, tmp_path / "new" / "a.pt")
+    assert torch.equal(torch.load(tmp_path / "new" / "a.pt", weights_only=True)["weight"], SMALL["weight"])
+    assert stat.S_IMODE((tmp_path / "new" / "a.pt").stat().st_mode) == 0o666 & ~_umask()
+
+
+def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path):
+    save_checkpoint(SMALL, tmp_path / "a.pt")
+    sentence = "must have room for a.pt but it could not be written to .*; free some space"
+    with full_disk(), pytest.raises(RuntimeError, match=sentence):
+        save_checkpoint(LARGE, tmp_path / "a.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert torch.equal(torch.load(tmp_path / "a.pt")["weight"], SMALL["weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_never_written(tmp_path, value):
+    content = {"good": torch.ones(2), "count": torch.tensor(3), "state": {0: [torch.tensor([1.0, value])]}}
+    with pytest.raises(RuntimeError, match=r"must be finite in a checkpoint but state is not"):
+        save_checkpoint(content, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_writer_that_fails_half_way_leaves_the_file_before(tmp_path):
+    (tmp_path / "a").write_bytes(b"before")
+
+    def write(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a", write)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_table_has_the_columns_of_all_rows(tmp_path):
+    write_csv(tmp_path / "folder" / "a.csv", [{"epoch": 1, "dice": 0.5}, {"epoch": 2, "teacher": "a,b"}])
+    assert (tmp_path / "folder" / "a.csv").read_bytes() == b'epoch,dice,teacher\r\n1,0.5,\r\n2,,"a,b"\r\n'
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.csv"]
+
+
+def test_copy_takes_the_place_of_an_older_one_and_of_itself_nothing(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "folder" / "b"
+    source.write_bytes(b"content")
+    copy_whole(source, target)
+    assert target.read_bytes() == b"content"
+    copy_whole(source, source)
+    assert source.read_bytes() == b"content"
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    def die(file):
+        parts.extend(tmp_path.rglob("*"))
+        raise KeyboardInterrupt
+
+    parts = []
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "folder" / "a.pt", die)
+    parts[1].touch()  # as a SIGKILL leaves it
+    theirs = {tmp_path / name for name in ("a.pt", "video.mp4.part", "a.pt.x1.part")}
+    for path in theirs:
+        path.touch()
+    remove_parts(tmp_path)
+    assert set(tmp_path.iterdir()) == {*theirs, tmp_path / "folder"} and not list((tmp_path / "folder").iterdir())
+
+
+def test_writing_leaves_the_umask_of_the_process_alone(tmp_path, monkeypatch):
+    before = _umask()
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("other threads write with it"))
+    save_checkpoint(SMALL, tmp_path / "a.pt")
+    assert stat.S_IMODE((tmp_path / "a.pt").stat().st_mode) == 0o666 & ~before
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A file of weights and plain values, and what is in it."""
+    torch.manual_seed(0)
+    state = {"network": {f"layer{i}.weight": torch.randn(40, 30) for i in range(6)}, "trainer": {"epoch": 3}, "x": 0.5}
+    with open(tmp_path / "a.pt", "x+b") as file:
+        write_tensor_file(state, file)
+    return tmp_path / "a.pt", state
+
+
+def test_every_flipped_bit_is_refused_or_harmless(written):
+    """Anywhere: in weights, in the zip's headers and its directory, in the checksum."""
+    path, state = written
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    places = [*range(300), *range(len(whole) - 1000, len(whole)), *(draw.randrange(len(whole)) for _ in range(300))]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = read_tensor_file(path)
+        except InvalidCheckpointError:
+            refused += 1
+        else:
+            assert_same_bits(found, state)
+    assert refused >= len(places) - 15  # those that hit the mark before the checksum
+
+
+def test_file_with_a_checksum_is_a_zip_like_any_other(written):
+    path, state = written
+    assert_same_bits(read_tensor_file(path), state)
+    assert_same_bits(torch.load(path, weights_only=True), state)
+    assert_same_bits(torch.load(path, weights_only=True, mmap=True), state)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_other_programs_files_are_read_and_flipped_weights_in_their_zip_refused(written, tmp_path, as_zip):
+    _, state = written
+    torch.save(state, tmp_path / "b.pt", _use_new_zipfile_serialization=as_zip)
+    assert_same_bits(read_tensor_file(tmp_path / "b.pt"), state)
+    content = bytearray((tmp_path / "b.pt").read_bytes())
+    content[content.index(state["network"]["layer3.weight"].numpy().tobytes()) + 7] ^= 64
+    (tmp_path / "b.pt").write_bytes(content)
+    if as_zip:
+        with pytest.raises(InvalidCheckpointError, match="is damaged"):
+            read_tensor_file(tmp_path / "b.pt")
+
+
+def test_flipped_weights_are_called_damaged(written):
+    path, state = written
+    content = bytearray(path.read_bytes())
+    start = content.index(state["network"]["layer3.weight"].numpy().tobytes())
+    for i in range(200):
+        content[start + 16 * i] ^= 64
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["x"] == 0.5  # torch itself takes it
+    with pytest.raises(
+        InvalidCheckpointError, match=r"^\(\d+ bytes\) is damaged: its checksum does not match its content$"
+    ):
+        read_tensor_file(path)

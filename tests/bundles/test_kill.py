@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ RUNS = {
     "left_atrium": (CONFIGS_3D, ()),
 }
 LAST = "resume_6.pt"
+NUMBERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Run:
@@ -110,13 +111,13 @@ def kill(run: Run, seconds: float, number: int = signal.SIGKILL, while_saving: b
     return running
 
 
-def kill_at_random(run: Run, seconds: float, draw: random.Random) -> None:
+def kill_at_random(run: Run, seconds: float, draw: random.Random, numbers: Sequence[int] = NUMBERS) -> None:
     """
     End a run once, somewhere from its start-up to its end, in a run that takes about so many seconds.
 
-    Every third time by each signal; one time in three while it saves.
+    Each signal is equally likely; one time in three it comes while the run saves.
     """
-    number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    number = draw.choice(numbers)
     after, while_saving = draw.uniform(0, 0.9) * seconds, draw.random() < 0.3
     while not kill(run, after, number, while_saving):  # it was faster this time
         after /= 2
@@ -131,7 +132,7 @@ def test_killed_run_goes_on_to_the_same_bits(whole, tmp_path, name, while_saving
     if while_saving:
         assert kill(run, 0, while_saving=True) and run.parts()
     else:
-        assert kill(run, random.uniform(0.2, 0.9) * seconds)
+        kill_at_random(run, seconds, random.Random(), [signal.SIGKILL])
     assert_same_bits(run.finish().result(), expected)
 
 

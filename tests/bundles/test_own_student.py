@@ -75,7 +75,7 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
     "command_line,change,message",
     [
         (DYN_UNET, {"view_weights": [1.0, 1.0]}, r"`view_weights` must be one weight for each of the 3 views"),
-        (DYN_UNET, {"taught_views": [5]}, "`taught_views` and `prompt_view` must be below 3, the student's views"),
+        (DYN_UNET, {"taught_views": [5]}, "`taught_views` and `prompt_view` must be below 3, the number of views"),
         (BASIC_UNET, {"view_weights": [1.0] * 3}, "each of the 1 views .* A plain network has one view"),
         (BASIC_UNET, {"train#method#_disabled_": False}, "co-training needs a multi-view student"),
     ],

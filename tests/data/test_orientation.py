@@ -4,30 +4,13 @@ import pytest
 import torch
 from monai.data import Dataset, MetaTensor
 from monai.transforms import (
-    CenterSpatialCropd,
     Compose,
-    Flipd,
-    MixUpd,
-    OneOf,
-    Rand2DElasticd,
-    RandAffined,
     RandCoarseDropoutd,
-    RandCropByPosNegLabeld,
-    RandFlipd,
-    RandGaussianNoised,
-    RandGridDistortiond,
-    RandRotate90d,
     RandScaleIntensityd,
-    RandSimulateLowResolutiond,
-    RandSmoothDeformd,
-    RandSpatialCropd,
-    ScaleIntensityd,
 )
-from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.data.orientation import orient
-from knowsam_monai.distillation.sam_image import check_orientations
 
 BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
 SQUARE = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
@@ -112,77 +95,3 @@ def test_image_that_is_not_2d_and_square_is_an_error(shape):
 def test_a_wrong_argument_is_an_error(kwargs, words):
     with pytest.raises(ValueError, match=words):
         RandOrientationd(**kwargs)
-
-
-def test_intensities_after_the_orientation_are_accepted():
-    noise = OneOf([RandGaussianNoised("image"), RandSimulateLowResolutiond("image")])
-    check_orientations(loader(ScaleIntensityd("image"), RandOrientationd(**BOTH), noise))
-    check_orientations([{"image": SQUARE}])  # no transforms to be read
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        RandFlipd("image"),
-        RandRotate90d("image"),
-        RandAffined("image"),
-        Rand2DElasticd("image", spacing=(2, 2), magnitude_range=(1, 2)),
-        RandGridDistortiond("image"),
-        RandSmoothDeformd("image", spatial_size=(8, 8), rand_size=(2, 2)),
-        RandSpatialCropd("image", roi_size=(4, 4)),
-        RandCropByPosNegLabeld("image", label_key="label", spatial_size=(4, 4)),
-    ],
-    ids=lambda transform: type(transform).__name__,
-)
-@pytest.mark.parametrize("inside", [False, True])
-def test_other_random_flip_turn_deformation_or_crop_is_named(transform, inside):
-    other = OneOf([RandGaussianNoised("image"), Compose([transform])]) if inside else transform
-    with pytest.raises(ValueError, match=f"only random flip.* but the augmentation has {type(transform).__name__};"):
-        check_orientations(loader(RandOrientationd(**BOTH), other))
-
-
-@pytest.mark.parametrize(
-    ("transforms", "found"),
-    [
-        ([], "no random transform"),
-        ([CenterSpatialCropd("image", (8, 8))], "no random transform"),
-        ([RandGaussianNoised("image")], "RandGaussianNoised"),
-        ([RandGaussianNoised("image"), RandOrientationd(**BOTH)], "RandGaussianNoised, RandOrientationd"),
-        ([RandOrientationd(**BOTH)] * 2, "RandOrientationd, RandOrientationd"),
-    ],
-)
-def test_orientation_that_is_not_first_and_once_is_an_error(transforms, found):
-    with pytest.raises(ValueError, match=f"one RandOrientationd before all other random transforms .* has {found};"):
-        check_orientations(loader(*transforms))
-
-
-@pytest.mark.parametrize("wrap", [lambda d: Subset(d, [0]), lambda d: ConcatDataset([d, d])])
-def test_datasets_inside_others_are_looked_into(wrap):
-    inner = Dataset([{"image": SQUARE}], Compose([RandOrientationd(**BOTH), RandFlipd("image")]))
-    with pytest.raises(ValueError, match="the augmentation has RandFlipd"):
-        check_orientations(DataLoader(wrap(inner)))
-
-
-def test_holes_in_the_label_are_an_error():
-    holes = RandCoarseDropoutd(**BOTH, holes=1, spatial_size=2)
-    with pytest.raises(ValueError, match="no random transform of 'label' but RandOrientationd but RandCoarseDropoutd"):
-        check_orientations(loader(RandOrientationd(**BOTH), holes))
-
-
-def test_noise_on_the_image_for_sam_is_an_error():
-    noise = RandGaussianNoised(["image", "sam_image"])
-    with pytest.raises(ValueError, match="must see 'sam_image' as RandOrientationd leaves it but RandGaussianNoised"):
-        check_orientations(loader(RandOrientationd(**BOTH), noise))
-
-
-@pytest.mark.parametrize("transform", [Flipd(["image", "label"], 0), MixUpd("image", batch_size=1)])
-def test_what_is_not_random_and_leaves_the_image_for_sam_behind_is_an_error(transform):
-    with pytest.raises(ValueError, match=f"{type(transform).__name__}"):
-        check_orientations(loader(RandOrientationd(**BOTH), transform))
-
-
-def test_flip_of_the_image_for_sam_too_is_accepted_and_intensities_without_it_are_warned_of(caplog):
-    check_orientations(loader(RandOrientationd(**BOTH), Flipd(["image", "label", "sam_image"], 0)))
-    assert not caplog.messages
-    check_orientations(loader(RandOrientationd(**BOTH), ScaleIntensityd("image")))
-    assert "ScaleIntensityd comes after RandOrientationd, so that SAM sees the image without it." in caplog.messages
