@@ -21,9 +21,9 @@ SAM-induced knowledge distillation for semi-supervised segmentation, as parts fo
   knowsam train acdc --dataset_dir list.json ...               train
   knowsam predict scans --bundle acdc --output segmentations   segment
 """
-EXIT_CODES = "Exit codes: 0 done, 1 something given is wrong (said in one sentence), 2 wrong usage."
+EXIT_CODES = "Exit codes: 0 done, 1 wrong input (reported in one sentence), 2 wrong usage."
 EXIT_CODES_OF_PREDICT = """\
-Exit codes: 0 done, 1 something given is wrong (said in one sentence) or images could not be segmented (the others are;
+Exit codes: 0 done, 1 wrong input (reported in one sentence) or images that could not be segmented (the others are;
 these are listed at the end, a line for each), 2 wrong usage.
 """
 
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run a verb.
 
     Returns:
-        The exit code: 0, 1 after an error that is said in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
+        The exit code: 0, 1 after an error that is reported in one sentence, 130 after Ctrl-C. Wrong usage exits with 2.
     """
     program = parser()
     options, keys = program.parse_known_args(arguments)
