@@ -144,7 +144,7 @@ def test_teacher_takes_no_image_size_that_is_no_multiple_of_16_either(refused):
     "options,message",
     [
         ({"out_channels": 5}, r"must give logits \(1, 4, 32, 32\) .* but MultiViewNet gives \(1, 5, 32, 32\)"),
-        ({"in_channels": 2}, r"must take images of `in_channels` and `image_size`, \(1, 1, 32, 32\)"),
+        ({"in_channels": 2}, r"must accept images of `in_channels` and `image_size`, \(1, 1, 32, 32\)"),
     ],
 )
 def test_student_of_other_classes_or_channels_is_said(refused, options, message):
@@ -166,7 +166,7 @@ def test_folder_that_cannot_be_written_is_said_before_data_are_read(refused, mon
     monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
     (tmp_path / "file").write_text("root may write everywhere, but no folder below a file")
     folder = tmp_path / "file" / "output"
-    refused(f"must be a folder that can be written but '{folder}' cannot", **{key: str(folder)})
+    refused(f"must be a writable folder but '{folder}' is not", **{key: str(folder)})
 
 
 @pytest.mark.parametrize("loss", ["DiceCELoss", "DiceLoss", "torch.nn.CrossEntropyLoss"])

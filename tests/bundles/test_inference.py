@@ -223,7 +223,7 @@ def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path)
         ({"dataset_dir": "/nowhere"}, "`dataset_dir` must be a folder of images or an image file but /nowhere"),
         ({"image_pattern": "*.mha"}, "must hold files that match '\\*.mha'"),
         ({"ckpt_path": "/nowhere/model.pt"}, "must be a trained student but /nowhere/model.pt does not exist"),
-        ({"num_classes": 3}, "must hold the weights of a network of 3 classes but .* has 4"),
+        ({"num_classes": 3}, "must hold the weights of a network with 3 classes but .* has 4"),
         ({"network_def#_target_": "monai.networks.nets.BasicUNet"}, "must hold the weights of BasicUNet"),
         ({"image_size": 40}, "multiples of 16"),
     ],

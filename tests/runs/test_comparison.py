@@ -86,6 +86,6 @@ def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
     changed = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "00")]}
     kept = digests(before)
     assert kept == {"labeled": ["07", "1e"]} and other_data(kept, moved) == []
-    assert other_data(kept, changed) == ["b/2.nii, or its label, must be as it was but has other content"]
+    assert other_data(kept, changed) == ["b/2.nii or its label must be unchanged but has different content"]
     assert other_data(kept, {"labeled": [("b/1.nii", "07")]}) == ["`labeled` must have 2 items but has 1"]
     assert other_data(None, moved) == other_data(kept, None) == [] and digests(None) is None

@@ -170,7 +170,7 @@ def test_path_object_is_a_path(tmp_path):
 @pytest.mark.parametrize(
     "path, said",
     [
-        ("~nosuch/x", "begins with '~nosuch', the home folder of nobody here; .* ./~nosuch"),
+        ("~nosuch/x", "begins with '~nosuch', and there is no such user; .* ./~nosuch"),
         ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH of /data/\$NO_SUCH/x is not"),
         ("/data/${NO_SUCH}", r"environment variables that are set but \$\{NO_SUCH\}"),
     ],

@@ -84,10 +84,10 @@ def test_what_fails_is_one_sentence_and_keeps_nothing_else_from_being_made(train
     assert read_record(folder / "models")["run"] == "run"
     assert set(made(folder)) >= set(PRODUCTS) - {broken}
     (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert said.getMessage().startswith(f"{broken} could not be made (") and "\n" not in said.getMessage()
+    assert said.getMessage().startswith(f"{broken} could not be written (") and "\n" not in said.getMessage()
     assert ("knowsam_monai report " if broken == "report.html" else shlex.join(sys.orig_argv)[:40]) in said.getMessage()
     log = (folder / "log.txt").read_text()
-    assert f"{broken} could not be made" in log and log.count("Traceback (most recent call last)") >= 1
+    assert f"{broken} could not be written" in log and log.count("Traceback (most recent call last)") >= 1
     assert "Traceback" not in caplog.text + capsys.readouterr().err
 
 
@@ -95,10 +95,10 @@ def test_what_fails_is_one_sentence_and_keeps_nothing_else_from_being_made(train
 def test_student_that_cannot_be_published_is_an_error_after_all_else_was_made(training, missing, caplog):
     folder, report = training
     (folder / missing).unlink()
-    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*start the same command"):
+    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*run the same command"):
         finish_run(report, folder, folder / "models")
     assert made(folder) == PRODUCTS and not (folder / "models" / "model.json").exists()
-    assert "the published student could not be made (FileNotFoundError" in caplog.text
+    assert "the published student could not be written (FileNotFoundError" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"epoch,val_mean_dice\n", b"\xff\x00\x9c" * 50, b""])

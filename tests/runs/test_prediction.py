@@ -139,15 +139,15 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"run": "/nowhere"}, "`run` must be the `output_dir` of a training but /nowhere has no model.pt"),
         (
             {"overrides": {"image_sizes": "3"}},
-            "`image_sizes` must be a key of .*inference.json but is none; it has imports",
+            "`image_sizes` must be a key of .*inference.json but is not; its keys are imports",
         ),
         ({"overrides": {"num_classes": "4"}}, "network of 4 classes but .*model.pt has 3"),
-        ({"device": "cuda:99"}, "`device` must be one of this machine but is 'cuda:99'"),
-        ({"device": "gpu"}, "`device` must be one of this machine but is 'gpu'"),
+        ({"device": "cuda:99"}, "`device` must be a device of this machine but is 'cuda:99'"),
+        ({"device": "gpu"}, "`device` must be a device of this machine but is 'gpu'"),
         ({"image_pattern": "*.mha"}, "`dataset_dir` must hold files that match '\\*.mha'"),
         ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file of .* weights but /nowhere.pt does not exist"),
         ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
-        ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
+        ({"output": __file__}, "`output` must be a writable folder but .*; choose another, such as --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
         ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more, .* but is 0"),
@@ -262,14 +262,14 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
     [
         (
             {"network_def": {**STUDENT, "channels": "@channels"}},
-            "`run` must be .*needs `channels`, which it does not have",
+            "`run` must be .*needs `channels`, which the bundle does not have",
         ),
         (
             {"network_def": {**STUDENT, "spatial_dims": 3}},
-            "`run` must be .*is in 3D and its own in 2D; name the bundle",
+            "`run` must be .*is 3D and the bundle's is 2D; choose the bundle",
         ),
         ({"image_size": "$1/0"}, "`image_size` of .*config.json cannot \\(division by zero\\)"),
-        ("{", "`run` must have a whole config but .*config.json is damaged \\("),
+        ("{", "`run` must have an intact config but .*config.json is damaged \\("),
         ("[]", "`run` must have a config of keys and values but .*config.json has none"),
     ],
 )
@@ -286,7 +286,7 @@ def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, 
 def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "inference.json").write_text("{")
-    with pytest.raises(ValueError, match="`bundle` must have a whole config but .*inference.json is damaged"):
+    with pytest.raises(ValueError, match="`bundle` must have an intact config but .*inference.json is damaged"):
         predict_folder(scans, tmp_path, tmp_path / "out")
 
 

@@ -107,8 +107,8 @@ def test_pictures_cases_and_table_are_written_and_only_they(tmp_path, caplog):
         width, height = picture.size
         pixels = np.asarray(picture.convert("RGB"))
     assert 900 < width < 1300 and height > width * 0.9
-    colours = {tuple(c) for c in pixels.reshape(-1, 3)}
-    assert {(0xF0, 0xE4, 0x42), (0x56, 0xB4, 0xE9)} <= colours
+    colors = {tuple(c) for c in pixels.reshape(-1, 3)}
+    assert {(0xF0, 0xE4, 0x42), (0x56, 0xB4, 0xE9)} <= colors
     assert "right ventricle" in caplog.text and "/private" not in caplog.text
 
 

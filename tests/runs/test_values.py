@@ -119,7 +119,7 @@ WRONG = [
     (TRAIN, "distillation_gate", "validaton", "did you mean 'validation'?"),
     *((TRAIN, "distillation_gate_tolerance", value, "above 0") for value in (0, -0.1)),
     *((TRAIN, "prompt_view", value, "the number of a view") for value in (-1, 0.5, "fused")),
-    *((TRAIN, "taught_views", value, "a list of numbers of views") for value in ([], [1, 1], [-1], 1, ["vnet"])),
+    *((TRAIN, "taught_views", value, "a list of view numbers") for value in ([], [1, 1], [-1], 1, ["vnet"])),
     *((TRAIN, "taught_rows", value, "one of 'all', 'unlabeled'") for value in ("labeled", [0])),
     (TRAIN, "taught_rows", "unlabelled", "did you mean 'unlabeled'?"),
     *((overlay("mean_teacher"), "ema_decay", value, "below 1") for value in (1, -0.1, "slow")),
@@ -186,7 +186,11 @@ CONTRADICTIONS = [
     (TRAIN, {**TWO_EPOCHS, "epoch_length": 9}, "`epoch_length` must be at most 8"),
     (TRAIN, {**TWO_EPOCHS, "val_interval": 3}, "`val_interval` must be 1 to 2"),
     (TRAIN, {**TWO_EPOCHS, "accumulation_steps": 5}, "`accumulation_steps` must be at most 4"),
-    (TRAIN, {**TWO_EPOCHS, "max_iterations": 9, "accumulation_steps": 2}, "`max_iterations` must end with a step"),
+    (
+        TRAIN,
+        {**TWO_EPOCHS, "max_iterations": 9, "accumulation_steps": 2},
+        "`max_iterations` must end with an optimizer step",
+    ),
     (TRAIN, {**TWO_EPOCHS, "mixing_start": 8}, "`mixing_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "distillation_start": 100}, "`distillation_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "distillation_every": 9}, "`distillation_every` must be at most 8"),
@@ -260,9 +264,9 @@ def test_all_mistakes_of_a_start_are_said_together():
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("lr", "@lrr", "`lr` must refer to keys of this config but refers to `@lrr`, which is none; did you mean `@lr"),
-        ("lr", "$0.01 *", r"`lr` must be an expression that can be evaluated but '\$0.01 \*' cannot"),
-        ("output_dir", "$NO_SUCH/run", "`output_dir` must be an expression that can be evaluated"),
+        ("lr", "@lrr", "`lr` must refer to keys of this config but refers to `@lrr`, which is not; did you mean `@lr"),
+        ("lr", "$0.01 *", r"`lr` must be a valid expression but is '\$0.01 \*'"),
+        ("output_dir", "$NO_SUCH/run", "`output_dir` must be a valid expression"),
     ],
 )
 def test_expression_that_fails_is_said_by_its_key_alone(key, value, said):

@@ -38,7 +38,7 @@ def test_slices_tell_case_structure_and_which_is_the_worst(run_folder):
 
 def test_step_that_was_repeated_counts_once_with_its_later_value(run_folder):
     time.sleep(0.05)
-    write_scalars(run_folder, [20, 30, 40], scale=2.0)  # broken off after 30, gone on from 10
+    write_scalars(run_folder, [20, 30, 40], scale=2.0)  # interrupted after 30, resumed from 10
     assert read_run(run_folder).terms["loss"] == ([10, 20, 30, 40], pytest.approx([0.3, 0.3, 0.2, 0.15]))
 
 
@@ -97,7 +97,7 @@ def test_broken_file_is_one_sentence_that_names_it(run_folder, name, content, re
     (run_folder / name).write_bytes(content)
     assert main(["report", str(run_folder)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: `folder` must be a run's folder of whole files but ") and said.count("\n") == 1
+    assert said.startswith("error: `folder` must have intact files but ") and said.count("\n") == 1
     assert f"{run_folder / name} cannot be read (" in said and reason in said
 
 
