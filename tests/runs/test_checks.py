@@ -15,7 +15,7 @@ def test_folders_are_made_and_left_empty(tmp_path):
 
 def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"file.*cannot .*--output_dir"):
+    with pytest.raises(PermissionError, match=r"file.*is not .*--output_dir"):
         check_writable(output_dir=tmp_path / "file" / "output")
     with pytest.raises(PermissionError, match="`ckpt_dir` must be a writable folder but .*--ckpt_dir"):
         check_writable(output_dir=tmp_path / "output", ckpt_dir=tmp_path / "file" / "models")
@@ -26,7 +26,7 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
 def test_full_disk_is_seen_before_training(tmp_path):
     with (
         full_disk(1000),
-        pytest.raises(PermissionError, match=r"`output_dir` must be .* \(File too large\); name anot"),
+        pytest.raises(PermissionError, match=r"`output_dir` must be .* \(File too large\); choose anot"),
     ):
         check_writable(output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -58,11 +58,11 @@ class Pair(nn.Module):
         (
             nn.Conv2d(1, 2, 1),
             {},
-            r"give logits \(1, 3, 8, 8\) .* but Conv2d gives \(1, 2, 8, 8\); set its output channels",
+            r"return logits \(1, 3, 8, 8\) .* but Conv2d returns \(1, 2, 8, 8\); set its output channels",
         ),
         (nn.Conv2d(1, 1, 1), {}, "2 instead of one sigmoid channel"),
-        (nn.Conv2d(1, 3, 3), {}, r"but Conv2d gives \(1, 3, 6, 6\)"),
-        (Pair(), {}, "but Pair gives a tuple"),
+        (nn.Conv2d(1, 3, 3), {}, r"but Conv2d returns \(1, 3, 6, 6\)"),
+        (Pair(), {}, "but Pair returns a tuple"),
     ],
 )
 def test_student_that_does_not_fit_the_config_is_one_clear_error(student, change, message):

@@ -48,7 +48,7 @@ def started(bundle, names, **override):
     workflow = ConfigWorkflow(
         files(bundle, names), logging_file=False, meta_file=None, workflow_type="train", **override
     )
-    assert workflow.parser["initialize"][0] == "$config_check.check_config()"
+    assert workflow.parser["initialize"][0] == {"_target_": "knowsam_monai.runs.check_config"}
     workflow.parser["initialize"] = workflow.parser["initialize"][:1]
     workflow.initialize()
     return workflow.parser
@@ -171,7 +171,7 @@ def test_path_object_is_a_path(tmp_path):
     "path, said",
     [
         ("~nosuch/x", "begins with '~nosuch', and there is no such user; .* ./~nosuch"),
-        ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH of /data/\$NO_SUCH/x is not"),
+        ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH in /data/\$NO_SUCH/x is not"),
         ("/data/${NO_SUCH}", r"environment variables that are set but \$\{NO_SUCH\}"),
     ],
 )

@@ -119,7 +119,7 @@ def test_nothing_is_published_where_no_validation_has_run(training, caplog):
 @pytest.mark.parametrize("enabled, rank", [(False, 0), (True, 1)])
 def test_preflight_and_other_ranks_do_nothing(training, enabled, rank, monkeypatch):
     folder, report = training
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
     finish_run(report, folder, folder / "models", enabled)
     assert made(folder) == [] and not (folder / "models").exists()
 

@@ -60,5 +60,5 @@ def test_next_run_of_the_same_process_takes_over(tmp_path):
 
 @pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])
 def test_other_processes_and_a_preflight_lock_nothing(tmp_path, holder, monkeypatch, rank, enabled):
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
     lock_folder(tmp_path / "run", enabled=enabled)

@@ -141,12 +141,12 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
             {"overrides": {"image_sizes": "3"}},
             "`image_sizes` must be a key of .*inference.json but is not; its keys are imports",
         ),
-        ({"overrides": {"num_classes": "4"}}, "network of 4 classes but .*model.pt has 3"),
+        ({"overrides": {"num_classes": "4"}}, "network with 4 classes but .*model.pt has 3"),
         ({"device": "cuda:99"}, "`device` must be a device of this machine but is 'cuda:99'"),
         ({"device": "gpu"}, "`device` must be a device of this machine but is 'gpu'"),
         ({"image_pattern": "*.mha"}, "`dataset_dir` must hold files that match '\\*.mha'"),
-        ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file of .* weights but /nowhere.pt does not exist"),
-        ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
+        ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file with .* weights but /nowhere.pt does not exist"),
+        ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file with .* weights but .*knowsam_acdc is a folder"),
         ({"output": __file__}, "`output` must be a writable folder but .*; choose another, such as --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
@@ -266,11 +266,11 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
         ),
         (
             {"network_def": {**STUDENT, "spatial_dims": 3}},
-            "`run` must be .*is 3D and the bundle's is 2D; choose the bundle",
+            "`run` must be .*is 3D and the bundle's is 2D; choose the",
         ),
-        ({"image_size": "$1/0"}, "`image_size` of .*config.json cannot \\(division by zero\\)"),
+        ({"image_size": "$1/0"}, "`image_size` in .*config.json cannot be \\(division by zero\\)"),
         ("{", "`run` must have an intact config but .*config.json is damaged \\("),
-        ("[]", "`run` must have a config of keys and values but .*config.json has none"),
+        ("[]", "`run` must have a config of keys and values but .*config.json is not"),
     ],
 )
 def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, of_the_run, message):
@@ -330,7 +330,7 @@ BROKEN = {
     "d": (with_nan, "has 3072 NaN"),
     "e": (with_nan_in_the_affine, "must be finite and invertible"),
     "f": (without_voxels, "which is no image"),
-    "g": (lambda path: in_place_of(path, lambda one: one.symlink_to("nowhere")), "No such file"),
+    "g": (lambda path: in_place_of(path, lambda file: file.symlink_to("nowhere")), "No such file"),
     "h": (lambda path: in_place_of(path, Path.mkdir), "is not: "),
     "i": (lambda path: in_place_of(path, os.mkfifo), "no file but a pipe"),
     "j": (lambda path: (path.parents[1] / "out" / "j_seg.nii.gz").mkdir(parents=True), "Is a directory"),
@@ -358,7 +358,7 @@ def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mix
         predict_folder(mixed, bundle, tmp_path / "out", **options)
     assert capsys.readouterr().err.endswith("\n")  # of the bar, before the error
     first, *lines = str(error.value).splitlines()
-    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not; ")
+    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not be; ")
     assert len(lines) == len(BROKEN)
     for (broken, (_, reason)), line in zip(BROKEN.items(), lines):
         assert str(mixed / f"{broken}.nii.gz") in line and reason in line
@@ -372,7 +372,7 @@ def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mix
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
     for name in "az":
         (mixed / f"{name}.nii.gz").unlink()
-    with pytest.raises(ValueError, match="but 9 of 9 could not; "):
+    with pytest.raises(ValueError, match="but 9 of 9 could not be; "):
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
 
 
