@@ -270,13 +270,11 @@ def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     network, own = options.get("network_def"), known.get("network_def")
     references = [name.split("::")[0] for name in ReferenceResolver.find_refs_in_config(network, "network_def")]
     unknown = [name for name in references if name not in known]
-    dims = [
-        definition.get("spatial_dims") if isinstance(definition, Mapping) else None for definition in (network, own)
-    ]
-    if unknown or (None not in dims and dims[0] != dims[1]):
-        problem = f"needs `{unknown[0]}`, which the bundle does not have"
-        if not unknown:
-            problem = f"is {dims[0]}D and the bundle's is {dims[1]}D"
+    dims = [part.get("spatial_dims") if isinstance(part, Mapping) else None for part in (network, own)]
+    problem = f"needs `{unknown[0]}`, which the bundle does not have" if unknown else ""
+    if None not in dims and dims[0] != dims[1]:
+        problem = f"is {dims[0]}D and the bundle's is {dims[1]}D"
+    if problem:
         raise KnowSAMValueError(
             f"`run` must be a training of this bundle but the network in {run / CONFIG} {problem}; choose the bundle "
             "it was trained with, or another run."

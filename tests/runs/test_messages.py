@@ -55,4 +55,4 @@ def test_known_warnings_are_left_out_and_others_are_not():
         warnings.warn("`torch.cuda.amp.GradScaler(args...)` is deprecated.", FutureWarning)
         warnings.warn("Detected call of `lr_scheduler.step()` before `optimizer.step()`.", UserWarning)
         warnings.warn("`torch.cuda.amp.autocast(args...)` is deprecated.", FutureWarning)
-    assert [str(one.message) for one in caught] == ["`torch.cuda.amp.autocast(args...)` is deprecated."]
+    assert [str(warning.message) for warning in caught] == ["`torch.cuda.amp.autocast(args...)` is deprecated."]

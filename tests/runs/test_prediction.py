@@ -400,4 +400,4 @@ def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_ph
     assert "its_run" not in caplog.text
     shutil.copy(scans / "phantom001_ED.nii.gz", tmp_path / "scans")
     predict_folder(tmp_path / "scans", BUNDLE, tmp_path / "out", run=student, device="cpu")
-    assert "of the run its_run" in caplog.text and "--ckpt_path FILE" in caplog.text and "--run FOLDER" in caplog.text
+    assert "from the run its_run" in caplog.text and "--ckpt_path FILE" in caplog.text and "--run FOLDER" in caplog.text

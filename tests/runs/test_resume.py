@@ -346,13 +346,16 @@ def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, capl
     torch.save(content, tmp_path / "resume_6.pt")
     resumed, student, _ = training(tmp_path)
     assert run(resumed) and same_bits(student, expected)
-    assert "resume_6.pt resume_6.pt: it holds something else" in caplog.text
+    assert "resume_6.pt: it holds something else" in caplog.text
     assert "Resuming from" in caplog.text and [f.name for f in handler.files()] == ["resume_6.pt", "resume_4.pt"]
 
 
 SPOILED = {
     "object is missing": (lambda state: state.pop("network"), "lacks `network`: it was written for other objects"),
-    "of another version": (lambda state: [state.pop("settings"), state.pop("data")], "lacks `data`, `settings`, as"),
+    "of another version": (
+        lambda state: [state.pop("settings"), state.pop("data")],
+        "lacks `data`, `settings`: it was",
+    ),
     "other shapes": (
         lambda state: state["network"].update({"first.bias": torch.zeros(9)}),
         "RuntimeError: Error.*bias",
@@ -370,7 +373,7 @@ def test_file_of_other_objects_is_one_sentence_and_stays(tmp_path, name):
     spoil(state)
     torch.save(state, tmp_path / "resume_6.pt")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; name another --output_dir") as error:
+    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; choose another --output_dir") as error:
         training(tmp_path)[0].run()
     assert "\n" not in str(error.value) and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -468,5 +471,5 @@ def test_signal_that_comes_while_processes_ask_each_other_is_kept_for_the_next_t
 
     monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("ignite.distributed.all_reduce", signal_comes_meanwhile)
-    assert not resume._asked_to_stop() and resume.signals.received == signal.SIGTERM
-    assert resume._asked_to_stop()
+    assert not resume._must_stop() and resume.signals.received == signal.SIGTERM
+    assert resume._must_stop()

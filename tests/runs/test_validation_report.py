@@ -37,7 +37,7 @@ def validate(report, *validations):
     engine = Engine(lambda engine, output: output)
     report.attach(engine)
     for items in validations:
-        engine.run([[one] for one in items])
+        engine.run([[output] for output in items])
     return report
 
 

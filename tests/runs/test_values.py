@@ -250,7 +250,7 @@ def test_key_that_nothing_knows_is_said(bundle, names, key, said):
 
 @pytest.mark.parametrize("bundle, key", [(ACDC, "spacing"), (LA, "augmentation_shift")])
 def test_key_of_the_other_bundle_is_said(bundle, key):
-    with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is none"):
+    with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is not"):
         check_values(merged(bundle, TRAIN, **{key: 1}))
 
 

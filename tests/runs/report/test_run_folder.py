@@ -30,10 +30,10 @@ def test_run_is_what_its_writers_wrote(run_folder):
 
 def test_slices_tell_case_structure_and_which_is_the_worst(run_folder):
     slices = read_run(run_folder).slices
-    assert [one.kind for one in slices] == ["best case", "between best and median", "worst slice"]
+    assert [image.kind for image in slices] == ["best case", "between best and median", "worst slice"]
     assert slices[0].title == "a, slice 3 of 3" and slices[0].dice == {"right ventricle": 1.0, "myocardium": 1.0}
     assert slices[-1].title.startswith("c, ") and slices[-1].dice["right ventricle"] < 1
-    assert all(one.png.startswith(b"\x89PNG") for one in slices)
+    assert all(image.png.startswith(b"\x89PNG") for image in slices)
 
 
 def test_step_that_was_repeated_counts_once_with_its_later_value(run_folder):
