@@ -126,12 +126,12 @@ def test_every_voxel_of_the_prediction_lies_where_it_was_seen(thresholded, name)
     np.testing.assert_array_equal(pred, image > 350)
 
 
-def test_nothing_of_the_header_but_the_geometry_is_copied(thresholded):
+def test_only_the_geometry_of_the_header_is_copied(thresholded):
     header = nibabel.load(thresholded / "out" / "ras_seg.nii.gz").header
     assert not header["descrip"].tobytes().strip(b"\x00") and not header.extensions
 
 
-def test_files_land_flat_and_named_after_their_input(thresholded):
+def test_output_files_are_flat_and_named_after_their_input(thresholded):
     assert sorted(p.name for p in (thresholded / "out").iterdir()) == sorted(f"{n}_seg.nii.gz" for n in GEOMETRIES)
 
 
@@ -144,7 +144,7 @@ def test_folders_below_the_dataset_are_kept_apart(tmp_path, model):
     assert written == ["p1/image_seg.nii.gz", "p2/image_seg.nii.gz"]
 
 
-def test_without_a_data_set_the_phantom_is_segmented_and_that_is_said(tmp_path, model, monkeypatch, caplog):
+def test_without_a_data_set_the_phantom_is_segmented_with_a_warning(tmp_path, model, monkeypatch, caplog):
     def small(folder):
         from knowsam_monai.data.phantom import write_phantom
 

@@ -1,4 +1,4 @@
-"""Bundle runs that are killed or stopped from outside, and go on with the same command to the same bits."""
+"""Bundle runs that are killed or stopped from outside, and resume with the same command, bit for bit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Run:
         return list(self.folder.glob(f"*{PART}"))
 
     def result(self) -> dict:
-        """Weights of everything, optimisers and all, the best model's, and every validation's numbers."""
+        """Weights of everything, optimizers included, the best model's, and every validation's numbers."""
         state = torch.load(self.folder / LAST, weights_only=True)
         assert not self.parts()
         models = [torch.load(self.folder / name, weights_only=True) for name in ("model.pt", "models/model.pt")]

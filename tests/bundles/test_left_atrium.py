@@ -51,7 +51,7 @@ def run_config(names, output_dir, workflow_type="infer", **options):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d, monkeypatch):
+def test_batch_has_patches_and_sam_gets_the_set_number_of_slices_of_each(training_3d, monkeypatch):
     asked, forward = [], SAMTeacher.forward
 
     def listen(self, image, prompt_logits):
@@ -292,7 +292,7 @@ def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(tr
     [
         ("label", {}, "`label` must be a path but item 0 of `labeled` in .* has none"),
         (None, {"image_size": [24, 16, 16]}, r"`image_size`.* multiples of 16"),
-        (None, {"spacing": [4.0] * 3, "class_names": []}, "give logits|`class_names`|`num_classes`|output channels"),
+        (None, {"spacing": [4.0] * 3, "class_names": []}, "return logits|`class_names`|`num_classes`|output channels"),
     ],
     ids=["labeled case without a label", "patch", "no class"],
 )
@@ -308,13 +308,13 @@ def test_bad_input_is_one_clear_error_before_a_step(training_3d, data, spoil, ch
     assert run.history == []
 
 
-def test_more_slices_than_the_patch_has_is_said(training_3d):
+def test_more_slices_than_the_patch_has_is_an_error(training_3d):
     with pytest.raises(RuntimeError) as error:
         training_3d(sam_slices=17).run()
     assert "`slices` must be at most 16" in str(root_cause(error.value))
 
 
-def test_folder_of_no_known_form_says_what_was_looked_for(training_3d, tmp_path):
+def test_folder_of_unknown_form_is_an_error_that_lists_the_known_ones(training_3d, tmp_path):
     (tmp_path / "LA").mkdir()
     with pytest.raises(RuntimeError) as error:
         training_3d(dataset_dir=str(tmp_path / "LA")).run()

@@ -30,7 +30,7 @@ def holder(tmp_path):
     process.join()
 
 
-def test_second_run_is_told_which_one_has_the_folder_until_that_is_killed(tmp_path, holder):
+def test_second_run_names_the_process_that_uses_the_folder_until_it_is_killed(tmp_path, holder):
     sentence = rf"{tmp_path}/run is in use by process {holder.pid} on \S+ since \d{{4}}-.* \(.*python.*\); wait"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=sentence):

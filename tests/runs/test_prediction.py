@@ -350,7 +350,7 @@ def mixed(scans, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["knowsam_acdc", "knowsam_la"])
-def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, tmp_path, capsys, name):
+def test_scans_that_cannot_be_segmented_are_listed_and_all_others_are_segmented(mixed, tmp_path, capsys, name):
     bundle, options = BUNDLE.with_name(name), {"device": "cpu"}
     if name == "knowsam_la":
         options["overrides"] = {"window_overlap": "0.25"}
@@ -376,7 +376,7 @@ def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
 
 
-def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
+def test_error_in_the_bundle_is_not_blamed_on_the_images(scans, run, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(BUNDLE / "configs", bundle / "configs")
     config = json.loads((bundle / "configs" / "inference.json").read_text())
@@ -386,7 +386,7 @@ def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
         predict_folder(scans, bundle, tmp_path / "out", run=run, device="cpu")
 
 
-def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_phantom(scans, run, tmp_path, caplog):
+def test_phantom_student_is_warned_about_if_the_scans_are_not_a_phantom(scans, run, tmp_path, caplog):
     student = tmp_path / "models"
     shutil.copytree(run, student)
     hashes = {name: hashlib.sha256((student / name).read_bytes()).hexdigest() for name in ("model.pt", "config.json")}

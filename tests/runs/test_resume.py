@@ -340,7 +340,7 @@ def test_what_is_not_known_of_either_start_is_not_compared(tmp_path, settings):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1], "text", {}, None])
-def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, caplog, content):
+def test_file_of_something_else_is_skipped_for_the_previous_one(tmp_path, caplog, content):
     trainer, expected, handler = training(tmp_path)
     assert run(trainer)
     torch.save(content, tmp_path / "resume_6.pt")
@@ -389,7 +389,7 @@ def test_flipped_bytes_in_a_file_are_found_and_the_one_before_is_taken(tmp_path,
     assert run(resumed) and same_bits(student, expected) and "is damaged: its checksum" in caplog.text
 
 
-def test_run_that_begins_anew_below_torn_files_keeps_its_own(tmp_path):
+def test_run_that_starts_over_beside_damaged_files_keeps_its_own(tmp_path):
     for number in (90, 80):
         (tmp_path / f"resume_{number}.pt").write_bytes(b"torn")
     broken, _, handler = training(tmp_path, stop_after=4)
@@ -462,14 +462,14 @@ def test_nothing_is_written_when_it_only_reads(tmp_path):
     assert copy.copy(handler.objects).keys() == {"network", "optimizer"}
 
 
-def test_signal_that_comes_while_processes_ask_each_other_is_kept_for_the_next_time(monkeypatch, tmp_path):
+def test_signal_that_arrives_while_processes_agree_is_kept_for_the_next_time(monkeypatch, tmp_path):
     resume = Resume({"network": torch.nn.Linear(1, 1)}, output_dir=tmp_path)
 
     def signal_comes_meanwhile(value, op):
         resume.signals.received = signal.SIGTERM
         return value
 
-    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("knowsam_monai.ranks.world_size", lambda: 2)
     monkeypatch.setattr("ignite.distributed.all_reduce", signal_comes_meanwhile)
     assert not resume._must_stop() and resume.signals.received == signal.SIGTERM
     assert resume._must_stop()

@@ -149,7 +149,7 @@ def test_report_that_is_loaded_writes_the_same_and_an_absent_structure_is_no_bro
     assert "a,student,1.0000,,1.0000" in (tmp_path / "first" / "validation_cases.csv").read_text()
 
 
-def test_without_a_validation_nothing_is_written_and_that_is_said(tmp_path, caplog):
+def test_without_a_validation_nothing_is_written_and_a_warning_says_so(tmp_path, caplog):
     assert ValidationReport(tmp_path / "new", NAMES).write() is None
     assert "No validation has run" in caplog.text and not (tmp_path / "new").exists()
 

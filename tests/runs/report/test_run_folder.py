@@ -96,9 +96,9 @@ def event_record(event):
 def test_broken_file_is_one_sentence_that_names_it(run_folder, name, content, reason, capsys):
     (run_folder / name).write_bytes(content)
     assert main(["report", str(run_folder)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: `folder` must have intact files but ") and said.count("\n") == 1
-    assert f"{run_folder / name} cannot be read (" in said and reason in said
+    message = capsys.readouterr().err
+    assert message.startswith("error: `folder` must have intact files but ") and message.count("\n") == 1
+    assert f"{run_folder / name} cannot be read (" in message and reason in message
 
 
 def test_event_file_that_is_torn_counts_up_to_the_tear(run_folder):
