@@ -126,13 +126,15 @@ def validation_cases(
                     f"`{key}` must be on the label's grid {tuple(label.shape)} but has shape {tuple(pred.shape)}; "
                     f"put Invertd(keys={key!r}, orig_keys='image') into the postprocessing."
                 )
-        affine = _affine(item[Keys.LABEL])
+        affine, edges = _affine(item[Keys.LABEL]), spacing
+        if spacing == "meta":
+            edges = None if affine is None else affine_to_spacing(affine, r=label.ndim).tolist()
         case = ValidationCase(
             path=_file(item, pred_keys[0]) or f"case_{_index(engine, len(contents)):03d}",
             image=item.get(Keys.IMAGE),
             label=label,
             preds=preds,
-            spacing=_spacing(affine, label.ndim) if spacing == "meta" else _as_tuple(spacing),
+            spacing=None if edges is None else tuple(float(edge) for edge in edges),
             affine=affine,
             grid=item[Keys.LABEL].affine if isinstance(item[Keys.LABEL], MetaTensor) else None,
         )
@@ -261,11 +263,3 @@ def _file(item: dict[str, Any], pred_key: str) -> str | None:
 def _affine(label: Tensor) -> Tensor | None:
     known = isinstance(label, MetaTensor) and torch.as_tensor(label.meta.get("spacing_known", True)).all()
     return label.affine if known else None
-
-
-def _spacing(affine: Tensor | None, spatial_dims: int) -> tuple[float, ...] | None:
-    return None if affine is None else tuple(affine_to_spacing(affine, r=spatial_dims).tolist())
-
-
-def _as_tuple(spacing: Any) -> tuple[float, ...] | None:
-    return None if spacing is None else tuple(float(edge) for edge in spacing)

@@ -82,7 +82,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         dice_charts=list(_dice_charts(runs)),
         term_charts=list(_term_charts(runs)),
         cases=[_cases(run, _series(index, len(runs))) for index, run in enumerate(runs)],
-        slices=[[(_data_url(s.png), s) for s in run.slices] for run in runs],
+        slices=[[(base64.b64encode(image.png).decode(), image) for image in run.slices] for run in runs],
         structure_colors=COLORS,
         configs=[json.dumps(run.config, indent=2) if run.config else "" for run in runs],
     )
@@ -208,7 +208,3 @@ def _title(name: str) -> str:
 
 def _dice(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
