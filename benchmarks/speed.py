@@ -147,7 +147,7 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
     from knowsam_monai.runs.cpu import fast_cpu_matmul
 
     if not fast_cpu_matmul():
-        raise RuntimeError("`fast_cpu_matmul` is not exact to 1e-5 on this processor; leave this row out.")
+        raise RuntimeError("`fast_cpu_matmul` must be accurate to 1e-5 on this processor but is not; skip this row.")
     return knowsam_step(mixing)
 
 

@@ -10,14 +10,14 @@ from .last_iteration import LastIteration as LastIteration
 from .preflight import Preflight as Preflight
 from .report import write_report as write_report
 from .resume import Resume as Resume
+from .run_handlers import track_terms as track_terms
 from .run_handlers import training_handlers as training_handlers
 from .run_handlers import validation_handlers as validation_handlers
-from .run_record_handler import RunRecord as RunRecord
+from .run_record import RunRecord as RunRecord
 from .starting import end_run as end_run
 from .starting import seed_ranks as seed_ranks
 from .starting import start_run as start_run
 from .student_loader import StudentLoader as StudentLoader
-from .tracking import track_terms as track_terms
 from .trained_student import publish_student as publish_student
 from .trained_student import warn_of_phantom as warn_of_phantom
 from .training_progress import TrainingProgress as TrainingProgress

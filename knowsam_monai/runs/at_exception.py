@@ -1,4 +1,4 @@
-"""What handlers do when a run fails, whatever else is attached."""
+"""Handlers that run when training fails, whatever else is attached."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ignite.engine import Engine, Events
 
 def add_exception_handler(engine: Engine, handler: Callable[[Engine, BaseException], Any]) -> None:
     """
-    Let a handler act on an exception that ends a run, before all that are attached and will be.
+    Call a handler when an exception ends the run, before all other handlers, and raise the exception afterwards.
 
-    Ignite calls the handlers of ``EXCEPTION_RAISED`` in turn and stops at the first that raises, as MONAI's
-    ``StatsHandler`` does; where none raises, it takes the exception for handled. So this one stands first and does not
-    raise the exception again; one that does stands behind.
+    Ignite calls the handlers of ``EXCEPTION_RAISED`` in turn. It stops at the first that raises, as MONAI's
+    ``StatsHandler`` does, and considers the exception handled if none raises. So this handler goes first, and another
+    one that raises goes last.
 
     Args:
         engine: a trainer or evaluator.
@@ -24,7 +24,7 @@ def add_exception_handler(engine: Engine, handler: Callable[[Engine, BaseExcepti
 
         add_exception_handler(trainer, lambda engine, error: bar.close())
     """
-    handlers = engine._event_handlers[Events.EXCEPTION_RAISED]  # Ignite has no way to add in front
+    handlers = engine._event_handlers[Events.EXCEPTION_RAISED]  # Ignite has no public way to insert at the front
     engine.add_event_handler(Events.EXCEPTION_RAISED, handler)
     handlers.insert(0, handlers.pop())
     engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)

@@ -16,14 +16,14 @@ from monai.transforms import KeepLargestConnectedComponent
 from torch import Tensor
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMPermissionError
 from knowsam_monai.files import write_csv
+from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.validation_case import (
     Spacing,
     case_names,
     check_class_names,
     class_dice,
-    names_of_ranks,
+    common_paths,
     validation_cases,
 )
 from knowsam_monai.texts import shortened
@@ -36,58 +36,49 @@ COMPONENTS = ("all", "largest")
 
 class CaseMetrics:
     """
-    Dice, Jaccard, HD95 and ASD of every case and class, over the whole volume on the label's own grid, as CSV.
+    Write Dice, Jaccard, HD95 and ASD of every case and class as CSV, for whole volumes on the label's own grid.
 
-    Every value is there twice: of the prediction as it is (``components`` = all), and with only the largest 3D
-    connected component of each class kept (largest; corners connect). Distances are there twice too: in mm where the
-    spacing is known, and in voxels (every edge 1).
+    Every metric is reported for the full prediction (``components`` = all) and for the largest 3D connected component
+    of each class (largest; corners connect). Distances are reported in mm, if the spacing is known, and in voxels.
 
-    - Dice: ``2 |P n T| / (|P| + |T|)``, Jaccard: ``|P n T| / |P u T|``. nan, and left out of the mean, where class and
-      prediction are both empty.
+    - Dice: ``2 |P n T| / (|P| + |T|)``, Jaccard: ``|P n T| / |P u T|``. They are nan, and excluded from means, if label
+      and prediction are both empty.
     - HD95: MONAI's, the larger of the two directed 95th percentiles (medpy pools both directions instead).
-    - ASD: symmetric, the mean over both surfaces' distances to the other (medpy's ``asd`` is one-way).
-    - A distance to or from an empty set is not 0 and not infinite: it is nan, and counted in ``num_undefined``.
-    - Each case counts once under a name of its own: its file's, ``case_000`` and so on without one, and with a number
-      after it where two cases are of one file. A case that a sampler repeats is known by its image and label.
-    - A volume of one slice is measured in 2D; otherwise everything in an end slice belongs to the surface.
+    - ASD: symmetric, the mean over the distances of both surfaces to the other (medpy's ``asd`` is one-way).
+    - A distance to or from an empty set is nan, and counted in ``num_undefined``.
+    - Each case counts once, under a unique name: its file's, or ``case_000`` and so on without a file, with a number if
+      two cases have the same file. A case that a sampler repeats is recognized by its image and label.
+    - A volume of one slice is measured in 2D, because in 3D all of its voxels would belong to the surface.
 
-    ``metrics_raw.csv`` has a row for each case, class and filter (an empty field: no spacing known; num_undefined: the
-    row's nan).
+    ``metrics_raw.csv`` has a row for each case, class and filter. A field is empty if it needs an unknown spacing;
+    num_undefined counts the row's nan.
     ``metrics_summary.csv`` has mean, standard deviation (population), median, count and num_undefined of each metric,
-    class and filter; its class ``mean`` is the mean over a case's classes first, and then over the cases.
+    class and filter. Its class ``mean`` is the mean over each case's classes first, then over the cases.
 
     Args:
-        output_dir: folder of the two files, made when missing.
+        output_dir: folder of the two files, created if missing.
         class_names: names of classes 1, 2, ... (no background).
-        spacing: "meta" takes each case's own from its metadata; mm along each axis for data whose files have lost it;
-            None for unknown. Units of NIfTI headers other than mm are not converted.
-        file_prefix: what the names of the two files begin with.
+        spacing: "meta" uses the spacing in each case's metadata; mm along each axis for files that have lost it; None
+            if unknown. Units of NIfTI headers other than mm are not converted.
 
     Shape:
         ``pred`` and ``label`` of the evaluator's output: (1, *spatial) class numbers or (C, *spatial) one-hot,
         decollated (MONAI's default) or as a batch.
 
     Raises:
-        ValueError: when `class_names` is empty, is one string or has a name twice; during a run, when label and
-            prediction do not fit.
-        OSError: when the run starts and `output_dir` cannot be written.
+        ValueError: if `class_names` is empty, a single string or contains a name twice; during a run, if label and
+            prediction do not match.
+        OSError: when the run starts, if `output_dir` cannot be written.
 
     Example::
 
         SupervisedEvaluator(..., val_handlers=[CaseMetrics("eval", ["RV", "myocardium", "LV"])])
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        class_names: Sequence[str],
-        spacing: Spacing = "meta",
-        file_prefix: str = "metrics",
-    ) -> None:
+    def __init__(self, output_dir: str | os.PathLike, class_names: Sequence[str], spacing: Spacing = "meta") -> None:
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["mean"])
         self.spacing = spacing
-        self.file_prefix = file_prefix
         self._cases: dict[str, tuple[tuple[float, ...] | None, np.ndarray]] = {}  # by path
         self._contents: dict[str, int] = {}
 
@@ -98,13 +89,9 @@ class CaseMetrics:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        """Forget the cases of an earlier run, and see that the folder can be written."""
+        """Forget the cases of an earlier run, and check that the folder can be written."""
         self._cases, self._contents = {}, {}
-        os.makedirs(self.output_dir, exist_ok=True)
-        if not os.access(self.output_dir, os.W_OK):
-            raise KnowSAMPermissionError(
-                f"`output_dir` must be writable but {self.output_dir} is not; choose another folder."
-            )
+        check_writable(output_dir=self.output_dir)
 
     def __call__(self, engine: Engine) -> None:
         for case in validation_cases(engine, len(self.class_names) + 1, spacing=self.spacing, seen=self._contents):
@@ -115,9 +102,9 @@ class CaseMetrics:
         """Gather the cases of all ranks; the first rank writes both files and logs a table."""
         cases = self._cases
         if ranks.world_size() > 1:
-            gathered, contents = zip(*idist.all_gather((cases, self._contents)))
-            names_by_rank = names_of_ranks(contents)
-            cases = {names[path]: case for rank, names in zip(gathered, names_by_rank) for path, case in rank.items()}
+            cases_by_rank, contents_by_rank = zip(*idist.all_gather((cases, self._contents)))
+            ranked = zip(cases_by_rank, common_paths(contents_by_rank))
+            cases = {paths[path]: case for of_rank, paths in ranked for path, case in of_rank.items()}
         if ranks.rank() != 0 or not cases:
             return
         names = case_names(list(cases))
@@ -125,10 +112,10 @@ class CaseMetrics:
         spacings = [spacing for spacing, _ in cases.values()]
         raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
         for name, rows in (("raw", raw), ("summary", summary)):
-            write_csv(os.path.join(self.output_dir, f"{self.file_prefix}_{name}.csv"), rows)
+            write_csv(os.path.join(self.output_dir, f"metrics_{name}.csv"), rows)
         for line in self._table(values):
-            logger.info(line)
-        logger.info(f"{os.path.join(self.output_dir, self.file_prefix)}_raw.csv has every case.")
+            logger.info("%s", line)
+        logger.info("The metrics of every case are in %s.", os.path.join(self.output_dir, "metrics_raw.csv"))
 
     def _raw_rows(self, names: list[str], spacings: list, values: np.ndarray) -> list[dict]:
         rows = []
@@ -174,13 +161,12 @@ class CaseMetrics:
         lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
         for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
-            of_class = (
-                values[:, k] if c == len(self.class_names) else values[:, k, c : c + 1]
-            )  # (cases, classes, metrics)
+            classes = slice(None) if c == len(self.class_names) else slice(c, c + 1)
+            of_class = values[:, k, classes]  # (cases, classes, metrics)
             for metric in shown:
                 per_case = _nanmean(of_class[..., METRICS.index(metric)])
-                digits = 3 if metric == "dice" else 2
                 per_case = per_case[~np.isnan(per_case)]
+                digits = 3 if metric == "dice" else 2
                 text = f"{per_case.mean():.{digits}f} ± {per_case.std():.{digits}f}" if len(per_case) else "-"
                 line += f"{text:>16}"
             lines.append(line + f"{int(np.isnan(of_class[..., METRICS.index('hd95_voxel')]).sum()):>12}")
@@ -195,10 +181,10 @@ def case_metrics(pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[f
         pred: (*spatial), class numbers.
         label: (*spatial), class numbers.
         num_classes: C, background included.
-        spacing: mm along each axis; None leaves the distances in mm nan.
+        spacing: mm along each axis; if None, the distances in mm are nan.
 
     Shape:
-        - output: (2, C - 1, 6), the prediction as it is and its largest components, in the order of ``METRICS``
+        - output: (2, C - 1, 6), for the full prediction and its largest components, in the order of ``METRICS``
     """
     if label.ndim == 3 and label.shape[-1] == 1:
         pred, label, spacing = pred[..., 0], label[..., 0], spacing and spacing[:2]
@@ -220,18 +206,18 @@ def case_metrics(pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[f
 
 
 def _distances(pred: Tensor, label: Tensor, spacing: tuple[float, ...] | None) -> list[float]:
-    """HD95 and ASD of two masks (1, 1, *spatial), neither of them empty."""
+    """HD95 and ASD of two masks (1, 1, *spatial), neither of which is empty."""
     metrics = (
         HausdorffDistanceMetric(include_background=True, percentile=95),
         SurfaceDistanceMetric(include_background=True, symmetric=True),
     )
     with warnings.catch_warnings():
-        # about an argument that MONAI's metrics give to its own function
+        # about an argument that MONAI's metrics pass to MONAI's own function
         warnings.filterwarnings("ignore", ".*get_mask_edges:always_return_as_numpy", FutureWarning)
         return [float(metric(pred.float(), label.float(), spacing=spacing)) for metric in metrics]
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis, nan where nothing is defined."""
+    """Mean over the last axis, nan if nothing is defined."""
     count = (~np.isnan(values)).sum(-1)
     return np.where(count > 0, np.nansum(values, -1) / np.maximum(count, 1), math.nan)

@@ -16,17 +16,17 @@ from knowsam_monai.files import save_checkpoint
 
 class WholeCheckpointSaver(CheckpointSaver):
     """
-    MONAI's ``CheckpointSaver``, whose files are whole and finite whenever the process ends.
+    MONAI's ``CheckpointSaver``, except that its files are complete and finite even if the process is killed.
 
-    MONAI's deletes the best model before it writes the better one, writes in place, and takes weights as they come.
-    This one writes under a temporary name and renames, deletes afterwards, and refuses weights that are not finite. Of
-    the files that an earlier start of the run left at intervals it keeps as many as `n_saved` says.
+    MONAI's saver deletes the best model before it writes the better one, writes in place, and accepts any weights. This
+    one writes under a temporary name, renames, deletes the outdated file last, and refuses weights that are not finite.
+    Its `n_saved` also counts the files that an earlier start of the same run saved at intervals.
 
     Args:
-        *args: and `**kwargs` as of MONAI's ``CheckpointSaver``.
+        *args: arguments of MONAI's ``CheckpointSaver``, like `**kwargs`.
 
     Raises:
-        RuntimeError: during the run, when weights are not finite or a file cannot be written.
+        RuntimeError: during the run, if weights are not finite or a file cannot be written.
 
     Example::
 
@@ -41,7 +41,7 @@ class WholeCheckpointSaver(CheckpointSaver):
         self._knows_earlier_files = self._interval_checkpoint is None or self._interval_checkpoint.n_saved is None
 
     def interval_completed(self, engine: Engine) -> None:
-        """Save; before the first time count in what an earlier start has left."""
+        """Save; the first time, take over the files of an earlier start."""
         if not self._knows_earlier_files:
             self._count_earlier_files(engine)
         super().interval_completed(engine)
@@ -55,7 +55,9 @@ class WholeCheckpointSaver(CheckpointSaver):
         pattern = re.compile(rf"{re.escape(prefix + name)}_{kind}=(\d+)\.pt")
         found = filter(None, (pattern.fullmatch(path.name) for path in Path(self.save_dir).glob("*.pt")))
         files = sorted((int(match[1]), match[0]) for match in found)
-        kept = [file for file in files if file[0] < now][-checkpoint.n_saved :]  # later ones are of steps made again
+        kept = [file for file in files if file[0] < now][
+            -checkpoint.n_saved :
+        ]  # later ones belong to steps that are repeated
         for file in files:
             if file not in kept:
                 checkpoint.save_handler.remove(file[1])
@@ -63,7 +65,7 @@ class WholeCheckpointSaver(CheckpointSaver):
 
 
 class _WholeFiles(BaseSaveHandler):
-    """In the place of Ignite's writer."""
+    """A replacement for Ignite's ``DiskSaver``."""
 
     def __init__(self, writer: DiskSaver) -> None:
         self.folder = Path(writer.dirname)
@@ -81,4 +83,4 @@ class _WholeFiles(BaseSaveHandler):
 
     def remove(self, filename: str) -> None:
         if self.fixed_name is None:
-            self._outdated.append(os.path.basename(filename))  # not before the one that takes its place is whole
+            self._outdated.append(os.path.basename(filename))  # deleted once its successor is complete

@@ -1,4 +1,4 @@
-"""Checks before anything is computed: the student, the data, and the folders that a run writes to."""
+"""Checks before anything is computed: the student, the data, and the output folders."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 
 def check_writable(**folders: str | os.PathLike) -> None:
     """
-    Make the folders that a run writes to and try to write there: before the hours of training and not after.
+    Create the output folders and write 1 MiB to each as a test, before hours of training.
 
     Args:
-        **folders: made if missing, each under the name of the argument that gave it.
+        **folders: created if missing; each is given under the name of its argument.
 
     Raises:
-        PermissionError: naming the folder that cannot be written or has no room for 1 MiB, and the remedy.
+        PermissionError: if a folder cannot be written or has less than 1 MiB of free space.
 
     Example::
 
@@ -32,12 +32,12 @@ def check_writable(**folders: str | os.PathLike) -> None:
         try:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(2**20))  # an empty file fits on a full disk too
+                file.write(bytes(2**20))  # an empty file would fit on a full disk
                 file.flush()
         except OSError as error:
             raise KnowSAMPermissionError(
-                f"`{argument}` must be a folder that can be written but {os.fspath(folder)!r} cannot "
-                f"({error.strerror}); name another, as in --{argument} /somewhere/else."
+                f"`{argument}` must be a writable folder but {os.fspath(folder)!r} is not ({error.strerror}); choose "
+                f"another, such as --{argument} /somewhere/else."
             ) from error
 
 
@@ -50,17 +50,17 @@ def check_student(
     image_size: int | Sequence[int],
 ) -> None:
     """
-    Give the student one empty slice or patch before any data is read, to see that sizes, channels and classes fit.
+    Run the student on one empty slice or patch before any data is read, to check sizes, channels and classes.
 
     Args:
-        network: the student; left in the mode it was in.
+        network: the student; its training mode is restored.
         in_channels: channels of an image.
         class_names: names of the classes without the background.
         num_classes: C, background included.
-        image_size: height and width of a slice, one number for both; or the size of a patch along each axis.
+        image_size: height and width of a slice as one number, or the size of a patch along each axis.
 
     Raises:
-        ValueError: naming the key that does not fit.
+        ValueError: naming the key that is wrong.
 
     Example::
 
@@ -69,7 +69,7 @@ def check_student(
     if num_classes != len(class_names) + 1:
         raise KnowSAMValueError(
             f"`class_names` must name {num_classes - 1} classes, `num_classes` without the background, but is "
-            f"{list(class_names)}; give the names alone, `num_classes` follows from them."
+            f"{list(class_names)}; set only the names, `num_classes` follows from them."
         )
     spatial = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     shape = (1, in_channels, *spatial)
@@ -80,8 +80,8 @@ def check_student(
     except Exception as error:  # every network refuses in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise KnowSAMValueError(
-            f"`network_def` must take images of `in_channels` and `image_size`, {shape}, but {type(network).__name__} "
-            f"does not: {reason}"
+            f"`network_def` must accept images of `in_channels` and `image_size`, {shape}, but "
+            f"{type(network).__name__} does not: {reason}"
         ) from None
     finally:
         network.train(was_training)
@@ -89,9 +89,9 @@ def check_student(
     if not isinstance(pred, torch.Tensor) or tuple(pred.shape) != expected:
         given = tuple(pred.shape) if isinstance(pred, torch.Tensor) else f"a {type(pred).__name__}"
         raise KnowSAMValueError(
-            f"`network_def` must give logits {expected} in eval mode, background and each of `class_names`, but "
-            f"{type(network).__name__} gives {given}; set its output channels to `num_classes` (a network of one "
-            "sigmoid channel to 2)."
+            f"`network_def` must return logits {expected} in eval mode, one channel for the background and for each of "
+            f"`class_names`, but {type(network).__name__} returns {given}; set its output channels to `num_classes` (2 "
+            "instead of one sigmoid channel)."
         )
 
 
@@ -104,22 +104,22 @@ def check_data(
     num_workers: int = 2,
 ) -> Mapping[str, Sequence[tuple[str, str]]] | None:
     """
-    Check the data list of a run and refuse it if anything is wrong; of several processes, the first does.
+    Check the data list of a run and refuse it if anything is wrong; only the first of several processes does this.
 
     Args:
         datalist: `labeled`, `unlabeled`, `validation` and `test` items, as `load_datalist` gives them.
         num_classes: C, background included.
-        num_channels: channels of an image; None: as many as the first has.
-        slice_axis: of volumes in h5 files.
-        num_axes: spatial axes that the student takes; None for 2 or 3.
-        num_workers: threads that read.
+        num_channels: channels of an image; None: as many as the first image has.
+        slice_axis: axis of the slices in h5 volumes.
+        num_axes: number of spatial axes that the student expects; None for 2 or 3.
+        num_workers: number of reading threads.
 
     Returns:
         For each set, the files and the hashes of their contents, which :class:`Resume` compares; None in the processes
         that did not check.
 
     Raises:
-        ValueError: listing what is wrong.
+        ValueError: listing every fault.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""The config that is running, and the plain values in it."""
+"""The config that is being run, and its plain values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
 
-SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  # hold no settings
+SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  # they hold no settings
 
 
 def running_config() -> dict[str, Any] | None:
     """
-    The config whose parser is building what this was called from, with overlays and command line; None outside of one.
+    The config that is being built, including overlays and the command line; None outside of a config.
     """
     parser = running_parser()
     if parser is None:
@@ -23,10 +23,9 @@ def running_config() -> dict[str, Any] | None:
 
 def running_parser() -> ConfigParser | None:
     """
-    The parser that is building what this was called from; None outside of one.
+    The parser of the config that is being built; None outside of a config.
 
-    MONAI gives a component of a config what it refers to and never the config, so the parser is looked for among the
-    callers.
+    MONAI never passes the config to a component, so the parser is searched for among the callers.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -39,9 +38,9 @@ def running_parser() -> ConfigParser | None:
 
 def plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The top-level keys of a config that are numbers, texts, lists of these, or expressions of such keys; evaluated.
+    The values of all top-level keys that are numbers, text, lists of these, or expressions of such keys.
 
-    Nothing is built: a key that holds a component, or refers to one, is left out. So is an expression that fails.
+    Nothing is built: keys that hold a component or refer to one are skipped, and so are expressions that fail.
 
     Args:
         config: a merged config, see :func:`running_config`.
@@ -56,33 +55,33 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
         if is_plain(key, config):
             try:
                 values[key] = parser.get_parsed_content(key)
-            except Exception:  # whatever an expression raises: the value it was given is at fault, and that is checked
+            except Exception:  # an expression can raise anything; the value it uses is checked elsewhere
                 continue
     return values
 
 
-def is_plain(key: str, config: Mapping[str, Any], around: tuple[str, ...] = ()) -> bool:
+def is_plain(key: str, config: Mapping[str, Any], referrers: tuple[str, ...] = ()) -> bool:
     """
-    Whether a top-level key holds no component and refers to none.
+    Whether a top-level key neither holds nor refers to a component.
 
     Args:
-        key: of `config`.
+        key: a key of `config`.
         config: a merged config.
-        around: keys that refer to this one, so that a circle ends.
+        referrers: keys that refer to this one, to detect circular references.
     """
-    if key in SECTIONS or key in around or key not in config:
+    if key in SECTIONS or key in referrers or key not in config:
         return False
     return not _holds_component(config[key]) and all(
-        is_plain(name, config, (*around, key)) for name in referred_keys(config[key])
+        is_plain(name, config, (*referrers, key)) for name in referred_keys(config[key])
     )
 
 
 def referred_keys(part: Any) -> set[str]:
     """
-    The top-level keys that a part of a config refers to, as ``"@lr"`` does or ``"$2 * @lr"``.
+    The top-level keys that a part of a config refers to, for example with ``"@lr"`` or ``"$2 * @lr"``.
 
     Args:
-        part: any value in a config, nested ones included.
+        part: any value in a config, nested or not.
 
     Example:
         >>> sorted(referred_keys({"a": "@train#dataset", "b": ["$@lr * 2", "plain @text"]}))
@@ -94,7 +93,7 @@ def referred_keys(part: Any) -> set[str]:
         return set().union(*map(referred_keys, part))
     if not isinstance(part, str):
         return set()
-    return {ReferenceResolver.split_id(found)[0] for found in ReferenceResolver.match_refs_pattern(part)}
+    return {ReferenceResolver.split_id(reference)[0] for reference in ReferenceResolver.match_refs_pattern(part)}
 
 
 def _holds_component(part: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a bundle's `initialize` does first: check the config, and give every path in it its full form."""
+"""The first step of a bundle's `initialize`: check the config and expand the paths in it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 def check_config() -> None:
     """
-    Check the settings of the config that is running, before anything is built, read or written.
+    Check the settings of the running config, before anything is built, read or written.
 
-    - In paths ``~`` and environment variables are expanded, wherever the config has them from.
+    - ``~`` and environment variables in paths are expanded, in the config as well as on the command line.
     - Types, ranges and the spelling of keys are checked, see :mod:`knowsam_monai.runs.values`. Without pydantic this is
-      left out: a bundle of the Model Zoo needs it for training only.
-    - What is right in another form is turned into the config's own: ``cuda:0`` into a device, 32.0 into 32.
+      skipped: a Model Zoo bundle needs pydantic for training only.
+    - Valid values in another form are converted: ``cuda:0`` to a device, 32.0 to 32.
 
-    The config itself is changed, so that all its components see the same values. From here on an error that this
-    package found is one sentence, see :func:`knowsam_monai.runs.messages.explain_errors`.
+    The config itself is changed, so that all its components see the same values. From now on, errors of this package
+    are shown as one sentence, see :func:`knowsam_monai.runs.messages.explain_errors`.
 
     Raises:
-        RuntimeError: when no config is running.
-        ValueError: with a sentence for each mistake.
+        RuntimeError: if no config is running.
+        ValueError: with one sentence for each mistake.
 
     Example::
 
@@ -43,37 +43,33 @@ def check_config() -> None:
     parser = running_parser()
     if parser is None:
         raise KnowSAMRuntimeError(
-            "`check_config` must be called by a config but none is running; put it into the `initialize` of one."
+            "`check_config` must be called by a config but none is running; put it into a config's `initialize`."
         )
     _refuse_none_on_the_command_line(parser.config)
-    settled = {}
-    for key, value in _given_paths(parser.config).items():
-        path = expand_path(value, key)
-        if path != value:
-            settled[key] = path
-    parser.config.update(settled)
+    paths = {key: (value, expand_path(value, key)) for key, value in _given_paths(parser.config).items()}
+    converted = {key: path for key, (value, path) in paths.items() if path != value}
+    parser.config.update(converted)
     try:
         from knowsam_monai.runs.values import check_values
     except ModuleNotFoundError as error:
         if error.name != "pydantic":
             raise
     else:
-        settled |= check_values(parser.config)
-    for key, value in settled.items():
+        converted |= check_values(parser.config)
+    for key, value in converted.items():
         parser.config[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
-    if settled:
+    if converted:
         parser.parse(reset=True)
 
 
 def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
-    """MONAI leaves an option out whose value is None, and the run would have the config's own value."""
+    """MONAI ignores an option whose value is None, so the run would use the config's own value."""
     words = sys.argv[1:]
-    for word, following in zip(words, [*words[1:], ""]):
+    for word, next_word in zip(words, [*words[1:], ""]):
         key, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and (value or following) == "None" and key.split("#")[0] in config:
+        if word.startswith("--") and (value or next_word) == "None" and key.split("#")[0] in config:
             raise KnowSAMValueError(
-                f"`{key}` must not be None on the command line, where MONAI leaves such an option out; write "
-                f"--{key} '$None'."
+                f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
             )
 
 
@@ -82,11 +78,11 @@ def expand_path(path: str | os.PathLike, argument: str) -> str:
     Expand ``~``, ``~user`` and environment variables in a path.
 
     Args:
-        path: to expand. One that exists as it is written keeps its dollar signs.
-        argument: what names it, for the error.
+        path: the path to expand. A path that exists as written keeps its dollar signs.
+        argument: name of the argument, for the error.
 
     Raises:
-        ValueError: when there is no such user, or no such variable is set.
+        ValueError: if there is no such user, or a variable is not set.
 
     Example:
         >>> expand_path("/data/run", "output_dir")
@@ -96,23 +92,22 @@ def expand_path(path: str | os.PathLike, argument: str) -> str:
     if path.startswith("~"):
         user = path.split("/")[0]
         raise KnowSAMValueError(
-            f"`{argument}` must be a path of this machine but begins with {user!r}, the home folder of nobody here; "
-            f"write the path in full, or ./{user} for a folder of that name."
+            f"`{argument}` must be a path on this machine but begins with {user!r}, and there is no such user; write "
+            f"the path in full, or ./{user} for a folder of that name."
         )
     if os.path.exists(path):
         return path
     path = os.path.expandvars(path)
-    unknown = VARIABLE.search(path)
-    if unknown:
+    if unknown := VARIABLE.search(path):
         raise KnowSAMValueError(
-            f"`{argument}` must name environment variables that are set but {unknown.group()} of {path} is not; set "
-            "it, or write the path in full."
+            f"`{argument}` must use environment variables that are set but {unknown.group()} in {path} is not; set it, "
+            "or write the path in full."
         )
     return path
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:
-    """The paths in a config. MONAI takes ``$HOME/run`` for an expression: it is one only if no such variable is set."""
+    """The paths in a config. MONAI reads ``$HOME/run`` as an expression; here it is a path if the variable is set."""
     values = plain_values(config)
     for key in PATHS:
         raw = config.get(key)

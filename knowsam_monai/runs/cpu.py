@@ -1,4 +1,4 @@
-"""Settings of a process that make training on a CPU faster."""
+"""Process settings that make training on a CPU faster."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 def keep_freed_memory() -> None:
     """
-    Let glibc keep the memory that a step frees instead of asking the kernel for zeroed pages in the next one.
+    Make glibc keep the memory that a step frees, instead of asking the kernel for zeroed pages in the next step.
 
-    On a CPU that spares about 100,000 page faults a step. It does nothing where the C library is another one.
+    On a CPU this saves about 100,000 page faults per step. With another C library it does nothing.
 
     Example::
 
@@ -32,14 +32,14 @@ def keep_freed_memory() -> None:
 
 def fast_cpu_matmul() -> bool:
     """
-    Let torch multiply float32 matrices on the CPU with oneDNN instead of MKL, which is faster on AMD's processors.
+    Make torch multiply float32 matrices on the CPU with oneDNN instead of MKL, which is faster on AMD processors.
 
-    ``torch.set_float32_matmul_precision("medium")`` routes them there. On some processors that means bfloat16, and it
-    means less precision on CUDA: so this is for runs on a CPU, opt-in, and a probe of a linear layer and its gradients
-    against float64 takes it back where any is off by more than 1e-5 of its largest value.
+    It sets ``torch.set_float32_matmul_precision("medium")``. On some processors this means bfloat16, and on CUDA it
+    means less precision, so call it for runs on a CPU only. Afterwards a linear layer and its gradients are compared
+    with float64. If the error exceeds 1e-5 of the largest value, the setting is undone and a warning is logged.
 
     Returns:
-        whether the route was taken. A refusal is logged; the run goes on with torch's usual route.
+        True if oneDNN is used.
 
     Example::
 
@@ -52,14 +52,14 @@ def fast_cpu_matmul() -> bool:
         return True
     torch.set_float32_matmul_precision(previous)
     logger.warning(
-        "`fast_cpu_matmul` must be exact to 1e-5 but is off by %.0e on this processor; torch's usual route is used.",
+        "`fast_cpu_matmul` must be accurate to 1e-5 but is off by %.0e on this processor; torch's default is kept.",
         error,
     )
     return False
 
 
 def _linear_error() -> float:
-    """Largest relative error of a float32 linear layer and of its gradients, against float64, on the CPU."""
+    """Largest relative error of a float32 linear layer and its gradients on the CPU, compared with float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((256, 768), (512, 768), (256, 512))  # input, weight, gradient of the output
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]

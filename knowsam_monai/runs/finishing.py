@@ -1,4 +1,4 @@
-"""The end of a run: the student first, then whatever else it leaves, each by itself."""
+"""The end of a run: publish the student first, then write everything else, each on its own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, root_cause
 from knowsam_monai.runs import ValidationReport
+from knowsam_monai.runs.messages import log_traceback
 from knowsam_monai.runs.report import write_report
-from knowsam_monai.runs.run_record import LOG, RunLog
+from knowsam_monai.runs.run_record import LOG
 from knowsam_monai.runs.trained_student import MODEL, publish_student
 from knowsam_monai.texts import printable
 
@@ -25,23 +26,20 @@ def finish_run(
     report: ValidationReport, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, enabled: bool = True
 ) -> None:
     """
-    Publish the student that a run kept, then write its table, cases, pictures and page; for a bundle's `run`.
+    Publish the student that a run kept, then write its table, cases, pictures and page.
 
-    The student comes first, from what the validations have written: ``model.pt``, ``config.json``, ``results.csv``.
-    Whatever fails, all else is still made. Each failure is one sentence in the log, with the command that makes the
-    thing again; its traceback is in ``log.txt``.
-
-    The program's exit code is that of the student: an error when it could not be published, after all else was tried.
-    A run whose student is published has succeeded, though a picture of it is missing: that is an error in the log.
+    Publishing needs only what the validations already wrote: ``model.pt``, ``config.json`` and ``results.csv``. If one
+    of the steps fails, the others still run. Each failure is logged in one sentence with the command that repeats the
+    step; its traceback is in ``log.txt``. Only a student that cannot be published is an error, raised at the end.
 
     Args:
-        report: of the validations. Where none has run there is no student, and nothing is published.
+        report: report of the validations. If none has run, there is no student to publish.
         output_dir: the run's folder.
         ckpt_dir: the bundle's ``models``.
-        enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
+        enabled: False does nothing (a preflight). Of several processes, only the first does anything.
 
     Raises:
-        RuntimeError: when the student could not be published.
+        RuntimeError: if the student cannot be published.
 
     Example::
 
@@ -50,40 +48,35 @@ def finish_run(
     """
     if not enabled or ranks.rank() != 0:
         return
-    page = ("report.html", partial(write_report, output_dir), shlex.join(_REPORT + [os.fspath(output_dir)]))
+    report_command = shlex.join(["python", "-m", "knowsam_monai", "report", os.fspath(output_dir)])
+    page = ("report.html", partial(write_report, output_dir), report_command)
     if report.is_empty:
         logger.warning("No validation has run, so there is no student to publish and no validation report.")
         _try(*page)
         return
-    again = shlex.join(sys.orig_argv)
-    is_published = _try("the published student", partial(publish_student, output_dir, ckpt_dir), again)
-    _try("the table of Dice", report.log_table, again)
-    _try("validation_cases.csv", report.write_cases, again)
-    _try("validation_slices", report.write_slices, again)
-    _try("validation.png", report.write_picture, again)
+    run_command = shlex.join(sys.orig_argv)
+    is_published = _try("the published student", partial(publish_student, output_dir, ckpt_dir), run_command)
+    _try("the table of Dice", report.log_table, run_command)
+    _try("validation_cases.csv", report.write_cases, run_command)
+    _try("validation_slices", report.write_slices, run_command)
+    _try("validation.png", report.write_picture, run_command)
     _try(*page)
     if not is_published:
         raise KnowSAMRuntimeError(
-            f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is whole in "
-            f"{Path(output_dir) / MODEL}; to publish it start the same command again."
+            f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is intact in "
+            f"{Path(output_dir) / MODEL}; run the same command again to publish it."
         )
 
 
-_REPORT = ["python", "-m", "knowsam_monai", "report"]
-
-
-def _try(product: str, make: Callable[[], object], command: str) -> bool:
-    """Make one thing; where that fails, say so in one sentence, its traceback in the run's log alone."""
+def _try(product: str, write: Callable[[], object], command: str) -> bool:
+    """Write one product; if this fails, log one sentence, with the traceback in the log file only."""
     try:
-        make()
-    except Exception as error:  # each library fails in its own way, and none may take the others along
+        write()
+    except Exception as error:  # every library fails in its own way, and none may prevent the other products
         root = root_cause(error)
-        reason = f"{type(root).__name__}: {root}".rstrip(": ")
-        message = "%s could not be made (%s); its traceback is in %s. This makes it again: %s"
-        logger.error(message, product, printable(" ".join(reason.split())), LOG, command)
-        trace = (type(error), error, error.__traceback__)
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, RunLog):
-                handler.handle(logger.makeRecord(__name__, logging.ERROR, "", 0, "%s", (product,), trace))
+        reason = printable(" ".join(f"{type(root).__name__}: {root}".rstrip(": ").split()))
+        message = "%s could not be written (%s); the traceback is in %s. To write it again, run: %s"
+        logger.error(message, product, reason, LOG, command)
+        log_traceback(product, error)
         return False
     return True

@@ -1,4 +1,4 @@
-"""What MONAI's inferers lack here: autocast on the CPU, where MONAI's own ``amp`` does nothing."""
+"""Autocast on the CPU, where MONAI's own ``amp`` does nothing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from knowsam_monai.errors import KnowSAMValueError
 
 class AutocastInferer(Inferer):
     """
-    Run another inferer under ``torch.autocast``; on the CPU too, with bfloat16.
+    Run another inferer under ``torch.autocast``, on the CPU too.
 
     Args:
-        dtype: autocast type, such as ``torch.bfloat16``; None runs the inferer as it is.
-        inferer: default ``SimpleInferer``.
+        dtype: autocast type, such as ``torch.bfloat16``; None runs the inferer without autocast.
+        inferer: the inferer to run, by default ``SimpleInferer``.
 
     Shape:
-        As the inferer's; logits come back in float32.
+        Same as the inferer's; logits are returned in float32.
 
     Raises:
-        ValueError: when on a CPU in bfloat16 a 3D convolution with a gradient is deeper than its input: torch (2.13,
-            oneDNN) then computes the gradient of its weights wrong, and writes where it must not.
+        ValueError: if the kernel of a 3D convolution with a gradient is deeper than its input, in bfloat16 on a CPU:
+            torch (2.13, oneDNN) then computes a wrong gradient of its weights and writes out of bounds.
 
     Example::
 
@@ -56,7 +56,7 @@ class AutocastInferer(Inferer):
 
 @contextmanager
 def _depths_are_checked(network: nn.Module) -> Iterator[None]:
-    """Let each 3D convolution refuse an input for whose size its gradient is wrong."""
+    """Make each 3D convolution refuse inputs of a size for which its gradient is wrong."""
     handles = [
         module.register_forward_pre_hook(partial(_check_depth, name))
         for name, module in network.named_modules()
@@ -71,9 +71,10 @@ def _depths_are_checked(network: nn.Module) -> Iterator[None]:
 
 def _check_depth(name: str, convolution: nn.Conv3d, inputs: tuple[Tensor, ...]) -> None:
     size, kernel = tuple(inputs[0].shape[2:]), convolution.kernel_size
-    # found by comparing with float32, for kernels of 3, 5 and 7 and inputs of 1 to 8 voxels
+    # determined by comparison with float32, for kernels of 3, 5 and 7 and inputs of 1 to 8 voxels
     if 1 < size[0] < kernel[0] or size[1] < kernel[1] // 2:
         raise KnowSAMValueError(
-            f"`image_size` must leave `{name}`, a convolution of {kernel}, an input of its depth or more in bfloat16 "
-            f"on a CPU, where torch's gradient is wrong otherwise, but leaves {size}; take larger, or no autocast."
+            f"`image_size` must give `{name}`, a convolution with kernel {kernel}, an input at least as deep as its "
+            f"kernel but gives {size}, for which torch's bfloat16 gradient on a CPU is wrong; use larger images, or "
+            "turn autocast off."
         )

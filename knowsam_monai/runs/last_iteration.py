@@ -5,12 +5,12 @@ from ignite.engine import Engine, Events
 
 class LastIteration:
     """
-    End a run after exactly so many iterations, though its last epoch is cut short.
+    End a run after exactly `max_iterations` iterations, even if this cuts its last epoch short.
 
-    The epoch that the last iteration falls into ends there, as a whole one does: with its validation and checkpoints.
+    The short epoch ends like any other, with its validation and checkpoints.
 
     Args:
-        max_iterations: of the run; its epochs are as many as have them.
+        max_iterations: iterations of the run; the trainer's ``max_epochs`` must cover them.
 
     Example::
 
@@ -36,11 +36,11 @@ def last_iteration(engine: Engine) -> int:
     The number of the last iteration of a trainer's run.
 
     Args:
-        engine: a MONAI trainer, with :class:`LastIteration` or of whole epochs.
+        engine: a MONAI trainer, with or without :class:`LastIteration`.
 
     Example::
 
         remaining = last_iteration(trainer) - trainer.state.iteration
     """
-    whole = engine.state.max_epochs * engine.state.epoch_length
-    return min(whole, getattr(engine.state, "last_iteration", whole))
+    whole_epochs = engine.state.max_epochs * engine.state.epoch_length
+    return min(whole_epochs, getattr(engine.state, "last_iteration", whole_epochs))

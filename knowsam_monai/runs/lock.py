@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Locking a run's folder, so that only one run at a time writes there."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from knowsam_monai.files import LOCK, write_text
 
 HOLDER = ".lock.json"
 
-_held: list[FileLock] = []  # of this process: one run's
+_held: list[FileLock] = []  # of this process, at most one
 
 
 def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
     """
-    Keep a run's folder to this process, until :func:`unlock_folder`, the next run in this process, or its end.
+    Lock a run's folder until :func:`unlock_folder`, the next run in this process, or the end of the process.
 
-    The operating system gives the lock up when the process ends, however that happens: the files that a killed run
-    leaves do not matter. It is ``flock`` (``LockFileEx`` on Windows): it holds among all processes of a machine, and
-    among machines where the shared file system passes it on, as NFS does unless mounted with ``nolock`` or
-    ``local_lock``, Lustre with ``flock``, and CephFS and GPFS always.
+    The operating system releases the lock however the process ends, so the files that a killed run leaves behind do
+    not matter. The lock is ``flock`` (``LockFileEx`` on Windows). It works between all processes of a machine, and
+    between machines if their shared file system supports it: NFS unless mounted with ``nolock`` or ``local_lock``,
+    Lustre with ``flock``, CephFS and GPFS always.
 
     Args:
-        folder: the run's, made when missing.
-        enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
+        folder: the run's folder, created if missing.
+        enabled: False does nothing (a preflight). Only the first of several processes takes the lock.
 
     Raises:
-        RuntimeError: when another process holds the folder; it says which.
+        RuntimeError: if another process holds the lock, naming it.
 
     Example:
         >>> lock_folder("output")     # doctest: +SKIP
@@ -50,8 +50,8 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise KnowSAMRuntimeError(
-            f"`output_dir` must be the folder of one run at a time but {folder} is in use by {_holder(folder)}; wait "
-            "for it, stop it, or name another --output_dir."
+            f"`output_dir` must not be used by another run but {folder} is in use by {_holder(folder)}; wait for "
+            "that run, stop it, or choose another --output_dir."
         ) from None
     _held.append(lock)
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -61,7 +61,7 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
 
 def unlock_folder() -> None:
     """
-    Let another run have the folder of :func:`lock_folder`; without one before it, do nothing.
+    Release the lock of :func:`lock_folder`, if there is one.
 
     Example:
         >>> unlock_folder()
@@ -76,5 +76,5 @@ def _holder(folder: Path) -> str:
     try:
         holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         return "process {pid} on {host} since {since} ({command})".format(**holder)
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun, or lets go
+    except (OSError, ValueError, KeyError, TypeError):  # it is only just taking the lock, or releasing it
         return "another process"

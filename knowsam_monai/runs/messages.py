@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 def explain_errors() -> None:
     """
-    Let an error that ends the program close with its root cause in one line.
+    End the program's output with the root cause of an error, in one line.
 
-    MONAI's config parser wraps an exception several times and says last which expression failed; what was wrong stands
-    far above. A mistake that this package found and says in a sentence is that sentence alone, without a traceback:
-    that is in the run's log, and on the screen under ``python -X dev``. All other errors keep their traceback.
+    MONAI's config parser wraps an exception several times: its last line names the expression that failed, and what was
+    wrong is far above. An error of this package is shown as its sentence alone; the traceback goes to the log file,
+    and to the screen under ``python -X dev``. All other errors keep their traceback.
 
     Example::
 
-        explain_errors()     # once, before anything else: of a bundle, the first line of `initialize`
+        explain_errors()     # once, before anything else: in a bundle, at the start of `initialize`
     """
     previous = sys.excepthook
     if getattr(previous, "explains", False):
@@ -30,10 +30,7 @@ def explain_errors() -> None:
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         root = root_cause(error)
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler):
-                record = logger.makeRecord(__name__, logging.ERROR, "", 0, "%s", (root,), (kind, error, trace))
-                handler.handle(record)
+        log_traceback(str(root), error)
         is_sentence = isinstance(root, KnowSAMError)
         if not is_sentence or sys.flags.dev_mode:
             previous(kind, error, trace)
@@ -44,9 +41,18 @@ def explain_errors() -> None:
     sys.excepthook = explain
 
 
+def log_traceback(message: str, error: BaseException) -> None:
+    """Write an error with its traceback to the log files, but not to the screen."""
+    trace = (type(error), error, error.__traceback__)
+    record = logger.makeRecord(__name__, logging.ERROR, "", 0, "%s", (message,), trace)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
 def ignore_known_warnings() -> None:
     """
-    Leave out warnings about MONAI's own calls, which nobody who runs a bundle can change, one by one.
+    Hide the warnings about MONAI's own calls that no user of a bundle can act on.
 
     Example::
 
@@ -54,7 +60,7 @@ def ignore_known_warnings() -> None:
     """
     known = (
         (FutureWarning, r".*torch\.cuda\.amp\.GradScaler"),  # monai.engines.Trainer.run
-        (UserWarning, r"Detected call of `lr_scheduler\.step\(\)` before"),  # its scheduler counts what it accumulates
+        (UserWarning, r"Detected call of `lr_scheduler\.step\(\)` before"),  # it steps in accumulated iterations too
     )
     for category, message in known:
         warnings.filterwarnings("ignore", message, category)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
@@ -22,14 +21,14 @@ from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, stude
 
 __all__ = ["predict_folder"]
 
-# Keys of inference.json that predict has arguments for.
+# Keys of inference.json that `predict_folder` has arguments for.
 OWN_ARGUMENTS = {
-    "bundle_root": "name the bundle as `bundle` (--bundle)",
-    "dataset_dir": "name the images as `scans`",
-    "output_dir": "name the folder as `output` (--output)",
-    "ckpt_path": "name the weights as `ckpt_path` (--ckpt_path)",
-    "device": "name it as `device` (--device)",
-    "image_pattern": "give it as `image_pattern` (--image_pattern)",
+    "bundle_root": "use `bundle` (--bundle)",
+    "dataset_dir": "use `scans`",
+    "output_dir": "use `output` (--output)",
+    "ckpt_path": "use `ckpt_path` (--ckpt_path)",
+    "device": "use `device` (--device)",
+    "image_pattern": "use `image_pattern` (--image_pattern)",
 }
 
 logger = logging.getLogger(__name__)
@@ -46,32 +45,32 @@ def predict_folder(
     overrides: Mapping[str, str] | None = None,
 ) -> int:
     """
-    Segment scans by a bundle's ``inference.json``, with a progress bar.
+    Segment scans with a bundle's ``inference.json``, showing a progress bar.
 
-    An image that cannot be segmented, at whichever step, is left out, and the rest are segmented before the error that
-    lists it with its reason.
+    If some images cannot be segmented, all others are segmented first; then an error lists the failed images with their
+    reasons.
 
     Args:
         scans: a folder of images, or one image.
-        bundle: the bundle's folder. Its configs are code that is run, and so is that of `run`.
-        output: folder of the segmentations, made when missing.
-        run: folder of a training, whose student is taken at the size and with the classes of that training; None for
-            the bundle's ``models``, where its last training left these.
-        ckpt_path: another student's weights, at the sizes of ``inference.json``.
+        bundle: the bundle's folder. Its configs contain code, which is executed; so does the config of `run`.
+        output: folder of the segmentations, created if missing.
+        run: folder of a training, whose student is used with the image size and classes of that training; None for the
+            bundle's ``models``, where its last training published them.
+        ckpt_path: weights of another student, used with the sizes of ``inference.json``.
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
-        overrides: further keys of ``inference.json`` by name, their values as JSON (`256`, `[64, 64, 32]`, `null`) or
-            text. Nothing in them is evaluated, referred to or built: a value that would be is refused.
+        overrides: further keys of ``inference.json`` by name, with values as JSON (`256`, `[64, 64, 32]`, `null`) or
+            text. Expressions, references and components are refused.
 
     Returns:
         Number of scans.
 
     Raises:
-        FileNotFoundError: when there is no such bundle, run or file of weights.
-        PermissionError: when `output` cannot be written.
-        ValueError: when a config is damaged, the run is of another bundle, a key is none of ``inference.json``, a value
-            of `overrides` does not work, or there is no such device; of the bundle, about the scans; and at the end,
-            when there are images that could not be segmented, with a line for each.
+        FileNotFoundError: if the bundle, the run or the file of weights does not exist.
+        PermissionError: if `output` cannot be written.
+        ValueError: if a config is damaged, the run belongs to another bundle, a key is not in ``inference.json``, a
+            value of `overrides` does not work, the device does not exist or the bundle refuses the scans; and at the
+            end, if images could not be segmented, with a line for each.
 
     Example:
         >>> predict_folder("/data/scans", "bundles/knowsam_acdc", "segmentations")     # doctest: +SKIP
@@ -83,7 +82,7 @@ def predict_folder(
             f"`bundle` must be a bundle's folder but {bundle} has no configs/inference.json."
         )
     known = read_config(config_file, "bundle")
-    values = _plain_values(overrides or {}, known, config_file)
+    values = _parsed_overrides(overrides or {}, known, config_file)
     scans, output = expand_path(scans, "scans"), expand_path(output, "output")
     options: dict[str, Any] = {"bundle_root": _literal(str(bundle)), "dataset_dir": _literal(scans)}
     options["output_dir"] = _literal(output)
@@ -96,7 +95,7 @@ def predict_folder(
     if ckpt_path is not None:
         options["ckpt_path"] = _literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
     if device is not None:
-        options["device"] = f"$torch.device({_checked(device)!r})"
+        options["device"] = _literal(device)  # `check_config` turns it into a device
     check_writable(output=output)
     options.update({key: _literal(value) for key, value in values.items()})
 
@@ -110,17 +109,17 @@ def predict_folder(
         root = root_cause(error)
         if not overrides or isinstance(root, KnowSAMError):
             raise
-        given = " ".join(f"{key}={value}" for key, value in overrides.items())
+        assignments = " ".join(f"{key}={value}" for key, value in overrides.items())
         raise KnowSAMValueError(
-            f"`overrides` (--set) must be values that {config_file} works with but {given} ended in {_said(root)}; "
-            "correct them or leave them out."
+            f"`overrides` (--set) must be values that {config_file} works with but {assignments} failed with "
+            f"{_reason(root)}; correct them or leave them out."
         ) from error
     logger.info("%d segmentations in %s", number, output)
     if broken:
-        said = [(str(image), _said(root)) for image, root in broken]
-        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in said)
+        reasons = [(str(image), _reason(root)) for image, root in broken]
+        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in reasons)
         raise KnowSAMValueError(
-            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not; "
+            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not be; "
             f"repair or remove:{lines}"
         )
     return number
@@ -128,10 +127,10 @@ def predict_folder(
 
 class _Segmenting:
     """
-    The batches of a loader, and the step on each of them: where one fails its images are kept with the error.
+    The batches of a loader and the step on each batch. If either fails, the batch's images are listed with the error.
 
     Args:
-        loader: of a dataset of items with an `image`, in their order.
+        loader: loader of a dataset whose items have an `image`, without shuffling.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -143,55 +142,55 @@ class _Segmenting:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)  # goes on with the next batch after an error
+        batches = iter(self.loader)  # continues with the next batch after an error
         for self.number in range(len(self.loader)):
             try:
                 batch = next(batches)
-            except Exception as error:  # every reader and transform has its own
-                self._leave_out(error)
+            except Exception as error:  # every reader and transform fails in its own way
+                self._skip(error)
             else:
                 yield batch
 
     def step(self, engine: Engine, batch: Any) -> Any:
-        """What the engine does with a batch: network, postprocessing, writing."""
+        """The engine's step: network, postprocessing, writing."""
         try:
             return engine._iteration(engine, batch)
         except Exception as error:
-            self._leave_out(error)
+            self._skip(error)
             return []
 
-    def _leave_out(self, error: BaseException) -> None:
+    def _skip(self, error: BaseException) -> None:
         size = self.loader.batch_size
         items = self.loader.dataset.data[self.number * size : (self.number + 1) * size]
         root = root_cause(error)
-        traceback.clear_frames(root.__traceback__)  # they hold the image
+        traceback.clear_frames(root.__traceback__)  # to free the image
         self.broken += [(item["image"], root) for item in items]
 
 
 def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
-    """Number of images that were segmented; those that could not be, each with why."""
+    """The number of segmented images, and the others with their errors."""
     if "datalist" in workflow.parser:
-        workflow.parser.get_parsed_content("datalist")  # no scans: said before anything about the student
+        workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
     workflow.initialize()
     evaluator = workflow.evaluator
     segmenting = evaluator.data_loader = _Segmenting(evaluator.data_loader)
     evaluator._process_function = segmenting.step
-    # fewer batches than the length of the loader: ignite would begin anew
+    # with fewer batches than the loader's length, ignite would restart the loader
     evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
     ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
     workflow.run()
     workflow.finalize()
     broken, number = segmenting.broken, len(segmenting.loader.dataset)
     if len(broken) == number and not any(isinstance(root, KnowSAMError) for _, root in broken):
-        raise broken[0][1]  # not the images, but what is done with them
+        raise broken[0][1]  # the images are not at fault
     return number - len(broken), broken
 
 
-def _said(error: BaseException) -> str:
-    """The first line of an error, with its kind where it is not a sentence of this package."""
+def _reason(error: BaseException) -> str:
+    """The first line of an error, with its type unless it is an error of this package."""
     lines = str(error).strip().splitlines() or [""]
     if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return lines[-1]  # MONAI's SaveImage puts the writer's error into its text
+        return lines[-1]  # MONAI's SaveImage includes the writer's traceback
     return lines[0] if isinstance(error, KnowSAMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
@@ -199,17 +198,19 @@ def _existing_weights(path: Path) -> Path:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise KnowSAMFileNotFoundError(
-            f"`ckpt_path` must be a file of a student's weights but {path} {found}; name the file, such as model.pt."
+            f"`ckpt_path` must be a file with a student's weights but {path} {found}; pass the file, such as model.pt."
         )
     return path
 
 
-def _plain_values(overrides: Mapping[str, str], known: Iterable[str], config_file: Path) -> dict[str, Any]:
-    """JSON or text for keys of a config, without what the config's parser would evaluate, refer to or build."""
+def _parsed_overrides(overrides: Mapping[str, str], known: Iterable[str], config_file: Path) -> dict[str, Any]:
+    """The values as JSON or text; whatever the config's parser would evaluate, look up or build is refused."""
     values = {}
     for key, text in overrides.items():
         if key not in known:
-            raise KnowSAMValueError(f"`{key}` must be a key of {config_file} but is none; it has {', '.join(known)}.")
+            raise KnowSAMValueError(
+                f"`{key}` must be a key of {config_file} but is not; its keys are {', '.join(known)}."
+            )
         if key in OWN_ARGUMENTS:
             raise KnowSAMValueError(
                 f"`{key}` must be left out of `overrides` (--set) but is {text!r}; {OWN_ARGUMENTS[key]}."
@@ -220,47 +221,36 @@ def _plain_values(overrides: Mapping[str, str], known: Iterable[str], config_fil
             values[key] = text
         if _is_code(values[key]):
             raise KnowSAMValueError(
-                f"`{key}` must be JSON or text in `overrides` (--set), of which nothing is evaluated or built, but is "
-                f"{text!r}; give the value itself, or put the expression into a config of your own."
+                f"`{key}` must be plain JSON or text in `overrides` (--set) but is {text!r}; pass the value itself, or "
+                "put the expression into a config of your own."
             )
     return values
 
 
 def _is_code(value: Any) -> bool:
-    """Whether MONAI's parser would do more with a value than take it."""
+    """Whether MONAI's parser would evaluate, look up or build something in a value."""
     if isinstance(value, Mapping):
-        return any(key.startswith("_") or _is_code(one) for key, one in value.items())
+        return any(key.startswith("_") or _is_code(item) for key, item in value.items())
     if isinstance(value, list):
         return any(map(_is_code, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
 def _literal(value: Any) -> Any:
-    """A text as the config's parser takes it for itself, whatever is in it: `#` it replaces, and `@` it looks up."""
+    """An expression for a text, so that the config's parser neither splits it at `#` nor looks up `@`."""
     if not isinstance(value, str):
         return value
     return "$" + repr(value).replace("@", "\\x40").replace("#", "\\x23")
 
 
-def _checked(device: str) -> str:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise KnowSAMValueError(
-            f"`device` must be one of this machine but is {device!r} ({reason}); cpu is always there."
-        ) from None
-    return device
-
-
 def _quieten() -> None:
-    """The bar says how far it is: no line for each file, nor that the bundle's own logging is not used."""
+    """Silence a line for each file and a note on the bundle's logging; the bar shows the progress."""
     for name in ("monai.bundle.workflows", "monai.data.image_writer", "ignite"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a run, and what inference must share with their training."""
+    """The weights of a run, and the settings that inference must share with their training."""
     for name in (MODEL, CONFIG):
         if not (run / name).is_file():
             raise KnowSAMFileNotFoundError(f"`run` must be the `output_dir` of a training but {run} has no {name}.")
@@ -268,15 +258,13 @@ def _options_of_run(run: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     network, own = options.get("network_def"), known.get("network_def")
     references = [name.split("::")[0] for name in ReferenceResolver.find_refs_in_config(network, "network_def")]
     unknown = [name for name in references if name not in known]
-    dims = [one.get("spatial_dims") if isinstance(one, Mapping) else None for one in (network, own)]
-    if unknown or (None not in dims and dims[0] != dims[1]):
-        why = (
-            f"needs `{unknown[0]}`, which it does not have"
-            if unknown
-            else f"is in {dims[0]}D and its own in {dims[1]}D"
-        )
+    dims = [part.get("spatial_dims") if isinstance(part, Mapping) else None for part in (network, own)]
+    problem = f"needs `{unknown[0]}`, which the bundle does not have" if unknown else ""
+    if None not in dims and dims[0] != dims[1]:
+        problem = f"is {dims[0]}D and the bundle's is {dims[1]}D"
+    if problem:
         raise KnowSAMValueError(
-            f"`run` must be of a training of this bundle but the network of {run / CONFIG} {why}; name the bundle that "
+            f"`run` must be a training of this bundle but the network in {run / CONFIG} {problem}; choose the bundle "
             "it was trained with, or another run."
         )
     return {**options, "ckpt_path": str(run / MODEL)}

@@ -22,20 +22,21 @@ logger = logging.getLogger(__name__)
 
 class Preflight:
     """
-    Before the first step, say what this run is: rows, what trains, the teacher, time, memory and expected finish.
+    Before the first step, report what this run is: rows, trained weights, teacher, time, memory and expected finish.
 
-    Two trial iterations at the first, the middle and the last iteration number are run on one real batch (so that
-    terms that start later are counted) and undone: weights, optimizers, modes, the engine's state and the global random
-    generators are as before. A loader whose transforms have generators of their own and that does not seed them for
-    each row, as :class:`knowsam_monai.data.SemiSupervisedLoader` does, draws its first batch anew.
+    Four trial iterations run on one real batch: the first one twice, to warm up, then the middle and the last one, so
+    that terms that start later are counted. Afterwards weights, optimizers, modes, the engine's state and the global
+    random generators are restored. A loader that seeds its transforms for each row, as
+    :class:`knowsam_monai.data.SemiSupervisedLoader` does, then yields the same first batch again; one whose transforms
+    keep their own random generators does not.
 
     Args:
         network: the student.
-        optimizer: its optimiser.
-        distiller: teacher with its optimiser, or None for a run without SAM.
-        num_rows: numbers of labelled and unlabelled rows, for the report.
+        optimizer: the student's optimizer.
+        distiller: the teacher with its optimizer, or None for a run without SAM.
+        num_rows: numbers of labeled and unlabeled rows, for the report.
         stop: end the run after the report.
-        ema_student: the averaged student of a method that has one: it is put back with the student.
+        ema_student: the averaged student of the method, restored like the student; None if there is none.
 
     Example::
 
@@ -60,21 +61,21 @@ class Preflight:
         self.ema_student = ema_student
 
     def attach(self, engine: Engine) -> None:
-        """Register with a MONAI trainer, after all handlers that act in a step."""
+        """Register with a MONAI trainer, after all handlers that take part in a step."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration >= last_iteration(engine):  # a run that went on from its end
+        if engine.state.iteration >= last_iteration(engine):  # resumed after its last step
             return
         seconds = self._seconds_per_iteration(engine)
-        if ranks.rank() == 0:  # the trial iterations are made on every rank: they wait for each other
+        if ranks.rank() == 0:  # every rank runs the trial iterations, because they wait for each other
             for line in self.report(engine, seconds):
                 logger.info(line)
         if self.stop:
             engine.terminate()
 
     def report(self, engine: Engine, seconds: float) -> list[str]:
-        """The lines of the table, for `seconds` an iteration."""
+        """The lines of the table, given the seconds per iteration."""
         remaining = last_iteration(engine) - engine.state.iteration
         finish = timedelta(seconds=round(seconds * remaining))
         if torch.device(engine.state.device).type == "cuda":
@@ -82,7 +83,7 @@ class Preflight:
         else:
             memory = _peak_process_memory()
         rows = [
-            ("rows", f"{self.num_rows[0]} labelled, {self.num_rows[1]} unlabelled"),
+            ("rows", f"{self.num_rows[0]} labeled, {self.num_rows[1]} unlabeled"),
             ("student", f"{type(getattr(self.network, 'module', self.network)).__name__}, {_trainable(self.network)}"),
             *self._teacher_rows(),
             *self._process_rows(),
@@ -115,30 +116,30 @@ class Preflight:
         ]
 
     def _process_rows(self) -> list[tuple[str, str]]:
-        """How many processes share a batch, and whose batch normalisation's statistics are."""
+        """The number of processes, and whether batch normalization is synchronized between them."""
         if ranks.world_size() == 1:
             return []
         kinds = {type(module) for module in self.network.modules() if isinstance(module, _BatchNorm)}
-        norm = "none" if not kinds else "synchronised" if kinds == {nn.SyncBatchNorm} else "each process's own"
-        return [("processes", f"{ranks.world_size()}, batch normalisation: {norm}")]
+        norm = "none" if not kinds else "synchronized" if kinds == {nn.SyncBatchNorm} else "per process"
+        return [("processes", f"{ranks.world_size()}, batch normalization: {norm}")]
 
     @kept_random_state()
     def _seconds_per_iteration(self, engine: Engine) -> float:
-        """Mean seconds of a step at the start, in the middle and at the end of the run."""
+        """Mean seconds per step at the start, in the middle and at the end of the run."""
         states = [copy.deepcopy(item.state_dict()) for item in self._objects(engine)]
         modes = [(module, module.training) for module in self.network.modules()]
         is_followed = self.ema_student is not None and self.ema_student.is_followed
         state = engine.state
         before = (state.iteration, state.batch, state.output)
         batch = next(iter(engine.data_loader))
-        if hasattr(engine.data_loader, "set_iteration"):  # a loader that knows its place goes back to it
+        if hasattr(engine.data_loader, "set_iteration"):  # the first batch is drawn again
             engine.data_loader.set_iteration(state.iteration)
         last = last_iteration(engine)
         times = []
         for trial in (1, 1, last // 2, last):  # the first warms up
             state.iteration, state.batch = max(trial, 1), batch
             start = time.perf_counter()
-            engine.fire_event(Events.ITERATION_STARTED)  # a method may change the batch there
+            engine.fire_event(Events.ITERATION_STARTED)  # a method may change the batch here
             engine._process_function(engine, state.batch)
             if torch.device(state.device).type == "cuda":
                 torch.cuda.synchronize(state.device)
@@ -154,18 +155,13 @@ class Preflight:
         return sum(times[1:]) / 3
 
     def _objects(self, engine: Engine) -> list[Any]:
-        objects = [self.network, self.optimizer]
-        if self.distiller is not None:
-            objects += [self.distiller] + ([self.distiller.optimizer] if self.distiller.optimizer is not None else [])
-        if self.ema_student is not None:
-            objects.append(self.ema_student)
-        if engine.scaler is not None:
-            objects.append(engine.scaler)
-        return objects
+        objects = [self.network, self.optimizer, self.distiller, self.ema_student, engine.scaler]
+        objects.append(None if self.distiller is None else self.distiller.optimizer)
+        return [item for item in objects if item is not None]
 
 
 def _peak_process_memory() -> float:
-    """Largest resident size of this process so far in GiB, nan where the system does not tell."""
+    """Largest resident size of this process so far in GiB; nan if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

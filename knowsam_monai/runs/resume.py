@@ -26,45 +26,44 @@ from knowsam_monai.seeds import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("trainer", "best", "random", "validate", "settings", "data")  # of a file, beside the objects' names
+KEYS = ("trainer", "best", "random", "validate", "settings", "data")  # of a file, besides the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
-RANKS_ASK_EVERY = 10  # steps; processes must agree where to stop, and asking makes each wait for the device
-REMEDY = "name another --output_dir, or begin anew with --resume False, which puts this run in the place of that one"
+STEPS_BETWEEN_AGREEMENTS = 10  # several processes must agree where to stop, and each agreement waits for the device
+REMEDY = "choose another --output_dir, or start over with --resume False, which replaces that run"
 
 
 class Resume:
     """
-    A run that was broken off goes on with the same command, to the same weights.
+    Save everything a run depends on, so that the same command resumes it after an interruption, bit for bit.
 
-    After every epoch all that training depends on is written to ``resume_<iteration>.pt``: the objects given, the
-    trainer's iteration, the best metric so far and every process's random states. The file is there whole or not at
-    all, and the one before stays until the next. A run that starts takes the newest file that is whole, and refuses it
-    when it is of other settings or other data. The loader's order is a function of the iteration
-    (:class:`knowsam_monai.data.SemiSupervisedLoader`), so nothing of it is saved.
+    After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
+    so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
+    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. The order of
+    the batches is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved.
 
-    SIGTERM and Ctrl-C write one more file and end the process with 143 and 130: after the step they came in, or in the
-    middle of a validation, which is then made again. Several processes agree on the step, within ten, and finish a
-    validation. A second signal ends the process at once.
+    SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
+    the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
+    validation first. A second signal ends the process at once.
 
-    Put it after the ``ValidationHandler`` and all that acts after a step, and before :class:`Preflight`. Handlers of
-    exceptions may stand anywhere.
+    Put it after the ``ValidationHandler`` and everything else that runs after a step, and before :class:`Preflight`.
+    Handlers of exceptions may be anywhere.
 
     Args:
-        objects: name to whatever has ``state_dict`` and ``load_state_dict``; None is left out.
-        output_dir: folder of the files; several machines share it.
-        evaluator: the validation engine, whose best metric is kept; None without one.
-        best_saver: MONAI's saver of the best model, so that a worse one never takes its place.
-        data: of each set the files and the hashes of what they hold, as ``DatalistReport.contents`` has them; compared,
+        objects: name to any object with ``state_dict`` and ``load_state_dict``; None is skipped.
+        output_dir: folder of the files, shared by all machines of a run.
+        evaluator: the validation engine, whose best metric is saved; None if there is none.
+        best_saver: MONAI's saver of the best model, so that a resumed run does not replace it by a worse one.
+        data: for each set, the files and the hashes of their contents (``DatalistReport.contents``). They are compared,
             not restored. None: not compared.
-        settings: names and plain values that a run must share with the one it goes on with; compared, not restored.
-            None: what is configured, see :func:`knowsam_monai.runs.comparison.configured`, where the handler is built
-            from a config, and nothing elsewhere.
-        enabled: False starts afresh and removes the files of a run before.
+        settings: names and plain values that must not change when a run resumes. They are compared, not restored.
+            None: the settings of the config that builds this handler, if any; see
+            :func:`knowsam_monai.runs.comparison.configured`.
+        enabled: False starts over and removes the files of an earlier run.
         save: False only reads (a preflight).
 
     Raises:
-        ValueError: when settings or data differ, naming keys or files, or the file is of other objects.
-        RuntimeError: when something that would be saved is not finite, or a file of the run cannot be written.
+        ValueError: if settings or data differ, naming keys or files, or if the file has other objects.
+        RuntimeError: if something to be saved is not finite, or a file of the run cannot be written.
 
     Example::
 
@@ -93,9 +92,9 @@ class Resume:
         self.enabled = enabled
         self.saves = save
         self.signals = stop_signals.StopSignals()
-        self._before_validation: dict[str, Any] | None = None  # random state, while a validation runs
+        self._before_validation: dict[str, Any] | None = None  # the random state before the validation that is running
         self._waits_for_batch: bool | None = None  # None before the first step
-        self._kept: list[Path] = []  # the last two files written or gone on from
+        self._kept: list[Path] = []  # the last two files written or loaded
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
@@ -112,7 +111,7 @@ class Resume:
             self.evaluator.add_event_handler(Events.COMPLETED, self.validation_completed)
 
     def started(self, engine: Engine) -> None:
-        """Restore the newest whole file, and listen to SIGTERM and Ctrl-C."""
+        """Restore the newest intact file, and handle SIGTERM and Ctrl-C from now on."""
         self._waits_for_batch = None
         if self.saves:
             if ranks.rank() == 0:
@@ -124,32 +123,33 @@ class Resume:
             self._restore(engine)
 
     def files(self) -> list[Path]:
-        """The files of this folder, newest first."""
+        """The checkpoints in the folder, newest first."""
         files = [p for p in self.output_dir.glob("resume_*.pt") if FILE.fullmatch(p.name)]
         return sorted(files, key=lambda p: int(FILE.fullmatch(p.name)[1]), reverse=True)  # type: ignore[index]
 
     def __call__(self, engine: Engine) -> None:
-        """Save after an epoch; end the process when a signal has come since, or in this epoch's validation."""
+        """Save after an epoch; end the process if a signal has arrived since, or during this epoch's validation."""
         self._save(engine)
-        if self._before_validation is not None or self._asked_to_stop():
+        if self._before_validation is not None or self._must_stop():
             self._stop(engine)
 
     def step_completed(self, engine: Engine) -> None:
-        """After a step in which a signal came, save and end the process."""
+        """After a step in which a signal arrived, save and end the process."""
         epoch_length, steps = engine.state.epoch_length or math.inf, getattr(engine, "accumulation_steps", 1)
-        place = (engine.state.iteration - 1) % epoch_length + 1  # in its epoch, whose end has its validation first
-        every = steps * (RANKS_ASK_EVERY if ranks.world_size() > 1 else 1)
-        ends = place == epoch_length or engine.state.iteration == last_iteration(engine)
-        if place % every == 0 and not ends and self._asked_to_stop():  # between two optimiser steps
+        iteration = (engine.state.iteration - 1) % epoch_length + 1  # in this epoch
+        every = steps * (STEPS_BETWEEN_AGREEMENTS if ranks.world_size() > 1 else 1)
+        # the end of an epoch is left to `__call__`, which runs after the validation
+        ends_epoch = iteration == epoch_length or engine.state.iteration == last_iteration(engine)
+        if iteration % every == 0 and not ends_epoch and self._must_stop():  # between two optimizer steps
             self._save(engine)
             self._stop(engine)
 
     def exception_raised(self, engine: Engine, error: BaseException) -> None:
         """
-        Save and stop when a signal to all processes has ended a loader worker, which is no error.
+        Save and stop if a signal to all processes ended a loader worker; this is not an error.
 
-        Of a step that waits for its batch nothing is done yet, a validation is made again, and before the first step
-        there is nothing to save.
+        A step that still waits for its batch has changed nothing, and an interrupted validation is repeated. Before the
+        first step there is nothing to save.
         """
         in_step = self._waits_for_batch is False and self._before_validation is None
         if isinstance(error, RuntimeError) and self.signals.received and not in_step and ranks.world_size() == 1:
@@ -160,42 +160,43 @@ class Resume:
                 self._save(engine)
             self._stop(engine)
         self._give_signals_back()
-        is_of_a_file = isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT))
-        if isinstance(error, OSError) and is_of_a_file:
+        if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             file = os.fsdecode(error.filename or "a file of this run")
             raise KnowSAMRuntimeError(
-                f"`output_dir` must be readable and have room but {file} cannot be read or written ({error.strerror}); "
-                f"see to it and give the same command: it goes on from {self._newest_name()}."
+                f"`output_dir` must be readable and have free space but {file} cannot be read or written "
+                f"({error.strerror}); fix this and run the same command: it resumes from {self._newest_name()}."
             ) from error
 
     def validation_started(self, evaluator: Engine) -> None:
-        """Keep the random state of before, from which a validation that is broken off is made again."""
+        """Keep the random state, so that an interrupted validation can be repeated."""
         self._before_validation = random_state()
 
     def stop_validation(self, evaluator: Engine) -> None:
-        """End a validation in which a signal came."""
+        """End a validation in which a signal arrived."""
         if self.signals.received and self.saves and ranks.world_size() == 1:
             evaluator.terminate(skip_completed=True)
 
     def validation_completed(self, evaluator: Engine) -> None:
-        """The validation is whole."""
+        """Note that the validation is complete."""
         self._before_validation = None
 
     def _waiting(self, engine: Engine, waits: bool) -> None:
         self._waits_for_batch = waits
 
-    def _asked_to_stop(self) -> bool:
+    def _must_stop(self) -> bool:
         if ranks.world_size() == 1 or not self.saves:
             return self.signals.received is not None
-        asked = int(idist.all_reduce(self.signals.received or 0, "MAX"))
-        if asked:  # else a signal that came meanwhile stays, for the next time
-            self.signals.received = asked
-        return asked > 0
+        signal = int(idist.all_reduce(self.signals.received or 0, "MAX"))
+        if signal:  # otherwise keep one that arrived in the meantime, for the next time
+            self.signals.received = signal
+        return signal > 0
 
     def _stop(self, engine: Engine) -> None:
         self._give_signals_back()
         iteration, newest = engine.state.iteration, self._newest_name()
-        logger.warning("Stopped by a signal in iteration %d; the same command goes on from %s.", iteration, newest)
+        logger.warning(
+            "Stopped by a signal in iteration %d; run the same command to resume from %s.", iteration, newest
+        )
         raise SystemExit(128 + (self.signals.received or 0))
 
     def _give_signals_back(self) -> None:
@@ -203,7 +204,7 @@ class Resume:
         stop_signals.give_back()
 
     def _newest_name(self) -> str:
-        return next((file.name for file in self.files()), "its beginning")
+        return next((file.name for file in self.files()), "the beginning")
 
     def _save(self, engine: Engine) -> None:
         if not self.saves:
@@ -215,10 +216,10 @@ class Resume:
         state["trainer"] = dict(engine.state_dict())
         state["best"] = []
         if self.evaluator is not None:
-            found = self.evaluator.state
-            state["best"] = [float(found.best_metric), float(found.best_metric_epoch)]
+            best = self.evaluator.state
+            state["best"] = [float(best.best_metric), float(best.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
-        state["validate"] = self._before_validation is not None  # before anything else
+        state["validate"] = self._before_validation is not None  # a resumed run starts with this validation
         state["settings"] = None if self.settings is None else dict(self.settings)
         state["data"] = digests(self.data)
         if engine.scaler is not None:
@@ -232,7 +233,7 @@ class Resume:
 
     def _restore(self, engine: Engine) -> None:
         file, state = self._newest() if ranks.rank() == 0 else (None, None)
-        if ranks.world_size() > 1:  # one process decides which file is whole
+        if ranks.world_size() > 1:  # one process decides which file is intact
             name = idist.broadcast(file.name if file else "none", safe_mode=True)
             file = self.output_dir / name if FILE.fullmatch(name) else None
         if file is None:
@@ -241,17 +242,17 @@ class Resume:
         self._check(file, state)
         self._load(engine, file, state)
         self._kept = [file]
-        logger.warning("Going on from %s, iteration %d.", file, engine.state.iteration)
+        logger.warning("Resuming from %s, iteration %d.", file, engine.state.iteration)
         if state["validate"] and self.evaluator is not None and self.saves:
             self.evaluator.run(engine.state.epoch)
             self(engine)
         if engine.state.epoch >= engine.state.max_epochs:
             logger.warning(
-                "This run has finished its %d iterations. `--resume False` trains anew.", engine.state.iteration
+                "This run has finished its %d iterations. To train again, add --resume False.", engine.state.iteration
             )
 
     def _newest(self) -> tuple[Path | None, dict[str, Any] | None]:
-        """The newest whole file and what is in it."""
+        """The newest intact file and its content."""
         for file in self.files():
             try:
                 state = read_tensor_file(file)
@@ -259,9 +260,9 @@ class Resume:
                     raise InvalidCheckpointError("holds something else")
                 return file, state
             except (OSError, InvalidCheckpointError) as error:
-                logger.warning("%s must be a whole checkpoint but is not: it %s; trying the one before.", file, error)
+                logger.warning("Skipping checkpoint %s: it %s. Trying the previous one.", file, error)
         if self.files():
-            logger.warning("No checkpoint in %s is whole: this run starts from its beginning.", self.output_dir)
+            logger.warning("No checkpoint in %s is intact, so this run starts from the beginning.", self.output_dir)
         return None, None
 
     def _load(self, engine: Engine, file: Path, state: Mapping[str, Any]) -> None:
@@ -269,7 +270,7 @@ class Resume:
             for name, item in self.objects.items():
                 _inner(item).load_state_dict(state[name])
             engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
-            if engine.state.iteration >= last_iteration(engine):  # at the end of an epoch that is cut short
+            if engine.state.iteration >= last_iteration(engine):  # in an epoch that was cut short
                 engine.state.epoch = engine.state.max_epochs
             if engine.scaler is not None and "scaler" in state:
                 engine.scaler.load_state_dict(state["scaler"])
@@ -280,10 +281,10 @@ class Resume:
                     self.best_saver.load_state_dict({"_saved": [(metric, "")]})
             if ranks.rank() < len(state["random"]):
                 set_random_state(state["random"][ranks.rank()])
-        except Exception as error:  # whatever the objects say of what is not theirs
+        except Exception as error:  # every object refuses a foreign state in its own way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise KnowSAMValueError(
-                f"{file} must be of this run but cannot be restored ({reason}); {REMEDY}."
+                f"{file} must be a checkpoint of this run but cannot be restored ({reason}); {REMEDY}."
             ) from error
         if hasattr(engine.data_loader, "set_iteration"):
             engine.data_loader.set_iteration(engine.state.iteration)
@@ -292,16 +293,18 @@ class Resume:
         missing = sorted({*KEYS, *self.objects} - state.keys())
         if missing:
             raise KnowSAMValueError(
-                f"{file} must hold all that this run saves but lacks `{'`, `'.join(missing)}`, as one of other objects "
-                f"or of another version does; {REMEDY}."
+                f"{file} must hold everything this run saves but lacks `{'`, `'.join(missing)}`: it was written for "
+                f"other objects or by another version; {REMEDY}."
             )
-        found = []
+        differences = []
         if state["settings"] is not None and self.settings is not None:
-            found = other_settings(state["settings"], self.settings)
-        found += other_data(state["data"], self.data)
-        if found:
-            more = f" and {len(found) - 5} more differ" if found[5:] else ""
-            raise KnowSAMValueError(f"{', '.join(found[:5])}{more}, to go on from {file}; {REMEDY}.")
+            differences = other_settings(state["settings"], self.settings)
+        differences += other_data(state["data"], self.data)
+        if differences:
+            more = f" and {len(differences) - 5} more" if differences[5:] else ""
+            raise KnowSAMValueError(
+                f"This run differs from the one in {file}: {', '.join(differences[:5])}{more}; {REMEDY}."
+            )
 
 
 def _inner(item: Any) -> Any:

@@ -1,7 +1,8 @@
-"""The handlers of a bundle's run: the method's, MONAI's, and what logs, saves, resumes and checks beside them."""
+"""The handlers of a bundle's run: the method's own, MONAI's, and those that log, save, resume and check."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +11,24 @@ from ignite.engine import Engine
 from monai.handlers import (
     CheckpointSaver,
     LrScheduleHandler,
+    MLFlowHandler,
+    StatsHandler,
     TensorBoardImageHandler,
     TensorBoardStatsHandler,
     from_engine,
 )
 
 from knowsam_monai import ranks
-from knowsam_monai.handlers.loss_terms import LossTerms
+from knowsam_monai.handlers.loss_terms import LossTerms, scalar_terms
 from knowsam_monai.runs.checkpoint_saver import WholeCheckpointSaver
 from knowsam_monai.runs.last_iteration import LastIteration
 from knowsam_monai.runs.preflight import Preflight
 from knowsam_monai.runs.resume import Resume
-from knowsam_monai.runs.run_record_handler import RunRecord
-from knowsam_monai.runs.tracking import track_terms
+from knowsam_monai.runs.run_record import RunRecord
 from knowsam_monai.runs.training_progress import TrainingProgress
 from knowsam_monai.runs.validation_history import ValidationHistory
+
+logger = logging.getLogger(__name__)
 
 
 def training_handlers(
@@ -43,27 +47,30 @@ def training_handlers(
     preflight: bool = False,
 ) -> list[Any]:
     """
-    All handlers of a trainer, in the order in which they must act.
+    All handlers of a trainer, in the order in which they must run.
 
-    The methods come first. Then the learning rates, the loss terms by name, the progress bar, TensorBoard, the last
-    weights, `handlers`, and at the end :class:`Resume`, :class:`RunRecord`, :class:`Preflight` and
-    :class:`LastIteration`. Only the first process draws, logs and saves weights.
+    1. `methods` add their terms to the loss, then the learning rates step.
+    2. :class:`~knowsam_monai.handlers.LossTerms` stops the run before any checkpoint if a term is not finite.
+    3. The first process alone shows progress, writes TensorBoard and saves the last weights.
+    4. `handlers`, with the validation.
+    5. :class:`Resume` saves or restores all of this, :class:`RunRecord` notes a start that it accepted,
+       :class:`Preflight` tries that start, and :class:`LastIteration` ends the run.
 
     Args:
-        methods: handlers that add terms to the loss; None is left out.
-        handlers: MONAI's and the user's own, with the ``ValidationHandler``.
-        state: all that a resumed run needs, by name: ``network``, ``optimizer``, ``lr_scheduler``, ``distiller``,
-            ``sam_optimizer``, ``sam_lr_scheduler``, ``ema_student`` and whatever else has a ``state_dict``; None is
-            left out.
+        methods: handlers that add terms to the loss; None is skipped.
+        handlers: MONAI's and the user's own, including the ``ValidationHandler``.
+        state: everything that a resumed run needs, by name: ``network``, ``optimizer``, ``lr_scheduler``,
+            ``distiller``, ``sam_optimizer``, ``sam_lr_scheduler``, ``ema_student`` and anything else with a
+            ``state_dict``; None is skipped.
         evaluator: the validation engine.
         best_saver: saver of the best weights; see :class:`Resume`.
         output_dir: folder of the run.
         max_iterations: iterations of the run.
         num_rows: numbers of labeled and unlabeled rows.
-        data: of :func:`check_data`; compared when a run resumes.
+        data: the result of :func:`check_data`, compared when a run resumes.
         log_interval: iterations between two readings of the loss terms.
-        seed: of the run, recorded.
-        resume: whether to go on from the newest checkpoint.
+        seed: seed of the run, recorded.
+        resume: whether to continue from the newest checkpoint.
         preflight: report what the run would do, write nothing, and stop.
 
     Example::
@@ -74,40 +81,30 @@ def training_handlers(
         )
         trainer = SupervisedTrainer(..., train_handlers=handlers)
     """
-    schedulers = (state.get(name) for name in ("lr_scheduler", "sam_lr_scheduler"))
-    found = [method for method in methods if method is not None]
-    found += [LrScheduleHandler(s, print_lr=False, epoch_level=False) for s in schedulers if s is not None]
-    found.append(LossTerms(log_interval=log_interval))
-    if ranks.rank() == 0:
-        found.append(TrainingProgress(evaluator, interval=log_interval))
-        if not preflight:
-            folder = os.path.join(output_dir, "tensorboard", "train")
-            found.append(TensorBoardStatsHandler(log_dir=folder, iteration_log=log_interval))
-        last = WholeCheckpointSaver(
-            save_dir=str(output_dir),
-            save_dict={"model": state["network"]},
-            file_prefix="last",
-            save_interval=1,
-            n_saved=1,
-        )
-        found.append(last)
-    else:
-        best_saver = None
-    found += handlers
-    found += [
-        Resume(state, output_dir, evaluator, best_saver, data, enabled=resume, save=not preflight),
+    is_first, network = ranks.rank() == 0, state["network"]
+    built = [method for method in methods if method is not None]
+    for name in ("lr_scheduler", "sam_lr_scheduler"):
+        if state.get(name) is not None:
+            built.append(LrScheduleHandler(state[name], print_lr=False, epoch_level=False))
+    built.append(LossTerms(log_interval=log_interval))
+    if is_first:
+        built.append(TrainingProgress(evaluator, interval=log_interval))
+    if is_first and not preflight:
+        log_dir = os.path.join(output_dir, "tensorboard", "train")
+        last = {"save_dict": {"model": network}, "file_prefix": "last", "save_interval": 1, "n_saved": 1}
+        built += [
+            TensorBoardStatsHandler(log_dir=log_dir, iteration_log=log_interval),
+            WholeCheckpointSaver(save_dir=str(output_dir), **last),
+        ]
+    saver = best_saver if is_first else None
+    built += [
+        *handlers,
+        Resume(state, output_dir, evaluator, saver, data, enabled=resume, save=not preflight),
         RunRecord(output_dir, seed, resume, enabled=not preflight),
-        Preflight(
-            state["network"],
-            state["optimizer"],
-            state.get("distiller"),
-            num_rows,
-            stop=preflight,
-            ema_student=state.get("ema_student"),
-        ),
+        Preflight(network, state["optimizer"], state.get("distiller"), num_rows, preflight, state.get("ema_student")),
         LastIteration(max_iterations),
     ]
-    return track_terms(found, log_interval)
+    return track_terms(built, log_interval)
 
 
 def validation_handlers(
@@ -119,35 +116,70 @@ def validation_handlers(
     preflight: bool = False,
 ) -> list[Any]:
     """
-    All handlers of an evaluator: the report, `handlers`, the history of Dice, TensorBoard and the best weights.
+    All handlers of an evaluator: the report, `handlers`, the history of Dice, the best weights and TensorBoard.
+
+    The first process alone saves weights and writes TensorBoard.
 
     Args:
         report: the run's :class:`ValidationReport`.
-        best_saver: saver of the best weights, of which only the first process makes use.
-        handlers: the user's own, with :class:`knowsam_monai.handlers.TeacherValidation`.
+        best_saver: saver of the best weights.
+        handlers: the user's own, including :class:`knowsam_monai.handlers.TeacherValidation`.
         output_dir: folder of the run.
         class_names: names of classes 1, 2, ... (no background).
-        preflight: write nothing for TensorBoard.
+        preflight: do not write TensorBoard.
 
     Example::
 
         handlers = validation_handlers(report, best_saver, [], "output", ["RV", "myocardium", "LV"])
         evaluator = SupervisedEvaluator(..., val_handlers=handlers)
     """
-    found = [report, *handlers, ValidationHistory(output_dir, class_names)]
-    if ranks.rank() > 0:
-        return found
-    folder = os.path.join(output_dir, "tensorboard", "validation")
-    if not preflight:
-        found.append(TensorBoardStatsHandler(log_dir=folder, iteration_log=False))
-    found.append(best_saver)
-    if not preflight:
-        images = TensorBoardImageHandler(
-            log_dir=folder,
+    built = [report, *handlers, ValidationHistory(output_dir, class_names)]
+    if ranks.rank() == 0:
+        built.append(best_saver)
+        if not preflight:
+            log_dir = os.path.join(output_dir, "tensorboard", "validation")
+            built += [TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False), _ValidationImages(log_dir)]
+    return built
+
+
+class _ValidationImages(TensorBoardImageHandler):
+    """Image, label and prediction of the last case in TensorBoard. If they cannot be drawn, it only warns."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(
+            log_dir=log_dir,
             batch_transform=from_engine(["image", "label"]),
             output_transform=from_engine(["pred"]),
             max_channels=1,
             frame_dim=-1,
         )
-        found.append(images)
-    return found
+
+    def __call__(self, engine: Engine) -> None:
+        try:
+            super().__call__(engine)
+        except Exception as error:  # a picture must not end a training, whatever is wrong with it
+            logger.warning("TensorBoard gets no images of this validation: %s: %s", type(error).__name__, error)
+
+
+def track_terms(handlers: Sequence[Any], log_interval: int = 50) -> list[Any]:
+    """
+    Make MONAI's logging handlers log every term of the loss by name: on screen, in TensorBoard and in MLflow.
+
+    By default these handlers read the loss from a decollated output. A semi-supervised trainer does not decollate,
+    because unlabeled rows have no label: ``MLFlowHandler`` would end the run with a TypeError, and the others would log
+    nothing.
+
+    Args:
+        handlers: a trainer's handlers; those of other kinds are returned unchanged.
+        log_interval: iterations between two entries in MLflow.
+
+    Example::
+
+        SupervisedTrainer(..., decollate=False, train_handlers=track_terms([MLFlowHandler(), *others]))
+    """
+    for handler in handlers:
+        if isinstance(handler, (MLFlowHandler, StatsHandler, TensorBoardStatsHandler)):
+            handler.output_transform = scalar_terms
+        if isinstance(handler, MLFlowHandler):
+            handler.iteration_log = lambda engine, iteration: iteration % log_interval == 0
+    return list(handlers)

@@ -1,4 +1,4 @@
-"""What a run leaves about itself in its folder: the config as run, a line about each start, and the log."""
+"""What a run records about itself in its folder: the config as run, an entry for each start, and the log."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 
 import knowsam_monai
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import write_text
+from knowsam_monai.runs.config import running_config
 
 logger = logging.getLogger(__name__)
 
@@ -28,62 +30,88 @@ CONFIG, STARTS, LOG = "config.json", "run.json", "log.txt"
 PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "nibabel", "segment-anything")
 
 
-class RunLog(logging.FileHandler):
-    """The log file of a run, on the root logger. Where it can't be written any more, it says so once and ends."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        logging.getLogger().removeHandler(self)
-        logger.warning("%s can't be written any more (%s); the run goes on without it.", LOG, sys.exc_info()[1])
-
-
-def write_record(
-    folder: str | os.PathLike, config: dict[str, Any] | None = None, seed: int | None = None, resume: bool = True
-) -> None:
+class RunRecord:
     """
-    Write ``config.json`` and ``run.json``.
+    Write ``config.json`` and ``run.json`` into a run's folder when training starts.
 
-    - ``config.json``: the merged config as it runs, overlays and command line included. `monai.bundle run` takes it.
-    - ``run.json``: one entry for each start of the run with time, command, seed, versions and, where the package lies
-      in a git working tree, its revision.
+    - ``config.json``: the merged config as run, including overlays and the command line. `monai.bundle run` accepts it.
+      It is written only if a bundle's config builds this handler.
+    - ``run.json``: one entry for each start, with time, command, seed, versions and, if the package lies in a git
+      working tree, its revision.
+
+    Put it after :class:`Resume`: a start that is refused there leaves the record unchanged.
 
     Args:
-        folder: the run's, made when missing.
-        config: of :func:`knowsam_monai.runs.config.running_config`; None leaves that file out.
-        seed: noted as it is.
-        resume: True adds to the starts that are there, False begins anew.
+        output_dir: the run's folder, created if missing.
+        seed: recorded as given.
+        resume: True adds to the entries of earlier starts, False discards them.
+        enabled: False does nothing (a preflight).
 
-    Example:
-        >>> write_record("output", {"lr": 0.1}, seed=0)     # doctest: +SKIP
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[Resume(objects, "output"), RunRecord("output", seed=0)])
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        write_text(folder / CONFIG, json.dumps(config, indent=4, default=str))
-    starts = _earlier_starts(folder) if resume else []
-    starts.append(
-        {
+
+    def __init__(
+        self, output_dir: str | os.PathLike, seed: int | None = None, resume: bool = True, enabled: bool = True
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.seed = seed
+        self.resume = resume
+        self.enabled = enabled
+        self.config = running_config()
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer, after :class:`Resume`."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if not self.enabled or ranks.rank() != 0:
+            return
+        if self.config is not None:
+            write_text(self.output_dir / CONFIG, json.dumps(self.config, indent=4, default=str))
+        start = {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "timestamp": time.time(),
             "command": shlex.join(sys.orig_argv),
-            "seed": seed,
+            "seed": self.seed,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),
             "versions": versions(),
         }
-    )
-    write_text(folder / STARTS, json.dumps({"starts": starts}, indent=1))
+        starts = [*(self._earlier_starts() if self.resume else []), start]
+        write_text(self.output_dir / STARTS, json.dumps({"starts": starts}, indent=1))
+
+    def _earlier_starts(self) -> list[dict[str, Any]]:
+        try:
+            return read_starts(self.output_dir)
+        except ValueError as error:
+            logger.warning(
+                "%s must list the run's starts but cannot be read (%s); it is replaced.",
+                self.output_dir / STARTS,
+                error,
+            )
+            return []
+
+
+class RunLog(logging.FileHandler):
+    """The log file of a run. If it cannot be written anymore, it warns once and stops."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        logger.warning("%s cannot be written anymore (%s); the run continues without it.", LOG, sys.exc_info()[1])
 
 
 def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
     """
-    Write whatever is logged from here on to ``log.txt`` in a run's folder too; for a bundle's `initialize`.
+    From now on, write everything that is logged to ``log.txt`` in a run's folder too.
 
     Args:
-        folder: the run's, made when missing.
-        resume: True adds to the log that is there, False begins anew.
-        enabled: False does nothing (a preflight). Under several processes all but the first do nothing either.
+        folder: the run's folder, created if missing.
+        resume: True appends to an existing log, False replaces it.
+        enabled: False does nothing (a preflight). Only the first of several processes writes a log.
 
     Raises:
-        PermissionError: when the file cannot be written.
+        PermissionError: if the file cannot be written.
 
     Example:
         >>> open_log("output")     # doctest: +SKIP
@@ -97,15 +125,15 @@ def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = Tru
         handler = RunLog(path, mode="a" if resume else "w", encoding="utf-8")
     except OSError as error:
         raise KnowSAMPermissionError(
-            f"`output_dir` must be a folder that can be written but {path} cannot ({error.strerror}); name another "
-            "--output_dir, or free that file."
+            f"`output_dir` must be writable but {path} is not ({error.strerror}); choose another --output_dir, or "
+            "remove what is in the way."
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
 
 
 def close_log() -> None:
-    """Close the log file of the run before this one in the same process."""
+    """Close the log file of an earlier run in the same process."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, RunLog)]:
         root.removeHandler(handler)
@@ -114,13 +142,13 @@ def close_log() -> None:
 
 def read_starts(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """
-    The entries of a folder's ``run.json``; none where there is no such file.
+    Read the entries of a folder's ``run.json``; an empty list if there is no such file.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
 
     Raises:
-        ValueError: when the file is torn or another's.
+        ValueError: if the file is damaged or of another format.
     """
     path = Path(folder) / STARTS
     if not path.is_file():
@@ -132,16 +160,8 @@ def read_starts(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return starts
 
 
-def _earlier_starts(folder: Path) -> list[dict[str, Any]]:
-    try:
-        return read_starts(folder)
-    except ValueError as error:
-        logger.warning("%s must list the run's starts but can't be read (%s); it begins anew.", folder / STARTS, error)
-        return []
-
-
 def versions() -> dict[str, str]:
-    """Versions of this package, of Python and of what the numbers of a run depend on; the device's name too."""
+    """Versions of this package, Python and the packages that affect a run's numbers, and the machine."""
     found = {"knowsam_monai": knowsam_monai.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -155,14 +175,14 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(file: Path) -> str | None:
-    """Commit of the working tree that a file is part of, with ``-dirty`` after it where that differs from it."""
+    """The commit of the working tree that tracks a file, with ``-dirty`` appended if there are local changes."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", file.name)  # an environment in someone's repository is no part of it
+        git("ls-files", "--error-unmatch", file.name)  # fails in an environment that merely lies in a repository
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -32,23 +32,24 @@ def start_run(
     process_timeout: float | None = None,
 ) -> None:
     """
-    Get ready to train: processes that know each other, folders that can be written, a log, a seed.
+    Prepare a training: connect the processes, check and lock the folders, open the log, and set the seed.
 
-    Call it after :func:`knowsam_monai.runs.config_check.check_config`, and before anything is built.
+    Call it after :func:`knowsam_monai.runs.config_check.check_config` and before anything is built.
 
     Args:
         output_dir: folder of the run.
         ckpt_dir: folder that the best student is copied to.
-        device: of this process.
-        seed: of all that is drawn; the same in every process, see :func:`seed_ranks`.
-        resume: add to the log of the run before.
+        device: device of this process.
+        seed: seed of all random numbers, the same in every process; see :func:`seed_ranks`.
+        resume: append to an existing log.
         preflight: write no log.
-        fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; on a CPU only.
-        process_timeout: seconds that processes wait for each other; None for one process.
+        fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; ignored unless on a CPU.
+        process_timeout: seconds that processes wait for each other; None for a single process.
 
     Raises:
-        PermissionError: when a folder cannot be written.
-        RuntimeError: when several processes are asked for and ``torchrun`` has not started this one.
+        PermissionError: if a folder cannot be written.
+        RuntimeError: if `process_timeout` is given and ``torchrun`` did not start this process, or if another run uses
+            `output_dir`.
 
     Example::
 
@@ -61,8 +62,7 @@ def start_run(
         _join_processes(device, process_timeout)
     check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
     lock_folder(output_dir, not preflight)
-    if ranks.rank() == 0:
-        open_log(output_dir, resume, not preflight)
+    open_log(output_dir, resume, not preflight)
     if fast_matmul and device.type == "cpu":
         fast_cpu_matmul()
     set_determinism(seed=seed)
@@ -70,14 +70,14 @@ def start_run(
 
 def seed_ranks(seed: int) -> None:
     """
-    Let each of several processes draw its own random numbers; one process alone goes on with those it has.
+    Give each of several processes its own random numbers; a single process keeps its random state.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
 
     Example::
 
-        seed_ranks(0)     # after networks are built, which must be the same in all
+        seed_ranks(0)     # after the networks are built, which must be the same in all processes
     """
     if ranks.world_size() > 1:
         torch.manual_seed(seed + ranks.rank())
@@ -85,14 +85,14 @@ def seed_ranks(seed: int) -> None:
 
 def end_run(process_timeout: float | None = None) -> None:
     """
-    Undo what :func:`start_run` took for the process: signals, the lock of the folder, the group of processes.
+    Release what :func:`start_run` acquired: signal handlers, the lock of the folder, and the process group.
 
     Args:
-        process_timeout: as :func:`start_run` had it; None leaves a group alone.
+        process_timeout: the value given to :func:`start_run`; None keeps the process group.
 
     Example::
 
-        end_run()     # when the run is over: of a bundle, in `finalize`
+        end_run()     # when the run is over: in a bundle, in `finalize`
     """
     give_back()
     unlock_folder()
@@ -101,14 +101,14 @@ def end_run(process_timeout: float | None = None) -> None:
 
 
 def _join_processes(device: torch.device, timeout: float) -> None:
-    """Meet the processes that torchrun has started, and leave logging to the first."""
+    """Join the group of processes that torchrun started, and let only the first one log."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        except ValueError as error:  # what torchrun sets in the environment is missing
+        except ValueError as error:  # torchrun's environment variables are missing
             raise KnowSAMRuntimeError(
-                f"`process_timeout` must be None for a process that torchrun has not started but is {timeout}; start "
+                f"`process_timeout` must be None unless torchrun started this process but is {timeout}; start "
                 "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`."
             ) from error
     idist.sync()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, heard when it suits and answered with the exit code that shells and schedulers expect."""
+"""SIGTERM and Ctrl-C: acted on at a safe point, with the exit code that shells and schedulers expect."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _before_run: dict[int, Any] = {}  # the handlers that `end_on_signals` replaced
 
 class StopSignals:
     """
-    While it listens, a first SIGTERM or Ctrl-C is only noted as `received`; a second ends the process.
+    Store a first SIGTERM or Ctrl-C as `received`, and end the process on a second one.
 
-    Once one has come, loader workers that the same signal has ended (a scheduler's goes to every process of a job) no
-    longer interrupt the main process in the middle of a step.
+    A scheduler sends its signal to every process of a job, loader workers included. After the first signal, workers
+    that end no longer interrupt the main process in the middle of a step.
 
     Raises:
-        SystemExit: in the main thread when a second one comes, with 143 of SIGTERM or 130 of Ctrl-C.
+        SystemExit: in the main thread on the second signal, with 143 for SIGTERM or 130 for Ctrl-C.
 
     Example:
         >>> signals = StopSignals()
@@ -38,35 +38,35 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Take the signals over; only the main thread can."""
+        """Handle the signals from now on. In other threads than the main one this does nothing."""
         if not self._previous:
             self._previous = _take_over(self._note)
 
     def give_back(self) -> None:
-        """Leave the signals, SIGCHLD among them, to whoever had them before."""
+        """Restore the previous handlers of all signals, including SIGCHLD."""
         _restore(self._previous)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:
             raise SystemExit(128 + number)
         self.received = number
-        if hasattr(signal, "SIGCHLD"):  # torch raises from its handler when a worker has ended
+        if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker ends
             self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_on_signals() -> None:
     """
-    Let SIGTERM and Ctrl-C end the process at once with 143 and 130 and one line instead of a traceback.
+    Make SIGTERM and Ctrl-C end the process at once, with exit code 143 or 130 and one line instead of a traceback.
 
-    For the time before and after training, until :func:`give_back`: what has been read so far is read again.
+    This is for the time before and after training, and lasts until :func:`give_back`.
 
     Example::
 
-        end_on_signals()     # once, before data is read: of a bundle, in `initialize`
+        end_on_signals()     # once, before data is read: in a bundle, in `initialize`
     """
 
     def end(number: int, frame: Any) -> None:
-        logger.warning("Stopped by a signal outside of training; the same command starts again or goes on.")
+        logger.warning("Stopped by a signal outside of training; run the same command to start again or resume.")
         raise SystemExit(128 + number)
 
     give_back()
@@ -75,20 +75,20 @@ def end_on_signals() -> None:
 
 def give_back() -> None:
     """
-    Undo :func:`end_on_signals`; without one before it, do nothing.
+    Undo :func:`end_on_signals`, if it was called.
 
     Example::
 
-        give_back()     # when the run is over: of a bundle, in `finalize`
+        give_back()     # when the run is over: in a bundle, in `finalize`
     """
     _restore(_before_run)
 
 
 def _take_over(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Give both signals to a handler; the ones they had before, none outside of the main thread."""
+    """Set the handler of both signals and return the previous ones; outside the main thread, do nothing."""
     try:
         return {number: signal.signal(number, handler) for number in NUMBERS}
-    except ValueError:  # not the main thread: then somebody else listens
+    except ValueError:  # not the main thread
         return {}
 
 

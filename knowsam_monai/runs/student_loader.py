@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 class StudentLoader(CheckpointLoader):
     """
-    MONAI's ``CheckpointLoader`` for one network's weights, that says in one sentence what is wrong with the file.
+    MONAI's ``CheckpointLoader`` for the weights of one network, with an error that explains what is wrong.
 
     Args:
         load_path: file with a plain state dict, or with one under the key "model".
-        network: the student that gets the weights, strictly; DistributedDataParallel is looked through.
-        num_classes: class count of `network`, for an error that speaks of classes.
+        network: the student to load the weights into, strictly; it may be wrapped in DistributedDataParallel.
+        num_classes: class count of `network`, for an error in terms of classes.
 
     Raises:
-        ValueError: when the run starts and the file is missing, is no state dict, or is of another network or another
-            number of classes.
+        ValueError: when the run starts, if the file is missing, is no state dict, or belongs to another network or
+            another number of classes.
 
     Example::
 
@@ -41,7 +41,7 @@ class StudentLoader(CheckpointLoader):
         super().__call__(engine)
 
     def check(self) -> None:
-        """Compare the file with the network, without loading it."""
+        """Compare the file with the network without loading it."""
         loaded = _state_dict(self.load_path)
         network = getattr(self.network, "module", self.network)
         own = network.state_dict()
@@ -50,22 +50,22 @@ class StudentLoader(CheckpointLoader):
         unknown = [name for name in loaded if name not in own]
         if missing or unknown:
             raise KnowSAMValueError(
-                f"`load_path` must hold the weights of {kind} but {self.load_path} is of another network: "
-                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; give the `network_def` of its training."
+                f"`load_path` must hold the weights of {kind} but {self.load_path} belongs to another network: "
+                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; use the `network_def` of its training."
             )
         different = [name for name in own if own[name].shape != loaded[name].shape]
         if not different:
             return
-        name = different[-1]  # the output layer, when the class count is what differs
+        name = different[-1]  # the output layer, if the class count differs
         theirs, ours = tuple(loaded[name].shape), tuple(own[name].shape)
         if theirs[1:] == ours[1:] and ours[0] == self.num_classes:
             raise KnowSAMValueError(
-                f"`load_path` must hold the weights of a network of {ours[0]} classes but {self.load_path} has "
+                f"`load_path` must hold the weights of a network with {ours[0]} classes but {self.load_path} has "
                 f"{theirs[0]} ({name}); set the class count (`class_names` or `num_classes`) it was trained with."
             )
         raise KnowSAMValueError(
             f"`load_path` must hold the weights of this {kind} but in {self.load_path} {name} has shape {theirs}, "
-            f"not {ours}; give the `network_def` it was trained with."
+            f"not {ours}; use the `network_def` it was trained with."
         )
 
 
@@ -73,7 +73,7 @@ def _state_dict(path: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise KnowSAMValueError(
             f"`load_path` must be a trained student but {path} does not exist; train one with configs/train.json, "
-            "or say where it is (--ckpt_path)."
+            "or pass its path (--ckpt_path)."
         )
     try:
         content = read_tensor_file(path)

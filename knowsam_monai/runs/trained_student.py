@@ -1,4 +1,4 @@
-"""The student of a bundle, and beside it what it was trained on."""
+"""The student of a bundle, and the record of its training."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from monai.bundle import ConfigParser
 
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
-from knowsam_monai.files import copy_whole, read_csv, write_whole
+from knowsam_monai.files import copy_whole, read_csv, write_text
 
 logger = logging.getLogger(__name__)
 
 MODEL, RECORD, CONFIG = "model.pt", "model.json", "config.json"
 KEY_METRIC = "val_mean_dice"
 PHANTOM = "synthetic phantom"
-# what training and inference have under the same name, each its own
+# keys that training and inference share by name but not by value
 NOT_OF_THE_STUDENT = {
     *("imports", "bundle_root", "dataset_dir", "output_dir", "device", "initialize", "run", "finalize"),
-    "window_overlap",  # the published one is too slow for the validations of a training
+    "window_overlap",  # the published overlap is too slow for validation during training
 }
 
 
 def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """
-    Copy the student that a run kept, and the run's config, to where the bundle has them, ``model.json`` beside them.
+    Copy a run's best student and its config into the bundle, with a record of the training in ``model.json``.
 
-    ``model.json`` names the run, what it was trained on (the phantom, or a data set by the last part of its path), the
-    hashes of both files, and what the validation measured that the student was kept by.
+    The record has the run's name, the training data (the phantom, or the last part of the data set's path), the hashes
+    of both files, and the metrics of the validation that chose the student.
 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
-        ckpt_dir: the bundle's ``models``, made when missing.
+        ckpt_dir: the bundle's ``models``, created if missing.
 
     Raises:
-        OSError: when a file of the run is missing or `ckpt_dir` cannot be written.
+        OSError: if a file of the run is missing or `ckpt_dir` cannot be written.
 
     Example:
         >>> publish_student("output/knowsam_phantom_seed0", "models")     # doctest: +SKIP
@@ -49,29 +49,29 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
     run, folder = Path(output_dir).resolve(), Path(ckpt_dir)
     try:
         best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
-    except (ValueError, KeyError, csv.Error) as error:  # torn or another's: the student is whole all the same
+    except (ValueError, KeyError, csv.Error) as error:  # the student itself is intact
         logger.warning("%s cannot be read (%s), so %s has no metrics.", run / "results.csv", error, RECORD)
         best = {}
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
     copy_whole(run / MODEL, folder / MODEL)
     copy_whole(run / CONFIG, folder / CONFIG)
-    write_whole(folder / RECORD, lambda file: file.write((json.dumps(record, indent=4) + "\n").encode()))
+    write_text(folder / RECORD, json.dumps(record, indent=4) + "\n")
 
 
 def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     """
-    What :func:`publish_student` wrote.
+    Read the record that :func:`publish_student` wrote.
 
     Args:
         ckpt_dir: the bundle's ``models``.
 
     Returns:
-        `run`, its name, `trained_on`, `sha256` of ``model.pt`` and, but in the Model Zoo's zip, of ``config.json``, and
-        `metrics`: Dice, 0..1, by name.
+        `run`: its name; `trained_on`; `sha256`: of ``model.pt`` and, except in the Model Zoo's zip, of ``config.json``;
+        and `metrics`: Dice, 0..1, by name.
 
     Raises:
-        ValueError: when there is no record, or it is of another student or config than those beside it.
+        ValueError: if there is no record, or it does not match the student or the config in the folder.
 
     Example:
         >>> read_record("models")["metrics"]["val_mean_dice"]     # doctest: +SKIP
@@ -79,26 +79,26 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     folder = Path(ckpt_dir)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        hashes = record["sha256"]  # a zip's record is of the weights alone
-        same = MODEL in hashes and hashes == _hashes(folder, hashes) and {"run", "trained_on", "metrics"} <= set(record)
+        hashes = record["sha256"]  # in a zip, of the weights alone
+        is_valid = MODEL in hashes and hashes == _hashes(folder, hashes)
+        is_valid = is_valid and {"run", "trained_on", "metrics"} <= set(record)
     except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
+        is_valid = False
+    if not is_valid:
         raise KnowSAMValueError(
-            f"{folder / MODEL} must have beside it the {RECORD} and {CONFIG} of the run that trained it, but has none "
-            "or another's; copy all three from where it was trained."
+            f"{folder / MODEL} must be next to the {RECORD} and {CONFIG} of the run that trained it, but they are "
+            "missing or belong to another run; copy all three files from that run's bundle."
         )
     return record
 
 
 def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None) -> None:
     """
-    Say of a student that was trained on the phantom that it knows no scans of a user's; else say nothing.
+    Warn if a student that was trained on the phantom is used for a user's scans.
 
     Args:
-        ckpt_path: the student's weights; of those without a record beside them nothing is said.
-        dataset_dir: the user's scans; those of a phantom, or None, which means the phantom's own, are no reason to
-            warn.
+        ckpt_path: the student's weights; there is no warning if they have no record.
+        dataset_dir: the user's scans; there is no warning for a phantom, or for None, which stands for the phantom.
 
     Example:
         >>> warn_of_phantom("models/model.pt", "/data/scans")
@@ -108,12 +108,13 @@ def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike
         return
     try:
         record = read_record(path.parent)
-    except ValueError:  # whose weights these are is not known
+    except ValueError:  # the origin of these weights is unknown
         return
     if record["trained_on"] == PHANTOM:
         logger.warning(
-            "%s is of the run %s, trained on the %s: it can't segment scans of patients. Train on your own data first, "
-            "or name another student (--ckpt_path FILE; in `python -m knowsam_monai predict` also --run FOLDER).",
+            "%s comes from the run %s, which was trained on the %s, so it cannot segment scans of patients. Train on "
+            "your own data first, or use another student (--ckpt_path FILE; with `python -m knowsam_monai predict` "
+            "also --run FOLDER).",
             path,
             record["run"],
             PHANTOM,
@@ -122,17 +123,17 @@ def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike
 
 def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:
     """
-    What inference must share with the training of a student: its network, classes and sizes.
+    The settings that inference must share with the training of a student: its network, classes and sizes.
 
     Args:
-        config: ``config.json`` of the run, code that is run.
-        known: keys of the config that is to share them.
+        config: ``config.json`` of the run. It contains code, which is executed.
+        known: keys of the inference config.
 
     Returns:
-        The values by key, where a run has such a key; ``network_def`` as it is written, all else evaluated.
+        The values of these keys in the run; ``network_def`` as written, all others evaluated.
 
     Raises:
-        ValueError: when the file is damaged or one of its values cannot be evaluated.
+        ValueError: if the file is damaged or one of its values cannot be evaluated.
 
     Example:
         >>> student_options("bundles/knowsam_acdc/models/config.json", ["image_size", "device"])     # doctest: +SKIP
@@ -148,10 +149,10 @@ def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str
         elif not isinstance(parser[key], dict) and not str(parser[key]).startswith("$@network"):
             try:
                 options[key] = parser.get_parsed_content(key)
-            except Exception as error:  # whatever its code raises
+            except Exception as error:  # the code in a config can raise anything
                 raise KnowSAMValueError(
-                    f"`run` must have a config that can be evaluated but `{key}` of {config} cannot "
-                    f"({root_cause(error)}); copy it anew from where it was trained."
+                    f"`run` must have a config that can be evaluated but `{key}` in {config} cannot be "
+                    f"({root_cause(error)}); copy the file again from where it was trained."
                 ) from error
     return options
 
@@ -162,10 +163,10 @@ def read_config(path: str | os.PathLike, argument: str) -> dict[str, Any]:
 
     Args:
         path: a JSON or YAML file.
-        argument: what named it, for the error.
+        argument: name of the argument, for the error.
 
     Raises:
-        ValueError: when it cannot be read or holds no config.
+        ValueError: if it cannot be read or holds no config.
 
     Example:
         >>> read_config("bundles/knowsam_acdc/configs/inference.json", "bundle")["num_classes"]     # doctest: +SKIP
@@ -173,20 +174,18 @@ def read_config(path: str | os.PathLike, argument: str) -> dict[str, Any]:
     """
     try:
         config = ConfigParser.load_config_file(str(path))
-    except Exception as error:  # JSON's, YAML's and the operating system's
+    except Exception as error:  # errors of JSON, YAML and the operating system
         reason = " ".join(str(error).split())
         raise KnowSAMValueError(
-            f"`{argument}` must have a whole config but {path} is damaged ({reason}); copy it anew."
+            f"`{argument}` must have an intact config but {path} is damaged ({reason}); copy it again."
         ) from error
     if not isinstance(config, dict):
-        raise KnowSAMValueError(
-            f"`{argument}` must have a config of keys and values but {path} has none; copy it anew."
-        )
+        raise KnowSAMValueError(f"`{argument}` must have a config of keys and values but {path} is not; copy it again.")
     return config
 
 
 def _are_of_a_phantom(scans: Path) -> bool:
-    """Is it a phantom's folder, its data list, a patient's folder in it, or a file of that?"""
+    """Whether the path is a phantom's folder, its data list, or a patient's folder or file in it."""
     folders = (scans, *scans.parents[:2])
     return is_phantom(scans) or any(is_phantom(folder / LIST_NAME) for folder in folders)
 

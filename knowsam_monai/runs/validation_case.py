@@ -1,4 +1,4 @@
-"""One case of a validation as the report handlers see it: label maps on the label's own grid, file and spacing."""
+"""One case of a validation: label maps on the label's own grid, file and spacing."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.texts import printable
 
-NAMES_OF_ALL = ("lgemri", "mri_norm2")
-# None: neither image nor label knows its spacing; "meta": take it from there
+NAMES_OF_ALL = ("lgemri", "mri_norm2")  # file names that every left atrium has
+# None: unknown; "meta": from the label's metadata
 Spacing = Sequence[float] | str | None
 
 
 class ValidationCase(NamedTuple):
     """
     Args:
-        path: the image's file, or ``case_000`` and so on for images without one; ``//2`` and so on after it where
-            another case is of that file.
-        image: (channels, *spatial), maybe on another grid than the label; None where the engine kept none.
+        path: the image's file, or ``case_000`` and so on for images without a file; ``//2`` and so on is appended if
+            another case has the same file.
+        image: (channels, *spatial), possibly on another grid than the label; None if the engine kept no image.
         label: (*spatial), class numbers.
         preds: label maps (*spatial) by their key in the engine's output.
-        spacing: edge lengths of a voxel of `label` in mm, None where unknown.
-        affine: from the label's voxels to space, None where unknown.
-        grid: the same as far as the label's metadata has it, be its unit known or not: the image's is relative to it.
+        spacing: edge lengths of a voxel of `label` in mm, None if unknown.
+        affine: from the label's voxels to mm, None if unknown.
+        grid: the affine in the label's metadata, whatever its unit; the image's affine has the same unit.
     """
 
     path: str
@@ -51,7 +51,7 @@ class ValidationCase(NamedTuple):
 
     @property
     def content(self) -> int:
-        """A checksum of label and image, by which a case that a sampler repeats is told from another of that file."""
+        """A checksum of label and image, to distinguish a repeated case from another case with the same file."""
         image = torch.zeros(0) if self.image is None else torch.as_tensor(self.image).detach().float().cpu()
         return zlib.crc32(image.numpy().tobytes(), zlib.crc32(self.label.numpy().tobytes()))
 
@@ -61,23 +61,21 @@ def check_class_names(class_names: Sequence[str], reserved: Sequence[str] = ()) 
     The names of the foreground classes as a list.
 
     Args:
-        class_names: of classes 1, 2, ... (no background).
-        reserved: columns that the tables have beside them.
+        class_names: names of classes 1, 2, ... (no background).
+        reserved: names of other columns in the tables.
 
     Raises:
-        ValueError: when it is one text, is empty, or names a class twice or like another column.
+        ValueError: if it is a single string, is empty, or contains a name twice or a reserved one.
     """
     if isinstance(class_names, str) or not class_names:
         raise KnowSAMValueError(
             f"`class_names` must be a list of the foreground classes' names but is {class_names!r}."
         )
     names = list(class_names)
-    twice = next((name for name in (*names, *reserved) if (*names, *reserved).count(name) > 1), None)
-    if twice is not None:
-        raise KnowSAMValueError(
-            f"`class_names` must be different from each other and from {', '.join(reserved) or 'no other'} but has "
-            f"{twice!r} too; rename that class."
-        )
+    for i, name in enumerate(names):
+        if name in (*names[:i], *reserved):
+            others = f" and none of {', '.join(reserved)}" if reserved else ""
+            raise KnowSAMValueError(f"`class_names` must be unique{others} but repeats {name!r}; rename that class.")
     return names
 
 
@@ -94,17 +92,17 @@ def validation_cases(
     Args:
         engine: an evaluator after its postprocessing.
         num_classes: C, background included.
-        pred_keys: which entries of ``engine.state.output`` are predictions; all but the first are optional.
-        spacing: mm along each axis for every case, None for unknown, "meta" for each case's own. A reader that knows
-            that its format has no spacing says so by ``meta["spacing_known"] = False``.
-        seen: `content` by `path` of the cases of the validation's earlier iterations. A case that is one of these has
-            its path, and no other case has.
+        pred_keys: keys of the predictions in ``engine.state.output``; all but the first are optional.
+        spacing: mm along each axis for every case, None if unknown, "meta" for each case's own. Readers of formats
+            without a spacing set ``meta["spacing_known"] = False``.
+        seen: `content` by `path` of the cases in earlier iterations. A repeated case gets the same path again, all
+            others get a path of their own.
 
     Shape:
         label and predictions: (1, *spatial) label maps, or (C, *spatial) one-hot or scores.
 
     Raises:
-        ValueError: when label or prediction is missing, is of another class count, or their grids differ.
+        ValueError: if a label or prediction is missing or has another class count, or if their grids differ.
     """
     items = engine.state.output
     if isinstance(items, dict):
@@ -128,13 +126,15 @@ def validation_cases(
                     f"`{key}` must be on the label's grid {tuple(label.shape)} but has shape {tuple(pred.shape)}; "
                     f"put Invertd(keys={key!r}, orig_keys='image') into the postprocessing."
                 )
-        affine = _affine(item[Keys.LABEL])
+        affine, edges = _affine(item[Keys.LABEL]), spacing
+        if spacing == "meta":
+            edges = None if affine is None else affine_to_spacing(affine, r=label.ndim).tolist()
         case = ValidationCase(
             path=_file(item, pred_keys[0]) or f"case_{_index(engine, len(contents)):03d}",
             image=item.get(Keys.IMAGE),
             label=label,
             preds=preds,
-            spacing=_spacing(affine, label.ndim) if spacing == "meta" else _as_tuple(spacing),
+            spacing=None if edges is None else tuple(float(edge) for edge in edges),
             affine=affine,
             grid=item[Keys.LABEL].affine if isinstance(item[Keys.LABEL], MetaTensor) else None,
         )
@@ -146,26 +146,29 @@ def class_dice(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """
     Dice of each foreground class over the whole case, (C - 1,).
 
-    2 |P n T| / (|P| + |T|): 0 where one of both is empty; nan where both are, because nothing was there to be found.
+    2 |P n T| / (|P| + |T|): 0 if one of them is empty; nan if both are, because there was nothing to find.
     """
     pairs = torch.bincount((label * num_classes + pred).flatten(), minlength=num_classes**2)
     pairs = pairs.reshape(num_classes, num_classes).double()  # [label, pred]: number of voxels
     return (2 * pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))[1:]  # 0 / 0 is nan
 
 
-def names_of_ranks(ranks: Sequence[Mapping[str, int]]) -> list[dict[str, str]]:
+def common_paths(contents_by_rank: Sequence[Mapping[str, int]]) -> list[dict[str, str]]:
     """
-    What each process's cases are called among those of all: one name for each case, though two processes had it.
+    For each process, a path for each of its cases that is unique among all processes and equal for the same case.
 
     Args:
-        ranks: `content` of each case by `path`, for each process.
+        contents_by_rank: for each process, `content` of its cases by `path`.
     """
     contents: dict[str, int] = {}
-    return [{path: _add(contents, _split(path)[0], content) for path, content in rank.items()} for rank in ranks]
+    return [
+        {path: _add(contents, _split(path)[0], content) for path, content in of_rank.items()}
+        for of_rank in contents_by_rank
+    ]
 
 
 def _add(contents: dict[str, int], path: str, content: int) -> str:
-    """Add a case, and return its path, with a number where another case has it."""
+    """Add a case and return its path, with a number if another case has that path."""
     path = _numbered(path, {known for known, other in contents.items() if other != content}, "{}//{}")
     contents[path] = content
     return path
@@ -173,13 +176,13 @@ def _add(contents: dict[str, int], path: str, content: int) -> str:
 
 def case_names(paths: Sequence[str]) -> list[str]:
     """
-    File names without folder and extension, printable and all different.
+    File names without folder and extension, printable and unique.
 
-    As many folders stay as tell apart what would otherwise be one name, and one where all cases have the same, as the
-    left atrium's do. What they cannot tell apart is numbered.
+    Cases with the same file name keep as many folders as distinguish them, and a number if no folder does. The files of
+    the left atrium, which all have the same name, keep one folder.
 
     Args:
-        paths: of different cases.
+        paths: paths of different cases.
     """
     stems, folders = [], []
     for path in paths:
@@ -206,13 +209,13 @@ def case_names(paths: Sequence[str]) -> list[str]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A case's file, and its number among the cases of that file, "" of the first."""
+    """A case's file, and its number among the cases with that file; "" for the first."""
     file, number = re.fullmatch(r"(.*?)(?://(\d+))?", path, re.DOTALL).groups(default="")  # type: ignore[union-attr]
     return file, number
 
 
 def _numbered(name: str, taken: Collection[str], form: str = "{} ({})") -> str:
-    """The name, with a number where it is taken."""
+    """The name, with a number if it is taken."""
     free, number = name, 2
     while free in taken:
         free, number = form.format(name, number), number + 1
@@ -220,11 +223,11 @@ def _numbered(name: str, taken: Collection[str], form: str = "{} ({})") -> str:
 
 
 def _index(engine: Engine, num_before: int) -> int:
-    """Which case of the data set this process's next one is, where each takes its turn."""
+    """The index in the data set of this process's next case, if processes take turns."""
     index = num_before * ranks.world_size() + ranks.rank()
     sampler = getattr(engine.state.dataloader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
-        index %= len(sampler.dataset)  # it repeats the first cases to serve all processes alike
+        index %= len(sampler.dataset)  # it repeats the first cases so that all processes have equally many
     return index
 
 
@@ -237,8 +240,8 @@ def _label_map(x: Tensor, num_classes: int, key: str) -> Tensor:
         )
     if x.shape[0] == 1 and x.is_floating_point() and (x - x.round()).abs().gt(0.01).any():
         raise KnowSAMValueError(
-            f"`{key}` must be class numbers or one-hot but has {x[x != x.round()][0]:g}; of a network of one sigmoid "
-            "channel put Activationsd(sigmoid=True) and AsDiscreted(threshold=0.5) into the postprocessing."
+            f"`{key}` must be class numbers or one-hot but has {x[x != x.round()][0]:g}; for a network with one "
+            "sigmoid channel, put Activationsd(sigmoid=True) and AsDiscreted(threshold=0.5) into the postprocessing."
         )
     x = x[0].round().long() if x.shape[0] == 1 else x.argmax(0)
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < num_classes:
@@ -260,11 +263,3 @@ def _file(item: dict[str, Any], pred_key: str) -> str | None:
 def _affine(label: Tensor) -> Tensor | None:
     known = isinstance(label, MetaTensor) and torch.as_tensor(label.meta.get("spacing_known", True)).all()
     return label.affine if known else None
-
-
-def _spacing(affine: Tensor | None, spatial_dims: int) -> tuple[float, ...] | None:
-    return None if affine is None else tuple(affine_to_spacing(affine, r=spatial_dims).tolist())
-
-
-def _as_tuple(spacing: Any) -> tuple[float, ...] | None:
-    return None if spacing is None else tuple(float(edge) for edge in spacing)

@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 class ValidationHistory:
     """
-    ``results.csv``: one row a validation, with every metric of the evaluator and the Dice of each structure.
+    Write ``results.csv``: one row per validation, with every metric of the evaluator and the Dice of each structure.
 
-    A row has `epoch`, the evaluator's metrics under their own names, and for each metric that kept its details
-    (MONAI's ``save_details``) the mean over the cases of each structure as ``<metric>/<structure>``. Rows of earlier
-    epochs stay, those of the same or a later epoch (of a run before) are replaced. The file is renamed into place.
-    The evaluator's metrics are logged in one line, with the best so far of the one that chooses the model.
+    A row has `epoch`, the evaluator's metrics under their own names and, for each metric that keeps its details
+    (MONAI's ``save_details``), the mean over the cases of each structure as ``<metric>/<structure>``. Rows of earlier
+    epochs are kept; rows of the same or a later epoch, left by an earlier start, are replaced. The metrics are also
+    logged in one line, with the best key metric so far.
 
     Args:
-        output_dir: folder of the file, made when missing.
+        output_dir: folder of the file, created if missing.
         class_names: names of classes 1, 2, ... (no background).
 
     Raises:
-        ValueError: when `class_names` is empty, one string or has a name twice.
+        ValueError: if `class_names` is empty, a single string, or contains a name twice.
 
     Example::
 
@@ -59,7 +59,7 @@ class ValidationHistory:
         write_csv(self.path, rows)
 
     def line(self, engine: Engine) -> str:
-        """A validation in one line, such as ``Validation 3  mean dice 0.812 (best 0.820 of 2)  teacher dice 0.801``."""
+        """One line such as ``Validation 3  mean dice 0.812 (best 0.820 of 2)  teacher dice 0.801``."""
         state = engine.state
         parts = [f"Validation {state.epoch}"]
         for name, value in state.metrics.items():
@@ -77,5 +77,5 @@ class ValidationHistory:
                 for row in iter_csv(self.path):
                     rows += [row] if int(row["epoch"]) < epoch else []
             except (ValueError, KeyError, csv.Error) as error:
-                logger.warning("%s is torn or another's (%s); its first %d rows are kept.", self.path, error, len(rows))
+                logger.warning("%s is damaged (%s); only its first %d rows are kept.", self.path, error, len(rows))
         return rows

@@ -1,4 +1,4 @@
-"""The picture of a validation report: which slices to show, and drawing them."""
+"""The pictures of a validation report: choosing slices and drawing them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from knowsam_monai.runs.validation_case import ValidationCase, class_dice
 from knowsam_monai.texts import shortened
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers, the lightest on grey tissue first
+# Okabe and Ito's colors, which color-blind readers can tell apart; the brightest ones on gray tissue come first
 COLORS = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 
 
 class SliceView(NamedTuple):
-    """One slice as it will be drawn: arrays (rows, columns), Dice (C - 1,) of that slice."""
+    """One slice to be drawn: arrays (rows, columns), and the Dice of that slice, (C - 1,)."""
 
     path: str
     position: str
@@ -32,9 +32,9 @@ class SliceView(NamedTuple):
 
 def slice_views(case: ValidationCase, num_classes: int) -> list[SliceView]:
     """
-    The slice with the most foreground of a volume, and of its slices with a third of that the worst.
+    The slice of a volume with the most foreground, and the worst of all slices with at least a third of that.
 
-    Files with a spacing (NIfTI) count columns first: they are turned the way a radiologist looks at them.
+    Files with a spacing (NIfTI) store columns first; their slices are turned to the radiological view.
     """
     label, pred = (x if x.ndim == 3 else x[..., None] for x in (case.label, case.preds["pred"]))
     area = (label > 0).flatten(0, 1).sum(0)
@@ -57,7 +57,7 @@ def slice_views(case: ValidationCase, num_classes: int) -> list[SliceView]:
 
 
 def choose_views(views: list[SliceView], dice: dict[str, Tensor], num_slices: int) -> list[SliceView]:
-    """From best to median, each case's largest slice, and the worst slice of all cases last; [] where none is kept."""
+    """The largest slices of cases from best to median, then the worst slice of all cases; [] if there are no views."""
     if not views:
         return []
     first: dict[str, SliceView] = {}
@@ -73,7 +73,7 @@ def choose_views(views: list[SliceView], dice: dict[str, Tensor], num_slices: in
 
 
 def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence[str]) -> Any:
-    """A matplotlib figure: a row for each slice, with its case's name by path; image, truth, prediction as columns."""
+    """A matplotlib figure with a row for each slice and image, truth and prediction as columns; `names` are by path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -104,7 +104,7 @@ def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence
                 axis.set_title(("image", "truth", "prediction")[column], fontsize=12, pad=6)
             if column == 2:
                 _write_dice(axis, view.dice, colors)
-    # a label that begins with an underscore is left out of a legend, so the texts come after
+    # legends skip labels that begin with an underscore, so the texts are set afterwards
     handles = [Patch(facecolor=color, label="class") for color in colors]
     legend = figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False, fontsize=10)
     for text, name in zip(legend.get_texts(), class_names):
@@ -114,7 +114,7 @@ def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence
 
 
 def draw_slice(view: SliceView, num_structures: int) -> Any:
-    """A matplotlib figure of one slice without any text: truth at the left, prediction at the right."""
+    """A matplotlib figure of one slice without any text: truth on the left, prediction on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,7 +138,7 @@ def _show(axis: Any, view: SliceView, window: tuple[slice, slice]) -> None:
 
 
 def _write_dice(axis: Any, dice: np.ndarray, colors: list[str]) -> None:
-    """Below a panel: a patch of each structure's colour and its Dice in this slice."""
+    """Write each structure's Dice in this slice below a panel, next to a patch of its color."""
     style = {"transform": axis.transAxes, "va": "center", "fontsize": 9.5}
     step = min(0.21, 0.8 / len(colors))
     axis.text(0.0, -0.05, "Dice", color="#333333", **style)
@@ -160,20 +160,20 @@ def _overlay(axis: Any, labels: np.ndarray, colors: list[str]) -> None:
 
 
 def _window(view: SliceView) -> tuple[slice, slice]:
-    """A square around truth and prediction, half as large again, so that the structures can be seen."""
+    """A square around truth and prediction, with a margin of half their size."""
     rows, columns = np.nonzero((view.label > 0) | (view.pred > 0))
     if not len(rows):
         rows, columns = (np.array([0, size - 1]) for size in view.label.shape)
     edge = int(min(1.5 * max(np.ptp(rows), np.ptp(columns)) + 16, *view.label.shape))
     window = []
-    for where, size in zip((rows, columns), view.label.shape):
-        start = int(np.clip((where.min() + where.max()) / 2 - edge / 2, 0, size - edge))
+    for indices, size in zip((rows, columns), view.label.shape):
+        start = int(np.clip((indices.min() + indices.max()) / 2 - edge / 2, 0, size - edge))
         window.append(slice(start, start + edge))
     return window[0], window[1]
 
 
 def _image_slice(case: ValidationCase, k: int, shape: Sequence[int]) -> np.ndarray:
-    """First channel of a slice of the image on the label's grid, from which the network may have seen another."""
+    """First channel of a slice of the image, resampled from the network's grid to the label's."""
     if case.image is None:
         return np.zeros(shape[:2], dtype=np.float32)
     image = case.image[:1].float().cpu()

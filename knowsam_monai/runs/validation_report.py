@@ -22,7 +22,7 @@ from knowsam_monai.runs.validation_case import (
     case_names,
     check_class_names,
     class_dice,
-    names_of_ranks,
+    common_paths,
     validation_cases,
 )
 from knowsam_monai.runs.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
@@ -30,33 +30,36 @@ from knowsam_monai.texts import printable, shortened
 
 logger = logging.getLogger(__name__)
 
+PRED_KEYS = ("pred", "teacher_pred")  # in the evaluator's output
+MODELS = ("student", "SAM teacher")
+
 
 class ValidationReport:
     """
-    A picture of a few validation slices, image, truth and prediction side by side, and a small table of Dice.
+    A table of Dice and pictures of a few validation slices, with image, truth and prediction side by side.
 
-    After each validation the report keeps what it needs (of the best one so far, or of the last); :meth:`write` makes
-    ``validation.png`` and logs the table: Dice per structure over whole volumes, the mean over the cases, for the
-    student and, where the evaluator's output has it, for the teacher. Beside the best validation, which is picked on
-    the very volumes it is reported on, stands the student of the last one. The picture's first rows are slices of the
-    largest structures, from cases spread evenly between the best and the median; the last row is the worst slice.
-    The same slices are in ``validation_slices/`` one by one, with what they show in the PNG's text fields, and
-    ``validation_cases.csv`` has the Dice of every case, for student and teacher.
+    The report keeps the best validation so far, or the last one. At the end of the run :meth:`write` logs the table and
+    writes three products:
+
+    - The table has the Dice per structure over whole volumes, averaged over the cases, for the student and, if the
+      evaluator's output has ``teacher_pred``, for the teacher. The best validation is chosen on the same volumes, so
+      the student of the last validation is reported too.
+    - ``validation.png``: the first rows are slices with large structures, of cases spread evenly from the best to the
+      median; the last row is the worst slice.
+    - ``validation_slices/``: the same slices, one file each, described in the PNG's text fields.
+    - ``validation_cases.csv``: the Dice of every case, for student and teacher.
 
     Args:
-        output_dir: folder of the files, made when missing.
+        output_dir: folder of the files, created if missing.
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
-        keep: "best" keeps the validation of the highest key metric of the evaluator, by which checkpoints are chosen
-            too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose
-            label is empty, the table counts one in which something was found as 0.
-        teacher_key: the teacher's label map in the evaluator's output.
-        student_name: heading of the student's column.
-        teacher_name: heading of the teacher's.
+        keep: "best" keeps the validation with the highest key metric of the evaluator, as checkpoints do, or the
+            highest mean Dice if there is no key metric; "last" keeps the last. If a label is empty but something was
+            predicted, the table counts a Dice of 0, while MONAI's MeanDice skips the case.
 
     Raises:
-        ValueError: when `class_names` is empty, one string or has a name twice, `num_slices` below 1 or `keep` is
-            neither of both.
+        ValueError: if `class_names` is empty, a single string or contains a name twice, `num_slices` is below 1, or
+            `keep` is neither "best" nor "last".
 
     Example::
 
@@ -72,9 +75,6 @@ class ValidationReport:
         class_names: Sequence[str],
         num_slices: int = 4,
         keep: str = "best",
-        teacher_key: str = "teacher_pred",
-        student_name: str = "student",
-        teacher_name: str = "SAM teacher",
     ) -> None:
         if num_slices < 1:
             raise KnowSAMValueError(f"`num_slices` must be at least 1 but is {num_slices}.")
@@ -84,12 +84,10 @@ class ValidationReport:
         self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
         self.keep = keep
-        self.pred_keys = ("pred", teacher_key)
-        self.column_names = (student_name, teacher_name)
-        self.score = float("-inf")  # of the validation that is kept
+        self.score = float("-inf")  # of the kept validation
         self._num_validations = 0
         self._kept: dict[str, Any] = {}
-        self._last: list[float] = []  # the student's Dice in the last validation, as in a column of the table
+        self._last: list[float] = []  # the student's Dice in the last validation, a column of the table
         self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
         self._contents: dict[str, int] = {}
         self._views: list[SliceView] = []
@@ -101,11 +99,12 @@ class ValidationReport:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        self._dice, self._contents, self._views = {key: {} for key in self.pred_keys}, {}, []
+        """Forget the cases of the previous validation."""
+        self._dice, self._contents, self._views = {key: {} for key in PRED_KEYS}, {}, []
 
     def __call__(self, engine: Engine) -> None:
         num_classes = len(self.class_names) + 1
-        for case in validation_cases(engine, num_classes, self.pred_keys, seen=self._contents):
+        for case in validation_cases(engine, num_classes, PRED_KEYS, seen=self._contents):
             self._contents[case.path] = case.content
             for key, pred in case.preds.items():
                 self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
@@ -113,28 +112,27 @@ class ValidationReport:
                 self._views += self._views_of(case, num_classes)
 
     def _views_of(self, case: ValidationCase, num_classes: int) -> list[SliceView]:
-        """The slices that may be shown of a case; none, and a warning, where they cannot be taken."""
+        """The slices of a case that may be shown; an empty list and a warning if they cannot be taken."""
         try:
             return slice_views(case, num_classes)
-        except Exception as error:  # whatever a picture fails by, the training goes on
-            logger.warning(
-                "No picture of %s: %s: %s", printable(case.path), type(error).__name__, printable(str(error))
-            )
+        except Exception as error:  # a picture must not end a training, whatever is wrong with it
+            reason = f"{type(error).__name__}: {printable(str(error))}"
+            logger.warning("No picture of %s: %s", printable(case.path), reason)
             return []
 
     def completed(self, engine: Engine) -> None:
-        """Gather Dice of all ranks, and keep this validation when it is the one to be reported."""
+        """Gather the Dice of all ranks, and keep this validation if it is the one to report."""
         self._num_validations += 1
         if ranks.world_size() > 1:
-            gathered, contents = zip(*idist.all_gather((self._dice, self._contents)))
-            named = list(zip(gathered, names_of_ranks(contents)))
+            dice_by_rank, contents_by_rank = zip(*idist.all_gather((self._dice, self._contents)))
+            ranked = list(zip(dice_by_rank, common_paths(contents_by_rank)))
             self._dice = {
-                key: {names[path]: dice for rank, names in named for path, dice in rank[key].items()}
-                for key in self.pred_keys
+                key: {paths[path]: dice for of_rank, paths in ranked for path, dice in of_rank[key].items()}
+                for key in PRED_KEYS
             }
         if not self._dice["pred"]:
             return
-        dice = {key: mean_over_cases(of_case) for key, of_case in self._dice.items() if of_case}
+        dice = {key: mean_over_cases(by_case) for key, by_case in self._dice.items() if by_case}
         self._last = dice["pred"]
         score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
         if self.keep == "last" or not self._kept or score > self.score:
@@ -149,7 +147,7 @@ class ValidationReport:
         self._views = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept, as tensors and plain values alone; no tensor has the nan of an absent structure's Dice."""
+        """The kept validation as tensors and plain values; Dice is in lists, because saved tensors must be finite."""
         views = [
             [torch.as_tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in view]
             for view in (view._replace(dice=view.dice.tolist()) for view in self._kept.get("views", []))
@@ -158,7 +156,7 @@ class ValidationReport:
         return {"kept": kept, "last": self._last, "score": self.score, "num": self._num_validations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what another report has kept."""
+        """Continue with the validation that another report has kept."""
         self.score, self._num_validations, self._kept = state["score"], state["num"], dict(state["kept"])
         self._last = list(state["last"])
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
@@ -171,9 +169,9 @@ class ValidationReport:
         kept = self._kept
         which = f", the {self.keep} of {self._num_validations} validations (number {kept['validation']})"
         which = which if self._num_validations > 1 else ""
-        columns = [(self.column_names[self.pred_keys.index(key)], dice) for key, dice in kept["dice"].items()]
+        columns = [(MODELS[PRED_KEYS.index(key)], dice) for key, dice in kept["dice"].items()]
         if self.keep == "best" and self._num_validations > 1:
-            columns.append((f"{self.column_names[0]}, last", self._last))
+            columns.append((f"{MODELS[0]}, last", self._last))
         names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
@@ -186,15 +184,15 @@ class ValidationReport:
 
     @property
     def is_empty(self) -> bool:
-        """Has no validation run?"""
+        """True if no validation has run."""
         return not self._kept
 
     def write(self) -> str | None:
         """
-        Write pictures and cases and log the table, on the first rank.
+        Write pictures and cases and log the table, on the first rank only.
 
         Returns:
-            The picture's path; None where no validation has run, and on other ranks.
+            The picture's path; None if no validation has run, and on other ranks.
         """
         if ranks.rank() != 0:
             return None
@@ -212,12 +210,12 @@ class ValidationReport:
             logger.info("%s", line)
 
     def _names(self) -> dict[str, str]:
-        """The name of each case by its path."""
+        """The name of each case, by its path."""
         paths = sorted(self._kept["cases"]["pred"])
         return dict(zip(paths, case_names(paths)))
 
     def write_picture(self) -> str | None:
-        """Write ``validation.png``; returns its path, None where the first rank had no case."""
+        """Write ``validation.png`` and return its path; None if the first rank had no case."""
         views = self._kept["views"]
         if not views:
             return None
@@ -231,7 +229,7 @@ class ValidationReport:
         """Write ``validation_cases.csv``."""
         rows: list[dict[str, str]] = []
         for path, name in self._names().items():
-            for key, model in zip(self.pred_keys, self.column_names):
+            for key, model in zip(PRED_KEYS, MODELS):
                 dice = torch.tensor(self._kept["cases"][key].get(path, []))
                 if len(dice):
                     values = zip((*self.class_names, "mean"), (*dice.tolist(), dice.nanmean().item()))
@@ -240,15 +238,15 @@ class ValidationReport:
         write_csv(os.path.join(self.output_dir, "validation_cases.csv"), rows)
 
     def write_slices(self) -> None:
-        """Write ``validation_slices/``, and remove the pictures that were there."""
+        """Write ``validation_slices/``, replacing all pictures in it."""
         folder = Path(self.output_dir) / "validation_slices"
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.png"):
             old.unlink()
         views, names = self._kept["views"], self._names()
         for i, view in enumerate(views):
-            last = "worst slice" if len(views) > 1 else "largest slice"
-            kind = last if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
+            last_kind = "worst slice" if len(views) > 1 else "largest slice"
+            kind = last_kind if i == len(views) - 1 else "best case" if i == 0 else "between best and median"
             dice = {n: None if d != d else round(float(d), 4) for n, d in zip(self.class_names, view.dice)}
             title = f"{names[view.path]}, {view.position}"
             fields = {"Title": title, "Comment": kind, "Description": json.dumps(dice), "Software": None}
@@ -257,6 +255,6 @@ class ValidationReport:
 
 
 def mean_over_cases(dice: dict[str, Tensor]) -> list[float]:
-    """Mean Dice of each class, then of all: over a case's classes first, and then over the cases. nan is left out."""
+    """Mean Dice of each class, then of all: over each case's classes first, then over the cases. nan is skipped."""
     stacked = torch.stack(list(dice.values()))  # (cases, C - 1)
     return [*stacked.nanmean(0).tolist(), stacked.nanmean(1).nanmean().item()]

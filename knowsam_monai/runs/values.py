@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
 
-# what the configs build: these keys hold components, not settings
+# keys that hold components instead of settings
 PARTS = (
     *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
@@ -24,139 +24,113 @@ LARGEST_SEED = 2**32 - 1
 
 
 def _whole(value: Any) -> Any:
-    """32.0 is 32."""
+    """32.0 becomes 32."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _side(value: Any) -> Any:
-    """[64, 64] is 64: slices are square."""
+    """[64, 64] becomes 64, because slices are square."""
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
     return _whole(value)
 
 
 def _listed(value: Any) -> Any:
-    """A tuple, as Python has it, is a list, as JSON has it."""
+    """A tuple becomes a list, as in JSON."""
     return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _different(values: list) -> list:
-    """None is there twice, whatever its case and spaces."""
+    """No two values may be equal, whatever their case and spaces."""
     if len({" ".join(str(value).split()).casefold() for value in values}) < len(values):
         raise KnowSAMValueError("twice")
     return values
 
 
 def _some_positive(values: list[float]) -> list[float]:
-    """One at least is above 0."""
+    """At least one value must be above 0."""
     if not any(values):
         raise KnowSAMValueError("all 0")
     return values
 
 
 def _device(value: Any) -> torch.device:
-    """A device of this machine, by name too."""
+    """A device of this machine, given as an object or by name."""
     try:
         device = torch.device(value)
-        torch.zeros(1, device=device).item()  # of a device that holds no values it fails
+        torch.zeros(1, device=device).item()  # fails on a device that holds no values
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # torch without CUDA asserts
         raise ValueError from error
     return device
 
 
-# Each type ends with the words that an error has for it.
-Whole = Annotated[int, BeforeValidator(_whole)]
+def _number(kind: type, *words: str, **limits: float) -> Any:
+    """A number within limits; a whole number may be given as a float."""
+    return Annotated[(kind, *([BeforeValidator(_whole)] if kind is int else []), Field(**limits), *words)]
+
+
+def _list(item: Any, *words: Any, length: int | None = None, at_least: int = 1) -> Any:
+    """A list of items, of the given length or a least one; `words` are validators and the words of an error."""
+    return Annotated[
+        (list[item], Field(min_length=length or at_least, max_length=length), BeforeValidator(_listed), *words)
+    ]
+
+
+# Each type ends with the words that describe it in an error.
 Switch = Annotated[bool, "True or False"]
-Count = Annotated[Whole, Field(ge=1, le=10**9), "a whole number, 1 or more, at most 10^9"]
+Count = _number(int, "a whole number, 1 or more, at most 10^9", ge=1, le=10**9)
 CountOrNone = Annotated[Count | None, "a whole number, 1 or more, or None"]
-CountOrZero = Annotated[Whole, Field(ge=0, le=10**9), "a whole number, 0 or more, at most 10^9"]
-Workers = Annotated[Whole, Field(ge=0, le=1024), "a number of processes, 0 to 1024"]
-Classes = Annotated[Whole, Field(ge=2, le=1000), "a number of classes, 2 to 1000, with the background"]
-Channels = Annotated[Whole, Field(ge=1, le=1000), "a number of channels, 1 to 1000"]
-Seed = Annotated[Whole, Field(ge=0, le=LARGEST_SEED), f"a whole number, 0 to {LARGEST_SEED}"]
-Rate = Annotated[float, Field(gt=0, le=100), "a number above 0, at most 100"]
-Factor = Annotated[float, Field(ge=0, le=1e6), "a number, 0 or more, at most 1000000"]
-Positive = Annotated[float, Field(gt=0, le=1e6), "a number above 0, at most 1000000"]
+CountOrZero = _number(int, "a whole number, 0 or more, at most 10^9", ge=0, le=10**9)
+Workers = _number(int, "a number of processes, 0 to 1024", ge=0, le=1024)
+Classes = _number(int, "a number of classes, 2 to 1000, with the background", ge=2, le=1000)
+Channels = _number(int, "a number of channels, 1 to 1000", ge=1, le=1000)
+Seed = _number(int, f"a whole number, 0 to {LARGEST_SEED}", ge=0, le=LARGEST_SEED)
+Rate = _number(float, "a number above 0, at most 100", gt=0, le=100)
+Factor = _number(float, "a number, 0 or more, at most 1000000", ge=0, le=1e6)
+Positive = _number(float, "a number above 0, at most 1000000", gt=0, le=1e6)
 PositiveOrNone = Annotated[Positive | None, "a number above 0, or None"]
-BelowOne = Annotated[float, Field(ge=0, lt=1), "a number, 0 or more and below 1"]
-Between = Annotated[float, Field(gt=0, lt=1), "a number between 0 and 1"]
-Probability = Annotated[float, Field(ge=0, le=1), "a number, 0 to 1"]
+BelowOne = _number(float, "a number, 0 or more and below 1", ge=0, lt=1)
+Between = _number(float, "a number between 0 and 1", gt=0, lt=1)
+Probability = _number(float, "a number, 0 to 1", ge=0, le=1)
 Text = Annotated[str, Field(min_length=1), "text"]
-FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not dots alone"]
+FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not only dots"]
 Path = Annotated[str, Field(min_length=1), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
 Device = Annotated[Any, PlainValidator(_device), "a device of this machine, such as cpu"]
-Names = Annotated[
-    list[Annotated[str, Field(pattern=r"\S")]],
-    Field(min_length=1),
-    BeforeValidator(_listed),
+Names = _list(
+    Annotated[str, Field(pattern=r"\S")], AfterValidator(_different), "a list of names, one or more, all different"
+)
+View = _number(int, "the number of a view, 0 or more", ge=0, le=1000)
+Views = _list(
+    _number(int, ge=0, le=1000),
     AfterValidator(_different),
-    "a list of names, one or more, no two the same",
-]
-View = Annotated[Whole, Field(ge=0, le=1000), "the number of a view, 0 or more"]
-Views = Annotated[
-    list[Annotated[int, Field(ge=0, le=1000)]],
-    Field(min_length=1),
-    BeforeValidator(_listed),
-    AfterValidator(_different),
-    "a list of numbers of views, one or more, 0 or above, no two the same",
-]
+    "a list of view numbers, one or more, 0 or above, all different",
+)
 ViewWeights = Annotated[
-    Annotated[
-        list[Annotated[float, Field(ge=0, le=1e6)]],
-        Field(min_length=1),
-        BeforeValidator(_listed),
-        AfterValidator(_some_positive),
-    ]
-    | None,
-    "a list of numbers, 0 or more, one for each view and one of them above 0, or None",
+    _list(Factor, AfterValidator(_some_positive)) | None,
+    "a list of numbers, 0 or more, one for each view and at least one above 0, or None",
 ]
 Side = Annotated[
     int, BeforeValidator(_side), Field(ge=1, le=8192), "a whole number, 1 to 8192, the side of a square slice"
 ]
-Sides = Annotated[
-    list[Annotated[int, Field(ge=1, le=2048)]],
-    Field(min_length=3, max_length=3),
-    BeforeValidator(_listed),
-    "a list of three whole numbers, 1 to 2048",
-]
-Spacing = Annotated[
-    list[Annotated[float, Field(ge=0, le=1000)]],
-    Field(min_length=3, max_length=3),
-    BeforeValidator(_listed),
-    "a list of three numbers, 0 to 1000",
-]
-Widths = Annotated[
-    list[Annotated[int, Field(ge=1, le=65536)]],
-    Field(min_length=1),
-    BeforeValidator(_listed),
-    "a list of whole numbers, 1 or more",
-]
-Overlap = Annotated[
-    BelowOne
-    | Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3), BeforeValidator(_listed)],
-    "a number, 0 or more and below 1, or a list of three",
-]
+Sides = _list(_number(int, ge=1, le=2048), "a list of three whole numbers, 1 to 2048", length=3)
+Spacing = _list(_number(float, ge=0, le=1000), "a list of three numbers, 0 to 1000", length=3)
+Width = _number(int, ge=1, le=65536)
+Widths = _list(Width, "a list of whole numbers, 1 or more")
+ThreeWidths = _list(Width, "a list of three whole numbers, 1 or more", length=3)
+Overlap = Annotated[BelowOne | _list(BelowOne, length=3), "a number, 0 or more and below 1, or a list of three"]
 Grid = Annotated[
-    Annotated[Whole, Field(ge=2, le=8192)]
-    | Annotated[
-        list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=2, max_length=3), BeforeValidator(_listed)
-    ],
-    "a whole number, 2 or more, or a list of one for each axis",
+    _number(int, ge=2, le=8192) | _list(_number(int, ge=1, le=8192), Field(max_length=3), at_least=2),
+    "a whole number, 2 or more, or a list with one for each axis",
 ]
-Axis = Annotated[int, Field(ge=-3, le=2)]
-Axes = Annotated[
-    Annotated[Axis, BeforeValidator(_whole)]
-    | Annotated[list[Axis], Field(min_length=1), BeforeValidator(_listed), AfterValidator(_different)],
-    "an axis, -3 to 2, or a list of different ones",
-]
-RGB = Annotated[
-    Annotated[Whole, Field(ge=0, le=1000)] | Literal["mean", "rgb"], "the number of a channel, 'mean' or 'rgb'"
-]
+Axis = _number(int, ge=-3, le=2)
+Axes = Annotated[Axis | _list(Axis, AfterValidator(_different)), "an axis, -3 to 2, or a list of different ones"]
+RGB = Annotated[_number(int, ge=0, le=1000) | Literal["mean", "rgb"], "the number of a channel, 'mean' or 'rgb'"]
+HoleSize = Annotated[Count | Widths, "a whole number, 1 or more, or a list with one for each axis"]
 
 
 def _about(meaning: str) -> Any:
-    """A key that a config may have; none is demanded."""
+    """An optional key of a config."""
     return Field(default=None, description=meaning)
 
 
@@ -167,9 +141,9 @@ class Everywhere(BaseModel):
 
     bundle_root: Path = _about("the bundle's folder")
     dataset_dir: PathOrNone = _about("data-list JSON, or folder of data; None for the synthetic phantom")
-    is_phantom: Switch = _about("whether it runs on the synthetic phantom; follows from dataset_dir")
-    output_dir: Path = _about("folder of all that is written")
-    device: Device = _about("where it runs")
+    is_phantom: Switch = _about("whether the data is the synthetic phantom; follows from dataset_dir")
+    output_dir: Path = _about("folder of all output")
+    device: Device = _about("device to run on")
     in_channels: Channels = _about("channels of an image")
     num_classes: Classes = _about("classes with the background; in training it follows from class_names")
     prompt_view: View = _about("the view of the student that prompts SAM")
@@ -177,143 +151,146 @@ class Everywhere(BaseModel):
 
 
 class Training(Everywhere):
-    """Keys of ``train.json`` of both bundles."""
+    """Keys of ``train.json`` in both bundles."""
 
-    labeled_patients: CountOrNone = _about("patients with labels, of a folder of ACDC or of left atria")
-    holdout_patients: CountOrZero = _about("training patients of such a folder to validate on instead")
-    method: Text = _about("named in run_name")
-    seed: Seed = _about("of weights, order and augmentation")
-    use_sam: Switch = _about("whether SAM teaches; False builds nothing of it")
+    labeled_patients: CountOrNone = _about("number of labeled patients in a folder of ACDC or of left atria")
+    holdout_patients: CountOrZero = _about("number of training patients in such a folder to validate on instead")
+    method: Text = _about("name of the method in run_name")
+    seed: Seed = _about("seed of weights, order and augmentation")
+    use_sam: Switch = _about("whether SAM teaches; if False, no part of SAM is built")
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")
     amp: Switch = _about("mixed precision on a GPU")
-    amp_dtype: Literal["bfloat16", "float16"] = _about("of mixed precision on a GPU")
+    amp_dtype: Literal["bfloat16", "float16"] = _about("data type of mixed precision on a GPU")
     cpu_autocast: Switch = _about("bfloat16 on a CPU")
-    fast_cpu_matmul: Switch = _about("oneDNN's matrix products on a CPU")
-    preflight: Switch = _about("only say what the run would be")
-    resume: Switch = _about("go on from the last checkpoint in output_dir; False removes them")
-    process_timeout: PositiveOrNone = _about("seconds that processes wait for each other; None for one process")
+    fast_cpu_matmul: Switch = _about("matrix products by oneDNN on a CPU")
+    preflight: Switch = _about("only report what the run would do")
+    resume: Switch = _about("continue from the last checkpoint in output_dir; False removes all checkpoints")
+    process_timeout: PositiveOrNone = _about("seconds that processes wait for each other; None for a single process")
     class_names: Names = _about("names of the classes without the background")
-    labeled_batch_size: Count = _about("labeled rows of a batch")
-    unlabeled_batch_size: CountOrZero = _about("unlabeled rows of a batch")
-    max_iterations: Count = _about("iterations of the run")
-    epoch_length: Count = _about("iterations of an epoch")
+    labeled_batch_size: Count = _about("labeled rows in a batch")
+    unlabeled_batch_size: CountOrZero = _about("unlabeled rows in a batch")
+    max_iterations: Count = _about("iterations in the run")
+    epoch_length: Count = _about("iterations in an epoch")
     val_interval: Count = _about("epochs between two validations")
     log_interval: Count = _about("iterations between two readings of the loss terms")
     num_workers: Workers = _about("processes that load batches")
     cache_workers: Workers = _about("processes that read and prepare the data before the first step")
-    lr: Rate = _about("the student's first learning rate")
-    momentum: BelowOne = _about("of the student's SGD")
-    weight_decay: BelowOne = _about("of the student's SGD")
-    lr_power: Factor = _about("exponent of both learning rates' decay; 0 keeps them")
-    accumulation_steps: Count = _about("iterations whose gradients make one step")
-    view_weights: ViewWeights = _about("weight of the supervised loss of each view; None: the same for each")
-    mutual_weight: Factor = _about("of the views' consistency")
-    mutual_ramp_up_iterations: Count = _about("until the consistency has its full weight")
-    mutual_target: Literal["hard", "soft"] = _about("of the consistency: the other view's argmax or probabilities")
-    entropy_weight: Factor = _about("of the entropy of the views' mean")
-    augmentation_hole: Annotated[Count | Widths, "a whole number, 1 or more, or a list of one for each axis"] = _about(
-        "side of the holes of coarse dropout, in pixels"
+    lr: Rate = _about("initial learning rate of the student")
+    momentum: BelowOne = _about("momentum of the student's SGD")
+    weight_decay: BelowOne = _about("weight decay of the student's SGD")
+    lr_power: Factor = _about("exponent of the polynomial decay of both learning rates; 0 keeps them constant")
+    accumulation_steps: Count = _about("iterations whose gradients are accumulated for one optimizer step")
+    view_weights: ViewWeights = _about("weight of each view's supervised loss; None: equal weights")
+    mutual_weight: Factor = _about("weight of the consistency between views")
+    mutual_ramp_up_iterations: Count = _about("iterations until the consistency has its full weight")
+    mutual_target: Literal["hard", "soft"] = _about(
+        "target of the consistency: the other view's argmax or its probabilities"
     )
-    mixing_weight: Factor = _about("of the mixed images; 0 makes none")
-    mixing_start: CountOrZero = _about("the iteration that images are mixed from")
-    mixing_grid_size: Grid = _about("cells along each axis")
-    mixing_num_cells: Count = _about("cells that are overwritten in an image")
-    mixing_pseudo_label: Literal["teacher", "student"] = _about("whose argmax labels unlabeled cells")
+    entropy_weight: Factor = _about("weight of the entropy of the mean over the views")
+    augmentation_hole: HoleSize = _about("side of the holes of coarse dropout, in pixels")
+    mixing_weight: Factor = _about("weight of the loss of mixed images; 0 mixes none")
+    mixing_start: CountOrZero = _about("first iteration with mixed images")
+    mixing_grid_size: Grid = _about("cells of the mixing grid along each axis")
+    mixing_num_cells: Count = _about("cells to be overwritten in an image")
+    mixing_pseudo_label: Literal["teacher", "student"] = _about("the network whose argmax labels unlabeled cells")
     sam_variant: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = _about("size of SAM; vit_t is a small stand-in")
-    sam_checkpoint: PathOrNone = _about("file of SAM's weights; 'procedural' for the stand-in's; None for random ones")
-    sam_trainable: Literal["adapters", "all"] = _about("what of SAM trains")
-    sam_lr: Rate = _about("SAM's first learning rate")
-    sam_input: RGB = _about("how an image becomes RGB; may be a component")
-    distillation_weight: Factor = _about("of the teacher's lesson")
-    distillation_temperature: Positive = _about("of both softmaxes")
-    distillation_dice_weight: Factor = _about("of the lesson's Dice term")
-    distillation_start: CountOrZero = _about("the iteration that SAM teaches from; it learns from the first")
-    distillation_every: Count = _about("iterations between two lessons")
-    distillation_gate: Literal["none", "validation", "agreement"] = _about("what decides how much the teacher counts")
-    distillation_gate_tolerance: Positive = _about("Dice that the teacher may be behind before the gate is shut")
+    sam_checkpoint: PathOrNone = _about(
+        "file of SAM's weights; 'procedural' for the stand-in's weights; None for random weights"
+    )
+    sam_trainable: Literal["adapters", "all"] = _about("the part of SAM that is trained")
+    sam_lr: Rate = _about("initial learning rate of SAM")
+    sam_input: RGB = _about("how an image is converted to RGB; may be a component")
+    distillation_weight: Factor = _about("weight of the distillation loss")
+    distillation_temperature: Positive = _about("temperature of both softmaxes")
+    distillation_dice_weight: Factor = _about("weight of the Dice term in the distillation loss")
+    distillation_start: CountOrZero = _about("first iteration in which SAM teaches; SAM itself learns from the start")
+    distillation_every: Count = _about("iterations between two distillation steps")
+    distillation_gate: Literal["none", "validation", "agreement"] = _about(
+        "how the weight of the teacher is determined"
+    )
+    distillation_gate_tolerance: Positive = _about(
+        "Dice by which the teacher may trail the student before the gate is closed"
+    )
     taught_rows: Literal["all", "unlabeled"] = _about("the rows that SAM teaches")
 
 
 class Slices(BaseModel):
-    """Keys of all configs of the bundle of slices."""
+    """Keys of all configs in the 2D bundle."""
 
     image_size: Side = _about("height and width of a slice, in pixels")
 
 
 class Volumes(BaseModel):
-    """Keys of all configs of the bundle of volumes."""
+    """Keys of all configs in the 3D bundle."""
 
     image_size: Sides = _about("size of a patch, in voxels")
-    spacing: Spacing = _about("distance of voxels along each axis, mm; 0 keeps an axis as it is")
-    crop_size: PositiveOrNone = _about("edge of the cube that an image is cropped to, mm; None crops nothing")
-    channels: Widths = _about("channels of each level of the student")
-    aggregation_channels: Annotated[
-        list[Annotated[int, Field(ge=1, le=65536)]],
-        Field(min_length=3, max_length=3),
-        BeforeValidator(_listed),
-        "a list of three whole numbers, 1 or more",
-    ] = _about("channels of the three branches that fuse the views")
-    window_overlap: Overlap = _about("share of a window that overlaps with the next")
+    spacing: Spacing = _about("voxel spacing along each axis, in mm; 0 leaves an axis unchanged")
+    crop_size: PositiveOrNone = _about("edge of the cube that images are cropped to, in mm; None: no cropping")
+    channels: Widths = _about("channels at each level of the student")
+    aggregation_channels: ThreeWidths = _about("channels of the three branches that fuse the views")
+    window_overlap: Overlap = _about("fraction of a window that overlaps with the next")
 
 
 class SliceTraining(Slices, Training):
-    """Keys of ``train.json`` of the bundle of slices."""
+    """Keys of ``train.json`` in the 2D bundle."""
 
-    augmentation_shift: Factor = _about("largest shift of an image, in pixels")
-    sam_encoder: Literal["adapted", "cached"] = _about("SAM's image encoder: with adapters, or run once for each image")
-    sam_cache_dir: PathOrNone = _about("folder of what a cached encoder gave; None keeps it in memory")
+    augmentation_shift: Factor = _about("maximum shift of an image, in pixels")
+    sam_encoder: Literal["adapted", "cached"] = _about(
+        "SAM's image encoder: with adapters, or run only once for each image"
+    )
+    sam_cache_dir: PathOrNone = _about("folder of cached embeddings; None keeps them in memory")
 
 
 class VolumeTraining(Volumes, Training):
-    """Keys of ``train.json`` of the bundle of volumes."""
+    """Keys of ``train.json`` in the 3D bundle."""
 
-    sam_image_size: Side = _about("height and width of what SAM sees, in pixels")
+    sam_image_size: Side = _about("height and width of SAM's input, in pixels")
     sam_axes: Axes = _about("the axes that slices are taken along")
-    sam_slices: CountOrNone = _about("slices of a volume that SAM sees in a step; None for all")
-    sam_slice_sampling: Literal["uniform", "entropy"] = _about("how these are drawn")
+    sam_slices: CountOrNone = _about("slices of each volume that SAM sees in a step; None for all")
+    sam_slice_sampling: Literal["uniform", "entropy"] = _about("how these slices are drawn")
 
 
 class Inference(Everywhere):
-    """Keys of ``inference.json`` of both bundles."""
+    """Keys of ``inference.json`` in both bundles."""
 
     ckpt_path: Path = _about("file of the student's weights")
     image_pattern: Text = _about("glob pattern of the images below dataset_dir")
-    largest_component: Switch = _about("keep only the largest part of each class")
-    output_postfix: FileName = _about("end of a segmentation's file name")
+    largest_component: Switch = _about("keep only the largest connected component of each class")
+    output_postfix: FileName = _about("suffix of a segmentation's file name")
 
 
 class SliceInference(Slices, Inference):
-    """Keys of ``inference.json`` of the bundle of slices."""
+    """Keys of ``inference.json`` in the 2D bundle."""
 
-    slices_per_batch: Count = _about("slices that are segmented at a time")
+    slices_per_batch: Count = _about("slices segmented at a time")
 
 
 class VolumeInference(Volumes, Inference):
-    """Keys of ``inference.json`` of the bundle of volumes."""
+    """Keys of ``inference.json`` in the 3D bundle."""
 
-    windows_per_batch: Count = _about("windows that are segmented at a time")
+    windows_per_batch: Count = _about("windows segmented at a time")
 
 
 class Overlays(BaseModel):
-    """Keys of the configs that go over ``train.json``: methods, evaluation, several processes."""
+    """Keys of the overlays of ``train.json``: methods, evaluation, several processes."""
 
     model_config = Everywhere.model_config
 
-    mutual_rows: Literal["all", "unlabeled"] = _about("rows of the consistency (cps)")
-    ema_decay: BelowOne = _about("of the averaged student (mean_teacher, ua_mt, bcp)")
-    consistency_weight: Factor = _about("of the consistency with the averaged student (mean_teacher, ua_mt)")
-    consistency_start: CountOrZero = _about("the iteration that it counts from (mean_teacher, ua_mt)")
+    mutual_rows: Literal["all", "unlabeled"] = _about("rows with consistency (cps)")
+    ema_decay: BelowOne = _about("decay of the averaged student (mean_teacher, ua_mt, bcp)")
+    consistency_weight: Factor = _about("weight of the consistency with the averaged student (mean_teacher, ua_mt)")
+    consistency_start: CountOrZero = _about("first iteration with consistency (mean_teacher, ua_mt)")
     num_passes: Count = _about("noisy passes of the averaged student (ua_mt)")
-    passes_at_once: CountOrNone = _about("noisy passes in one batch; None: as many as fit (ua_mt)")
-    pseudo_label_weight: Factor = _about("of the pseudo-labels (fixmatch)")
-    pseudo_label_threshold: Probability = _about("a pixel with a lower probability has no label (fixmatch)")
-    pseudo_label_start: CountOrZero = _about("the iteration that they count from (fixmatch)")
-    pretraining_iterations: CountOrZero = _about("iterations on labeled pairs alone (bcp)")
-    unlabeled_pixel_weight: Factor = _about("of unlabeled pixels in the loss (bcp)")
-    box_fraction: Between = _about("side of the copied box, of the image's (bcp)")
+    passes_at_once: CountOrNone = _about("noisy passes per batch; None: as many as fit (ua_mt)")
+    pseudo_label_weight: Factor = _about("weight of the pseudo-labels (fixmatch)")
+    pseudo_label_threshold: Probability = _about("probability below which a pixel has no pseudo-label (fixmatch)")
+    pseudo_label_start: CountOrZero = _about("first iteration with pseudo-labels (fixmatch)")
+    pretraining_iterations: CountOrZero = _about("iterations on labeled pairs only (bcp)")
+    unlabeled_pixel_weight: Factor = _about("weight of unlabeled pixels in the loss (bcp)")
+    box_fraction: Between = _about("side of the copied box relative to the image (bcp)")
     ckpt_path: Path = _about("file of the student's weights (evaluate)")
-    split: Literal["labeled", "validation", "test"] = _about("section of the data that is evaluated (evaluate)")
+    split: Literal["labeled", "validation", "test"] = _about("section of the data to evaluate (evaluate)")
     sync_batchnorm: Switch = _about("whether processes share batch normalization (multi_gpu_train)")
 
 
@@ -325,12 +302,12 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
         config: a merged config of a bundle.
 
     Returns:
-        The settings that are right but not in the form that the config needs, in that form, by key: of
-        ``image_size`` 32.0 or [32, 32] it is 32.
+        By key, the valid settings that are not in the config's own form, converted to it: 32 for an ``image_size`` of
+        32.0 or [32, 32].
 
     Raises:
-        ValueError: a line for each setting of a wrong type or out of its range, each that contradicts another or does
-            nothing, and each unknown key.
+        ValueError: with a line for each setting that has a wrong type, is out of range, contradicts another one or has
+            no effect, and for each unknown key.
 
     Example:
         >>> check_values({"train": {}, "lr": "$@max_iterations / 1e6", "max_iterations": 100.0})
@@ -342,55 +319,54 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
     models = _models(config)
     unknown = dict(_unknown_keys(config, models))
     fields = {name: field for model in models for name, field in model.model_fields.items() if name not in unknown}
-    settled: dict[str, Any] = {}
-    while True:  # what is derived from a value in another form is right once that has the config's own
-        current = {**config, **settled}
+    converted: dict[str, Any] = {}
+    while True:  # values derived from a converted value become valid after its conversion
+        current = {**config, **converted}
         values = {key: value for key, value in plain_values(current).items() if key in fields}
         checked, wrong = _validated(models, values)
         changed = {key: value for key, value in checked.items() if _differs(value, values[key])}
         if not changed:
             break
-        settled |= {key: value for key, value in changed.items() if not referred_keys(current[key]) & set(changed)}
+        converted |= {key: value for key, value in changed.items() if not referred_keys(current[key]) & set(changed)}
     causes = [key for key in wrong if not referred_keys(current[key]) & wrong]
     mistakes = [_sentence(key, fields[key], values[key]) for key in causes] + list(unknown.values())
     mistakes = mistakes or list(_contradictions(checked, is_training="train" in config and "split" not in config))
     mistakes = mistakes or list(_broken_expressions(current, fields, values))
     if mistakes:
         raise KnowSAMValueError("\n".join(mistakes))
-    return settled
+    return converted
 
 
 def _validated(models: tuple[type[BaseModel], ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The right values by key, and the keys of the wrong ones."""
+    """The valid values by key, and the keys of the invalid ones."""
     checked, wrong = {}, set()
     for model in models:
         try:
             model.model_validate(values)
         except ValidationError as error:
             wrong |= {str(detail["loc"][0]) for detail in error.errors()}
-        found = model.model_validate({key: value for key, value in values.items() if key not in wrong})
-        checked |= {key: getattr(found, key) for key in found.model_fields_set}
+        valid = model.model_validate({key: value for key, value in values.items() if key not in wrong})
+        checked |= {key: getattr(valid, key) for key in valid.model_fields_set}
     return checked, wrong
 
 
 def _models(config: Mapping[str, Any]) -> tuple[type[BaseModel], ...]:
-    """What lists the keys of a config: that of the bundle which more of its keys are of."""
+    """The models of a config, for the bundle that shares more keys with it."""
     pairs = [(SliceInference, VolumeInference), (SliceTraining, VolumeTraining)]
     slices, volumes = pairs["train" in config]
-    of_slices, of_volumes = (set(model.model_fields) & set(config) for model in (slices, volumes))
-    bundle = volumes if len(of_volumes - of_slices) > len(of_slices - of_volumes) else slices
+    bundle = max((slices, volumes), key=lambda model: len(model.model_fields.keys() & config.keys()))
     return (bundle, Overlays) if "train" in config else (bundle,)
 
 
 def _differs(value: Any, given: Any) -> bool:
-    """An int in place of a float is as good."""
+    """Whether a value was converted; an int for a float needs no conversion."""
     if isinstance(value, list) and isinstance(given, list):
         return any(map(_differs, value, given))
     return value != given or type(value) is not type(given) and not isinstance(value, float)
 
 
 def _sentence(key: str, field: Any, value: Any) -> str:
-    """What is wrong with one value."""
+    """The error for one value."""
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     words = [item for item in field.metadata if isinstance(item, str)]
     expected = words[-1] if words else f"one of {', '.join(map(repr, choices))}"
@@ -410,7 +386,7 @@ def _shown(value: Any) -> str:
 
 
 def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]) -> Iterator[tuple[str, str]]:
-    """Keys that no config of this bundle has and nothing in this one refers to, each with a sentence."""
+    """The unknown keys that nothing in the config refers to, each with its error."""
     own = set(models[0].model_fields) | set(PARTS)
     known = own | {name for model in models for name in model.model_fields}
     used = set().union(*(referred_keys(part) for key, part in config.items()))
@@ -418,17 +394,17 @@ def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]
         if key in SECTIONS or key in own or key in used:
             continue
         if key in known:
-            yield key, f"`{key}` must be left out but is given: nothing here uses it; add the overlay that does."
+            yield key, f"`{key}` must be left out but is set: nothing here uses it; add the overlay that does."
             continue
         close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1, cutoff=0.75)
-        meant = f"did you mean `{close[0]}`?" if close else "leave it out."
-        yield key, f"`{key}` must be a key of this config but is none, and nothing in it refers to it; {meant}"
+        remedy = f"did you mean `{close[0]}`?" if close else "leave it out."
+        yield key, f"`{key}` must be a key of this config but is not, and nothing in it refers to it; {remedy}"
 
 
 def _broken_expressions(
     config: Mapping[str, Any], fields: Mapping[str, Any], values: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Settings that cannot be evaluated although all that they refer to can."""
+    """Errors for the settings that cannot be evaluated although everything they refer to can."""
     for key in fields:
         if key not in config or key in values:
             continue
@@ -436,25 +412,25 @@ def _broken_expressions(
         missing = sorted(names - set(config))
         if missing:
             close = difflib.get_close_matches(missing[0], list(config), n=1)
-            meant = f"did you mean `@{close[0]}`?" if close else "correct it."
-            yield f"`{key}` must refer to keys of this config but refers to `@{missing[0]}`, which is none; {meant}"
+            remedy = f"did you mean `@{close[0]}`?" if close else "correct it."
+            yield f"`{key}` must refer to keys of this config but refers to `@{missing[0]}`, which is not; {remedy}"
         elif is_plain(key, config) and all(name in values or name not in fields for name in names):
-            yield f"`{key}` must be an expression that can be evaluated but {_shown(config[key])} cannot; correct it."
+            yield f"`{key}` must be a valid expression but is {_shown(config[key])}; correct it."
 
 
 def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[str]:
-    """Settings that do not fit together, each of them right in itself."""
-    yield from _of_the_data(values)
+    """Errors for settings that are valid on their own but contradict each other."""
+    yield from _data_contradictions(values)
     if is_training and {"max_iterations", "epoch_length", "val_interval"} <= set(values):
-        yield from _of_the_length(values)
-        yield from _of_the_parts(values)
+        yield from _length_contradictions(values)
+        yield from _method_contradictions(values)
 
 
-def _of_the_data(values: Mapping[str, Any]) -> Iterator[str]:
+def _data_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     data = values.get("dataset_dir")
     if data is not None and not data.endswith(".json"):
         if values.get("labeled_patients", 1) is None:
-            yield "`labeled_patients` must be a number of patients of that folder but is None; give one, such as 8."
+            yield "`labeled_patients` must be a number of patients in that folder but is None; set it, such as to 8."
         return
     for key in ("labeled_patients", "holdout_patients"):
         if values.get(key):
@@ -464,7 +440,7 @@ def _of_the_data(values: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _of_the_length(values: Mapping[str, Any]) -> Iterator[str]:
+def _length_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     last, epoch, steps = values["max_iterations"], values["epoch_length"], values.get("accumulation_steps", 1)
     if epoch > last:
         yield f"`epoch_length` must be at most {last}, the run's `max_iterations`, but is {epoch}; lower it."
@@ -473,19 +449,19 @@ def _of_the_length(values: Mapping[str, Any]) -> Iterator[str]:
     if values["val_interval"] > epochs:
         yield (
             f"`val_interval` must be 1 to {epochs}, the epochs of this run, of {epoch} iterations each "
-            f"(`epoch_length`), but is {values['val_interval']}; to validate every n iterations set `epoch_length` to "
+            f"(`epoch_length`), but is {values['val_interval']}; to validate every n iterations, set `epoch_length` to "
             "n."
         )
     if steps > epoch:
         yield f"`accumulation_steps` must be at most {epoch}, the `epoch_length`, but is {steps}; lower it."
     elif last % epoch % steps:
         yield (
-            f"`max_iterations` must end with a step of the optimizer, {steps} iterations each (`accumulation_steps`), "
+            f"`max_iterations` must end with an optimizer step, one every {steps} iterations (`accumulation_steps`), "
             f"but is {last}; make it a multiple of `epoch_length`, {epoch}."
         )
 
 
-def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
+def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     last = values["max_iterations"]
     switches = {
         "mixing_start": "mixing_weight",
@@ -500,7 +476,7 @@ def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("use_sam") and values.get("distillation_every", 1) > last:
         yield (
             f"`distillation_every` must be at most {last}, the run's `max_iterations`, but is "
-            f"{values['distillation_every']}; to train without SAM write --use_sam False."
+            f"{values['distillation_every']}; to train without SAM, add --use_sam False."
         )
     if values.get("sam_cache_dir") is not None and values.get("sam_encoder") != "cached":
         yield (
@@ -510,15 +486,15 @@ def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
     frozen = values.get("sam_trainable") == "adapters" or values.get("sam_encoder") == "cached"
     if values.get("use_sam") and frozen and values.get("sam_checkpoint", "") is None:
         yield (
-            "`sam_checkpoint` must be a file of SAM's weights where they are frozen but is None; name the file, or "
-            "train random ones with --sam_trainable all --sam_encoder adapted."
+            "`sam_checkpoint` must be a file of SAM's weights if they are frozen but is None; set it, or train random "
+            "weights with --sam_trainable all --sam_encoder adapted."
         )
     if values.get("image_size"):
-        yield from _of_the_axes(values)
+        yield from _axis_contradictions(values)
 
 
-def _of_the_axes(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is given along each axis of an image, by one number for all or by a list."""
+def _axis_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    """Errors for settings that have one number for all axes of an image, or a list with one for each axis."""
     size = values["image_size"] if isinstance(values["image_size"], list) else [values["image_size"]] * 2
     lists = {}
     for key, switch in {"augmentation_hole": True, "mixing_grid_size": values.get("mixing_weight")}.items():
@@ -528,7 +504,7 @@ def _of_the_axes(values: Mapping[str, Any]) -> Iterator[str]:
         if len(numbers) != len(size) or any(number > side for number, side in zip(numbers, size)):
             yield (
                 f"`{key}` must be at most the image's size {size}, one number for each axis, but is {values[key]}; "
-                "give one number."
+                "use one number."
             )
     cells = math.prod(lists.get("mixing_grid_size", [math.inf]))
     if values.get("mixing_num_cells", 1) >= cells:

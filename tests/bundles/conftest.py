@@ -59,7 +59,7 @@ TINY_3D = {
     "aggregation_channels": [2, 2, 4],
     "network_def": None,
 }
-# what a run can do without when its steps are the question
+# handlers that do not affect the steps of a run
 BESIDE_THE_STEP = (
     "Preflight",
     "Resume",
@@ -71,7 +71,7 @@ BESIDE_THE_STEP = (
 
 
 def step_handlers(**options: Any) -> list[Any]:
-    """Of a run's handlers those that act in its steps."""
+    """The handlers of a run that take part in its steps."""
     return [handler for handler in training_handlers(**options) if type(handler).__name__ not in BESIDE_THE_STEP]
 
 
@@ -114,7 +114,7 @@ class Training:
             self.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.step_handlers"
 
     def __getitem__(self, name: str) -> Any:
-        """What a key of the config came to be."""
+        """The parsed content of a key."""
         return self.workflow.parser.get_parsed_content(name)
 
     def run(self) -> Training:
@@ -161,7 +161,7 @@ def training(small_phantom, tmp_path):
 
 @pytest.fixture(scope="session")
 def small_volumes(tmp_path_factory) -> Path:
-    """The data list of two labelled and unlabelled left atria, and one to validate on."""
+    """The data list of two labeled and two unlabeled left atria, and one to validate on."""
     folder = tmp_path_factory.mktemp("data") / "volumes"
     counts = {"num_labeled": 2, "num_unlabeled": 2, "num_validation": 1, "num_test": 1}
     return write_phantom(folder, anatomy="left_atrium", max_size=32, **counts)

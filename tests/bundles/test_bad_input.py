@@ -89,7 +89,7 @@ def test_label_value_outside_the_classes_is_named(refused, data, section):
     refused(f"`label` must have the integers 0 to 3 as values but {data}/{section}_gt.nii.gz has 7")
 
 
-def test_fewer_classes_than_the_labels_have_is_said(refused, data):
+def test_fewer_classes_than_the_labels_have_is_an_error(refused, data):
     refused(f"integers 0 to 1 as values but {data}/labeled_gt.nii.gz has 3", class_names=["left ventricle"])
 
 
@@ -106,28 +106,30 @@ def test_image_with_channels_that_the_network_does_not_take_is_named(refused, da
     refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3; set `in_channels`")
 
 
-def test_one_image_under_two_names_is_said_with_both(refused, data):
+def test_one_image_under_two_names_is_reported_with_both(refused, data):
     shutil.copyfile(data / "labeled.nii.gz", data / "validation.nii.gz")
     refused(
         f"`validation` must share no image with `labeled` but {data}/validation.nii.gz has .* {data}/labeled.nii.gz"
     )
 
 
-def test_empty_labeled_list_is_said(refused, data):
+def test_empty_labeled_list_is_an_error(refused, data):
     sections = json.loads((data / "list.json").read_text())
     (data / "list.json").write_text(json.dumps({**sections, "labeled": []}))
     refused("`labeled` must list at least one item but is empty")
 
 
 @pytest.mark.parametrize("name", ["labeled", "unlabeled"])
-def test_batch_larger_than_its_set_is_said(refused, name):
+def test_batch_larger_than_its_set_is_an_error(refused, name):
     message = f"`{name}_batch_size` must be at most the number of {name} items, 2, but is 5"
     refused(message, **{f"{name}_batch_size": 5})
 
 
 @pytest.mark.parametrize("image_size", [40, 24])
 @pytest.mark.parametrize("use_sam", [True, False])
-def test_image_size_that_is_no_multiple_of_16_is_said_before_data_are_read(refused, monkeypatch, image_size, use_sam):
+def test_image_size_that_is_no_multiple_of_16_is_an_error_before_data_are_read(
+    refused, monkeypatch, image_size, use_sam
+):
     monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
     refused(
         f"`image_size`.* multiples of 16 but has .{image_size}, {image_size}", image_size=image_size, use_sam=use_sam
@@ -143,33 +145,33 @@ def test_teacher_takes_no_image_size_that_is_no_multiple_of_16_either(refused):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"out_channels": 5}, r"must give logits \(1, 4, 32, 32\) .* but MultiViewNet gives \(1, 5, 32, 32\)"),
-        ({"in_channels": 2}, r"must take images of `in_channels` and `image_size`, \(1, 1, 32, 32\)"),
+        ({"out_channels": 5}, r"must return logits \(1, 4, 32, 32\) .* but MultiViewNet returns \(1, 5, 32, 32\)"),
+        ({"in_channels": 2}, r"must accept images of `in_channels` and `image_size`, \(1, 1, 32, 32\)"),
     ],
 )
-def test_student_of_other_classes_or_channels_is_said(refused, options, message):
+def test_student_with_other_classes_or_channels_is_an_error(refused, options, message):
     refused(message, network_def={"_target_": "knowsam_monai.networks.MultiViewNet", "channels": [4] * 5, **options})
 
 
-def test_names_that_do_not_fit_the_class_count_are_said(refused):
+def test_names_that_do_not_match_the_class_count_are_an_error(refused):
     refused("`class_names` must name 2 classes", num_classes=3)
 
 
-def test_checkpoint_of_another_model_is_said(refused, tmp_path):
+def test_checkpoint_of_another_model_is_an_error(refused, tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     options = {"use_sam": True, "sam_variant": "vit_b", "sam_checkpoint": str(tmp_path / "other.pth")}
     refused("must be a file with the weights of SAM's vit_b but .*other.pth holds another model", **options)
 
 
 @pytest.mark.parametrize("key", ["output_dir", "ckpt_dir"])
-def test_folder_that_cannot_be_written_is_said_before_data_are_read(refused, monkeypatch, tmp_path, key):
+def test_folder_that_cannot_be_written_is_an_error_before_data_are_read(refused, monkeypatch, tmp_path, key):
     monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
     (tmp_path / "file").write_text("root may write everywhere, but no folder below a file")
     folder = tmp_path / "file" / "output"
-    refused(f"must be a folder that can be written but '{folder}' cannot", **{key: str(folder)})
+    refused(f"must be a writable folder but '{folder}' is not", **{key: str(folder)})
 
 
 @pytest.mark.parametrize("loss", ["DiceCELoss", "DiceLoss", "torch.nn.CrossEntropyLoss"])
-def test_bare_loss_with_unlabeled_rows_is_said(refused, loss):
+def test_bare_loss_with_unlabeled_rows_is_an_error(refused, loss):
     name = loss.split(".")[-1]
     refused(f"must be a PartiallyLabeledLoss if only 2 of 4 rows have a label but is {name}", loss={"_target_": loss})

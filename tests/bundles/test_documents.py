@@ -216,7 +216,7 @@ def test_data_licence_states_the_terms_of_the_data(bundle, words):
 
 
 @pytest.mark.parametrize("name", ["docs/README.md", "configs/metadata.json"])
-def test_crop_of_the_left_atrium_pack_is_said(name):
+def test_crop_of_the_left_atrium_pack_is_documented(name):
     text = read(BUNDLES[1], name).replace("**", "")
     assert re.search("UA-MT pack is cropped around the ground truth, test cases included", text)
     assert "official release is cropped here without labels, to 200 mm around the image's center of brightness" in text

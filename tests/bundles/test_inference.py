@@ -17,8 +17,9 @@ from knowsam_monai.networks import MultiViewNet
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
-CONFIG, META = str(BUNDLE / "configs" / "inference.json"), str(BUNDLE / "configs" / "metadata.json")
-LOGGING = str(BUNDLE / "configs" / "logging.conf")
+BUNDLES = [pytest.param(BUNDLE.with_name(name), id=name) for name in ("knowsam_acdc", "knowsam_la")]
+CONFIG = str(BUNDLE / "configs" / "inference.json")
+ONE_CLASS = {"in_channels": 1, "out_channels": 2, "kernel_size": 1}
 
 OBLIQUE = nibabel.eulerangles.euler2mat(0.3, -0.4, 0.5) @ np.diag([1.37, 1.37, 9.5])
 
@@ -55,13 +56,12 @@ def write_image(path, shape, qform, qform_code, sform, sform_code, dtype=np.int1
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
 
 
-def workflow_of(dataset_dir, tmp_path, **override):
+def workflow_of(dataset_dir, tmp_path, bundle=BUNDLE, **override):
     workflow = ConfigWorkflow(
-        config_file=CONFIG,
-        meta_file=META,
+        **files_of(bundle),
         logging_file=False,
         workflow_type="infer",
-        bundle_root=str(BUNDLE),
+        bundle_root=str(bundle),
         dataset_dir=str(dataset_dir) if dataset_dir else dataset_dir,
         output_dir=str(tmp_path / "out"),
         device="$torch.device('cpu')",
@@ -96,7 +96,7 @@ def thresholded(tmp_path_factory):
     state = {"weight": torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.5, 0.0])}
     network.load_state_dict(state)
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    network_def = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    network_def = {"_target_": "torch.nn.Conv2d", **ONE_CLASS}
     options = {"ckpt_path": str(tmp_path / "model.pt"), "num_classes": 2, "image_size": 160}
     infer(tmp_path / "in", tmp_path, network_def=network_def, **options)
     return tmp_path
@@ -126,12 +126,12 @@ def test_every_voxel_of_the_prediction_lies_where_it_was_seen(thresholded, name)
     np.testing.assert_array_equal(pred, image > 350)
 
 
-def test_nothing_of_the_header_but_the_geometry_is_copied(thresholded):
+def test_only_the_geometry_of_the_header_is_copied(thresholded):
     header = nibabel.load(thresholded / "out" / "ras_seg.nii.gz").header
     assert not header["descrip"].tobytes().strip(b"\x00") and not header.extensions
 
 
-def test_files_land_flat_and_named_after_their_input(thresholded):
+def test_output_files_are_flat_and_named_after_their_input(thresholded):
     assert sorted(p.name for p in (thresholded / "out").iterdir()) == sorted(f"{n}_seg.nii.gz" for n in GEOMETRIES)
 
 
@@ -144,7 +144,7 @@ def test_folders_below_the_dataset_are_kept_apart(tmp_path, model):
     assert written == ["p1/image_seg.nii.gz", "p2/image_seg.nii.gz"]
 
 
-def test_without_a_data_set_the_phantom_is_segmented_and_that_is_said(tmp_path, model, monkeypatch, caplog):
+def test_without_a_data_set_the_phantom_is_segmented_with_a_warning(tmp_path, model, monkeypatch, caplog):
     def small(folder):
         from knowsam_monai.data.phantom import write_phantom
 
@@ -159,9 +159,11 @@ def test_without_a_data_set_the_phantom_is_segmented_and_that_is_said(tmp_path, 
     assert len(outputs) == 2 and all(set(np.unique(nibabel.load(p).dataobj)) <= {0, 1, 2, 3} for p in outputs)
 
 
-def test_the_workflow_has_the_properties_that_applications_look_for(tmp_path, model):
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_workflow_has_the_properties_that_applications_look_for(tmp_path, bundle):
     write_image(tmp_path / "scan.nii.gz", *GEOMETRIES["ras"])
-    assert not workflow_of(tmp_path, tmp_path, ckpt_path=model).check_properties()
+    network = {"_target_": f"torch.nn.Conv{2 if bundle == BUNDLE else 3}d", **ONE_CLASS}
+    assert not workflow_of(tmp_path, tmp_path, bundle, network_def=network, num_classes=2).check_properties()
 
 
 def test_inference_from_the_command_line_needs_nothing_of_sam(tmp_path, model):
@@ -193,22 +195,48 @@ print("loaded", [m for m in sys.modules if m.split(".")[0] in ("segment_anything
     assert (tmp_path / "out" / "scan_seg.nii.gz").is_file()
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_verify_net_in_out_passes(n):
-    verify_net_in_out("network_def", meta_file=META, config_file=CONFIG, device="cpu", n=n)
+def files_of(bundle):
+    names = {"config_file": "inference.json", "meta_file": "metadata.json"}
+    return {argument: str(bundle / "configs" / name) for argument, name in names.items()}
 
 
-def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path):
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("n", [1, 2])
+def test_verify_net_in_out_passes(bundle, n):
+    verify_net_in_out("network_def", device="cpu", n=n, **files_of(bundle))
+
+
+WIDTHS_3D = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
+
+
+@pytest.mark.parametrize(
+    "bundle, options, size, overrides",
+    [
+        (
+            BUNDLE,
+            {"out_channels": 4, "channels": [4] * 5, "num_convs": [1] * 5},
+            [32, 32],
+            {"network_def#channels": [4] * 5, "network_def#num_convs": [1] * 5},
+        ),
+        pytest.param(
+            BUNDLE.with_name("knowsam_la"),
+            {"spatial_dims": 3, "out_channels": 2, "channels": [4] * 5, **WIDTHS_3D},
+            [32, 16, 16],
+            {"channels": [4] * 5, "aggregation_channels": [2, 2, 4]},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["knowsam_acdc", "knowsam_la"],
+)
+def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path, bundle, options, size, overrides):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    small = {"channels": [4] * 5, "num_convs": [1] * 5}
-    network = MultiViewNet(out_channels=4, **small).eval()
+    network = MultiViewNet(**options).eval()
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    options = {"ckpt_file": str(tmp_path / "model.pt"), "meta_file": META, "config_file": CONFIG}
-    options |= {"input_shape": [1, 1, 32, 32], **{f"network_def#{key}": value for key, value in small.items()}}
-    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **options)
-    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), use_trace=True, **options)
-    image = torch.rand(1, 1, 32, 32)
+    export = {"ckpt_file": str(tmp_path / "model.pt"), "input_shape": [1, 1, *size], **files_of(bundle), **overrides}
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **export)
+    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), use_trace=True, **export)
+    image = torch.rand(1, 1, *size)
     with torch.no_grad():
         expected = network(image)
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=1e-4, atol=1e-4)
@@ -223,7 +251,7 @@ def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path)
         ({"dataset_dir": "/nowhere"}, "`dataset_dir` must be a folder of images or an image file but /nowhere"),
         ({"image_pattern": "*.mha"}, "must contain files that match '\\*.mha'"),
         ({"ckpt_path": "/nowhere/model.pt"}, "must be a trained student but /nowhere/model.pt does not exist"),
-        ({"num_classes": 3}, "must hold the weights of a network of 3 classes but .* has 4"),
+        ({"num_classes": 3}, "must hold the weights of a network with 3 classes but .* has 4"),
         ({"network_def#_target_": "monai.networks.nets.BasicUNet"}, "must hold the weights of BasicUNet"),
         ({"image_size": 40}, "multiples of 16"),
     ],

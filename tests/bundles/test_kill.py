@@ -1,4 +1,4 @@
-"""Bundle runs that are killed or stopped from outside, and go on with the same command to the same bits."""
+"""Bundle runs that are killed or stopped from outside, and resume with the same command, bit for bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Run:
         return list(self.folder.glob(f"*{PART}"))
 
     def result(self) -> dict:
-        """Weights of everything, optimisers and all, the best model's, and every validation's numbers."""
+        """Weights of everything, optimizers included, the best model's, and every validation's numbers."""
         state = torch.load(self.folder / LAST, weights_only=True)
         assert not self.parts()
         models = [torch.load(self.folder / name, weights_only=True) for name in ("model.pt", "models/model.pt")]
@@ -142,7 +142,7 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
     validates = run.folder / "last_model_epoch=2.pt"  # written before the second validation
     assert run.stop(validates.exists, signal.SIGINT) == 130
     assert torch.load(run.folder / "resume_4.pt", weights_only=True)["validate"] and not run.says("Traceback")
-    assert run.says("Stopped by a signal in iteration 4; the same command goes on from resume_4.pt.")
+    assert run.says("Stopped by a signal in iteration 4; run the same command to resume from resume_4.pt.")
     assert_same_bits(run.finish().result(), expected)
 
     table = run.log.read_text().count("right ventricle")
@@ -151,7 +151,8 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
     assert table > 0 and run.log.read_text().count("right ventricle") == 2 * table and not run.says("Traceback")
 
     with pytest.raises(
-        AssertionError, match="ValueError: `augmentation_hole` must be 2 but is 3, to go on from .*_6.pt"
+        AssertionError,
+        match="ValueError: This run differs from the one in .*_6.pt: `augmentation_hole` must be 2 but is 3;",
     ):
         run.finish(augmentation_hole=3)
 
@@ -169,7 +170,10 @@ def test_data_may_be_moved_and_a_file_of_other_content_is_refused_by_name(whole,
     voxels = np.asarray(image.dataobj)
     whole_label = label.read_bytes()
     nibabel.save(nibabel.Nifti1Image(np.where(voxels == 1, 2, voxels), image.affine, image.header), label)
-    with pytest.raises(AssertionError, match=r"ValueError: \S+, or its label, must be as it was but has other content"):
+    with pytest.raises(
+        AssertionError,
+        match=r"ValueError: This run differs .*: \S+ or its label must be unchanged but has different content",
+    ):
         run.finish(dataset_dir=relative)
     label.write_bytes(whole_label)
     result = run.finish(dataset_dir=relative).result()
@@ -184,9 +188,9 @@ def test_event_files_that_are_removed_meanwhile_end_the_run_with_one_sentence(wh
     shutil.rmtree(run.folder / "tensorboard")
     assert finish(process, run.log) == 1
     sentence = (
-        r"`output_dir` must be readable and have room but \S+tfevents\S+ cannot be read or written \(No such file"
+        r"`output_dir` must be readable and have free space but \S+tfevents\S+ cannot be read or written \(No such file"
     )
-    assert re.search(sentence + r".* it goes on from resume_\d+\.pt", run.log.read_text())
+    assert re.search(sentence + r".* it resumes from resume_\d+\.pt", run.log.read_text())
 
 
 def test_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(whole, tmp_path):
@@ -204,9 +208,7 @@ def test_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(whole, tm
 def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
     run = Run(tmp_path / "stopped", "knowsam", small_phantom)
     assert run.stop(lambda: run.says("SAM vit_t: all"), signal.SIGTERM) == 143
-    assert run.says("Stopped by a signal outside of training; the same command starts again") and not run.says(
-        "Traceback"
-    )
+    assert run.says("Stopped by a signal outside of training; run the same command") and not run.says("Traceback")
 
 
 @pytest.mark.slow
@@ -215,7 +217,7 @@ def test_signal_to_the_loader_s_workers_too_saves_and_stops(whole, tmp_path, num
     dataset, expected, _ = whole("knowsam")
     run = Run(tmp_path / "stopped", "knowsam", dataset)
     assert run.stop((run.folder / "resume_2.pt").exists, number, with_workers=True) == code
-    assert not run.says("Traceback") and run.says("the same command goes on from resume_")
+    assert not run.says("Traceback") and run.says("run the same command to resume from resume_")
     assert_same_bits(run.finish().result(), expected)
 
 

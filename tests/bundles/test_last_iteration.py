@@ -1,4 +1,4 @@
-"""Runs of exactly as many iterations as were asked for, broken off and gone on with or not."""
+"""Runs of exactly the given number of iterations, interrupted and resumed or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundle of volumes where it differs from the one of slices: a whole run, real data, and bad input."""
+"""The 3D bundle, where it differs from the 2D one: patches and slices, real data, geometry, and bad input."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.networks.nets import VNet
 from monai.utils import set_determinism
 
 from knowsam_monai.errors import root_cause
-from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.teachers import SAMTeacher, SliceTeacher
-from tests.bundles.conftest import BUNDLES, CONFIGS_3D, Training
+from tests.bundles.conftest import BUNDLES, CONFIGS_3D
 
 LA = os.environ.get("KNOWSAM_LA_DIR")
-LOSSES = {"loss", "sam_loss", "distillation_loss", "mutual_loss", "entropy_loss", "mixing_loss"}
 
 
 def resolved(*overlays, **override):
@@ -53,39 +51,7 @@ def run_config(names, output_dir, workflow_type="infer", **options):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole_run(small_volumes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "output"
-    options = {"dataset_dir": str(small_volumes), "max_iterations": 4}
-    return Training(folder, whole=True, configs=CONFIGS_3D, **options).run()
-
-
-def test_whole_run_trains_both_networks_and_leaves_the_student_and_the_report(whole_run):
-    assert len(whole_run.history) == 4
-    assert all(math.isfinite(step[name]) for step in whole_run.history for name in LOSSES)
-    assert whole_run["optimizer"].state and whole_run["sam_optimizer"].state
-    widths = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
-    student = MultiViewNet(spatial_dims=3, out_channels=2, channels=[4] * 5, **widths)
-    for name in ("models/model.pt", "last_model_epoch=2.pt"):
-        student.load_state_dict(torch.load(whole_run.output_dir / name, weights_only=True), strict=True)
-    assert (whole_run.output_dir / "validation.png").is_file() and (whole_run.output_dir / "results.csv").is_file()
-
-
-def test_teacher_is_validated_on_whole_volumes_beside_the_student(whole_run):
-    assert {"val_mean_dice", "val_teacher_dice"} <= set(whole_run["validate#evaluator"].state.metrics)
-
-
-def test_last_is_reported_beside_the_best_of_the_validation_cases(whole_run):
-    title, head = whole_run["validate#report"].table()[:2]
-    assert "the best of 2 validations" in title and head.endswith("student, last")
-
-
-def test_picture_shows_the_image_on_the_grid_of_truth_and_prediction(whole_run):
-    views = whole_run["validate#report"]._kept["views"]
-    assert all(view.image.shape == view.label.shape and view.image.std() > 0.1 for view in views)
-
-
-def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training_3d, monkeypatch):
+def test_batch_has_patches_and_sam_gets_the_set_number_of_slices_of_each(training_3d, monkeypatch):
     asked, forward = [], SAMTeacher.forward
 
     def listen(self, image, prompt_logits):
@@ -106,20 +72,6 @@ def test_batch_is_patches_and_sam_is_asked_about_so_many_slices_of_each(training
 def test_ways_to_slice_train(training_3d, change):
     (step,) = training_3d(max_iterations=1, distillation_gate="none", **change).run().history
     assert step["sam_loss"] > 0 and step["distillation_loss"] > 0 and math.isfinite(step["loss"])
-
-
-def test_without_sam_nothing_of_it_is_built(training_3d):
-    run = training_3d(max_iterations=1, use_sam=False, sam_variant="vit_b", sam_checkpoint="/nowhere/sam.pth").run()
-    assert [run[name] for name in ("teacher", "sam_optimizer", "distiller")] == [None] * 3
-    assert [set(step) for step in run.history] == [{"loss", "mutual_loss", "entropy_loss", "mixing_loss"}]
-
-
-def test_data_set_brings_the_published_recipe():
-    get = resolved(dataset_dir="/data/LA")
-    published = {"image_size": [112, 112, 80], "labeled_batch_size": 2, "unlabeled_batch_size": 2, "lr": 0.01}
-    published |= {"max_iterations": 6000, "labeled_patients": 8, "sam_variant": "vit_b", "sam_slices": 8}
-    published |= {"momentum": 0.9, "weight_decay": 0.0001, "spacing": [0.625] * 3, "num_classes": 2}
-    assert {key: get(key) for key in published} == published
 
 
 def test_plain_student_is_monai_s_vnet():
@@ -200,7 +152,7 @@ def write_scan(path, dtype=np.int16, direction="straight", brightness=100):
 
 
 def threshold(folder):
-    """A network that is a threshold at zero of the normalised image, and its weights."""
+    """A network that is a threshold at zero of the normalized image, and its weights."""
     state = {"weight": torch.tensor([0.0, 10.0]).reshape(2, 1, 1, 1, 1), "bias": torch.zeros(2)}
     torch.save(state, folder / "model.pt")
     return {
@@ -281,42 +233,6 @@ def test_network_sees_a_scan_the_same_way_however_it_was_stored(tmp_path, config
         torch.testing.assert_close(other["image"].as_tensor(), seen[0]["image"].as_tensor(), rtol=1e-4, atol=1e-4)
 
 
-META, INFERENCE = (str(CONFIGS_3D / name) for name in ("metadata.json", "inference.json"))
-
-
-def test_verify_net_in_out_passes():
-    verify_net_in_out("network_def", meta_file=META, config_file=INFERENCE, device="cpu", n=2)
-
-
-@pytest.mark.slow
-def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    widths = {"dissimilarity_channels": 2, "entropy_channels": 2, "logits_channels": 4}
-    network = MultiViewNet(3, 1, 2, channels=[4] * 5, **widths).eval()
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    options = {"ckpt_file": str(tmp_path / "model.pt"), "meta_file": META, "config_file": INFERENCE}
-    options |= {"input_shape": [1, 1, 32, 16, 16], "channels": [4] * 5, "aggregation_channels": [2, 2, 4]}
-    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), **options)
-    onnx_export("network_def", filepath=str(tmp_path / "model.onnx"), use_trace=True, **options)
-    image = torch.rand(1, 1, 32, 16, 16)
-    with torch.no_grad():
-        expected = network(image)
-        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), expected, rtol=1e-4, atol=1e-4)
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
-    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-3)
-
-
-def test_inference_has_the_properties_that_applications_look_for(tmp_path):
-    write_scan(tmp_path / "scan.nrrd")
-    options = {"bundle_root": str(CONFIGS_3D.parent), "dataset_dir": str(tmp_path), **threshold(tmp_path)}
-    options |= {"output_dir": str(tmp_path / "out"), "device": "$torch.device('cpu')"}
-    workflow = ConfigWorkflow(INFERENCE, meta_file=META, logging_file=False, workflow_type="infer", **options)
-    workflow.initialize()
-    assert not workflow.check_properties()
-
-
 @pytest.mark.parametrize("empty", [False, True])
 def test_evaluation_is_on_the_native_grid_and_an_empty_prediction_is_counted(tmp_path, empty):
     array = write_scan(tmp_path / "a.nii.gz")
@@ -378,9 +294,9 @@ def test_volume_smaller_than_the_patch_and_without_cubes_is_padded_and_trains(tr
     [
         ("label", {}, "`label` must be a path but item 0 of `labeled` in .* has none"),
         (None, {"image_size": [24, 16, 16]}, r"`image_size`.* multiples of 16"),
-        (None, {"spacing": [4.0] * 3, "class_names": []}, "give logits|`class_names`|`num_classes`|output channels"),
+        (None, {"spacing": [4.0] * 3, "class_names": []}, "return logits|`class_names`|`num_classes`|output channels"),
     ],
-    ids=["labelled case without a label", "patch", "no class"],
+    ids=["labeled case without a label", "patch", "no class"],
 )
 def test_bad_input_is_one_clear_error_before_a_step(training_3d, data, spoil, change, message):
     if spoil:
@@ -394,13 +310,13 @@ def test_bad_input_is_one_clear_error_before_a_step(training_3d, data, spoil, ch
     assert run.history == []
 
 
-def test_more_slices_than_the_patch_has_is_said(training_3d):
+def test_more_slices_than_the_patch_has_is_an_error(training_3d):
     with pytest.raises(RuntimeError) as error:
         training_3d(sam_slices=17).run()
     assert "`slices` must be at most 16" in str(root_cause(error.value))
 
 
-def test_folder_of_no_known_form_says_what_was_looked_for(training_3d, tmp_path):
+def test_folder_of_unknown_form_is_an_error_that_lists_the_known_ones(training_3d, tmp_path):
     (tmp_path / "LA").mkdir()
     with pytest.raises(RuntimeError) as error:
         training_3d(dataset_dir=str(tmp_path / "LA")).run()

@@ -43,7 +43,7 @@ def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, t
     output, errors = done.communicate(timeout=300)
     assert done.returncode == 0, errors
     assert output.count("Preflight") == 1 and output.count("structure") == 1
-    assert "2, batch normalisation: each process's own" in output
+    assert "2, batch normalization: per process" in output
     assert "MultiViewNet, " in output  # and not the name of its wrapper
     assert output.count("Validation 1  ") == 1 and output.count("Report: ") == 1
     assert (tmp_path / "report.html").is_file() and len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
@@ -53,14 +53,14 @@ def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, t
 
 
 @pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_batch_normalisation_is_synchronised_by_a_key(configs, synchronised):
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_batch_normalization_is_synchronized_by_a_key(configs, synchronized):
     parser = ConfigParser()
     parser.read_config([str(configs / "train.json"), str(configs / "multi_gpu_train.json")])
-    parser.update({"sync_batchnorm": synchronised})
+    parser.update({"sync_batchnorm": synchronized})
     network = parser.get_parsed_content("network#module")
     norms = {type(module) for module in network.modules() if isinstance(module, _BatchNorm)}
-    assert norms == {SyncBatchNorm} if synchronised else SyncBatchNorm not in norms and norms
+    assert norms == {SyncBatchNorm} if synchronized else SyncBatchNorm not in norms and norms
     assert network.state_dict().keys() == parser.get_parsed_content("network_def").state_dict().keys()
 
 

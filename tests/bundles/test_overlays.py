@@ -1,4 +1,4 @@
-"""Method and network overlays over train.json: each trains with and without SAM, and its student goes on from there."""
+"""Method and network overlays over train.json: each trains with and without SAM, and its student can train on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_method_trains(request, build, method, use_sam):
         assert run["sam_optimizer"].state
 
 
-def test_floor_loads_and_sees_labelled_rows_only(training):
+def test_supervised_baseline_loads_and_sees_labeled_rows_only(training):
     options = {**QUICK, "use_sam": False, "unlabeled_batch_size": None}
     run = training(overlays=("network_plain.json", "supervised.json"), **options).run()
     assert len(run["train#unlabeled_dataset"]) == 0
@@ -88,7 +88,7 @@ def test_strong_images_differ_from_the_weak_ones_in_intensities_alone(training):
             assert torch.corrcoef(stacked)[0, 1] > 0.6  # another geometry would leave little of it
 
 
-def test_copy_paste_mixes_labelled_rows_first_and_brings_sam_no_pseudo_label(training):
+def test_copy_paste_mixes_labeled_rows_first_and_gives_sam_no_pseudo_label(training):
     options = {**QUICK, "max_iterations": 1, "epoch_length": 1}
     pretraining = {"pretraining_iterations": 1, "unlabeled_pixel_weight": 0}
     first = training(overlays=("network_plain.json", "bcp.json"), **options, **pretraining).run()

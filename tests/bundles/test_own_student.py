@@ -95,6 +95,5 @@ def test_sigmoid_student_of_one_channel_is_one_clear_error_before_training(train
         training(class_names=["left ventricle"], use_sam=use_sam, **options).run()
     message = str(root_cause(error.value))
     assert (
-        "`network_def` must give logits (1, 2, 32, 32)" in message
-        and "a network of one sigmoid channel to 2" in message
+        "`network_def` must return logits (1, 2, 32, 32)" in message and "2 instead of one sigmoid channel" in message
     )

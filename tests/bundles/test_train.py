@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ from monai.bundle import ConfigParser
 
 from knowsam_monai.errors import root_cause
 from knowsam_monai.networks import MultiViewNet
-from tests.bundles.conftest import CONFIGS, SMALL_STUDENT, Training
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, Training
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
@@ -31,9 +32,9 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def resolved(**override):
+def resolved(configs=CONFIGS, **override):
     parser = ConfigParser()
-    parser.read_config(str(CONFIGS / "train.json"))
+    parser.read_config(str(configs / "train.json"))
     parser.update(override)
     return parser.get_parsed_content
 
@@ -41,13 +42,15 @@ def resolved(**override):
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole_run(small_phantom, tmp_path_factory):
+@pytest.fixture(scope="module", params=[CONFIGS, CONFIGS_3D], ids=["knowsam_acdc", "knowsam_la"])
+def whole_run(request, tmp_path_factory):
     """Two epochs with everything, from the repository's root."""
+    data = request.getfixturevalue("small_phantom" if request.param == CONFIGS else "small_volumes")
     output_dir = tmp_path_factory.mktemp("whole") / "output"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return Training(output_dir, whole=True, dataset_dir=str(small_phantom), max_iterations=4).run()
+        options = {"configs": request.param, "dataset_dir": str(data), "max_iterations": 4}
+        return Training(output_dir, whole=True, **options).run()
 
 
 def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
@@ -60,8 +63,7 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
         "report.html",
         "run.json",
         "validation_cases.csv",
-        "validation_slices/1.png",
-        "validation_slices/2.png",
+        *(f"validation_slices/{i + 1}.png" for i in range(len(whole_run["validate#dataset"]))),
         "model.pt",
         "last_model_epoch=2.pt",
         "models/config.json",
@@ -87,7 +89,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_run_gives_back_signals_and_folder_to_a_process_that_goes_on(small_phantom, tmp_path, fails):
+def test_run_releases_signals_and_folder_if_the_process_continues(small_phantom, tmp_path, fails):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run = Training(tmp_path, whole=True, dataset_dir=str(small_phantom), max_iterations=4)
     if fails:
@@ -124,7 +126,7 @@ class EndedWithItsWorkers:
 
 @pytest.mark.parametrize("bundle", ["training", "training_3d"])
 @pytest.mark.parametrize("more", [[], [{"_target_": "StatsHandler", "output_transform": "$lambda output: None"}]])
-def test_run_whose_workers_a_signal_ended_saves_in_the_shipped_order_of_handlers(request, tmp_path, bundle, more):
+def test_run_whose_workers_were_ended_by_a_signal_saves_with_the_shipped_handlers(request, tmp_path, bundle, more):
     run = request.getfixturevalue(bundle)(whole=True, num_workers=1, max_iterations=4, epoch_length=4)
     run.workflow.parser["train#weak_augmentation#transforms"].append({"_target_": f"{__name__}.Slow"})
     run.workflow.parser["train#handlers"][0:0] = [*more, {"_target_": f"{__name__}.EndedWithItsWorkers"}]
@@ -133,29 +135,22 @@ def test_run_whose_workers_a_signal_ended_saves_in_the_shipped_order_of_handlers
     assert stop.value.code == 143 and (tmp_path / "output" / "resume_2.pt").exists()
 
 
-def test_folder_tells_what_ran_and_how_it_went(whole_run):
+def test_folder_records_what_ran_and_how_it_went(whole_run):
     config = json.loads((whole_run.output_dir / "config.json").read_text())
-    assert config["max_iterations"] == 4 and config["network_def"] == SMALL_STUDENT and config["lr"].startswith("$")
+    assert config["max_iterations"] == 4 and config["labeled_batch_size"] == 2 and config["lr"].startswith("$")
     (start,) = json.loads((whole_run.output_dir / "run.json").read_text())["starts"]
     assert start["seed"] == 0 and "torch" in start["versions"]
     page = (whole_run.output_dir / "report.html").read_text()
-    for title in (
-        "SAM loss",
-        "Distillation loss",
-        "Mutual loss",
-        "Mixing loss",
-        "Gate weight",
-        "best case",
-        "worst slice",
-    ):
+    slices = ("best case", "worst slice") if len(whole_run["validate#dataset"]) > 1 else ("largest slice",)
+    for title in ("SAM loss", "Distillation loss", "Mutual loss", "Mixing loss", "Gate weight", *slices):
         assert title in page
 
 
-@pytest.mark.parametrize("name", ["model.pt", "models/model.pt"])
+@pytest.mark.parametrize("name", ["model.pt", "models/model.pt", "last_model_epoch=2.pt"])
 def test_model_is_a_plain_state_dict_of_the_student_alone(whole_run, name):
     state = torch.load(whole_run.output_dir / name, weights_only=True)
-    student = MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8))
-    student.load_state_dict(state, strict=True)
+    assert isinstance(whole_run["network"], MultiViewNet)
+    copy.deepcopy(whole_run["network"]).load_state_dict(state, strict=True)
     assert type(state).__name__ in ("dict", "OrderedDict") and all(torch.is_tensor(v) for v in state.values())
 
 
@@ -186,6 +181,16 @@ def test_every_term_is_finite_and_both_networks_learn(whole_run):
     assert whole_run["optimizer"].state and whole_run["sam_optimizer"].state
 
 
+def test_last_validation_is_reported_beside_the_best(whole_run):
+    title, head = whole_run["validate#report"].table()[:2]
+    assert "the best of 2 validations" in title and head.endswith("student, last")
+
+
+def test_picture_shows_the_image_on_the_grid_of_truth_and_prediction(whole_run):
+    views = whole_run["validate#report"]._kept["views"]
+    assert all(view.image.shape == view.label.shape and view.image.std() > 0.1 for view in views)
+
+
 def test_mlflow_tracks_every_term_and_the_validation_under_the_run_s_name(training):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (pip install 'knowsam-monai[mlflow]')")
     run = training(whole=True, tracking="mlflow", max_iterations=4, run_name="a run").run()
@@ -203,13 +208,13 @@ def test_outputs_land_in_the_bundle_by_default(folder, monkeypatch):
     assert Path(get("ckpt_dir")).resolve() == BUNDLE / "models"
 
 
-def test_output_folder_tells_method_patients_and_seed_apart():
+def test_output_folder_names_method_patients_and_seed():
     get = resolved(dataset_dir="/data/ACDC", labeled_patients=3, seed=5, use_sam=False)
     assert os.path.basename(get("output_dir")) == "knowsam_without_sam_3_patients_seed5"
 
 
 @pytest.mark.parametrize("build", ["training", "training_3d"])
-def test_sam_teaches_on_labeled_rows_alone_where_there_are_no_others(build, request):
+def test_sam_teaches_on_labeled_rows_if_there_are_no_others(build, request):
     run = request.getfixturevalue(build)(unlabeled_batch_size=0, mixing_weight=0, distillation_gate="none").run()
     assert all(step["sam_loss"] > 0 and step["distillation_loss"] > 0 for step in run.history)
 
@@ -249,8 +254,10 @@ def test_soft_target_is_another_loss_than_hard(training):
     assert first["hard"]["entropy_loss"] == first["soft"]["entropy_loss"]
 
 
-def test_without_sam_nothing_of_it_is_built_and_no_checkpoint_is_looked_for(training):
-    run = training(max_iterations=1, use_sam=False, sam_variant="vit_b", sam_checkpoint="/nowhere/sam.pth").run()
+@pytest.mark.parametrize("build", ["training", "training_3d"])
+def test_without_sam_nothing_of_it_is_built_and_no_checkpoint_is_opened(build, request):
+    options = {"use_sam": False, "sam_variant": "vit_b", "sam_checkpoint": "/nowhere/sam.pth"}
+    run = request.getfixturevalue(build)(max_iterations=1, **options).run()
     assert [run[name] for name in ("teacher", "sam_optimizer", "sam_lr_scheduler", "distiller")] == [None] * 4
     assert [set(step) for step in run.history] == [{"loss", "mutual_loss", "entropy_loss", "mixing_loss"}]
 
@@ -303,7 +310,7 @@ def test_teacher_runs_every_second_iteration(training):
 # --- how it trains ----------------------------------------------------------------------------------------------------
 
 
-def test_both_optimisers_step_once_in_two_accumulated_iterations(training):
+def test_both_optimizers_step_once_in_two_accumulated_iterations(training):
     run = training(accumulation_steps=2, max_iterations=4).run()
     assert len(run.history) == 4
     steps = {int(state["step"]) for state in run["sam_optimizer"].state.values()}
@@ -343,7 +350,7 @@ def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_writ
     assert not [name for name in files(run.output_dir) if name.endswith(".pt")]
 
 
-def test_step_that_leaves_weights_that_are_not_finite_reaches_no_checkpoint_though_its_loss_is(training):
+def test_weights_that_are_not_finite_reach_no_checkpoint_even_if_the_loss_is_finite(training):
     run = training(whole=True, max_iterations=1, **{"optimizer#lr": float("inf")})
     with pytest.raises(RuntimeError) as error:
         run.run()
@@ -362,23 +369,23 @@ def test_preflight_stops_before_the_first_step_and_writes_no_file(training, capl
 # --- the published recipe ---------------------------------------------------------------------------------------------
 
 
-def test_data_set_brings_the_published_recipe(monkeypatch):
+ACDC_RECIPE = {
+    **{"image_size": 256, "labeled_batch_size": 12, "unlabeled_batch_size": 12, "num_classes": 4},
+    **{"max_iterations": 50000, "mixing_start": 12000, "lr": 0.01, "labeled_patients": 7, "sam_variant": "vit_b"},
+    **{"sam_checkpoint": "bundles/knowsam_acdc/models/sam_vit_b_01ec64.pth", "sam_trainable": "adapters"},
+    "sam_lr": 1e-4,
+}
+LA_RECIPE = {
+    **{"image_size": [112, 112, 80], "labeled_batch_size": 2, "unlabeled_batch_size": 2, "num_classes": 2},
+    **{"max_iterations": 6000, "lr": 0.01, "labeled_patients": 8, "sam_variant": "vit_b", "sam_slices": 8},
+    **{"momentum": 0.9, "weight_decay": 0.0001, "spacing": [0.625] * 3},
+}
+
+
+@pytest.mark.parametrize("configs, published", [(CONFIGS, ACDC_RECIPE), (CONFIGS_3D, LA_RECIPE)], ids=["acdc", "la"])
+def test_data_set_brings_the_published_recipe(monkeypatch, configs, published):
     monkeypatch.chdir(ROOT)
-    get = resolved(dataset_dir="/data/ACDC")
-    published = {
-        "image_size": 256,
-        "labeled_batch_size": 12,
-        "unlabeled_batch_size": 12,
-        "max_iterations": 50000,
-        "mixing_start": 12000,
-        "sam_variant": "vit_b",
-        "sam_checkpoint": "bundles/knowsam_acdc/models/sam_vit_b_01ec64.pth",
-        "sam_trainable": "adapters",
-        "sam_lr": 1e-4,
-        "lr": 0.01,
-        "num_classes": 4,
-        "labeled_patients": 7,
-    }
+    get = resolved(configs, dataset_dir="/data/set")
     assert {key: get(key) for key in published} == published
 
 

@@ -22,7 +22,7 @@ PUBLIC = {
     "runs.messages": ("explain_errors", "ignore_known_warnings"),
     "runs.prediction": ("predict_folder",),
     "runs.report": ("read_run", "write_report"),
-    "runs.run_record": ("open_log", "write_record"),
+    "runs.run_record": ("open_log",),
     "runs.comparison": ("configured", "digests", "other_data", "other_settings"),
     "runs.config_check": ("check_config", "expand_path"),
     "runs.finishing": ("finish_run",),

@@ -15,18 +15,18 @@ def test_folders_are_made_and_left_empty(tmp_path):
 
 def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"file.*cannot .*--output_dir"):
+    with pytest.raises(PermissionError, match=r"file.*is not .*--output_dir"):
         check_writable(output_dir=tmp_path / "file" / "output")
-    with pytest.raises(PermissionError, match="`ckpt_dir` must be a folder that can be written but .*--ckpt_dir"):
+    with pytest.raises(PermissionError, match="`ckpt_dir` must be a writable folder but .*--ckpt_dir"):
         check_writable(output_dir=tmp_path / "output", ckpt_dir=tmp_path / "file" / "models")
-    with pytest.raises(PermissionError, match="`output` must be a folder that can be written but .*--output "):
+    with pytest.raises(PermissionError, match="`output` must be a writable folder but .*--output "):
         check_writable(output=tmp_path / "file" / "output")
 
 
 def test_full_disk_is_seen_before_training(tmp_path):
     with (
         full_disk(1000),
-        pytest.raises(PermissionError, match=r"`output_dir` must be .* \(File too large\); name anot"),
+        pytest.raises(PermissionError, match=r"`output_dir` must be .* \(File too large\); choose anot"),
     ):
         check_writable(output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -53,16 +53,16 @@ class Pair(nn.Module):
         (
             nn.Conv2d(4, 3, 1),
             {},
-            r"take images of `in_channels` and `image_size`, \(1, 1, 8, 8\), but Conv2d does not: ",
+            r"accept images of `in_channels` and `image_size`, \(1, 1, 8, 8\), but Conv2d does not: ",
         ),
         (
             nn.Conv2d(1, 2, 1),
             {},
-            r"give logits \(1, 3, 8, 8\) .* but Conv2d gives \(1, 2, 8, 8\); set its output channels",
+            r"return logits \(1, 3, 8, 8\) .* but Conv2d returns \(1, 2, 8, 8\); set its output channels",
         ),
-        (nn.Conv2d(1, 1, 1), {}, "a network of one sigmoid channel to 2"),
-        (nn.Conv2d(1, 3, 3), {}, r"but Conv2d gives \(1, 3, 6, 6\)"),
-        (Pair(), {}, "but Pair gives a tuple"),
+        (nn.Conv2d(1, 1, 1), {}, "2 instead of one sigmoid channel"),
+        (nn.Conv2d(1, 3, 3), {}, r"but Conv2d returns \(1, 3, 6, 6\)"),
+        (Pair(), {}, "but Pair returns a tuple"),
     ],
 )
 def test_student_that_does_not_fit_the_config_is_one_clear_error(student, change, message):

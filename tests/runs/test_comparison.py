@@ -49,7 +49,7 @@ def test_default_that_is_given_is_the_same_and_a_change_is_named_with_both_value
     assert other_settings(before, settings(dataset_dir="/a", lr=0.1)) == ["`lr` must be 0.01 but is 0.1"]
     found = other_settings(before, settings(**{"train#weak_augmentation#transforms#1#prob": 0.1, "seed": 1}))
     assert "`seed` must be 0 but is 1" in found
-    assert any(one.startswith("`train#weak_augmentation#transforms#1#prob` must be") for one in found)
+    assert any(text.startswith("`train#weak_augmentation#transforms#1#prob` must be") for text in found)
     assert other_settings({"a": 1}, {"b": [1]}) == ["`a` must be 1 but is left out", "`b` must be left out but is [1]"]
 
 
@@ -61,7 +61,7 @@ def test_every_number_of_an_overlay_is_a_setting(settings, overlay):
     numbers = [key for key in own if "#" not in key and isinstance(before.get(key), (int, float))]
     assert len(numbers) >= 3
     for key in numbers:
-        assert any(f"`{key}`" in one for one in other_settings(before, settings(*overlays, **{key: 0.123})))
+        assert any(f"`{key}`" in text for text in other_settings(before, settings(*overlays, **{key: 0.123})))
 
 
 def test_weights_of_sam_are_compared_by_content_wherever_they_lie(settings, tmp_path):
@@ -86,6 +86,6 @@ def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
     changed = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "00")]}
     kept = digests(before)
     assert kept == {"labeled": ["07", "1e"]} and other_data(kept, moved) == []
-    assert other_data(kept, changed) == ["b/2.nii, or its label, must be as it was but has other content"]
+    assert other_data(kept, changed) == ["b/2.nii or its label must be unchanged but has different content"]
     assert other_data(kept, {"labeled": [("b/1.nii", "07")]}) == ["`labeled` must have 2 items but has 1"]
     assert other_data(None, moved) == other_data(kept, None) == [] and digests(None) is None

@@ -48,7 +48,7 @@ def started(bundle, names, **override):
     workflow = ConfigWorkflow(
         files(bundle, names), logging_file=False, meta_file=None, workflow_type="train", **override
     )
-    assert workflow.parser["initialize"][0] == "$config_check.check_config()"
+    assert workflow.parser["initialize"][0] == {"_target_": "knowsam_monai.runs.check_config"}
     workflow.parser["initialize"] = workflow.parser["initialize"][:1]
     workflow.initialize()
     return workflow.parser
@@ -90,7 +90,7 @@ def test_command_line_ends_with_the_sentence_and_exit_code_1(bundle, names, tmp_
 
 
 @pytest.mark.parametrize("word", [["--sam_checkpoint", "None"], ["--sam_checkpoint=None"]])
-def test_none_on_the_command_line_which_monai_would_leave_out_is_said(word, tmp_path):
+def test_none_on_the_command_line_which_monai_would_ignore_is_an_error(word, tmp_path):
     config = str(BUNDLES / "knowsam_acdc" / "configs" / "train.json")
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *word]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
@@ -168,15 +168,15 @@ def test_path_object_is_a_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, said",
+    "path, message",
     [
-        ("~nosuch/x", "begins with '~nosuch', the home folder of nobody here; .* ./~nosuch"),
-        ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH of /data/\$NO_SUCH/x is not"),
+        ("~nosuch/x", "begins with '~nosuch', and there is no such user; .* ./~nosuch"),
+        ("/data/$NO_SUCH/x", r"environment variables that are set but \$NO_SUCH in /data/\$NO_SUCH/x is not"),
         ("/data/${NO_SUCH}", r"environment variables that are set but \$\{NO_SUCH\}"),
     ],
 )
-def test_path_that_cannot_be_expanded_is_said(bundle, home, path, said):
-    with pytest.raises(ValueError, match=f"^`output_dir` must .*{said}"):
+def test_path_that_cannot_be_expanded_is_one_sentence(bundle, home, path, message):
+    with pytest.raises(ValueError, match=f"^`output_dir` must .*{message}"):
         expand_path(path, "output_dir")
     with pytest.raises(RuntimeError) as error:
         started(bundle, ("train",), output_dir=path)
@@ -195,6 +195,6 @@ def test_without_pydantic_paths_are_expanded_and_nothing_is_checked(home, monkey
     assert parser["output_dir"] == f"{home}/out"
 
 
-def test_check_outside_of_a_config_is_said():
+def test_check_outside_of_a_config_is_an_error():
     with pytest.raises(RuntimeError, match="`check_config` must be called by a config"):
         check_config()

@@ -74,7 +74,7 @@ def made(folder):
 
 
 @pytest.mark.parametrize("broken", PRODUCTS)
-def test_what_fails_is_one_sentence_and_keeps_nothing_else_from_being_made(training, broken, capsys, caplog):
+def test_failure_is_one_sentence_and_does_not_prevent_the_other_products(training, broken, capsys, caplog):
     folder, report = training
     if broken == "validation_slices":
         (folder / broken).write_text("a file where the folder belongs")
@@ -83,26 +83,28 @@ def test_what_fails_is_one_sentence_and_keeps_nothing_else_from_being_made(train
     finish_run(report, folder, folder / "models")
     assert read_record(folder / "models")["run"] == "run"
     assert set(made(folder)) >= set(PRODUCTS) - {broken}
-    (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert said.getMessage().startswith(f"{broken} could not be made (") and "\n" not in said.getMessage()
-    assert ("knowsam_monai report " if broken == "report.html" else shlex.join(sys.orig_argv)[:40]) in said.getMessage()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage().startswith(f"{broken} could not be written (") and "\n" not in record.getMessage()
+    assert (
+        "knowsam_monai report " if broken == "report.html" else shlex.join(sys.orig_argv)[:40]
+    ) in record.getMessage()
     log = (folder / "log.txt").read_text()
-    assert f"{broken} could not be made" in log and log.count("Traceback (most recent call last)") >= 1
+    assert f"{broken} could not be written" in log and log.count("Traceback (most recent call last)") >= 1
     assert "Traceback" not in caplog.text + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["model.pt", "config.json", "results.csv"])
-def test_student_that_cannot_be_published_is_an_error_after_all_else_was_made(training, missing, caplog):
+def test_student_that_cannot_be_published_is_an_error_after_everything_else_was_written(training, missing, caplog):
     folder, report = training
     (folder / missing).unlink()
-    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*start the same command"):
+    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*run the same command"):
         finish_run(report, folder, folder / "models")
     assert made(folder) == PRODUCTS and not (folder / "models" / "model.json").exists()
-    assert "the published student could not be made (FileNotFoundError" in caplog.text
+    assert "the published student could not be written (FileNotFoundError" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"epoch,val_mean_dice\n", b"\xff\x00\x9c" * 50, b""])
-def test_torn_table_of_validations_keeps_no_student_from_being_published(training, content, caplog):
+def test_damaged_table_of_validations_does_not_prevent_publishing_the_student(training, content, caplog):
     folder, report = training
     (folder / "results.csv").write_bytes(content)
     finish_run(report, folder, folder / "models")
@@ -119,7 +121,7 @@ def test_nothing_is_published_where_no_validation_has_run(training, caplog):
 @pytest.mark.parametrize("enabled, rank", [(False, 0), (True, 1)])
 def test_preflight_and_other_ranks_do_nothing(training, enabled, rank, monkeypatch):
     folder, report = training
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
     finish_run(report, folder, folder / "models", enabled)
     assert made(folder) == [] and not (folder / "models").exists()
 

@@ -41,7 +41,7 @@ def test_volume_too_shallow_for_a_right_gradient_is_an_error(kernel, size, is_ri
     image = torch.rand(1, 2, *size)
     inferer = AutocastInferer()
     if not is_right:
-        with pytest.raises(ValueError, match=r"`image_size` must leave `0`, a convolution of .* but leaves \("):
+        with pytest.raises(ValueError, match=r"`image_size` must give `0`, a convolution with .* but gives \("):
             inferer(image, network)
         with torch.no_grad():
             assert inferer(image, network).shape[2:] == size

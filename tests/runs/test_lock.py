@@ -30,7 +30,7 @@ def holder(tmp_path):
     process.join()
 
 
-def test_second_run_is_told_which_one_has_the_folder_until_that_is_killed(tmp_path, holder):
+def test_second_run_names_the_process_that_uses_the_folder_until_it_is_killed(tmp_path, holder):
     sentence = rf"{tmp_path}/run is in use by process {holder.pid} on \S+ since \d{{4}}-.* \(.*python.*\); wait"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=sentence):
@@ -60,5 +60,5 @@ def test_next_run_of_the_same_process_takes_over(tmp_path):
 
 @pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])
 def test_other_processes_and_a_preflight_lock_nothing(tmp_path, holder, monkeypatch, rank, enabled):
-    monkeypatch.setattr("ignite.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
     lock_folder(tmp_path / "run", enabled=enabled)

@@ -42,10 +42,10 @@ def test_mistake_is_a_sentence_without_traceback_which_the_log_has(tmp_path, opt
     command = [sys.executable, *options, "-c", SENTENCE, str(tmp_path / "log.txt")]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = result.stderr.strip().splitlines()
-    assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` must be a folder")
+    assert result.returncode == 1 and lines[-1].startswith("PermissionError: `output_dir` must be a writable folder")
     assert ("Traceback" in result.stderr) == shows_traceback and (len(lines) == 1) != shows_traceback
     log = (tmp_path / "log.txt").read_text()
-    assert log.startswith("`output_dir` must be a folder") and "Failed to evaluate" in log
+    assert log.startswith("`output_dir` must be a writable folder") and "Failed to evaluate" in log
 
 
 def test_known_warnings_are_left_out_and_others_are_not():
@@ -55,4 +55,4 @@ def test_known_warnings_are_left_out_and_others_are_not():
         warnings.warn("`torch.cuda.amp.GradScaler(args...)` is deprecated.", FutureWarning)
         warnings.warn("Detected call of `lr_scheduler.step()` before `optimizer.step()`.", UserWarning)
         warnings.warn("`torch.cuda.amp.autocast(args...)` is deprecated.", FutureWarning)
-    assert [str(one.message) for one in caught] == ["`torch.cuda.amp.autocast(args...)` is deprecated."]
+    assert [str(warning.message) for warning in caught] == ["`torch.cuda.amp.autocast(args...)` is deprecated."]

@@ -139,15 +139,15 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"run": "/nowhere"}, "`run` must be the `output_dir` of a training but /nowhere has no model.pt"),
         (
             {"overrides": {"image_sizes": "3"}},
-            "`image_sizes` must be a key of .*inference.json but is none; it has imports",
+            "`image_sizes` must be a key of .*inference.json but is not; its keys are imports",
         ),
-        ({"overrides": {"num_classes": "4"}}, "network of 4 classes but .*model.pt has 3"),
-        ({"device": "cuda:99"}, "`device` must be one of this machine but is 'cuda:99'"),
-        ({"device": "gpu"}, "`device` must be one of this machine but is 'gpu'"),
+        ({"overrides": {"num_classes": "4"}}, "network with 4 classes but .*model.pt has 3"),
+        ({"device": "cuda:99"}, "`device` must be a device of this machine, .* but is 'cuda:99'"),
+        ({"device": "gpu"}, "`device` must be a device of this machine, .* but is 'gpu'"),
         ({"image_pattern": "*.mha"}, "`dataset_dir` must contain files that match '\\*.mha'"),
-        ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file of .* weights but /nowhere.pt does not exist"),
-        ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file of .* weights but .*knowsam_acdc is a folder"),
-        ({"output": __file__}, "`output` must be a folder that can be written but .*; name another, as in --output "),
+        ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file with .* weights but /nowhere.pt does not exist"),
+        ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file with .* weights but .*knowsam_acdc is a folder"),
+        ({"output": __file__}, "`output` must be a writable folder but .*; choose another, such as --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
         ({"overrides": {"slices_per_batch": "0"}}, "`slices_per_batch` must be a whole number, 1 or more, .* but is 0"),
@@ -260,15 +260,15 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
     [
         (
             {"network_def": {**STUDENT, "channels": "@channels"}},
-            "`run` must be .*needs `channels`, which it does not have",
+            "`run` must be .*needs `channels`, which the bundle does not have",
         ),
         (
             {"network_def": {**STUDENT, "spatial_dims": 3}},
-            "`run` must be .*is in 3D and its own in 2D; name the bundle",
+            "`run` must be .*is 3D and the bundle's is 2D; choose the",
         ),
-        ({"image_size": "$1/0"}, "`image_size` of .*config.json cannot \\(division by zero\\)"),
-        ("{", "`run` must have a whole config but .*config.json is damaged \\("),
-        ("[]", "`run` must have a config of keys and values but .*config.json has none"),
+        ({"image_size": "$1/0"}, "`image_size` in .*config.json cannot be \\(division by zero\\)"),
+        ("{", "`run` must have an intact config but .*config.json is damaged \\("),
+        ("[]", "`run` must have a config of keys and values but .*config.json is not"),
     ],
 )
 def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, of_the_run, message):
@@ -284,7 +284,7 @@ def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, 
 def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "inference.json").write_text("{")
-    with pytest.raises(ValueError, match="`bundle` must have a whole config but .*inference.json is damaged"):
+    with pytest.raises(ValueError, match="`bundle` must have an intact config but .*inference.json is damaged"):
         predict_folder(scans, tmp_path, tmp_path / "out")
 
 
@@ -328,7 +328,7 @@ BROKEN = {
     "d": (with_nan, "has 3072 NaN"),
     "e": (with_nan_in_the_affine, "must be finite and invertible"),
     "f": (without_voxels, "it is empty or damaged"),
-    "g": (lambda path: in_place_of(path, lambda one: one.symlink_to("nowhere")), "No such file"),
+    "g": (lambda path: in_place_of(path, lambda file: file.symlink_to("nowhere")), "No such file"),
     "h": (lambda path: in_place_of(path, Path.mkdir), "is not: "),
     "i": (lambda path: in_place_of(path, os.mkfifo), "it is a pipe"),
     "j": (lambda path: (path.parents[1] / "out" / "j_seg.nii.gz").mkdir(parents=True), "Is a directory"),
@@ -348,7 +348,7 @@ def mixed(scans, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["knowsam_acdc", "knowsam_la"])
-def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mixed, tmp_path, capsys, name):
+def test_scans_that_cannot_be_segmented_are_listed_and_all_others_are_segmented(mixed, tmp_path, capsys, name):
     bundle, options = BUNDLE.with_name(name), {"device": "cpu"}
     if name == "knowsam_la":
         options["overrides"] = {"window_overlap": "0.25"}
@@ -356,7 +356,7 @@ def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mix
         predict_folder(mixed, bundle, tmp_path / "out", **options)
     assert capsys.readouterr().err.endswith("\n")  # of the bar, before the error
     first, *lines = str(error.value).splitlines()
-    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not; ")
+    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not be; ")
     assert len(lines) == len(BROKEN)
     for (broken, (_, reason)), line in zip(BROKEN.items(), lines):
         assert str(mixed / f"{broken}.nii.gz") in line and reason in line
@@ -370,11 +370,11 @@ def test_scans_that_cannot_be_segmented_are_listed_and_the_rest_is_segmented(mix
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
     for name in "az":
         (mixed / f"{name}.nii.gz").unlink()
-    with pytest.raises(ValueError, match="but 9 of 9 could not; "):
+    with pytest.raises(ValueError, match="but 9 of 9 could not be; "):
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
 
 
-def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
+def test_error_in_the_bundle_is_not_blamed_on_the_images(scans, run, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(BUNDLE / "configs", bundle / "configs")
     config = json.loads((bundle / "configs" / "inference.json").read_text())
@@ -384,7 +384,7 @@ def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
         predict_folder(scans, bundle, tmp_path / "out", run=run, device="cpu")
 
 
-def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_phantom(scans, run, tmp_path, caplog):
+def test_phantom_student_is_warned_about_if_the_scans_are_not_a_phantom(scans, run, tmp_path, caplog):
     student = tmp_path / "models"
     shutil.copytree(run, student)
     hashes = {name: hashlib.sha256((student / name).read_bytes()).hexdigest() for name in ("model.pt", "config.json")}
@@ -398,4 +398,4 @@ def test_phantom_student_is_warned_of_once_there_are_scans_that_are_none_of_a_ph
     assert "its_run" not in caplog.text
     shutil.copy(scans / "phantom001_ED.nii.gz", tmp_path / "scans")
     predict_folder(tmp_path / "scans", BUNDLE, tmp_path / "out", run=student, device="cpu")
-    assert "of the run its_run" in caplog.text and "--ckpt_path FILE" in caplog.text and "--run FOLDER" in caplog.text
+    assert "from the run its_run" in caplog.text and "--ckpt_path FILE" in caplog.text and "--run FOLDER" in caplog.text

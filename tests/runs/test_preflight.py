@@ -86,7 +86,7 @@ def test_report_says_what_the_run_is(caplog):
         run(True)
     text = caplog.text
     for fact in (
-        "6 labelled, 60 unlabelled",
+        "6 labeled, 60 unlabeled",
         "60 of 60 parameters train",
         "NOT pretrained",
         "3 of ",

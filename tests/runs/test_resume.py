@@ -189,7 +189,7 @@ def test_signal_in_the_last_step_of_an_epoch_leaves_no_validation_out(tmp_path):
     assert run(resumed) and same_bits(student, expected)
 
 
-def test_run_stops_between_two_steps_of_the_optimiser_when_gradients_are_accumulated(tmp_path):
+def test_run_stops_between_two_steps_of_the_optimizer_when_gradients_are_accumulated(tmp_path):
     settings = {"epoch_length": 5, "accumulation_steps": 2, "epochs": 2}
     whole, expected, _ = training(tmp_path / "whole", **settings)
     assert run(whole)
@@ -292,7 +292,7 @@ def test_two_files_are_kept_and_a_torn_one_falls_back_to_the_one_before(tmp_path
 
     resumed.add_event_handler(Events.ITERATION_STARTED, lambda e: seen.append(e.state.iteration))
     assert run(resumed) and seen == [5, 6]
-    assert "resume_6.pt must be a whole checkpoint but is not" in caplog.text
+    assert "resume_6.pt: it " in caplog.text
     for ours, theirs in zip(student.parameters(), expected.parameters()):
         assert torch.equal(ours, theirs)
 
@@ -324,9 +324,9 @@ def test_other_settings_and_data_are_refused_by_name_and_nothing_is_deleted(tmp_
     with pytest.raises(ValueError) as error:
         trainer.run()
     assert re.fullmatch(
-        r"`seed` must be 0 but is 1, `sizes` must be \[1, 1, .*\.\.\. but is \[2, 2, .*\.\.\., /moved/b.nii, or its "
-        r"label, must be as it was but has other content, to go on from .*resume_6.pt; name another --output_dir, or "
-        r"begin anew with --resume False, which puts this run in the place of that one\.",
+        r"This run differs from the one in .*/resume_6.pt: `seed` must be 0 but is 1, `sizes` must be "
+        r"\[1, 1, .*\.\.\. but is \[2, 2, .*\.\.\., /moved/b.nii or its label must be unchanged but has different "
+        r"content; choose another --output_dir, or start over with --resume False, which replaces that run\.",
         str(error.value),
     )
     assert sorted(tmp_path.iterdir()) == before
@@ -340,19 +340,22 @@ def test_what_is_not_known_of_either_start_is_not_compared(tmp_path, settings):
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1], "text", {}, None])
-def test_file_of_something_else_is_passed_over_for_the_one_before(tmp_path, caplog, content):
+def test_file_of_something_else_is_skipped_for_the_previous_one(tmp_path, caplog, content):
     trainer, expected, handler = training(tmp_path)
     assert run(trainer)
     torch.save(content, tmp_path / "resume_6.pt")
     resumed, student, _ = training(tmp_path)
     assert run(resumed) and same_bits(student, expected)
-    assert "resume_6.pt must be a whole checkpoint but is not: it holds something else" in caplog.text
-    assert "Going on from" in caplog.text and [f.name for f in handler.files()] == ["resume_6.pt", "resume_4.pt"]
+    assert "resume_6.pt: it holds something else" in caplog.text
+    assert "Resuming from" in caplog.text and [f.name for f in handler.files()] == ["resume_6.pt", "resume_4.pt"]
 
 
 SPOILED = {
-    "object is missing": (lambda state: state.pop("network"), "lacks `network`, as one of other objects"),
-    "of another version": (lambda state: [state.pop("settings"), state.pop("data")], "lacks `data`, `settings`, as"),
+    "object is missing": (lambda state: state.pop("network"), "lacks `network`: it was written for other objects"),
+    "of another version": (
+        lambda state: [state.pop("settings"), state.pop("data")],
+        "lacks `data`, `settings`: it was",
+    ),
     "other shapes": (
         lambda state: state["network"].update({"first.bias": torch.zeros(9)}),
         "RuntimeError: Error.*bias",
@@ -370,7 +373,7 @@ def test_file_of_other_objects_is_one_sentence_and_stays(tmp_path, name):
     spoil(state)
     torch.save(state, tmp_path / "resume_6.pt")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; name another --output_dir") as error:
+    with pytest.raises(ValueError, match=rf"^.*resume_6.pt must .*{reason}.*; choose another --output_dir") as error:
         training(tmp_path)[0].run()
     assert "\n" not in str(error.value) and {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -386,7 +389,7 @@ def test_flipped_bytes_in_a_file_are_found_and_the_one_before_is_taken(tmp_path,
     assert run(resumed) and same_bits(student, expected) and "is damaged: its checksum" in caplog.text
 
 
-def test_run_that_begins_anew_below_torn_files_keeps_its_own(tmp_path):
+def test_run_that_starts_over_beside_damaged_files_keeps_its_own(tmp_path):
     for number in (90, 80):
         (tmp_path / f"resume_{number}.pt").write_bytes(b"torn")
     broken, _, handler = training(tmp_path, stop_after=4)
@@ -406,8 +409,8 @@ def test_file_that_cannot_be_written_is_one_sentence_that_says_how_to_go_on(tmp_
     with pytest.raises(RuntimeError) as error:
         trainer.run()
     assert str(error.value) == (
-        f"`output_dir` must be readable and have room but {missing} cannot be read or written (No such file or "
-        "directory); see to it and give the same command: it goes on from resume_2.pt."
+        f"`output_dir` must be readable and have free space but {missing} cannot be read or written (No such file or "
+        "directory); fix this and run the same command: it resumes from resume_2.pt."
     )
 
 
@@ -450,7 +453,7 @@ def test_file_that_would_run_code_is_not_run(tmp_path, caplog):
 
     (tmp_path / "resume_4.pt").write_bytes(pickle.dumps(Evil()))
     assert run(training(tmp_path)[0])
-    assert not (tmp_path / "ran").exists() and "resume_4.pt must be a whole checkpoint" in caplog.text
+    assert not (tmp_path / "ran").exists() and "resume_4.pt: it " in caplog.text
 
 
 def test_nothing_is_written_when_it_only_reads(tmp_path):
@@ -459,14 +462,14 @@ def test_nothing_is_written_when_it_only_reads(tmp_path):
     assert copy.copy(handler.objects).keys() == {"network", "optimizer"}
 
 
-def test_signal_that_comes_while_processes_ask_each_other_is_kept_for_the_next_time(monkeypatch, tmp_path):
+def test_signal_that_arrives_while_processes_agree_is_kept_for_the_next_time(monkeypatch, tmp_path):
     resume = Resume({"network": torch.nn.Linear(1, 1)}, output_dir=tmp_path)
 
     def signal_comes_meanwhile(value, op):
         resume.signals.received = signal.SIGTERM
         return value
 
-    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("knowsam_monai.ranks.world_size", lambda: 2)
     monkeypatch.setattr("ignite.distributed.all_reduce", signal_comes_meanwhile)
-    assert not resume._asked_to_stop() and resume.signals.received == signal.SIGTERM
-    assert resume._asked_to_stop()
+    assert not resume._must_stop() and resume.signals.received == signal.SIGTERM
+    assert resume._must_stop()

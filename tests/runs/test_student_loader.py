@@ -55,12 +55,12 @@ def wrong_files(folder):
         "other": (
             lambda p: torch.save(nn.Conv2d(1, 4, 1).state_dict(), p),
             small(),
-            "weights of MultiViewNet but .*other.pt is of another network: .* weights missing .*2 weights unknown",
+            "weights of MultiViewNet but .*other.pt belongs to another network: .* weights missing .*2 weights unknown",
         ),
         "classes": (
             lambda p: torch.save(small(out_channels=3).state_dict(), p),
             small(),
-            "weights of a network of 4 classes but .*classes.pt has 3",
+            "weights of a network with 4 classes but .*classes.pt has 3",
         ),
         "wider": (lambda p: torch.save(small(channels=[8] * 5).state_dict(), p), small(), "has shape .*`network_def`"),
         "channels": (lambda p: torch.save(small(in_channels=2).state_dict(), p), small(), "has shape .*`network_def`"),

@@ -64,7 +64,7 @@ def test_whole_rows_of_a_torn_file_stay(tmp_path, caplog, torn):
     (tmp_path / "results.csv").write_text(torn, newline="")
     validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[3])
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "3"]
-    assert "results.csv is torn or another's" in caplog.text
+    assert "results.csv is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"name,age\nA,5\n", b"\x00" * 40])

@@ -37,7 +37,7 @@ def validate(report, *validations):
     engine = Engine(lambda engine, output: output)
     report.attach(engine)
     for items in validations:
-        engine.run([[one] for one in items])
+        engine.run([[output] for output in items])
     return report
 
 
@@ -107,8 +107,8 @@ def test_pictures_cases_and_table_are_written_and_only_they(tmp_path, caplog):
         width, height = picture.size
         pixels = np.asarray(picture.convert("RGB"))
     assert 900 < width < 1300 and height > width * 0.9
-    colours = {tuple(c) for c in pixels.reshape(-1, 3)}
-    assert {(0xF0, 0xE4, 0x42), (0x56, 0xB4, 0xE9)} <= colours
+    colors = {tuple(c) for c in pixels.reshape(-1, 3)}
+    assert {(0xF0, 0xE4, 0x42), (0x56, 0xB4, 0xE9)} <= colors
     assert "right ventricle" in caplog.text and "/private" not in caplog.text
 
 
@@ -149,7 +149,7 @@ def test_report_that_is_loaded_writes_the_same_and_an_absent_structure_is_no_bro
     assert "a,student,1.0000,,1.0000" in (tmp_path / "first" / "validation_cases.csv").read_text()
 
 
-def test_without_a_validation_nothing_is_written_and_that_is_said(tmp_path, caplog):
+def test_without_a_validation_nothing_is_written_and_a_warning_says_so(tmp_path, caplog):
     assert ValidationReport(tmp_path / "new", NAMES).write() is None
     assert "No validation has run" in caplog.text and not (tmp_path / "new").exists()
 

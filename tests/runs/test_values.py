@@ -1,4 +1,4 @@
-"""Settings of both bundles: what is wrong is said in a sentence, what is right in another form is turned into it."""
+"""Settings of both bundles: an invalid value is one sentence, a valid one in another form is converted."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ WRONG = [
     (TRAIN, "distillation_gate", "validaton", "did you mean 'validation'?"),
     *((TRAIN, "distillation_gate_tolerance", value, "above 0") for value in (0, -0.1)),
     *((TRAIN, "prompt_view", value, "the number of a view") for value in (-1, 0.5, "fused")),
-    *((TRAIN, "taught_views", value, "a list of numbers of views") for value in ([], [1, 1], [-1], 1, ["vnet"])),
+    *((TRAIN, "taught_views", value, "a list of view numbers") for value in ([], [1, 1], [-1], 1, ["vnet"])),
     *((TRAIN, "taught_rows", value, "one of 'all', 'unlabeled'") for value in ("labeled", [0])),
     (TRAIN, "taught_rows", "unlabelled", "did you mean 'unlabeled'?"),
     *((overlay("mean_teacher"), "ema_decay", value, "below 1") for value in (1, -0.1, "slow")),
@@ -173,12 +173,14 @@ CASES = [(bundle, *case) for bundle in (ACDC, LA) for case in WRONG]
 CASES += [(ACDC, *case) for case in WRONG_OF_SLICES] + [(LA, *case) for case in WRONG_OF_VOLUMES]
 
 
-@pytest.mark.parametrize("bundle, names, key, value, said", CASES)
-def test_wrong_value_is_one_sentence_with_the_key(bundle, names, key, value, said):
+@pytest.mark.parametrize("bundle, names, key, value, message", CASES)
+def test_wrong_value_is_one_sentence_with_the_key(bundle, names, key, value, message):
     with pytest.raises(ValueError) as error:
         check_values(merged(bundle, names, **{key: value}))
     sentence = str(error.value)
-    assert re.fullmatch(rf"`{key}` must be [^\n]+ but is [^\n]+; [^\n]+[.?]", sentence) and said in sentence, sentence
+    assert (
+        re.fullmatch(rf"`{key}` must be [^\n]+ but is [^\n]+; [^\n]+[.?]", sentence) and message in sentence
+    ), sentence
 
 
 TWO_EPOCHS = {"max_iterations": 8, "epoch_length": 4, "mixing_start": 0}
@@ -186,7 +188,11 @@ CONTRADICTIONS = [
     (TRAIN, {**TWO_EPOCHS, "epoch_length": 9}, "`epoch_length` must be at most 8"),
     (TRAIN, {**TWO_EPOCHS, "val_interval": 3}, "`val_interval` must be 1 to 2"),
     (TRAIN, {**TWO_EPOCHS, "accumulation_steps": 5}, "`accumulation_steps` must be at most 4"),
-    (TRAIN, {**TWO_EPOCHS, "max_iterations": 9, "accumulation_steps": 2}, "`max_iterations` must end with a step"),
+    (
+        TRAIN,
+        {**TWO_EPOCHS, "max_iterations": 9, "accumulation_steps": 2},
+        "`max_iterations` must end with an optimizer step",
+    ),
     (TRAIN, {**TWO_EPOCHS, "mixing_start": 8}, "`mixing_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "distillation_start": 100}, "`distillation_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "distillation_every": 9}, "`distillation_every` must be at most 8"),
@@ -208,14 +214,14 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize("bundle", [ACDC, LA])
-@pytest.mark.parametrize("names, override, said", CONTRADICTIONS)
-def test_settings_that_do_not_fit_together_are_said(bundle, names, override, said):
+@pytest.mark.parametrize("names, override, message", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_named(bundle, names, override, message):
     with pytest.raises(ValueError) as error:
         check_values(merged(bundle, names, **override))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_cache_folder_of_an_encoder_that_is_not_cached_is_said():
+def test_cache_folder_without_a_cached_encoder_is_an_error():
     with pytest.raises(ValueError, match="`sam_cache_dir` must be left out .*; add --sam_encoder cached"):
         check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache"))
     assert check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache", sam_encoder="cached")) == {}
@@ -237,20 +243,20 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("bundle", [ACDC, LA])
-@pytest.mark.parametrize("names, key, said", UNKNOWN)
-def test_key_that_nothing_knows_is_said(bundle, names, key, said):
+@pytest.mark.parametrize("names, key, message", UNKNOWN)
+def test_unknown_key_is_an_error(bundle, names, key, message):
     with pytest.raises(ValueError) as error:
         check_values(merged(bundle, names, **{key: 1}))
-    assert re.match(rf"`{key}` must be [^\n]+$", str(error.value)) and said in str(error.value)
+    assert re.match(rf"`{key}` must be [^\n]+$", str(error.value)) and message in str(error.value)
 
 
 @pytest.mark.parametrize("bundle, key", [(ACDC, "spacing"), (LA, "augmentation_shift")])
-def test_key_of_the_other_bundle_is_said(bundle, key):
-    with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is none"):
+def test_key_of_the_other_bundle_is_an_error(bundle, key):
+    with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is not"):
         check_values(merged(bundle, TRAIN, **{key: 1}))
 
 
-def test_all_mistakes_of_a_start_are_said_together():
+def test_all_mistakes_are_reported_together():
     with pytest.raises(ValueError) as error:
         check_values(merged(ACDC, TRAIN, lr=0, use_sam="false", labeld_patients=3))
     lines = str(error.value).splitlines()
@@ -258,15 +264,15 @@ def test_all_mistakes_of_a_start_are_said_together():
 
 
 @pytest.mark.parametrize(
-    "key, value, said",
+    "key, value, message",
     [
-        ("lr", "@lrr", "`lr` must refer to keys of this config but refers to `@lrr`, which is none; did you mean `@lr"),
-        ("lr", "$0.01 *", r"`lr` must be an expression that can be evaluated but '\$0.01 \*' cannot"),
-        ("output_dir", "$NO_SUCH/run", "`output_dir` must be an expression that can be evaluated"),
+        ("lr", "@lrr", "`lr` must refer to keys of this config but refers to `@lrr`, which is not; did you mean `@lr"),
+        ("lr", "$0.01 *", r"`lr` must be a valid expression but is '\$0.01 \*'"),
+        ("output_dir", "$NO_SUCH/run", "`output_dir` must be a valid expression"),
     ],
 )
-def test_expression_that_fails_is_said_by_its_key_alone(key, value, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_only_the_key_of_a_failing_expression_is_reported(key, value, message):
+    with pytest.raises(ValueError, match=message) as error:
         check_values(merged(ACDC, TRAIN, **{key: value}))
     assert len(str(error.value).splitlines()) == 1
 

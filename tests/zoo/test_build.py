@@ -89,7 +89,7 @@ def test_zip_knows_that_its_student_is_of_the_phantom(hosted, caplog):
     record = json.loads((hosted.root / "models" / "model.json").read_text())
     assert record["run"] == RUN and set(record["sha256"]) == {"model.pt"}  # a run's config would name its paths
     warn_of_phantom(hosted.root / "models" / "model.pt", "/data/scans")
-    assert f"of the run {RUN}, trained on the synthetic phantom" in caplog.text
+    assert f"comes from the run {RUN}, which was trained on the synthetic phantom" in caplog.text
     assert "warn_of_phantom" in (hosted.root / "configs" / "inference.json").read_text()
     with pytest.raises(ValueError, match="is from a zip; build the zip where the student was trained"):
         build(hosted.root, hosted.root.parent)

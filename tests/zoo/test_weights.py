@@ -46,13 +46,15 @@ def test_missing_weights_name_the_command_that_trains(bundle):
 
 
 def test_weights_of_another_network_are_refused(bundle):
-    with pytest.raises(ValueError, match="must hold the weights of MultiViewNet but .*model.pt is of another network"):
+    with pytest.raises(
+        ValueError, match="must hold the weights of MultiViewNet but .*model.pt belongs to another network"
+    ):
         find_training(bundle)
 
 
 def test_weights_that_no_run_wrote_are_refused(bundle):
     torch.save({"weight": torch.ones(1)}, bundle / "models" / "model.pt")
-    with pytest.raises(ValueError, match="model.pt must have beside it the model.json and config.json of the run"):
+    with pytest.raises(ValueError, match="model.pt must be next to the model.json and config.json of the run"):
         find_training(bundle)
 
 
@@ -88,7 +90,9 @@ def test_what_the_student_was_trained_on_is_its_data_whatever_the_run_is_called(
         warn_of_phantom(tmp_path / "models" / "model.pt", tmp_path / "made" / scans)
     assert not caplog.messages
     warn_of_phantom(tmp_path / "models" / "model.pt", "scans")
-    warned = [f"is of the run {name}, trained on the synthetic phantom" in text for text in caplog.messages]
+    warned = [
+        f"comes from the run {name}, which was trained on the synthetic phantom" in text for text in caplog.messages
+    ]
     assert warned == [True] * (trained_on == PHANTOM)
 
 
@@ -111,7 +115,7 @@ def test_run_in_the_folder_of_the_weights_leaves_its_record_there(tmp_path):
 def test_broken_record_is_one_sentence(tmp_path, content):
     publish_student(run_of_one_weight(tmp_path / RUN), tmp_path / "models")
     (tmp_path / "models" / "model.json").write_text(content)
-    with pytest.raises(ValueError, match="but has none or another's; copy all three"):
+    with pytest.raises(ValueError, match="but they are missing or belong to another run; copy all three"):
         read_record(tmp_path / "models")
 
 

@@ -1,4 +1,4 @@
-"""A run's folder as one HTML page: what ran, how it learned, where it is good and where not."""
+"""One HTML page about a run: what ran, how it learned, and where the student is good or bad."""
 
 from .page import write_report
 from .run_folder import RunFolder, SliceImage, read_run

@@ -1,4 +1,4 @@
-"""Charts as SVG whose colours are those of the page around them, light or dark."""
+"""Charts as SVG that use the colors of the page around them, light or dark."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from knowsam_monai.texts import shortened
 
 __all__ = ["NUM_SERIES", "Line", "case_chart", "line_chart"]
 
-NUM_SERIES = 6  # colours of the page's style
-# matplotlib knows no CSS variables: these colours are drawn with and then replaced
+NUM_SERIES = 6  # colors of the page's style
+# matplotlib does not know CSS variables: it draws with these colors, which are then replaced
 _TEXT, _GRID = "#0a0b0c", "#0a0b0d"
 _SERIES = [f"#0a0c{i:02x}" for i in range(NUM_SERIES)]
 _STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name of a case may have two dollars
+    "text.parse_math": False,  # a case's name may contain two dollar signs
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _GRID,
@@ -44,8 +44,8 @@ class Line(NamedTuple):
     Args:
         x: positions.
         y: values.
-        series: which of the page's colours.
-        dashed: a teacher's beside its student's.
+        series: index of the page's color.
+        dashed: for a teacher, next to its student.
     """
 
     x: Sequence[float]
@@ -56,12 +56,12 @@ class Line(NamedTuple):
 
 def line_chart(lines: Sequence[Line], x_label: str, unit_interval: bool = False) -> str:
     """
-    Curves over iterations or validations. A long one is drawn faint, with its running mean over it.
+    Curves over iterations or validations. Long curves are drawn faint, with their running mean on top.
 
     Args:
         lines: drawn in this order.
-        x_label: below the axis.
-        unit_interval: the y axis is 0 to 1 (Dice, a gate).
+        x_label: label of the x axis.
+        unit_interval: whether the y axis is 0 to 1 (Dice, a gate).
     """
 
     def draw(axis: Any) -> None:
@@ -82,12 +82,12 @@ def line_chart(lines: Sequence[Line], x_label: str, unit_interval: bool = False)
 
 def case_chart(names: Sequence[str], models: Sequence[Sequence[float]], series: Sequence[int] = (0, 1)) -> str:
     """
-    Dice of each case, one line a case: the first model's as a dot, the second's as a ring.
+    Dice of each case, one line per case: a dot for the first model, a ring for the second.
 
     Args:
-        names: of the cases, the first at the top.
-        models: Dice of each case by model, nan where there is none.
-        series: which of the page's colours each model has.
+        names: names of the cases, from top to bottom.
+        models: for each model, the Dice of each case; nan if there is none.
+        series: index of each model's color in the page.
     """
 
     def draw(axis: Any) -> None:
@@ -107,13 +107,13 @@ def case_chart(names: Sequence[str], models: Sequence[Sequence[float]], series: 
 
 
 def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """Mean over a centred window that is cut off at the ends."""
+    """Mean over a centered window that is cut off at the ends."""
     kernel, padded = np.ones(2 * (width // 2) + 1), np.asarray(values, dtype=float)
     return np.convolve(padded, kernel, "same") / np.convolve(np.ones(len(padded)), kernel, "same")
 
 
 def _svg(draw: Any, height: float) -> str:
-    """A chart of 3.8 inches, which is about a phone's width, so that its text keeps its size there."""
+    """A chart 3.8 inches wide, about a phone's width, so that its text stays readable there."""
     import matplotlib
     from matplotlib.figure import Figure
 

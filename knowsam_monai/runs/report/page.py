@@ -27,21 +27,22 @@ LABELED_DICE = ("student_labeled_dice", "teacher_labeled_dice")
 
 def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None = None) -> Path | None:
     """
-    Write one HTML page about a run, or about several side by side.
+    Write one HTML page about a run, or about several runs side by side.
 
-    The page holds everything it shows: it opens offline, in light and dark, on a phone. It has slices of the
-    validation's images in it: share it as you would share these.
+    The page is self-contained: it opens offline, in light and dark mode, and on a phone. It contains slices of the
+    validation images, so share it only as you would share these images.
 
     Args:
         folders: `output_dir` of each run, finished or not.
-        output: the file; default: ``report.html`` in the run's folder, of several runs in the working directory.
+        output: the file; by default ``report.html`` in the run's folder, or in the working directory for several runs.
 
     Returns:
-        The file's path; None under several processes on all but the first, which alone writes.
+        The file's path; None in all but the first of several processes, which alone writes.
 
     Raises:
-        FileNotFoundError: when a folder is none of a run.
-        ValueError: when no folder is given, or more than there are colours, or a file in one is broken.
+        FileNotFoundError: if a folder is not a run's folder.
+        PermissionError: if the file cannot be written.
+        ValueError: if no folder is given, or more than there are colors, or a file in one is damaged.
 
     Example:
         >>> write_report("output/knowsam_phantom_seed0")     # doctest: +SKIP
@@ -49,7 +50,7 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
     if ranks.rank() > 0:
         return None
     if not 1 <= len(folders) <= NUM_SERIES:
-        raise KnowSAMValueError(f"`folders` must be 1 to {NUM_SERIES} runs' folders but are {len(folders)}.")
+        raise KnowSAMValueError(f"`folders` must be 1 to {NUM_SERIES} folders of runs but has {len(folders)}.")
     runs = [read_run(folder) for folder in folders]
     path = Path(output) if output else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     page = render(runs).encode("utf-8", "replace")
@@ -57,7 +58,7 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
         write_whole(path, lambda file: file.write(page))
     except OSError as error:
         raise KnowSAMPermissionError(
-            f"`output` must be a file that can be written but {path} cannot ({error.strerror})."
+            f"`output` must be writable but {path} is not ({error.strerror}); choose another file."
         ) from error
     logger.info("Report: %s", path)
     return path
@@ -81,14 +82,14 @@ def render(runs: Sequence[RunFolder]) -> str:
         dice_charts=list(_dice_charts(runs)),
         term_charts=list(_term_charts(runs)),
         cases=[_cases(run, _series(index, len(runs))) for index, run in enumerate(runs)],
-        slices=[[(_data_url(s.png), s) for s in run.slices] for run in runs],
+        slices=[[(base64.b64encode(image.png).decode(), image) for image in run.slices] for run in runs],
         structure_colors=COLORS,
         configs=[json.dumps(run.config, indent=2) if run.config else "" for run in runs],
     )
 
 
 def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the upper table: what it is, and for each run its value in the validation that was kept."""
+    """Rows of the upper table: a name, and for each run the value in the kept validation."""
     best = [_best(run) for run in runs]
     structures = _structures(runs)
     columns = [("Student, mean Dice", STUDENT), *((name, f"{STUDENT}/{name}") for name in structures)]
@@ -121,7 +122,7 @@ def _best(run: RunFolder) -> dict[str, float]:
 
 
 def _structures(runs: Sequence[RunFolder]) -> list[str]:
-    """Those of all runs, or none where a single one is the mean itself."""
+    """The structures of all runs; empty if there is only one, which equals the mean."""
     structures = list(dict.fromkeys(name for run in runs for name in run.structures))
     return structures if len(structures) > 1 else []
 
@@ -137,7 +138,7 @@ def _dice_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
 
 
 def _term_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
-    """The loss first, then its terms, the gate, and whatever else was logged."""
+    """The loss first, then its terms, then everything else that was logged."""
     names = sorted(
         {name for run in runs for name in run.terms if name not in LABELED_DICE},
         key=lambda name: (name != "loss", not name.endswith("loss"), name),
@@ -148,11 +149,11 @@ def _term_charts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, str]]:
     empty: tuple[list, list] = ([], [])
     lines = _pairs(runs, [tuple(run.terms.get(name, empty) for name in LABELED_DICE) for run in runs])
     if lines:
-        yield "Dice on the labelled rows of a step", line_chart(lines, "iteration", unit_interval=True)
+        yield "Dice on the labeled rows of a step", line_chart(lines, "iteration", unit_interval=True)
 
 
 def _pairs(runs: Sequence[RunFolder], curves: Sequence[Sequence[Any]]) -> list[Line]:
-    """Student and teacher of each run, solid and dashed."""
+    """A solid line for the student and a dashed one for the teacher of each run."""
     lines = []
     for run, pair in enumerate(curves):
         for (x, y), series, is_teacher in zip(pair, _series(run, len(runs)), (False, True)):
@@ -162,12 +163,12 @@ def _pairs(runs: Sequence[RunFolder], curves: Sequence[Sequence[Any]]) -> list[L
 
 
 def _series(run: int, num_runs: int) -> tuple[int, int]:
-    """Colours of student and teacher: two in a single run, one in each of several."""
+    """Colors of student and teacher: two for a single run, one per run for several."""
     return (run, run) if num_runs > 1 else (0, 1)
 
 
 def _cases(run: RunFolder, series: tuple[int, int]) -> dict[str, Any]:
-    """Chart and table of the cases, the best student's first."""
+    """Chart and table of the cases, from the best student's Dice to the worst."""
     models = list(dict.fromkeys(row["model"] for row in run.cases))
     if not models:
         return {}
@@ -188,7 +189,7 @@ def _cases(run: RunFolder, series: tuple[int, int]) -> dict[str, Any]:
 
 
 def _differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
-    """What the configs of several runs do not share."""
+    """The keys and values that differ between the configs."""
     flat = [dict(_leaves(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
     values = {key: [config.get(key, "–") for config in flat] for key in keys}
@@ -207,7 +208,3 @@ def _title(name: str) -> str:
 
 def _dice(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,4 +1,4 @@
-"""Reading what a run has left: TensorBoard's scalars, results.csv, the cases, the slices, config and starts."""
+"""Reading a run's folder: TensorBoard scalars, results.csv, cases, slices, config and starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Curve = tuple[list[int], list[float]]  # iterations, values
 
 
 class SliceImage(NamedTuple):
-    """A PNG, what it shows in words, and the Dice of each structure in it, None where it is absent."""
+    """A PNG, a description of it, and the Dice of each structure in it; None if the structure is absent."""
 
     png: bytes
     title: str
@@ -31,14 +31,14 @@ class SliceImage(NamedTuple):
 class RunFolder(NamedTuple):
     """
     Args:
-        name: the folder's.
+        name: name of the folder.
         path: the folder.
-        terms: of the training, by name: every loss term, weight and Dice, at the iterations that were logged.
-        validations: rows of results.csv, by the file's columns; nan where a row has no value.
+        terms: every loss term, weight and Dice of the training by name, at the logged iterations.
+        validations: rows of results.csv by column; nan if a row has no value.
         cases: rows of validation_cases.csv: `case`, `model`, each structure, `mean`.
-        slices: best first, worst last.
-        starts: of the run, see :func:`knowsam_monai.runs.RunRecord`.
-        config: as run.
+        slices: from best to worst.
+        starts: starts of the run, see :class:`knowsam_monai.runs.RunRecord`.
+        config: the config as run.
     """
 
     name: str
@@ -52,7 +52,7 @@ class RunFolder(NamedTuple):
 
     @property
     def structures(self) -> list[str]:
-        """Names of the structures that have a Dice of their own."""
+        """Names of the structures that have their own column of Dice."""
         prefix = "val_mean_dice/"
         names = dict.fromkeys(key for row in self.validations for key in row if key.startswith(prefix))
         return [name.removeprefix(prefix) for name in names]
@@ -71,8 +71,8 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
         folder: `output_dir` of a training.
 
     Raises:
-        FileNotFoundError: when there is no such folder, or neither `results.csv` nor `tensorboard` in it.
-        ValueError: when one of its files is broken, naming the file.
+        FileNotFoundError: if the folder does not exist, or has neither `results.csv` nor `tensorboard`.
+        ValueError: if one of its files is damaged, naming the file.
 
     Example:
         >>> read_run("output/knowsam_phantom_seed0").terms["loss"]     # doctest: +SKIP
@@ -99,14 +99,14 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Say in one sentence which file of a run is broken."""
+    """Turn any error of reading a file into one that names the file."""
     try:
         yield
-    except Exception as error:  # PIL, TensorBoard, csv and json each refuse in their own way
+    except Exception as error:  # PIL, TensorBoard, csv and json each fail in their own way
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise KnowSAMValueError(
-            f"`folder` must be a run's folder of whole files but {file} cannot be read ({reason}); move it away, and "
-            "the report shows the rest."
+            f"`folder` must have intact files but {file} cannot be read ({reason}); move it away, and the report shows "
+            "the rest."
         ) from error
 
 
@@ -130,7 +130,7 @@ def _validations(file: Path) -> list[dict[str, float]]:
     with _reading(file):
         rows = [{column: _number(text) for column, text in row.items()} for row in _rows(file)]
         for row in rows:
-            int(row["epoch"])  # the axis of every curve: neither missing nor nan
+            int(row["epoch"])  # the x axis of every curve must be neither missing nor nan
     return rows
 
 
@@ -146,16 +146,17 @@ def _cases(file: Path) -> list[dict[str, str]]:
 
 def _scalars(folder: Path, since: float) -> dict[str, Curve]:
     """
-    Every scalar of a folder of event files; where a run that was broken off repeated a step, the later value.
+    Every scalar in a folder of event files; of a step that a resumed run repeated, the later value.
 
     Args:
-        since: seconds since 1970; what a run before this one has left in the folder is older and left out.
+        folder: the folder, searched recursively.
+        since: seconds since 1970; older values were left by an earlier run and are skipped.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     by_name: dict[str, dict[int, tuple[float, float]]] = {}
     for file in sorted(folder.glob("**/events.out.tfevents.*")):
-        with _reading(file):  # of one that is torn, or still being written, the whole records before the tear
+        with _reading(file):  # if the file is incomplete, this returns the complete records
             events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
         for name in events.Tags()[SCALARS]:
             for event in events.Scalars(name):
@@ -172,7 +173,7 @@ def _slices(folder: Path) -> list[SliceImage]:
     for file in sorted(folder.glob("*.png"), key=lambda p: (len(p.name), p.name)):
         with _reading(file):
             with Image.open(file) as image:
-                image.load()  # a torn picture opens, and shows only here that it is torn
+                image.load()  # only this detects a truncated picture
                 fields = dict(image.info)
             named = json.loads(fields.get("Description", "{}")).items()
             dice = {name: None if value is None else float(value) for name, value in named}

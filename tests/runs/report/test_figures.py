@@ -22,7 +22,7 @@ from knowsam_monai.runs.report.figures import Line, _running_mean, case_chart, l
     ],
     ids=["lines", "long", "two models", "one model"],
 )
-def test_chart_is_an_svg_of_the_page_s_colours_and_width(chart):
+def test_chart_is_an_svg_of_the_page_s_colors_and_width(chart):
     svg = ElementTree.fromstring(chart)
     assert svg.tag.endswith("svg") and "viewBox" in svg.attrib and not {"width", "height"} & set(svg.attrib)
     assert "currentColor" in chart and "var(--series-" in chart and "var(--grid)" in chart

@@ -50,8 +50,8 @@ def test_page_shows_dice_terms_gate_cases_slices_and_how_it_was_made(run_folder)
 
 
 def test_several_runs_stand_side_by_side_with_what_differs(tmp_path, monkeypatch):
-    first = write_run(tmp_path / "first", config={"seed": 7, "lr": 0.1, "train": {"handlers": [{"weight": 1}]}})
-    second = write_run(tmp_path / "second", config={"seed": 7, "lr": 0.2, "train": {"handlers": []}})
+    first = write_run(tmp_path / "first", config={"seed": 7, "lr": 0.1, "train": {"method": {"weight": 1}}})
+    second = write_run(tmp_path / "second", config={"seed": 7, "lr": 0.2, "train": {"method": {}}})
     monkeypatch.chdir(tmp_path)
     text = write_report(first, second).read_text(encoding="utf-8")
     assert (tmp_path / "report.html").is_file()
@@ -64,17 +64,17 @@ def charts_of_cases(page):
 
 
 def marks(chart):
-    """Colour and filling of dots and rings, as often as they are drawn."""
+    """Color and fill of dots and rings, as often as they are drawn."""
     return Counter(re.findall(r'<use [^>]*style="fill: (\S+?); stroke: (\S+?); stroke-width: 1.2"', chart))
 
 
-def test_cases_of_one_run_have_a_colour_for_the_student_and_one_for_the_teacher(run_folder):
+def test_cases_of_one_run_have_a_color_for_the_student_and_one_for_the_teacher(run_folder):
     ((name, chart),) = charts_of_cases(render([read_run(run_folder)]))
     assert name == "my run"
     assert marks(chart) == {("var(--series-0)", "var(--series-0)"): 3, ("none", "var(--series-1)"): 3}
 
 
-def test_cases_of_each_of_several_runs_have_its_colour_and_the_teacher_is_a_ring(tmp_path):
+def test_cases_of_each_of_several_runs_have_its_color_and_the_teacher_is_a_ring(tmp_path):
     runs = [read_run(write_run(tmp_path / name)) for name in ("first", "second", "third")]
     charts = charts_of_cases(render(runs))
     assert [name for name, _ in charts] == ["first", "second", "third"]
@@ -94,7 +94,7 @@ def test_run_that_is_not_finished_has_curves_and_says_what_is_missing(run_folder
     shutil.rmtree(run_folder / "validation_slices")
     (run_folder / "validation_cases.csv").unlink()
     words = Page(render([read_run(run_folder)])).words
-    assert "are written when the training ends" in words and "Gate weight" in words and "best case" not in words
+    assert "appear when the training ends" in words and "Gate weight" in words and "best case" not in words
 
 
 def test_names_from_files_cannot_be_markup(tmp_path):
@@ -103,15 +103,15 @@ def test_names_from_files_cannot_be_markup(tmp_path):
 
 
 def test_wrong_arguments_are_one_sentence(run_folder, tmp_path):
-    with pytest.raises(ValueError, match="`folders` must be 1 to 6 runs' folders but are 0"):
+    with pytest.raises(ValueError, match="`folders` must be 1 to 6 folders of runs but has 0"):
         write_report()
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match="`output` must be a file that can be written"):
+    with pytest.raises(PermissionError, match="`output` must be writable but"):
         write_report(run_folder, output=tmp_path / "file" / "report.html")
 
 
 def test_only_the_first_process_writes(run_folder, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: 1)
     assert write_report(run_folder) is None and not (run_folder / "report.html").exists()
 
 

@@ -30,15 +30,15 @@ def test_run_is_what_its_writers_wrote(run_folder):
 
 def test_slices_tell_case_structure_and_which_is_the_worst(run_folder):
     slices = read_run(run_folder).slices
-    assert [one.kind for one in slices] == ["best case", "between best and median", "worst slice"]
+    assert [image.kind for image in slices] == ["best case", "between best and median", "worst slice"]
     assert slices[0].title == "a, slice 3 of 3" and slices[0].dice == {"right ventricle": 1.0, "myocardium": 1.0}
     assert slices[-1].title.startswith("c, ") and slices[-1].dice["right ventricle"] < 1
-    assert all(one.png.startswith(b"\x89PNG") for one in slices)
+    assert all(image.png.startswith(b"\x89PNG") for image in slices)
 
 
 def test_step_that_was_repeated_counts_once_with_its_later_value(run_folder):
     time.sleep(0.05)
-    write_scalars(run_folder, [20, 30, 40], scale=2.0)  # broken off after 30, gone on from 10
+    write_scalars(run_folder, [20, 30, 40], scale=2.0)  # interrupted after 30, resumed from 10
     assert read_run(run_folder).terms["loss"] == ([10, 20, 30, 40], pytest.approx([0.3, 0.3, 0.2, 0.15]))
 
 
@@ -96,9 +96,9 @@ def event_record(event):
 def test_broken_file_is_one_sentence_that_names_it(run_folder, name, content, reason, capsys):
     (run_folder / name).write_bytes(content)
     assert main(["report", str(run_folder)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: `folder` must be a run's folder of whole files but ") and said.count("\n") == 1
-    assert f"{run_folder / name} cannot be read (" in said and reason in said
+    message = capsys.readouterr().err
+    assert message.startswith("error: `folder` must have intact files but ") and message.count("\n") == 1
+    assert f"{run_folder / name} cannot be read (" in message and reason in message
 
 
 def test_event_file_that_is_torn_counts_up_to_the_tear(run_folder):
