@@ -196,7 +196,7 @@ def test_large_files_name_sam_s_official_checkpoint(bundle):
 
 
 @pytest.mark.parametrize("path", [ROOT / "LICENSE", *(bundle / "LICENSE" for bundle in BUNDLES)], ids=str)
-def test_licence_is_apache_2(path):
+def test_license_is_apache_2(path):
     text = path.read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text and len(text.splitlines()) > 190
 
@@ -209,7 +209,7 @@ def test_licence_is_apache_2(path):
     ],
     indirect=["bundle"],
 )
-def test_data_licence_states_the_terms_of_the_data(bundle, words):
+def test_data_license_states_the_terms_of_the_data(bundle, words):
     text = read(bundle, "docs/data_license.txt")
     for word in (*words, "sam_vit_b", "phantom"):
         assert word in text

@@ -21,7 +21,7 @@ SIZES = (
 
 
 @pytest.mark.slow
-def test_twenty_scans_of_which_three_are_labelled_end_as_a_student_in_a_bundle(tmp_path):
+def test_twenty_scans_of_which_three_are_labeled_end_as_a_student_in_a_bundle(tmp_path):
     bundle, folder = tmp_path / "bundle", tmp_path / "path"
     shutil.copytree(ROOT / "bundles" / "knowsam_la" / "configs", bundle / "configs")
     environment = {**os.environ, "BUNDLE": str(bundle), "SIZES": SIZES, "PYTHON": sys.executable}
