@@ -44,7 +44,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|monai|ignite|numpy|np|collections|os|pathlib|typing)\b.*"),
     (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Inferer|CheckpointSaver|KeysCollection|RemovableHandle"),
-    (r"py:.*", r"Spacing|Scaler|Selection|Rows"),  # our own names for unions of types
+    (r"py:.*", r"Spacing|Scaler|Selection|Rows|Weight"),  # our own names for unions of types
 ]
 suppress_warnings = ["myst.header"]  # the Model Zoo's README template leaves heading levels out
 # files of the repository that pages link to, and the pages that include them

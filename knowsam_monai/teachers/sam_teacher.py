@@ -160,7 +160,7 @@ class SAMTeacher(PromptedTeacher):
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights are from a checkpoint that is not SAM's: no weights of ``vit_t`` are published."""
+        """Whether the weights are not SAM's, as in every checkpoint of ``vit_t``."""
         return self.pretrained and self.variant == "vit_t"
 
     def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
