@@ -82,7 +82,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
     "knowsam": (
         {
             "labeled_patients": 7,
-            "sam_variant": "vit_t",
+            "sam_variant": "stand_in",
             "sam_checkpoint": "$None",
             "image_size": 128,
             "labeled_batch_size": 4,
@@ -108,7 +108,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         {
             "labeled_patients": 3,
             "holdout_patients": 10,
-            "sam_variant": "vit_t",
+            "sam_variant": "stand_in",
             "sam_checkpoint": "$None",
             "image_size": 64,
             "labeled_batch_size": 4,
@@ -134,7 +134,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         {
             "labeled_patients": 3,
             "holdout_patients": 10,
-            "sam_variant": "vit_t",
+            "sam_variant": "stand_in",
             "image_size": 128,
             "labeled_batch_size": 4,
             "unlabeled_batch_size": 4,
@@ -161,7 +161,7 @@ TABLES: dict[str, tuple[dict[str, object], dict[str, dict[str, object]]]] = {
         {
             "bundle": "knowsam_la",
             "labeled_patients": 8,
-            "sam_variant": "vit_t",
+            "sam_variant": "stand_in",
             "sam_checkpoint": "procedural",
             "sam_image_size": 64,
             "sam_slices": 4,

@@ -9,7 +9,7 @@ What SKD adds to semi-supervised methods on ACDC: each host without SKD, with ga
 
 The last command is for slow CPUs: narrower students, and an optimizer that makes progress in so few steps.
 
-The teacher is `vit_t` pretrained on procedural images, frozen with adapters. It is NOT SAM. The gate is "agreement",
+The teacher is `stand_in` pretrained on procedural images, frozen with adapters. It is NOT SAM. The gate is "agreement",
 which sees no label; the "validation" gate would use the patients that the table reports. SKD teaches only the unlabeled
 rows, with the Dice term, from the first quarter of the run on, as chosen on held-out training patients
 (`accuracy.py tuning_stand_in`). Rows of one host and seed share everything but SKD, so their differences are paired.
@@ -58,7 +58,7 @@ def register(options: argparse.Namespace) -> str:
     name += f"_{options.channels[0]}_channels" + "_adamw" * bool(options.adamw) + "_bf16" * options.bf16
     shared = {
         "labeled_patients": options.labeled_patients,
-        "sam_variant": "vit_t",
+        "sam_variant": "stand_in",
         "sam_lr": options.sam_lr,
         "image_size": options.image_size,
         "labeled_batch_size": options.batch_size,

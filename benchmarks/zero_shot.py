@@ -1,9 +1,9 @@
 """
-Zero-shot Dice of `vit_t` with a box prompt: the stand-in pretrained on procedural images, beside random weights.
+Zero-shot Dice of `stand_in` with a box prompt: the stand-in pretrained on procedural images, beside random weights.
 
     python -m benchmarks.zero_shot                                        # the phantom
     KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC's validation slices
-    python -m benchmarks.zero_shot --checkpoint some/vit_t.pt --image_size 64
+    python -m benchmarks.zero_shot --checkpoint some/stand_in.pt --image_size 64
 
 Neither network has seen a medical image, and neither is SAM. The prompt for each class of each slice is its true box,
 enlarged by `--padding` pixels on each side. The single mask at logit 0 is compared with the class, and Dice is averaged
@@ -84,14 +84,14 @@ def box_prompted_dice(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="procedural", help="'procedural', or a file with weights of vit_t")
+    parser.add_argument("--checkpoint", default="procedural", help="'procedural', or a file with weights of stand_in")
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--padding", type=int, default=2, help="pixels added to each side of the true box")
     options = parser.parse_args()
     torch.manual_seed(0)
     networks = {
-        "vit_t pretrained on procedural images": build_sam("vit_t", options.image_size, options.checkpoint),
-        "vit_t from scratch (random weights)": build_sam("vit_t", options.image_size),
+        "stand_in pretrained on procedural images": build_sam("stand_in", options.image_size, options.checkpoint),
+        "stand_in from scratch (random weights)": build_sam("stand_in", options.image_size),
         "box filled": None,
     }
     print(f"`{' '.join(['python -m benchmarks.zero_shot', *sys.argv[1:]])}`\n")

@@ -9,7 +9,7 @@ set -e
 FOLDER=${1:-clinical_path}
 BUNDLE=${BUNDLE:-bundles/knowsam_la}
 PYTHON=${PYTHON:-python}
-SIZES=${SIZES:-"--image_size [32,32,32] --spacing [2.0,2.0,2.0] --sam_variant vit_t --sam_image_size 64 --max_iterations 200
+SIZES=${SIZES:-"--image_size [32,32,32] --spacing [2.0,2.0,2.0] --sam_variant stand_in --sam_image_size 64 --max_iterations 200
   --channels [8,16,32,64,128] --aggregation_channels [4,4,8] --window_overlap 0.5 --labeled_batch_size 2
   --unlabeled_batch_size 2 --num_workers 0"}
 

@@ -26,7 +26,7 @@ def main(max_epochs: int = 10) -> float:
         return loss.item()
 
     # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
-    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
+    teacher = SAMTeacher(num_classes=2, image_size=64, variant="stand_in", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     skd = SAMDistiller(teacher, sam_optimizer, gate="agreement").attach(network, optimizer)  # SKD
     loader = skd.watch(loader)  # SKD

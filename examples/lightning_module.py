@@ -44,7 +44,7 @@ class Distillation(Callback):
 def main(max_epochs: int = 10) -> float:
     module, callbacks = Segmenter(), []
     # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
-    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
+    teacher = SAMTeacher(num_classes=2, image_size=64, variant="stand_in", checkpoint="procedural")  # SKD
     sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)  # SKD
     callbacks.append(Distillation(SAMDistiller(teacher, sam_optimizer, gate="agreement")))  # SKD
     trainer = Trainer(

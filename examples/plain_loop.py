@@ -16,7 +16,7 @@ def main(max_epochs: int = 10) -> float:
     supervised_loss = DiceCELoss(to_onehot_y=True, softmax=True)
 
     # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"  # SKD
-    teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")  # SKD
+    teacher = SAMTeacher(num_classes=2, image_size=64, variant="stand_in", checkpoint="procedural")  # SKD
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3))  # SKD
     distiller.follow(optimizer)  # SKD
 

@@ -13,7 +13,7 @@ import torch
 from knowsam_monai import SAMDistiller, SAMTeacher, WatchedLoader
 
 # a stand-in, which is not SAM; for real use: variant="vit_b", checkpoint="sam_vit_b_01ec64.pth"
-teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", checkpoint="procedural")
+teacher = SAMTeacher(num_classes=2, image_size=64, variant="stand_in", checkpoint="procedural")
 distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), gate="agreement")
 networks, loaders, build_network, build_loader = [], [], script.net_factory, script.DataLoader
 

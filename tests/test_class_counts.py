@@ -126,7 +126,7 @@ class TwoClasses(nn.Module):
 
 
 def distillation(student, optimizer, wrap, num_classes, **kwargs):
-    teacher = wrap(SAMTeacher(num_classes=num_classes, image_size=32, variant="vit_t", trainable="all"))
+    teacher = wrap(SAMTeacher(num_classes=num_classes, image_size=32, variant="stand_in", trainable="all"))
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=1e-3), **{"gate": "none", **kwargs})
     return handlers.SAMDistillation(distiller, log_interval=1, gate_interval=1)
 

@@ -52,11 +52,11 @@ def sam2(folder):
 
 
 BUILDERS = {
-    "SAM": lambda folder: build_sam("vit_t", 32),
-    "random": lambda folder: SAMTeacher(4, 32, "vit_t", trainable="all"),
-    "stand-in": lambda folder: SAMTeacher(4, 32, "vit_t", "procedural"),
-    "cached": lambda folder: SAMTeacher(4, 32, "vit_t", "procedural", encoder="cached", cache_dir=folder),
-    "slices": lambda folder: SliceTeacher(SAMTeacher(4, 32, "vit_t", "procedural"), slices=2),
+    "SAM": lambda folder: build_sam("stand_in", 32),
+    "random": lambda folder: SAMTeacher(4, 32, "stand_in", trainable="all"),
+    "stand-in": lambda folder: SAMTeacher(4, 32, "stand_in", "procedural"),
+    "cached": lambda folder: SAMTeacher(4, 32, "stand_in", "procedural", encoder="cached", cache_dir=folder),
+    "slices": lambda folder: SliceTeacher(SAMTeacher(4, 32, "stand_in", "procedural"), slices=2),
     "SAM 2": sam2,
 }
 
@@ -108,7 +108,7 @@ def train(way: str, spatial_dims: int, gate: str) -> dict[str, torch.Tensor]:
     set_determinism(0)
     size = (16,) * spatial_dims
     if way != "alone":
-        teacher = SAMTeacher(2, 16, "vit_t", "procedural", to_rgb=noisy)
+        teacher = SAMTeacher(2, 16, "stand_in", "procedural", to_rgb=noisy)
         teacher = teacher if spatial_dims == 2 else SliceTeacher(teacher, slices=2)
         sam_optimizer = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], lr=0.001)
         distiller = SAMDistiller(teacher, sam_optimizer, gate=gate)

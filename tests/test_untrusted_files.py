@@ -27,7 +27,7 @@ from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.student_loader import StudentLoader
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.sam_checkpoint import read_checkpoint
-from pretraining.pretrain_vit_t import parse, pretrain
+from pretraining.pretrain_stand_in import parse, pretrain
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 ROOT = Path(__file__).parents[1]

@@ -194,7 +194,7 @@ class Training(Everywhere):
     mixing_grid_size: Grid = _about("cells of the mixing grid along each axis")
     mixing_num_cells: Count = _about("cells to be overwritten in an image")
     mixing_pseudo_label: Literal["teacher", "student"] = _about("the network whose argmax labels unlabeled cells")
-    sam_variant: Literal["vit_t", "vit_b", "vit_l", "vit_h"] = _about("size of SAM; vit_t is a small stand-in")
+    sam_variant: Literal["stand_in", "vit_b", "vit_l", "vit_h"] = _about("size of SAM; stand_in is a small stand-in")
     sam_checkpoint: PathOrNone = _about(
         "file of SAM's weights; 'procedural' for the stand-in's weights; None for random weights"
     )

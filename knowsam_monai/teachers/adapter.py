@@ -122,7 +122,7 @@ def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
-        >>> sam = build_sam("vit_t", image_size=64)
+        >>> sam = build_sam("stand_in", image_size=64)
         >>> add_adapters(sam)
         >>> type(sam.image_encoder.blocks[0].mlp).__name__
         'AdaptedMLP'

@@ -55,7 +55,7 @@ def origin(teacher: nn.Module) -> Origin:
     Example::
 
         >>> from knowsam_monai.teachers import SAMTeacher
-        >>> origin(SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all"))
+        >>> origin(SAMTeacher(num_classes=2, image_size=64, variant="stand_in", trainable="all"))
         Origin(pretrained_on=None, license=None)
     """
     checkpoint = getattr(teacher, "checkpoint", None)

@@ -29,11 +29,11 @@ def build_sam(
     the token grid once; upstream resizes the latter in every forward. Relative positions of windows are not resized.
 
     Args:
-        variant: "vit_b", "vit_l" or "vit_h" as published, or "vit_t", a small SAM of the same classes without published
+        variant: "vit_b", "vit_l" or "vit_h" as published, or "stand_in", a small SAM of the same classes without published
             weights (2 M parameters, patch size 8: 128 x 128 pixels have 16 x 16 tokens).
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
         checkpoint: file with SAM's weights: Meta's, or one in MedSAM's format (``vit_b``). "procedural" is the
-            package's own file for ``vit_t``, pretrained on procedural images: a stand-in, not SAM. None: random
+            package's own file for ``stand_in``, pretrained on procedural images: a stand-in, not SAM. None: random
             weights, drawn from torch's global generator, whose state is restored.
 
     Returns:
@@ -46,7 +46,7 @@ def build_sam(
 
     Example::
 
-        >>> sam = build_sam("vit_t", image_size=(128, 96))
+        >>> sam = build_sam("stand_in", image_size=(128, 96))
         >>> sam.image_encoder(torch.zeros(1, 3, 128, 96)).shape
         torch.Size([1, 128, 16, 12])
 

@@ -19,7 +19,7 @@ def dense_positions(prompt_encoder: nn.Module) -> torch.Tensor:
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
-        >>> dense_positions(build_sam("vit_t", image_size=64).prompt_encoder).shape
+        >>> dense_positions(build_sam("stand_in", image_size=64).prompt_encoder).shape
         torch.Size([64, 128])
     """
     layer = prompt_encoder.pe_layer
@@ -45,7 +45,7 @@ def embed_masks(prompt_encoder: nn.Module, masks: torch.Tensor) -> torch.Tensor:
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
-        >>> embed_masks(build_sam("vit_t", image_size=64).prompt_encoder, torch.zeros(3, 32, 32)).shape
+        >>> embed_masks(build_sam("stand_in", image_size=64).prompt_encoder, torch.zeros(3, 32, 32)).shape
         torch.Size([3, 64, 128])
     """
     first, first_norm, activation, second, second_norm, last_activation, project = prompt_encoder.mask_downscaling
@@ -84,7 +84,7 @@ def decode_masks(
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
-        >>> sam = build_sam("vit_t", image_size=64)
+        >>> sam = build_sam("stand_in", image_size=64)
         >>> masks = decode_masks(
         ...     decoder=sam.mask_decoder,
         ...     embedding=torch.zeros(2, 128, 8, 8),

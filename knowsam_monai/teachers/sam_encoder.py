@@ -34,7 +34,7 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
-        >>> encode_image(build_sam("vit_t", image_size=64).image_encoder, torch.zeros(1, 3, 64, 64)).shape
+        >>> encode_image(build_sam("stand_in", image_size=64).image_encoder, torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 128, 8, 8])
     """
     tokens = encoder.patch_embed(image)  # (B, h, w, channels)

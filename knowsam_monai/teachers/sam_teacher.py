@@ -52,8 +52,8 @@ class SAMTeacher(PromptedTeacher):
     Args:
         num_classes: C, background included (1 for a sigmoid student).
         image_size: height and width of SAM's input, multiples of 16; other images are resized to it.
-        variant: "vit_b", "vit_l", "vit_h", or "vit_t" (small, without published weights), see :func:`build_sam`.
-        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``vit_t``). None: random weights;
+        variant: "vit_b", "vit_l", "vit_h", or "stand_in" (small, without published weights), see :func:`build_sam`.
+        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``stand_in``). None: random weights;
             with "adapters" they stay random, which is only good for tests.
         trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
             forward uses, for a SAM without pretrained weights.
@@ -80,7 +80,7 @@ class SAMTeacher(PromptedTeacher):
 
     Example::
 
-        >>> teacher = SAMTeacher(num_classes=4, image_size=64, variant="vit_t", trainable="all")
+        >>> teacher = SAMTeacher(num_classes=4, image_size=64, variant="stand_in", trainable="all")
         >>> teacher(torch.rand(2, 1, 64, 64), prompt_logits=torch.zeros(2, 4, 64, 64)).shape
         torch.Size([2, 4, 64, 64])
 
@@ -160,8 +160,8 @@ class SAMTeacher(PromptedTeacher):
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights are not SAM's, as in every checkpoint of ``vit_t``."""
-        return self.pretrained and self.variant == "vit_t"
+        """Whether the weights are not SAM's, as in every checkpoint of ``stand_in``."""
+        return self.pretrained and self.variant == "stand_in"
 
     def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
         normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std

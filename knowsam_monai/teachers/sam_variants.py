@@ -48,5 +48,5 @@ SAM_VARIANTS = {
         md5="4b8939a88964f0f4ff5f5b2642c598a6",
     ),
     # a small SAM for CPUs: 16 x 16 tokens for 128 x 128 pixels, as the others have for 256 x 256
-    "vit_t": SAMVariant(160, 4, 5, (1, 3), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
+    "stand_in": SAMVariant(160, 4, 5, (1, 3), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
 }

@@ -55,7 +55,7 @@ class SliceTeacher(nn.Module):
     Example::
 
         >>> from knowsam_monai.teachers import SAMTeacher
-        >>> sam_teacher = SAMTeacher(num_classes=2, image_size=64, variant="vit_t", trainable="all")
+        >>> sam_teacher = SAMTeacher(num_classes=2, image_size=64, variant="stand_in", trainable="all")
         >>> teacher = SliceTeacher(sam_teacher, slices=8)
         >>> teacher(torch.rand(1, 1, 32, 32, 16), torch.zeros(1, 2, 32, 32, 16)).shape
         torch.Size([1, 2, 32, 32, 16])

@@ -45,7 +45,7 @@ TINY = {
     "num_workers": 0,
     "cache_workers": 2,
     "mixing_start": 0,
-    "sam_variant": "vit_t",
+    "sam_variant": "stand_in",
     "device": "$torch.device('cpu')",
     "network_def": SMALL_STUDENT,
 }

@@ -207,7 +207,7 @@ def test_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(whole, tm
 
 def test_first_reading_of_the_data_is_stopped_in_one_line(small_phantom, tmp_path):
     run = Run(tmp_path / "stopped", "knowsam", small_phantom)
-    assert run.stop(lambda: run.says("SAM vit_t: all"), signal.SIGTERM) == 143
+    assert run.stop(lambda: run.says("SAM stand_in: all"), signal.SIGTERM) == 143
     assert run.says("Stopped by a signal outside of training; run the same command") and not run.says("Traceback")
 
 

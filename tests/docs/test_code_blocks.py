@@ -101,7 +101,7 @@ class Reader:
         from discs import semi_supervised_loader, small_unet
 
         student = small_unet()
-        teacher = SAMTeacher(num_classes, 32, variant="vit_t", checkpoint="procedural")
+        teacher = SAMTeacher(num_classes, 32, variant="stand_in", checkpoint="procedural")
         sam_optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-3)
         return {
             "student": student,

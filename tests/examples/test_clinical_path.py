@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SIZES = (
-    "--image_size [16,16,16] --spacing [4.0,4.0,4.0] --sam_variant vit_t --sam_image_size 32 --max_iterations 4 "
+    "--image_size [16,16,16] --spacing [4.0,4.0,4.0] --sam_variant stand_in --sam_image_size 32 --max_iterations 4 "
     "--epoch_length 2 --channels [4,4,4,4,4] --aggregation_channels [2,2,4] --labeled_batch_size 2 "
     "--unlabeled_batch_size 2 --num_workers 0 --device $torch.device('cpu')"
 )

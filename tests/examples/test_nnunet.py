@@ -42,7 +42,7 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
 )
 
 class Tiny:
-    variant, image_size, num_slices, gate = "vit_t", 64, 4, "none"
+    variant, image_size, num_slices, gate = "stand_in", 64, 4, "none"
 
     def initialize(self):
         self.num_epochs, self.num_iterations_per_epoch = int(os.environ["EPOCHS"]), {NUM_STEPS}

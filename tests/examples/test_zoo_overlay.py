@@ -150,7 +150,7 @@ SUPERVISED = {
     "initialize": ["$monai.utils.set_determinism(seed=123)"],
     "run": ["$@train#trainer.run()"],
 }
-TINY = {"sam_variant": "vit_t", "sam_checkpoint": "$None", "sam_image_size": 32, "spatial_size": [32, 32]}
+TINY = {"sam_variant": "stand_in", "sam_checkpoint": "$None", "sam_image_size": 32, "spatial_size": [32, 32]}
 
 
 @pytest.fixture(scope="module")

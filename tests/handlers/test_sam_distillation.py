@@ -320,7 +320,7 @@ def test_agreement_gate_sees_whole_volumes_where_slices_are_drawn():
 def test_monais_own_vnet_is_taught_volumes_by_sam():
     torch.manual_seed(0)
     student = VNet(spatial_dims=3, in_channels=1, out_channels=2, dropout_dim=3)
-    sam_teacher = SAMTeacher(2, image_size=32, variant="vit_t", trainable="all")
+    sam_teacher = SAMTeacher(2, image_size=32, variant="stand_in", trainable="all")
     optimizer = torch.optim.Adam([p for p in sam_teacher.parameters() if p.requires_grad], lr=1e-4)
     handler = SAMDistillation(SAMDistiller(SliceTeacher(sam_teacher, slices=2), optimizer, gate="none"), log_interval=1)
     batches = [

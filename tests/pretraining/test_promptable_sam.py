@@ -11,7 +11,7 @@ from tests.networks.sam_toys import randomized
 @torch.no_grad()
 def test_points_boxes_and_masks_equal_segment_anything_image_by_image():
     torch.manual_seed(0)
-    sam = randomized(build_sam("vit_t", image_size=32), std=0.1)
+    sam = randomized(build_sam("stand_in", image_size=32), std=0.1)
     image, points, masks = torch.rand(2, 1, 32, 32), 31 * torch.rand(8, 2, 2), torch.randn(8, 16, 16)
     kinds = [(ON, NO_POINT), (ON, OFF), (TOP_LEFT, BOTTOM_RIGHT), (TOP_LEFT, BOTTOM_RIGHT)]
     codes = torch.tensor(kinds * 2)

@@ -105,7 +105,7 @@ WRONG = [
     *((TRAIN, "mixing_num_cells", value, "1 or more") for value in (0, 2.5)),
     *((TRAIN, "mixing_pseudo_label", value, "'teacher', 'student'") for value in ("sam", 0)),
     (TRAIN, "mixing_pseudo_label", "techer", "did you mean 'teacher'?"),
-    *((TRAIN, "sam_variant", value, "one of 'vit_t', 'vit_b', 'vit_l', 'vit_h'") for value in ("sam2", None)),
+    *((TRAIN, "sam_variant", value, "one of 'stand_in', 'vit_b', 'vit_l', 'vit_h'") for value in ("sam2", None)),
     (TRAIN, "sam_variant", "vitb", "did you mean 'vit_b'?"),
     *((TRAIN, "sam_checkpoint", value, "a path, or None") for value in ("", 0, True)),
     *((TRAIN, "sam_trainable", value, "'adapters', 'all'") for value in ("none", None)),

@@ -15,7 +15,7 @@ from tests.teachers.sam2_toys import toy_config
 
 
 def sam_teacher(**options):
-    return SAMTeacher(num_classes=3, image_size=64, **({"variant": "vit_t", "trainable": "all"} | options))
+    return SAMTeacher(num_classes=3, image_size=64, **({"variant": "stand_in", "trainable": "all"} | options))
 
 
 def network(spatial_dims=2, channels=3):

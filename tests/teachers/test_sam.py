@@ -12,7 +12,7 @@ from tests.networks.sam_toys import TOY_VARIANT
 @pytest.mark.parametrize("image_size", [16, 48, 128, (64, 96), [32, 16]])
 def test_any_multiple_of_16_is_a_size(image_size):
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    sam = build_sam("vit_t", image_size)
+    sam = build_sam("stand_in", image_size)
     assert sam.image_encoder(torch.zeros(1, 3, height, width)).shape == (1, 128, height // 8, width // 8)
     assert sam.prompt_encoder.mask_input_size == (height // 2, width // 2)
 
@@ -22,22 +22,22 @@ def test_other_sizes_are_an_error(image_size):
     with pytest.raises(
         ValueError, match="`image_size` must be a positive multiple of 16.* but is .*; images are resized"
     ):
-        build_sam("vit_t", image_size)
+        build_sam("stand_in", image_size)
 
 
 def test_an_unknown_variant_is_an_error():
-    with pytest.raises(ValueError, match="`variant` must be one of vit_b, vit_l, vit_h, vit_t but is 'vit_x'"):
+    with pytest.raises(ValueError, match="`variant` must be one of vit_b, vit_l, vit_h, stand_in but is 'vit_x'"):
         build_sam("vit_x", image_size=64)
 
 
 def test_modules_are_upstreams_own():
-    modules = build_sam("vit_t", image_size=64).named_modules()
+    modules = build_sam("stand_in", image_size=64).named_modules()
     packages = {type(module).__module__.split(".")[0] for _, module in modules}
     assert packages == {"segment_anything", "torch"}
 
 
 def test_it_is_in_eval_mode():
-    assert not any(module.training for module in build_sam("vit_t", image_size=64).modules())
+    assert not any(module.training for module in build_sam("stand_in", image_size=64).modules())
 
 
 def test_position_tables_have_the_grids_shape_and_windows_keep_theirs(monkeypatch):
@@ -64,8 +64,8 @@ def test_published_variants_have_upstreams_tensors(variant):
     assert torch.equal(ours.pixel_mean, theirs.pixel_mean) and torch.equal(ours.pixel_std, theirs.pixel_std)
 
 
-def test_vit_t_is_small_and_attends_in_windows_and_globally():
-    sam = build_sam("vit_t", image_size=128)
+def test_stand_in_is_small_and_attends_in_windows_and_globally():
+    sam = build_sam("stand_in", image_size=128)
     assert sum(parameter.numel() for parameter in sam.parameters()) < 5_000_000
     windows = {block.window_size for block in sam.image_encoder.blocks}
     assert windows == {0, 8}
@@ -74,5 +74,5 @@ def test_vit_t_is_small_and_attends_in_windows_and_globally():
 
 def test_a_sam_without_checkpoint_tells_its_tokens_apart():
     """Upstream starts the position table at zero: equal patches would stay equal tokens."""
-    embedding = build_sam("vit_t", image_size=64).image_encoder(torch.zeros(1, 3, 64, 64))
+    embedding = build_sam("stand_in", image_size=64).image_encoder(torch.zeros(1, 3, 64, 64))
     assert embedding.flatten(2).std(dim=2).max() > 1e-3

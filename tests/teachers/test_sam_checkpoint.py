@@ -102,12 +102,12 @@ def test_medsams_training_file_loads_as_vit_b(saved, tmp_path, prefix):
 
 
 def test_a_checkpoint_of_an_own_sam_loads_at_another_size(tmp_path):
-    saved_sam = randomized(build_sam("vit_t", image_size=64))
-    torch.save(saved_sam.state_dict(), tmp_path / "vit_t.pt")
-    sam = build_sam("vit_t", image_size=(64, 64), checkpoint=tmp_path / "vit_t.pt")
+    saved_sam = randomized(build_sam("stand_in", image_size=64))
+    torch.save(saved_sam.state_dict(), tmp_path / "stand_in.pt")
+    sam = build_sam("stand_in", image_size=(64, 64), checkpoint=tmp_path / "stand_in.pt")
     for a, b in zip(sam.state_dict().values(), saved_sam.state_dict().values()):
         assert torch.equal(a, b)
-    assert build_sam("vit_t", 96, tmp_path / "vit_t.pt").image_encoder.pos_embed.shape == (1, 12, 12, 160)
+    assert build_sam("stand_in", 96, tmp_path / "stand_in.pt").image_encoder.pos_embed.shape == (1, 12, 12, 160)
 
 
 def test_relative_positions_are_resized_as_upstream_resizes_them_in_its_forward():
@@ -153,8 +153,8 @@ def test_a_missing_file_names_the_command_that_gets_it(tmp_path):
     message = one_sentence_about(path, error)
     assert f"does not exist; get it with `curl --fail --location --create-dirs --output {path} {url}`" in message
     assert "(md5 01ec64d29a2fca3f0661936605ae66f8)" in message
-    with pytest.raises(FileNotFoundError, match="vit_t but .* does not exist; leave `checkpoint` out"):
-        load(path, variant="vit_t")
+    with pytest.raises(FileNotFoundError, match="stand_in but .* does not exist; leave `checkpoint` out"):
+        load(path, variant="stand_in")
     with pytest.raises(FileNotFoundError, match="is a folder; get it with `curl"):
         load(tmp_path)
 

@@ -17,7 +17,7 @@ from tests.networks.sam_toys import randomized
 
 def toy_teacher(num_classes=3, image_size=32, **kwargs) -> SAMTeacher:
     torch.manual_seed(0)
-    kwargs = {"variant": "vit_t", "trainable": "all"} | kwargs
+    kwargs = {"variant": "stand_in", "trainable": "all"} | kwargs
     return SAMTeacher(num_classes=num_classes, image_size=image_size, **kwargs)
 
 
@@ -223,8 +223,8 @@ def test_a_wrong_argument_is_an_error(kwargs, words):
 
 
 def test_it_tells_where_its_weights_are_from(tmp_path):
-    path = tmp_path / "vit_t.pt"
-    torch.save(randomized(build_sam("vit_t", 64)).state_dict(), path)
+    path = tmp_path / "stand_in.pt"
+    torch.save(randomized(build_sam("stand_in", 64)).state_dict(), path)
     teacher = toy_teacher(checkpoint=path, trainable="adapters")
     assert teacher.pretrained and teacher.checkpoint == str(path)
     assert not toy_teacher().pretrained and toy_teacher().checkpoint is None
@@ -250,8 +250,8 @@ def test_a_frozen_sam_without_weights_is_warned_of(trainable, warns, caplog):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(2)
-    path = tmp_path_factory.mktemp("sam") / "vit_t.pt"
-    torch.save(build_sam("vit_t", 32).state_dict(), path)
+    path = tmp_path_factory.mktemp("sam") / "stand_in.pt"
+    torch.save(build_sam("stand_in", 32).state_dict(), path)
     return path
 
 

@@ -38,7 +38,7 @@ def sam_teacher():
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_equals_sam_slice_by_slice(axis):
     torch.manual_seed(0)
-    sam_teacher = randomized(SAMTeacher(3, image_size=32, variant="vit_t", trainable="all").double(), std=0.1)
+    sam_teacher = randomized(SAMTeacher(3, image_size=32, variant="stand_in", trainable="all").double(), std=0.1)
     image, prompt_logits = toy_volumes((6, 5, 3))
     logits = SliceTeacher(sam_teacher, axes=axis)(image, prompt_logits)
     expected = slice_by_slice(sam_teacher, image, prompt_logits, axis)
@@ -93,9 +93,9 @@ def test_nothing_is_drawn_where_all_slices_are_taught(sam_teacher):
 
 
 def test_teacher_of_slices_says_of_itself_what_sam_says_and_stays_in_eval_mode():
-    sam_teacher = SAMTeacher(3, image_size=32, variant="vit_t", trainable="all")
+    sam_teacher = SAMTeacher(3, image_size=32, variant="stand_in", trainable="all")
     teacher = SliceTeacher(sam_teacher).train()
-    assert (teacher.num_classes, teacher.variant, teacher.pretrained, teacher.stand_in) == (3, "vit_t", False, False)
+    assert (teacher.num_classes, teacher.variant, teacher.pretrained, teacher.stand_in) == (3, "stand_in", False, False)
     assert not any(module.training for module in teacher.modules())
 
 
@@ -132,4 +132,4 @@ def test_image_for_the_teacher_of_volumes_and_volume_for_the_teacher_of_images_a
     with pytest.raises(ValueError, match=r"`image` must have shape \(B, channels, H, W, D\) but has \(2, 1, 6, 5\)"):
         SliceTeacher(sam_teacher)(image[..., 0], prompt_logits[..., 0])
     with pytest.raises(ValueError, match="wrap the teacher in SliceTeacher for volumes"):
-        SAMTeacher(3, image_size=32, variant="vit_t", trainable="all")(image, prompt_logits)
+        SAMTeacher(3, image_size=32, variant="stand_in", trainable="all")(image, prompt_logits)

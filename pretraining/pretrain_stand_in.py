@@ -1,10 +1,10 @@
 """
-Pretrain `vit_t` as a promptable segmenter on procedural images: a stand-in teacher if SAM's weights are unavailable.
+Pretrain `stand_in` as a promptable segmenter on procedural images: a stand-in teacher if SAM's weights are unavailable.
 
 It is NOT SAM: it has 2 M parameters and has only seen drawn shapes.
 
-    python -m pretraining.pretrain_vit_t --minutes 110 --threads 2 --output knowsam_monai/teachers/weights/vit_t.pt
-    python -m pretraining.pretrain_vit_t ... --resume          # continues from vit_t.pt.resume
+    python -m pretraining.pretrain_stand_in --minutes 110 --threads 2 --output knowsam_monai/teachers/weights/stand_in.pt
+    python -m pretraining.pretrain_stand_in ... --resume          # continues from stand_in.pt.resume
 
 With --minutes the learning rate depends on the elapsed time, summed over interrupted runs. With --steps it depends on
 the step, and a resumed run equals an uninterrupted one bit for bit. The weights are a plain state dict. The .json file
@@ -42,7 +42,7 @@ from pretraining.procedural_images import draw_image
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import NO_POINT, ON, TOP_LEFT, boxes_of, corrections, first_prompts, sample_points
 
-logger = logging.getLogger("pretrain_vit_t")
+logger = logging.getLogger("pretrain_stand_in")
 
 WARM_UP = 0.03  # fraction of the run
 HELD_OUT_SEED = 1_000_003  # added to the seed: a different set of images
@@ -174,7 +174,7 @@ def pretrain(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     device = torch.device(options.device)
-    sam = build_sam("vit_t", options.image_size).to(device).train()
+    sam = build_sam("stand_in", options.image_size).to(device).train()
     optimizer = torch.optim.AdamW(sam.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.1)
     step, seconds, resume_path = 0, 0.0, Path(f"{options.output}.resume")
     fixed = ("seed", "image_size", "batch_size", "objects", "rounds", "lr")
@@ -237,7 +237,7 @@ def _finish(
     _save({name: value.cpu() for name, value in sam.state_dict().items()}, Path(options.output))
     sources = sorted(Path(__file__).parent.glob("*.py"))
     record = {
-        "what": "vit_t pretrained on procedural images: a stand-in, NOT SAM",
+        "what": "stand_in pretrained on procedural images: a stand-in, NOT SAM",
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "weights_sha256": hashlib.sha256(Path(options.output).read_bytes()).hexdigest(),

@@ -10,8 +10,8 @@ import torch
 
 from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.teachers.sam_checkpoint import resize_positions
-from pretraining import pretrain_vit_t
-from pretraining.pretrain_vit_t import (
+from pretraining import pretrain_stand_in
+from pretraining.pretrain_stand_in import (
     ProceduralDataset,
     _iou,
     _mask_losses,
@@ -30,7 +30,7 @@ def run(output: Path, options: str) -> dict:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "vit_t.pt"
+    path = tmp_path_factory.mktemp("weights") / "stand_in.pt"
     run(path, "--steps 4")
     return path
 
@@ -40,7 +40,7 @@ def test_the_file_is_a_plain_state_dict_with_a_record_of_what_made_it(weights):
     assert all(isinstance(value, torch.Tensor) and value.isfinite().all() for value in state.values())
     assert weights.stat().st_size < 20e6
     record = json.loads(weights.with_suffix(".json").read_text())
-    script = Path(pretrain_vit_t.__file__).read_bytes()
+    script = Path(pretrain_stand_in.__file__).read_bytes()
     assert record["script_sha256"] == hashlib.sha256(script).hexdigest()
     assert record["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["steps"] == 4 and record["images"] == 8 and "NOT SAM" in record["what"]
@@ -49,7 +49,7 @@ def test_the_file_is_a_plain_state_dict_with_a_record_of_what_made_it(weights):
 
 @pytest.mark.parametrize("image_size", [64, 128])
 def test_a_teacher_loads_every_tensor_and_freezes_all_but_adapters(weights, image_size):
-    teacher = SAMTeacher(num_classes=4, image_size=image_size, variant="vit_t", checkpoint=weights)
+    teacher = SAMTeacher(num_classes=4, image_size=image_size, variant="stand_in", checkpoint=weights)
     state = torch.load(weights, weights_only=True)
     kept = {name.replace(".attention.", "."): value for name, value in teacher.sam.state_dict().items()}
     kept = {name.replace(".mlp.mlp.", ".mlp."): value for name, value in kept.items() if ".adapter." not in name}
@@ -65,27 +65,27 @@ def test_a_teacher_loads_every_tensor_and_freezes_all_but_adapters(weights, imag
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(weights, tmp_path):
-    run(tmp_path / "vit_t.pt", "--steps 4 --stop_after 2")
-    assert not (tmp_path / "vit_t.pt").exists()
-    run(tmp_path / "vit_t.pt", "--steps 4 --resume")
-    resumed, whole = (torch.load(path, weights_only=True) for path in (tmp_path / "vit_t.pt", weights))
+    run(tmp_path / "stand_in.pt", "--steps 4 --stop_after 2")
+    assert not (tmp_path / "stand_in.pt").exists()
+    run(tmp_path / "stand_in.pt", "--steps 4 --resume")
+    resumed, whole = (torch.load(path, weights_only=True) for path in (tmp_path / "stand_in.pt", weights))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "vit_t.pt.log.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stand_in.pt.log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
 
 def test_a_resume_with_other_options_is_an_error(tmp_path):
-    run(tmp_path / "vit_t.pt", "--steps 2 --stop_after 1")
+    run(tmp_path / "stand_in.pt", "--steps 2 --stop_after 1")
     with pytest.raises(ValueError, match="`resume` needs the options"):
-        run(tmp_path / "vit_t.pt", "--steps 2 --resume --lr 0.1")
+        run(tmp_path / "stand_in.pt", "--steps 2 --resume --lr 0.1")
 
 
 def test_every_parameter_but_the_unused_gets_a_gradient():
     torch.manual_seed(0)
-    sam = pretrain_vit_t.build_sam("vit_t", 64)
+    sam = pretrain_stand_in.build_sam("stand_in", 64)
     items = [ProceduralDataset(0, 64, num_objects=12, num_images=9)[index] for index in range(2)]
     batch = [torch.stack(tensors) for tensors in zip(*items)]
-    losses = pretrain_vit_t.promptable_loss(sam, *batch, torch.Generator().manual_seed(0), num_rounds=3)
+    losses = pretrain_stand_in.promptable_loss(sam, *batch, torch.Generator().manual_seed(0), num_rounds=3)
     losses["loss"].backward()
     assert {name for name, parameter in sam.named_parameters() if parameter.grad is None} == set()
     assert losses["loss"].item() == pytest.approx((losses["mask"] + losses["iou"]).item())
