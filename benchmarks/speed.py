@@ -5,10 +5,10 @@ Seconds, floating-point operations and memory of training steps and of inference
     python benchmarks/speed.py mean_teacher mean_teacher_sam mean_teacher_cached   # a method, with SKD, and cached
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
 
-Each row runs in its own process, so its peak memory is its own. Steps are those of the bundle's trainer: SAM ViT-B
-(random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between steps a 2048 x 2048
-float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's fastest rate, which
-makes machines comparable. The table is written to benchmarks/speed.md.
+Each row runs in its own process, so its peak memory is its own. Steps are those of the bundle's trainer: SAM ViT-B, or
+what a row names (random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between steps
+a 2048 x 2048 float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's
+fastest rate, which makes machines comparable. The table is written to benchmarks/speed.md.
 
 Rows whose names begin with `la_` are of the left-atrium bundle and run only if named:
 
@@ -151,10 +151,11 @@ def fast_matmul_step(mixing: bool) -> Callable[[], None]:
     return knowsam_step(mixing)
 
 
-def host_step(host: str, **overrides: Any) -> Callable[[], None]:
+def host_step(host: str, *teacher: str, **overrides: Any) -> Callable[[], None]:
     """A late step of a semi-supervised method of the bundle's overlays, with every delayed term started."""
     begun = dict.fromkeys(SCHEDULES.get(host, {}), 0)
-    return step_of(*trainer_of(*(f"{overlay}.json" for overlay in HOSTS[host]), **begun, **overrides), True)
+    overlays = (f"{overlay}.json" for overlay in (*HOSTS[host], *teacher))
+    return step_of(*trainer_of(*overlays, **begun, **overrides), True)
 
 
 def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
@@ -170,6 +171,12 @@ def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
         rows[f"{row}_sam_bf16"] = f"{host} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
         if host != "BCP":  # it mixes images, and no mixed image recurs
             rows[f"{row}_cached"] = f"{host} + SKD, cached", partial(host_step, host, sam_encoder="cached")
+    sam2 = partial(host_step, "Mean Teacher", "teacher_sam2")
+    for variant in ("tiny", "base_plus"):
+        label = f"Mean Teacher + SKD of SAM 2.1 {variant}"
+        rows[f"mean_teacher_sam2_{variant}"] = label, partial(sam2, sam_variant=variant)
+        cached = partial(sam2, sam_variant=variant, sam_encoder="cached")
+        rows[f"mean_teacher_sam2_{variant}_cached"] = f"{label}, cached", cached
     return rows
 
 

@@ -1,5 +1,5 @@
 """
-Zero-shot Dice of `stand_in` with a box prompt: the stand-in pretrained on procedural images, beside random weights.
+Zero-shot Dice of `stand_in` with a box prompt: pretrained on procedural images, beside random weights.
 
     python -m benchmarks.zero_shot                                        # the phantom
     KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC's validation slices
@@ -90,8 +90,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     networks = {
-        "stand_in pretrained on procedural images": build_sam("stand_in", options.image_size, options.checkpoint),
-        "stand_in from scratch (random weights)": build_sam("stand_in", options.image_size),
+        "stand-in pretrained on procedural images": build_sam("stand_in", options.image_size, options.checkpoint),
+        "stand-in from scratch (random weights)": build_sam("stand_in", options.image_size),
         "box filled": None,
     }
     print(f"`{' '.join(['python -m benchmarks.zero_shot', *sys.argv[1:]])}`\n")

@@ -3,7 +3,8 @@ Pretrain `stand_in` as a promptable segmenter on procedural images: a stand-in t
 
 It is NOT SAM: it has 2 M parameters and has only seen drawn shapes.
 
-    python -m pretraining.pretrain_stand_in --minutes 110 --threads 2 --output knowsam_monai/teachers/weights/stand_in.pt
+    python -m pretraining.pretrain_stand_in --minutes 110 --threads 2 \
+        --output knowsam_monai/teachers/weights/stand_in.pt
     python -m pretraining.pretrain_stand_in ... --resume          # continues from stand_in.pt.resume
 
 With --minutes the learning rate depends on the elapsed time, summed over interrupted runs. With --steps it depends on
@@ -237,7 +238,7 @@ def _finish(
     _save({name: value.cpu() for name, value in sam.state_dict().items()}, Path(options.output))
     sources = sorted(Path(__file__).parent.glob("*.py"))
     record = {
-        "what": "stand_in pretrained on procedural images: a stand-in, NOT SAM",
+        "what": "a stand-in for SAM, pretrained on procedural images: NOT SAM",
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "weights_sha256": hashlib.sha256(Path(options.output).read_bytes()).hexdigest(),

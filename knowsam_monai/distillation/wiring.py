@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMRuntimeError
+from knowsam_monai.teachers.provenance import named
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class Wiring:
         gate = distiller.gate
         if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (self.agreement_requested or gate.num_measured):
             self.warn(
-                f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, so nothing is distilled yet: "
-                f"{MEASURED_BY[gate.mode]}, or use the gate 'none'."
+                f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, so {named(distiller.teacher)} "
+                f"teaches nothing yet: {MEASURED_BY[gate.mode]}, or use the gate 'none'."
             )
         if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(

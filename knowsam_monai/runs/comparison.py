@@ -27,7 +27,9 @@ WATCHING = {  # handlers that change nothing in the run, and the functions that 
     *("TrainingProgress", "WholeCheckpointSaver", "Resume", "RunRecord", "Preflight", "ValidationHistory"),
     *("ValidationReport", "training_handlers", "validation_handlers"),
 }
-WEIGHTS = "sam_checkpoint"  # a file, or weights that come with the package
+WEIGHTS = {"sam_checkpoint", "teacher_bundle"}  # a file, a folder, or weights that come with the package
+# files of a folder that are compared: of a bundle's network, and of a model as the hub stores it
+OF_A_MODEL = ("configs/inference.*", "models/model.pt", "models/model.ts", "config.json", "*.safetensors")
 TRAINED_ON = ("labeled", "unlabeled", "validation")
 
 
@@ -47,7 +49,7 @@ def configured(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in plain_values(config).items() if _is_data(value)}
     settings: dict[str, Any] = {}
     for key, part in config.items():
-        if key == WEIGHTS and key in values:
+        if key in WEIGHTS and key in values:
             if values.get("use_sam", True):
                 settings[key] = _content(values[key])
         elif key in values and key not in LEFT_OUT:
@@ -134,11 +136,19 @@ def _watches(part: Any) -> bool:
 
 
 def _content(weights: Any) -> Any:
-    """The hash of a file, independent of its folder; a value that is not a file is returned as it is."""
-    if not isinstance(weights, (str, os.PathLike)) or not Path(weights).expanduser().is_file():
+    """The hashes of a file or folder, independent of its place; a value that is neither is returned as it is."""
+    if not isinstance(weights, (str, os.PathLike)) or not Path(weights).expanduser().exists():
         return weights
-    with open(Path(weights).expanduser(), "rb") as file:
-        return f"a file of sha256 {sha256(file)}"
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return f"a file of {_hash(path)}"
+    files = sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern))
+    return {str(file.relative_to(path)): _hash(file) for file in files}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256 {sha256(file)}"
 
 
 def _is_data(value: Any) -> bool:

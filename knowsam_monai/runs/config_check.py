@@ -15,7 +15,10 @@ from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors
 
-PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir")
+PATHS = (
+    *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
+    "teacher_bundle",
+)
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 

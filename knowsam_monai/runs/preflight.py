@@ -16,6 +16,7 @@ from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.provenance import describe
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,6 @@ class Preflight:
         if self.distiller is None:
             return [("teacher", "none (use_sam is False)")]
         teacher = self.distiller.teacher
-        weights = "pretrained" if getattr(teacher, "pretrained", False) else "NOT pretrained: random weights, not SAM's"
-        if getattr(teacher, "stand_in", False):
-            weights = "pretrained stand-in, NOT SAM"
         groups: dict[str, int] = {}
         for name, parameter in getattr(teacher, "sam_teacher", teacher).named_parameters():
             if parameter.requires_grad:
@@ -110,7 +108,7 @@ class Preflight:
         trains = ", ".join(f"{name} {count:,}" for name, count in groups.items()) or "nothing"
         gate = self.distiller.gate
         return [
-            ("teacher", f"{type(teacher).__name__} {getattr(teacher, 'variant', '')}, {weights}"),
+            ("teacher", describe(teacher)),
             ("teacher trains", f"{_trainable(teacher)}: {trains}" if self.distiller.learns else "nothing"),
             ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
         ]

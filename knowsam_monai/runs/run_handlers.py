@@ -81,7 +81,7 @@ def training_handlers(
         )
         trainer = SupervisedTrainer(..., train_handlers=handlers)
     """
-    is_first, network = ranks.rank() == 0, state["network"]
+    is_first, network, distiller = ranks.rank() == 0, state["network"], state.get("distiller")
     built = [method for method in methods if method is not None]
     for name in ("lr_scheduler", "sam_lr_scheduler"):
         if state.get(name) is not None:
@@ -100,8 +100,8 @@ def training_handlers(
     built += [
         *handlers,
         Resume(state, output_dir, evaluator, saver, data, enabled=resume, save=not preflight),
-        RunRecord(output_dir, seed, resume, enabled=not preflight),
-        Preflight(network, state["optimizer"], state.get("distiller"), num_rows, preflight, state.get("ema_student")),
+        RunRecord(output_dir, seed, resume, not preflight, None if distiller is None else distiller.teacher),
+        Preflight(network, state["optimizer"], distiller, num_rows, preflight, state.get("ema_student")),
         LastIteration(max_iterations),
     ]
     return track_terms(built, log_interval)

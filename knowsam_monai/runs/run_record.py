@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from torch import nn
 
 import knowsam_monai
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import write_text
 from knowsam_monai.runs.config import running_config
+from knowsam_monai.teachers.provenance import describe
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class RunRecord:
 
     - ``config.json``: the merged config as run, including overlays and the command line. `monai.bundle run` accepts it.
       It is written only if a bundle's config builds this handler.
-    - ``run.json``: one entry for each start, with time, command, seed, versions and, if the package lies in a git
-      working tree, its revision.
+    - ``run.json``: one entry for each start, with time, command, seed, teacher, versions and, if the package lies in a
+      git working tree, its revision.
 
     Put it after :class:`Resume`: a start that is refused there leaves the record unchanged.
 
@@ -46,6 +48,7 @@ class RunRecord:
         seed: recorded as given.
         resume: True adds to the entries of earlier starts, False discards them.
         enabled: False does nothing (a preflight).
+        teacher: the teacher, if there is one.
 
     Example::
 
@@ -53,12 +56,18 @@ class RunRecord:
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, seed: int | None = None, resume: bool = True, enabled: bool = True
+        self,
+        output_dir: str | os.PathLike,
+        seed: int | None = None,
+        resume: bool = True,
+        enabled: bool = True,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.seed = seed
         self.resume = resume
         self.enabled = enabled
+        self.teacher = None if teacher is None else describe(teacher)
         self.config = running_config()
 
     def attach(self, engine: Engine) -> None:
@@ -75,6 +84,7 @@ class RunRecord:
             "timestamp": time.time(),
             "command": shlex.join(sys.orig_argv),
             "seed": self.seed,
+            "teacher": self.teacher,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),
             "versions": versions(),
         }

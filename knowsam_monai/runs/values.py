@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
+from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
+from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
 PARTS = (
@@ -125,6 +127,11 @@ Grid = Annotated[
 ]
 Axis = _number(int, ge=-3, le=2)
 Axes = Annotated[Axis | _list(Axis, AfterValidator(_different)), "an axis, -3 to 2, or a list of different ones"]
+TaughtChannel = _number(int, ge=0, le=1000) | Text
+TaughtChannels = Annotated[
+    Count | _list(TaughtChannel | _list(TaughtChannel)),
+    "a number of channels, or a list with a number, a name or a list of these for each class",
+]
 RGB = Annotated[_number(int, ge=0, le=1000) | Literal["mean", "rgb"], "the number of a channel, 'mean' or 'rgb'"]
 HoleSize = Annotated[Count | Widths, "a whole number, 1 or more, or a list with one for each axis"]
 
@@ -157,7 +164,10 @@ class Training(Everywhere):
     holdout_patients: CountOrZero = _about("number of training patients in such a folder to validate on instead")
     method: Text = _about("name of the method in run_name")
     seed: Seed = _about("seed of weights, order and augmentation")
-    use_sam: Switch = _about("whether SAM teaches; if False, no part of SAM is built")
+    use_sam: Switch = _about("whether a teacher teaches; if False, no part of it is built")
+    teacher_name: FileName = _about(
+        "name of the teacher in run_name, unless it is 'sam'; the overlays teacher_* set it"
+    )
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")
     amp: Switch = _about("mixed precision on a GPU")
@@ -194,9 +204,11 @@ class Training(Everywhere):
     mixing_grid_size: Grid = _about("cells of the mixing grid along each axis")
     mixing_num_cells: Count = _about("cells to be overwritten in an image")
     mixing_pseudo_label: Literal["teacher", "student"] = _about("the network whose argmax labels unlabeled cells")
-    sam_variant: Literal["stand_in", "vit_b", "vit_l", "vit_h"] = _about("size of SAM; stand_in is a small stand-in")
+    sam_variant: Literal["vit_b", "vit_l", "vit_h", "mobile_sam", "stand_in", "tiny", "small", "base_plus", "large"] = (
+        _about("size of SAM; stand_in is a small network that is not SAM; of SAM 2, tiny to large (teacher_sam2)")
+    )
     sam_checkpoint: PathOrNone = _about(
-        "file of SAM's weights; 'procedural' for the stand-in's weights; None for random weights"
+        "file of SAM's weights, or a folder of SAM 2's; 'procedural' for the stand-in's; None for random weights"
     )
     sam_trainable: Literal["adapters", "all"] = _about("the part of SAM that is trained")
     sam_lr: Rate = _about("initial learning rate of SAM")
@@ -289,6 +301,13 @@ class Overlays(BaseModel):
     pretraining_iterations: CountOrZero = _about("iterations on labeled pairs only (bcp)")
     unlabeled_pixel_weight: Factor = _about("weight of unlabeled pixels in the loss (bcp)")
     box_fraction: Between = _about("side of the copied box relative to the image (bcp)")
+    teacher_bundle: PathOrNone = _about("folder of the bundle whose network teaches (teacher_network)")
+    teacher_channels: TaughtChannels = _about(
+        "for each class, the network's channel, by number or by its name in the bundle, or several (teacher_network)"
+    )
+    teacher_normalize: Annotated[Literal["z_score"] | None, "z_score or None"] = _about(
+        "how the images are normalized for the network; None: as the student sees them (teacher_network)"
+    )
     ckpt_path: Path = _about("file of the student's weights (evaluate)")
     split: Literal["labeled", "validation", "test"] = _about("section of the data to evaluate (evaluate)")
     sync_batchnorm: Switch = _about("whether processes share batch normalization (multi_gpu_train)")
@@ -371,7 +390,9 @@ def _sentence(key: str, field: Any, value: Any) -> str:
     words = [item for item in field.metadata if isinstance(item, str)]
     expected = words[-1] if words else f"one of {', '.join(map(repr, choices))}"
     remedy = "correct it, or leave it out for the bundle's own value"
-    if field.annotation is bool:
+    if key == "sam_variant" and value == "vit_t":
+        remedy = VIT_T
+    elif field.annotation is bool:
         remedy = "write True or False, without quotes"
     elif close := difflib.get_close_matches(str(value), choices, n=1):
         remedy = f"did you mean {close[0]!r}?"
@@ -463,6 +484,7 @@ def _length_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     last = values["max_iterations"]
+    yield from _teacher_contradictions(values)
     switches = {
         "mixing_start": "mixing_weight",
         "distillation_start": "use_sam",
@@ -483,8 +505,33 @@ def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             "`sam_cache_dir` must be left out unless `sam_encoder` is 'cached' but is "
             f"{values['sam_cache_dir']!r}; add --sam_encoder cached."
         )
-    frozen = values.get("sam_trainable") == "adapters" or values.get("sam_encoder") == "cached"
-    if values.get("use_sam") and frozen and values.get("sam_checkpoint", "") is None:
+    if values.get("image_size"):
+        yield from _axis_contradictions(values)
+
+
+def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    variant, is_cached = values.get("sam_variant"), values.get("sam_encoder") == "cached"
+    if not values.get("use_sam"):
+        return
+    if "teacher_bundle" in values:
+        if values["teacher_bundle"] is None:
+            yield (
+                "`teacher_bundle` must be the folder of a trained network's bundle but is None; name it, as in "
+                "--teacher_bundle models/ventricular_short_axis_3label."
+            )
+        if is_cached:
+            yield (
+                "`sam_encoder` must be 'adapted' if a network teaches, since it has no embeddings, but is 'cached'; "
+                "leave it out."
+            )
+        return
+    for name, variants, others, remedy in (
+        ("sam", SAM_VARIANTS, SAM2_VARIANTS, "a SAM 2; add the overlay teacher_sam2.json"),
+        ("sam2", SAM2_VARIANTS, SAM_VARIANTS, "a SAM 1; leave out the overlay teacher_sam2.json"),
+    ):
+        if values.get("teacher_name") == name and variant in others:
+            yield f"`sam_variant` must be one of {', '.join(map(repr, variants))} but is {variant!r}, {remedy}."
+    if values.get("sam_checkpoint", "") is None and (values.get("sam_trainable") == "adapters" or is_cached):
         yield (
             "`sam_checkpoint` must be a file of SAM's weights if they are frozen but is None; set it, or train random "
             "weights with --sam_trainable all --sam_encoder adapted."

@@ -8,7 +8,7 @@ from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import IntensityWindow
 from knowsam_monai.teachers.network_teacher import NetworkTeacher
 from knowsam_monai.teachers.prompt import LearnablePrompt
-from knowsam_monai.teachers.provenance import Origin, origin
+from knowsam_monai.teachers.provenance import Origin, describe, origin
 from knowsam_monai.teachers.sam import build_sam
 from knowsam_monai.teachers.sam2_teacher import Sam2Teacher
 from knowsam_monai.teachers.sam_teacher import SAMTeacher
@@ -29,5 +29,6 @@ __all__ = [
     "TeacherFacts",
     "build_sam",
     "check_teacher",
+    "describe",
     "origin",
 ]

@@ -54,7 +54,8 @@ class NetworkTeacher(nn.Module):
         - output: (B, C, *spatial), float32 (float64 for a float64 network)
 
     Raises:
-        ValueError: if an argument is invalid, or if the network's channels or output size do not fit.
+        ValueError: if an argument is invalid, the network does not take the image, or its channels or output size do
+            not fit.
 
     Example::
 
@@ -88,6 +89,8 @@ class NetworkTeacher(nn.Module):
         self.patch_size = None if patch_size is None else tuple(patch_size)
         self.normalize = normalize
         self.pretrained, self.pretrained_on, self.license = pretrained, pretrained_on, license
+        self.variant = type(network).__name__
+        self.checkpoint: str | None = None
         self.inferer: Inferer = SimpleInferer()
         if patch_size is not None:
             self.inferer = SlidingWindowInferer(self.patch_size, windows_per_call, overlap, mode="gaussian")
@@ -124,7 +127,9 @@ class NetworkTeacher(nn.Module):
                 f"`path` must be a TorchScript file but {path} is damaged or something else; for a `state_dict` "
                 "(.pt) use `NetworkTeacher(network, ...)` or `from_bundle`."
             ) from error
-        return cls(network, channels, **options)
+        teacher = cls(network, channels, **options)
+        teacher.checkpoint = os.fspath(path)
+        return teacher
 
     @classmethod
     def from_bundle(
@@ -165,8 +170,11 @@ class NetworkTeacher(nn.Module):
             "license": facts.license,
         } | options
         if (folder / MODEL).is_file():
-            return cls(build_bundle_network(folder), channels, **options)
-        return cls.from_torchscript(folder / TORCHSCRIPT, channels, **options)
+            teacher = cls(build_bundle_network(folder), channels, **options)
+        else:
+            teacher = cls.from_torchscript(folder / TORCHSCRIPT, channels, **options)
+        teacher.checkpoint = os.fspath(folder)
+        return teacher
 
     def train(self, mode: bool = True) -> NetworkTeacher:
         """Stay in eval mode."""
@@ -175,7 +183,16 @@ class NetworkTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor, prompt_logits: Tensor | None = None) -> Tensor:
         image = without_meta(image)
-        logits = self.inferer(self._normalized(image), self.network)
+        try:
+            logits = self.inferer(self._normalized(image), self.network)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # every network refuses in its own way
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise KnowSAMValueError(
+                f"`network` must take images of shape {tuple(image.shape)} but {self.variant} does not ({reason}); "
+                "give its `patch_size`, and put a 2D network that teaches volumes into SliceTeacher."
+            ) from error
         if not isinstance(logits, Tensor):
             raise KnowSAMValueError(
                 f"`network` must return one tensor but returns a {type(logits).__name__}; wrap it in a module that "

@@ -39,6 +39,7 @@ PUBLISHED = {
     r"^medsam2": Origin(
         "public medical sets and videos (arXiv:2504.03600); check its list for your test patients", "CC-BY-SA-4.0"
     ),
+    r"^mobile_sam": Origin("a hundredth of SA-1B, from SAM's vit_h (arXiv:2306.14289)", "Apache-2.0"),
     r"^procedural$": Origin("procedural images: a stand-in, not SAM", "Apache-2.0"),
 }
 
@@ -62,4 +63,39 @@ def origin(teacher: nn.Module) -> Origin:
     name = "" if checkpoint is None else Path(checkpoint).name.lower()
     known = next((found for pattern, found in PUBLISHED.items() if re.search(pattern, name)), Origin())
     stated = (getattr(teacher, "pretrained_on", None), getattr(teacher, "license", None))
-    return Origin(*(by_name if value is None else value for value, by_name in zip(stated, known)))
+    return Origin(*(known_value if value is None else value for value, known_value in zip(stated, known)))
+
+
+def named(teacher: nn.Module) -> str:
+    """
+    A teacher's class and variant.
+
+    Example::
+
+        >>> named(nn.Identity())
+        'Identity'
+    """
+    inner = getattr(teacher, "sam_teacher", teacher)
+    name = f"{type(inner).__name__} {getattr(inner, 'variant', '')}".rstrip()
+    return name if inner is teacher else f"{name} on slices"
+
+
+def describe(teacher: nn.Module) -> str:
+    """
+    A teacher in one line: class, variant, weights, their training data and license.
+
+    Args:
+        teacher: any module; what neither it nor the name of its checkpoint states is called unknown.
+
+    Example::
+
+        >>> describe(nn.Identity())
+        'Identity, NOT pretrained: random weights'
+    """
+    name = named(teacher)
+    if not getattr(teacher, "pretrained", False):
+        return f"{name}, NOT pretrained: random weights"
+    checkpoint = getattr(teacher, "checkpoint", None)
+    weights = "pretrained" if checkpoint is None else f"weights of {Path(checkpoint).name}"
+    pretrained_on, license = origin(teacher)
+    return f"{name}, {weights}, trained on {pretrained_on or 'unknown data'}, license {license or 'unknown'}"

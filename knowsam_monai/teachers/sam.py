@@ -12,9 +12,10 @@ import torch.nn as nn
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.sam_checkpoint import load_checkpoint, read_checkpoint
-from knowsam_monai.teachers.sam_variants import SAM_VARIANTS
+from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T, SAMVariant
 from knowsam_monai.teachers.segment_anything_import import import_segment_anything
 from knowsam_monai.teachers.stand_in import STAND_IN, stand_in_checkpoint
+from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 
 SIZE_DIVISOR = 16
 
@@ -29,11 +30,12 @@ def build_sam(
     the token grid once; upstream resizes the latter in every forward. Relative positions of windows are not resized.
 
     Args:
-        variant: "vit_b", "vit_l" or "vit_h" as published, or "stand_in", a small SAM of the same classes without published
-            weights (2 M parameters, patch size 8: 128 x 128 pixels have 16 x 16 tokens).
+        variant: "vit_b", "vit_l" or "vit_h" as published; "mobile_sam", whose image encoder is TinyViT; or "stand_in",
+            a small SAM of the same classes without published weights (2 M parameters, patch size 8: 128 x 128 pixels
+            have 16 x 16 tokens).
         image_size: height and width of the encoder's input, or one number for both; multiples of 16.
-        checkpoint: file with SAM's weights: Meta's, or one in MedSAM's format (``vit_b``). "procedural" is the
-            package's own file for ``stand_in``, pretrained on procedural images: a stand-in, not SAM. None: random
+        checkpoint: file with SAM's weights: Meta's, MobileSAM's, or one in MedSAM's format (``vit_b``). "procedural" is
+            the package's own file for ``stand_in``, pretrained on procedural images: a stand-in, not SAM. None: random
             weights, drawn from torch's global generator, whose state is restored.
 
     Returns:
@@ -42,7 +44,7 @@ def build_sam(
     Raises:
         ValueError: if variant or size is invalid, or if the checkpoint is damaged or belongs to another model.
         FileNotFoundError: if the checkpoint is missing; the message contains the download command.
-        ImportError: if `segment_anything` is not installed.
+        ImportError: if `segment_anything`, or `timm` for MobileSAM, is not installed.
 
     Example::
 
@@ -54,7 +56,8 @@ def build_sam(
         Kirillov et al., Segment Anything, arXiv:2304.02643.
     """
     if variant not in SAM_VARIANTS:
-        raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM_VARIANTS)} but is {variant!r}.")
+        remedy = f"; {VIT_T}" if variant == "vit_t" else ""
+        raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM_VARIANTS)} but is {variant!r}{remedy}.")
     numbers = SAM_VARIANTS[variant]
     size = check_image_size(image_size)
     grid = (size[0] // numbers.patch_size, size[1] // numbers.patch_size)
@@ -64,18 +67,7 @@ def build_sam(
 
     modeling = import_segment_anything().modeling
     sam = modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            img_size=max(size),
-            patch_size=numbers.patch_size,
-            embed_dim=numbers.embed_dim,
-            depth=numbers.depth,
-            num_heads=numbers.num_heads,
-            out_chans=numbers.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=numbers.window_size,
-            global_attn_indexes=numbers.global_attention_blocks,
-        ),
+        image_encoder=TinyViTEncoder(max(size)) if variant == "mobile_sam" else _image_encoder(numbers, size, grid),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=numbers.prompt_dim,
             image_embedding_size=grid,
@@ -90,7 +82,6 @@ def build_sam(
             iou_head_hidden_dim=numbers.prompt_dim,
         ),
     )
-    _size_positions(sam.image_encoder, grid)
     if state is not None:
         load_checkpoint(sam, state, checkpoint, variant)
     return sam.eval()
@@ -111,6 +102,23 @@ def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
             "images are resized to it, so choose the nearest multiple."
         )
     return size
+
+
+def _image_encoder(numbers: SAMVariant, size: tuple[int, int], grid: tuple[int, int]) -> nn.Module:
+    encoder = import_segment_anything().modeling.ImageEncoderViT(
+        img_size=max(size),
+        patch_size=numbers.patch_size,
+        embed_dim=numbers.embed_dim,
+        depth=numbers.depth,
+        num_heads=numbers.num_heads,
+        out_chans=numbers.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=numbers.window_size,
+        global_attn_indexes=numbers.global_attention_blocks,
+    )
+    _size_positions(encoder, grid)
+    return encoder
 
 
 def _size_positions(encoder: nn.Module, grid: tuple[int, int]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS
+from knowsam_monai.teachers.tiny_vit import from_mobile_sam, is_of_mobile_sam
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
     remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
     if url is not None:
-        remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}` (md5 {md5})"
+        remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}`" + (
+            f" (md5 {md5})" if md5 else ""
+        )
     if not path.is_file():
         raise KnowSAMFileNotFoundError(
             f"{expectation} {'is a folder' if path.is_dir() else 'does not exist'}; {remedy}."
@@ -73,27 +76,27 @@ def load_checkpoint(
 
         load_checkpoint(sam, read_checkpoint(path, "vit_b"), path, "vit_b")
     """
-    expectation = _expectation(checkpoint, variant)
-    if PATCH_PROJECTION not in state or any(name.startswith("mask_decoder.hf_") for name in state):
+    expected, expectation = sam.state_dict(), _expectation(checkpoint, variant)
+    is_of_sam = PATCH_PROJECTION in state or is_of_mobile_sam(state)
+    if not is_of_sam or any(name.startswith("mask_decoder.hf_") for name in state):
         raise KnowSAMValueError(f"{expectation} holds {which_model(state)}; use a file of {variant}.")
     found = _variant_of(state)
     if found is not None and found != variant:
         raise KnowSAMValueError(
             f"{expectation} holds a {found}; set `variant` to {found!r} or use a file of {variant}."
         )
-    expected = sam.state_dict()
-    state, resized = dict(state), []
-    for name in _position_names(sam):
+    state, resized = from_mobile_sam(state) if variant == "mobile_sam" else dict(state), []
+    for name in [] if variant == "mobile_sam" else _position_names(sam):
         if name in state and _same_channels(state[name], expected[name]) and state[name].shape != expected[name].shape:
             state[name] = resize_positions(state[name], expected[name].shape)
             resized.append(name)
-    load_strictly(sam, state, expectation, f"use a file of {variant} as `segment_anything` or MedSAM writes it")
+    load_strictly(sam, state, expectation, f"use a file of {variant} as its authors or MedSAM write it")
     logger.info(
         "SAM %s: all %d tensors loaded from %s. Resized to the token grid of %s: %s.",
         variant,
         len(expected),
         checkpoint,
-        "x".join(map(str, expected[POSITION_TABLE].shape[1:3])),
+        "x".join(map(str, sam.prompt_encoder.image_embedding_size)),
         ", ".join(resized) or "none",
     )
 
@@ -124,9 +127,7 @@ def which_model(state: dict[str, torch.Tensor]) -> str:
         return "SAM 2, which Sam2Teacher supports"
     if any("decoder.hf_" in name for name in state):
         return "HQ-SAM, which has additional decoder layers and is not supported"
-    if any(name.startswith("image_encoder.patch_embed.seq.") for name in state):
-        return "MobileSAM, which has another image encoder (TinyViT) and is not supported"
-    if PATCH_PROJECTION in state:
+    if PATCH_PROJECTION in state or is_of_mobile_sam(state):
         return f"SAM 1, which SAMTeacher supports with `variant` {_variant_of(state)!r}"
     if "vision_encoder.patch_embed.projection.weight" in state:
         return "SAM 1 in the format of `transformers`; SAMTeacher reads Meta's .pth"
@@ -134,6 +135,8 @@ def which_model(state: dict[str, torch.Tensor]) -> str:
 
 
 def _variant_of(state: dict[str, torch.Tensor]) -> str | None:
+    if is_of_mobile_sam(state):
+        return "mobile_sam"
     dims = {numbers.embed_dim: name for name, numbers in SAM_VARIANTS.items()}
     return dims.get(state[PATCH_PROJECTION].shape[0])
 

@@ -18,12 +18,14 @@ from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.sam import build_sam, check_image_size
 from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.teachers.sam_encoder import encode_image
+from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
 
 # parameters that a single mask from prompt tokens and a mask prompt does not use
 UNUSED_IN_SAM = (
+    "image_encoder.vit.head.",
     "prompt_encoder.point_embeddings.",
     "prompt_encoder.not_a_point_embed.",
     "prompt_encoder.no_mask_embed.",
@@ -52,9 +54,10 @@ class SAMTeacher(PromptedTeacher):
     Args:
         num_classes: C, background included (1 for a sigmoid student).
         image_size: height and width of SAM's input, multiples of 16; other images are resized to it.
-        variant: "vit_b", "vit_l", "vit_h", or "stand_in" (small, without published weights), see :func:`build_sam`.
-        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``stand_in``). None: random weights;
-            with "adapters" they stay random, which is only good for tests.
+        variant: "vit_b", "vit_l", "vit_h", "mobile_sam", or "stand_in" (small, without published weights), see
+            :func:`build_sam`.
+        checkpoint: SAM's weights, or "procedural" for the stand-in that is not SAM (``stand_in``). None: random
+            weights; with "adapters" they stay random, which is only good for tests.
         trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
             forward uses, for a SAM without pretrained weights.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
@@ -165,7 +168,8 @@ class SAMTeacher(PromptedTeacher):
 
     def _encode(self, rgb: torch.Tensor) -> torch.Tensor:
         normalized = (rgb * 255 - self.sam.pixel_mean) / self.sam.pixel_std
-        return encode_image(self.sam.image_encoder, normalized)
+        encoder = self.sam.image_encoder
+        return encoder(normalized) if isinstance(encoder, TinyViTEncoder) else encode_image(encoder, normalized)
 
     def decode(
         self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 
 class SAMVariant(NamedTuple):
-    """Sizes of one SAM. Those of vit_b, vit_l and vit_h are `segment_anything`'s."""
+    """Sizes of one SAM. Those of vit_b, vit_l and vit_h are `segment_anything`'s.
 
-    embed_dim: int
-    depth: int
-    num_heads: int
-    global_attention_blocks: tuple[int, ...]
+    The first four are of a ViT, 0 where the image encoder is another network.
+    """
+
+    embed_dim: int = 0
+    depth: int = 0
+    num_heads: int = 0
+    global_attention_blocks: tuple[int, ...] = ()
     patch_size: int = 16
     window_size: int = 14
     prompt_dim: int = 256
@@ -19,6 +22,9 @@ class SAMVariant(NamedTuple):
     url: str | None = None
     md5: str | None = None
 
+
+# for who names one as MobileSAM's authors do
+VIT_T = "MobileSAM, which its authors call vit_t, is 'mobile_sam' here, and this package's small SAM is 'stand_in'"
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything"
 
@@ -47,6 +53,7 @@ SAM_VARIANTS = {
         url=f"{_META}/sam_vit_h_4b8939.pth",
         md5="4b8939a88964f0f4ff5f5b2642c598a6",
     ),
+    "mobile_sam": SAMVariant(url="https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt"),
     # a small SAM for CPUs: 16 x 16 tokens for 128 x 128 pixels, as the others have for 256 x 256
     "stand_in": SAMVariant(160, 4, 5, (1, 3), patch_size=8, window_size=8, prompt_dim=128, decoder_mlp_dim=512),
 }

@@ -26,13 +26,13 @@ def stand_in_checkpoint(variant: str) -> Path:
     """
     if variant != "stand_in":
         raise KnowSAMValueError(
-            f"`checkpoint` must be a file with SAM's weights for {variant} but is {STAND_IN!r}, which exists for stand_in "
-            "only; set `variant` to 'stand_in' or `checkpoint` to a file."
+            f"`checkpoint` must be a file with SAM's weights for {variant} but is {STAND_IN!r}, which exists for "
+            "stand_in only; set `variant` to 'stand_in' or `checkpoint` to a file."
         )
     if not WEIGHTS.is_file():
         raise KnowSAMFileNotFoundError(
             f"`checkpoint` {STAND_IN!r} needs {WEIGHTS}, which does not exist; create it in the project's root with "
             f"`python -m pretraining.pretrain_stand_in --output {WEIGHTS}`."
         )
-    logger.warning("The teacher is stand_in pretrained on procedural images: a stand-in, NOT SAM.")
+    logger.warning("The teacher is a stand-in pretrained on procedural images, NOT SAM.")
     return WEIGHTS

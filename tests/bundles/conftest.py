@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 
 import monai.bundle
 import pytest
+import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from monai.networks.nets import UNet
 from monai.utils import set_determinism
 
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
 from knowsam_monai.runs import stop_signals, training_handlers
+from tests.teachers.sam2_toys import toy_model
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 CONFIGS = BUNDLES / "knowsam_acdc" / "configs"
@@ -165,6 +169,44 @@ def small_volumes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "volumes"
     counts = {"num_labeled": 2, "num_unlabeled": 2, "num_validation": 1, "num_test": 1}
     return write_phantom(folder, anatomy="left_atrium", max_size=32, **counts)
+
+
+@pytest.fixture(scope="session")
+def small_teachers(tmp_path_factory):
+    """`small_teachers(configs, "sam2")`, or "network": options for the overlay of that teacher, with tiny weights."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def sam2(configs: Path) -> dict[str, Any]:
+        if not (folder / "sam2").is_dir():
+            toy_model().save_pretrained(folder / "sam2")
+        key = "teacher#variant" if configs == CONFIGS else "teacher#sam_teacher#variant"
+        variant = {"_target_": "tests.teachers.sam2_toys.toy_config"}
+        return {"sam_variant": None, "sam_checkpoint": str(folder / "sam2"), key: variant}
+
+    def network(configs: Path) -> dict[str, Any]:
+        spatial_dims, num_classes = (2, 4) if configs == CONFIGS else (3, 2)
+        bundle = folder / f"network_{spatial_dims}d"
+        if not bundle.is_dir():
+            write_network_bundle(bundle, spatial_dims, num_classes)
+        return {"sam_variant": None, "teacher_bundle": str(bundle)}
+
+    return lambda configs, name: {"sam2": sam2, "network": network}[name](configs)
+
+
+def write_network_bundle(folder: Path, spatial_dims: int, num_classes: int) -> None:
+    """A bundle as the Model Zoo has them, of a network with random weights."""
+    network = {"spatial_dims": spatial_dims, "in_channels": 1, "out_channels": num_classes}
+    network |= {"channels": [4, 8], "strides": [2], "num_res_units": 1}
+    names = ("background", "lv_pool", "myocardium", "rv_pool")[:num_classes]
+    outputs = {"pred": {"channel_def": {str(index): name for index, name in enumerate(names)}}}
+    for name, content in {
+        "inference": {"network_def": {"_target_": "UNet", **network}},
+        "metadata": {"data_source": "scans of 2019", "network_data_format": {"outputs": outputs}},
+    }.items():
+        (folder / "configs").mkdir(parents=True, exist_ok=True)
+        (folder / "configs" / f"{name}.json").write_text(json.dumps(content))
+    (folder / "models").mkdir()
+    torch.save(UNet(**network).state_dict(), folder / "models" / "model.pt")
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+from pydoc import locate
 
 import ignite.distributed as idist
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.config_item import ConfigComponent, ConfigExpression
 from monai.utils import BundlePropertyConfig, set_determinism
-from monai.utils.module import optional_import
 
 from tests.bundles.conftest import BUNDLES, TINY, TINY_3D
 
@@ -18,6 +18,8 @@ METHODS = ("supervised", "mean_teacher", "ua_mt", "cps", "fixmatch", "bcp")
 NETWORKS = (None, "network_plain", "network_pair")
 # the files that are run together
 TRAININGS = [["train"], ["train", "multi_gpu_train"], *(["train", "network_plain", method] for method in METHODS)]
+TEACHERS = ("teacher_sam2", "teacher_network")
+TRAININGS += [[*names, teacher] for teacher in TEACHERS for names in (["train"], ["train", "network_plain", "bcp"])]
 TRAININGS += [["train", "network_pair", "cps"], ["train", "network_plain"], ["train", "network_pair"]]
 EVALUATIONS = [["train", *([network] if network else []), "evaluate"] for network in NETWORKS]
 INFERENCES = [["inference", *([network] if network else [])] for network in NETWORKS]
@@ -73,9 +75,7 @@ def faults(items, items_used):
         if any(reference not in items for reference in ReferenceResolver.find_refs_in_config(config, name)):
             yield name
         elif isinstance(item, ConfigComponent):
-            module, _, attribute = item.resolve_module_name().rpartition(".")
-            found, is_there = optional_import(module, name=attribute)
-            if not (is_there and callable(found)):
+            if not callable(locate(item.resolve_module_name())):
                 yield name
         elif is_import(item):
             if type(item.evaluate()).__name__ == "_LazyRaise":
@@ -124,7 +124,7 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
 def test_workflow_has_the_properties_that_applications_look_for(
-    bundle, names, small_phantom, small_volumes, tmp_path, request
+    bundle, names, small_phantom, small_volumes, small_teachers, tmp_path, request
 ):
     if "multi_gpu_train" in names:
         request.getfixturevalue("process_group")
@@ -135,13 +135,15 @@ def test_workflow_has_the_properties_that_applications_look_for(
         options["network_def"] = None
     if "inference" in names:
         data = data.parent
+    teacher = names[-1].partition("teacher_")[2]
+    taught = small_teachers(BUNDLES / bundle / "configs", teacher) if teacher else {}
     keys = ConfigParser.load_config_files(files(bundle, names))
     workflow = ConfigWorkflow(
         config_file=files(bundle, names),
         meta_file=str(BUNDLES / bundle / "configs" / "metadata.json"),
         logging_file=False,
         workflow_type="inference" if "inference" in names else "train",
-        **{key: value for key, value in options.items() if key in keys and value is not None},
+        **{key: value for key, value in (options | taught).items() if key.split("#")[0] in keys and value is not None},
         dataset_dir=str(data),
         output_dir=str(tmp_path),
         initialize=[],

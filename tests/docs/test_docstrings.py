@@ -80,7 +80,8 @@ def named_in_configs():
     """Dotted paths of this package's classes and functions: a `_target_`, or a call on a module of `imports`."""
     configs = (Path(__file__).parents[2] / "bundles").glob("*/configs/*.json")
     text = "".join(path.read_text(encoding="utf-8") for path in configs)
-    targets = set(re.findall(r'"_target_": "(knowsam_monai\.[\w.]+)"', text))
+    found = set(re.findall(r'"_target_": "(knowsam_monai\.[\w.]+)"', text))
+    targets = {re.sub(r"(\.[A-Z]\w+)\.\w+$", r"\1", target) for target in found}  # of a class method, its class
     for module, name in set(re.findall(r"import (knowsam_monai[\w.]*) as (\w+)", text)):
         targets |= {f"{module}.{function}" for function in re.findall(rf"\b{name}\.(\w+)\(", text)}
     return targets | set(re.findall(r'"writer": "(knowsam_monai\.[\w.]+)"', text))

@@ -75,6 +75,28 @@ def test_weights_of_sam_are_compared_by_content_wherever_they_lie(settings, tmp_
     assert settings(use_sam=False, sam_checkpoint=str(files[0])) == settings(use_sam=False, sam_checkpoint="nowhere")
 
 
+def test_weights_in_a_folder_are_compared_by_content_wherever_it_lies(settings, tmp_path):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, content in zip(folders, ("same", "same", "other")):
+        for file, text in (
+            ("models/model.pt", content),
+            ("configs/inference.json", "{}"),
+            ("docs/README.md", folder.name),
+        ):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(text)
+    same, moved, other = (settings("teacher_network.json", teacher_bundle=str(folder)) for folder in folders)
+    assert same == moved
+    (found,) = other_settings(same, other)
+    assert found.startswith("`teacher_bundle` must be {'configs/inference.json': 'sha256 ")
+    hub = [tmp_path / name for name in ("d", "e")]
+    for folder in hub:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(folder.name)
+    before, after = (settings("teacher_sam2.json", sam_checkpoint=str(folder)) for folder in hub)
+    assert other_settings(before, after)[0].startswith("`sam_checkpoint` must be {'model.safetensors': 'sha256 ")
+
+
 def test_objects_and_expressions_that_fail_are_compared_as_they_are_written():
     config = {"a": "$object()", "b": "$1 / 0", "c": (1, {"d": None})}
     assert configured(config) == {"a": "$object()", "b": "$1 / 0", "c": [1, {"d": None}]}

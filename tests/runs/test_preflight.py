@@ -101,4 +101,6 @@ def test_report_of_a_teacher_of_slices_names_the_parts_of_sam_that_train():
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()))
     preflight = Preflight(student, torch.optim.SGD(student.parameters()), distiller, num_rows=(6, 60))
     rows = dict(preflight._teacher_rows())
-    assert rows["teacher"].startswith("SliceTeacher") and "image_conv 30, prompt_conv 12" in rows["teacher trains"]
+    assert (
+        rows["teacher"].startswith("ToyTeacher on slices") and "image_conv 30, prompt_conv 12" in rows["teacher trains"]
+    )

@@ -44,7 +44,7 @@ def validate(report, *validations):
 def test_table_has_dice_per_structure_of_student_beside_teacher(tmp_path):
     report = validate(ValidationReport(tmp_path, NAMES), [item("a", 0, teacher_offset=2), item("b", 2, 2)])
     lines = report.table()
-    assert "student" in lines[1] and "SAM teacher" in lines[1]
+    assert "student" in lines[1] and "teacher" in lines[1]
     cells = {
         line[2:19].strip(): [float(x) for x in line[19:].split()] for line in lines if "0." in line or "1." in line
     }
@@ -84,7 +84,7 @@ def test_best_is_that_of_the_evaluators_key_metric(tmp_path):
 def test_last_stands_beside_the_best_and_survives_a_resume(tmp_path):
     report = validate(ValidationReport(tmp_path, NAMES), [item("a", 0, 2)], [item("a", 3, 0)])
     lines = report.table()
-    assert lines[1].split() == ["structure", "student", "SAM", "teacher", "student,", "last"]
+    assert lines[1].split() == ["structure", "student", "teacher", "student,", "last"]
     teacher, last = (float(class_dice(label_map(offset), label_map(), 3)[0]) for offset in (2, 3))
     assert [float(x) for x in lines[3].split()[-3:]] == pytest.approx([1, teacher, last], abs=5e-4)
     resumed = ValidationReport(tmp_path, NAMES)
@@ -118,7 +118,7 @@ def test_cases_have_the_dice_of_student_and_teacher_in_each_structure(tmp_path):
     assert (tmp_path / "validation_cases.csv").read_text().splitlines() == [
         "case,model,right ventricle,myocardium,mean",
         "a,student,1.0000,1.0000,1.0000",
-        f"a,SAM teacher,{shifted:.4f},1.0000,{(1 + shifted) / 2:.4f}",
+        f"a,teacher,{shifted:.4f},1.0000,{(1 + shifted) / 2:.4f}",
         f"b,student,{shifted:.4f},1.0000,{(1 + shifted) / 2:.4f}",
     ]
 

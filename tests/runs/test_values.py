@@ -16,6 +16,7 @@ from tests.bundles.test_resolution import RUNS, files
 
 ACDC, LA = "knowsam_acdc", "knowsam_la"
 TRAIN, INFERENCE, EVALUATE = ("train",), ("inference",), ("train", "evaluate")
+SAM2, NETWORK = ("train", "teacher_sam2"), ("train", "teacher_network")
 FOLDER, LIST = "/data/folder", "/data/list.json"
 NAN, INF, HUGE = math.nan, math.inf, 10**30
 
@@ -34,7 +35,8 @@ def overlay(method):
 @pytest.mark.parametrize("data", [None, FOLDER, LIST])
 @pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
 def test_shipped_values_are_right_and_stay_as_they_are(bundle, names, data):
-    assert check_values(merged(bundle, names, dataset_dir=data)) == {}
+    named = {"teacher_bundle": "/data/bundle"} if "teacher_network" in names else {}
+    assert check_values(merged(bundle, names, dataset_dir=data, **named)) == {}
 
 
 @pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
@@ -105,7 +107,8 @@ WRONG = [
     *((TRAIN, "mixing_num_cells", value, "1 or more") for value in (0, 2.5)),
     *((TRAIN, "mixing_pseudo_label", value, "'teacher', 'student'") for value in ("sam", 0)),
     (TRAIN, "mixing_pseudo_label", "techer", "did you mean 'teacher'?"),
-    *((TRAIN, "sam_variant", value, "one of 'stand_in', 'vit_b', 'vit_l', 'vit_h'") for value in ("sam2", None)),
+    *((TRAIN, "sam_variant", value, "one of 'vit_b', 'vit_l', 'vit_h', 'mobile_sam'") for value in ("sam2", None)),
+    (TRAIN, "sam_variant", "vit_t", "is 'mobile_sam' here, and this package's small SAM is 'stand_in'"),
     (TRAIN, "sam_variant", "vitb", "did you mean 'vit_b'?"),
     *((TRAIN, "sam_checkpoint", value, "a path, or None") for value in ("", 0, True)),
     *((TRAIN, "sam_trainable", value, "'adapters', 'all'") for value in ("none", None)),
@@ -129,6 +132,9 @@ WRONG = [
     *((overlay("fixmatch"), "pseudo_label_threshold", value, "a number, 0 to 1") for value in (95, -0.1)),
     *((overlay("bcp"), "box_fraction", value, "between 0 and 1") for value in (0, 1, 2)),
     (overlay("bcp"), "unlabeled_pixel_weight", -0.5, "0 or more"),
+    *((NETWORK, "teacher_bundle", value, "a path, or None") for value in ("", 1)),
+    *((NETWORK, "teacher_channels", value, "a number of channels, or a list") for value in (0, [], "lv", [-1], [[]])),
+    *((NETWORK, "teacher_normalize", value, "z_score or None") for value in ("minmax", True)),
     (("train", "network_pair", "cps"), "mutual_rows", "labeled", "one of 'all', 'unlabeled'"),
     (("train", "multi_gpu_train"), "sync_batchnorm", "false", "True or False"),
     *((EVALUATE, "split", value, "one of 'labeled', 'validation', 'test'") for value in ("train", None, 0)),
@@ -205,6 +211,9 @@ CONTRADICTIONS = [
     (TRAIN, {"augmentation_hole": [3] * 4}, "one number for each axis, but is [3, 3, 3, 3]"),
     (TRAIN, {"mixing_num_cells": 64}, "`mixing_num_cells` must be below"),
     (TRAIN, {"sam_checkpoint": None, "sam_trainable": "adapters"}, "`sam_checkpoint` must be a file of SAM's weights"),
+    (TRAIN, {"sam_variant": "tiny"}, "but is 'tiny', a SAM 2; add the overlay teacher_sam2.json"),
+    (SAM2, {"sam_variant": "vit_b"}, "but is 'vit_b', a SAM 1; leave out the overlay teacher_sam2.json"),
+    (NETWORK, {}, "`teacher_bundle` must be the folder of a trained network's bundle but is None; name it, as in --"),
     (TRAIN, {"labeled_patients": 7}, "`labeled_patients` must be left out with the synthetic phantom but is 7"),
     (TRAIN, {"dataset_dir": LIST, "labeled_patients": 7}, f"must be left out with the data list {LIST} but is 7"),
     (TRAIN, {"dataset_dir": LIST, "holdout_patients": 2}, "`holdout_patients` must be left out"),
@@ -225,6 +234,12 @@ def test_cache_folder_without_a_cached_encoder_is_an_error():
     with pytest.raises(ValueError, match="`sam_cache_dir` must be left out .*; add --sam_encoder cached"):
         check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache"))
     assert check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache", sam_encoder="cached")) == {}
+
+
+def test_network_keeps_no_embeddings():
+    with pytest.raises(ValueError, match="`sam_encoder` must be 'adapted' if a network teaches"):
+        check_values(merged(ACDC, NETWORK, teacher_bundle="/bundle", sam_encoder="cached"))
+    assert check_values(merged(ACDC, NETWORK, use_sam=False)) == {}
 
 
 UNKNOWN = [
@@ -294,6 +309,9 @@ RIGHT = [
     (ACDC, TRAIN, {"sam_checkpoint": None, "sam_input": "mean", "view_weights": [0.5, 1, 0]}, {}),
     (ACDC, TRAIN, {"dataset_dir": FOLDER, "labeled_patients": 3, "holdout_patients": 2}, {}),
     (ACDC, TRAIN, {"use_sam": False, "distillation_start": 10**6, "mixing_grid_size": [4, 2]}, {}),
+    (ACDC, NETWORK, {"teacher_bundle": "/b", "teacher_channels": [0, ["a", 2], "b"]}, {}),
+    (LA, NETWORK, {"teacher_bundle": "/b", "teacher_channels": (0, 1.0)}, {"teacher_channels": [0, 1]}),
+    (LA, SAM2, {"sam_variant": "base_plus", "sam_checkpoint": "/models/sam2.1_hiera_base_plus.pt"}, {}),
     (ACDC, TRAIN, {"lr": {"_target_": "max", "_args_": [0.1, 0.2]}}, {}),
     # keys of the user's own that something refers to
     (ACDC, TRAIN, {"base_lr": 0.1, "lr": "$@base_lr / 2"}, {}),

@@ -26,7 +26,9 @@ def test_other_sizes_are_an_error(image_size):
 
 
 def test_an_unknown_variant_is_an_error():
-    with pytest.raises(ValueError, match="`variant` must be one of vit_b, vit_l, vit_h, stand_in but is 'vit_x'"):
+    with pytest.raises(
+        ValueError, match="`variant` must be one of vit_b, vit_l, vit_h, mobile_sam, stand_in but is 'vit_x'"
+    ):
         build_sam("vit_x", image_size=64)
 
 

@@ -336,7 +336,7 @@ def encoder_names(dim, num_blocks):
             "tiny",
             "holds HQ-SAM, which has additional decoder layers",
         ),
-        ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "holds MobileSAM"),
+        ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "takes with `variant` 'mobile_sam'"),
         ({"conv.weight": torch.zeros(1)}, "tiny", "holds another model (its tensors are `conv.weight`)"),
         ({"trunk.blocks.0.attn.qkv.lora_A.weight": torch.zeros(1)}, "tiny", "holds a LoRA, low-rank changes"),
         ({"epoch": 3}, "tiny", "holds a dict of `epoch`; save the model's plain `state_dict()`"),
@@ -365,7 +365,7 @@ def test_sam2_given_to_sam1_is_named(tmp_path):
     with pytest.raises(ValueError, match="sam2.1_hiera_tiny.pt holds SAM 2, which Sam2Teacher supports; use a file of"):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "sam2.1_hiera_tiny.pt")
     torch.save({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, tmp_path / "mobile_sam.pt")
-    with pytest.raises(ValueError, match="mobile_sam.pt holds MobileSAM, which has another image encoder"):
+    with pytest.raises(ValueError, match="mobile_sam.pt holds a mobile_sam; set `variant` to 'mobile_sam'"):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "mobile_sam.pt")
 
 

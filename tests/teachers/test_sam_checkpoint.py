@@ -65,6 +65,16 @@ def assert_all_loaded(sam, state, grid):
     assert len(loaded["image_encoder.blocks.0.attn.rel_pos_h"]) == 27
 
 
+def test_a_file_in_half_precision_from_several_gpus_is_taken_and_said(tmp_path, caplog):
+    state = build_sam("stand_in", 64).state_dict()
+    path = tmp_path / "half.pt"
+    torch.save({f"module.{name}": value.half() for name, value in state.items()}, path)
+    with caplog.at_level(logging.INFO):
+        loaded = build_sam("stand_in", 64, path).state_dict()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in state.items())
+    assert "holds torch.float16" in caplog.text and "saved from several GPUs" in caplog.text
+
+
 def test_the_published_vit_b_file_loads_to_the_last_tensor(tmp_path):
     torch.manual_seed(0)
     published = import_segment_anything().sam_model_registry["vit_b"]()
@@ -189,6 +199,7 @@ def test_a_web_page_and_a_file_that_is_no_checkpoint_are_named(tmp_path, content
     [
         ({"conv1.weight": torch.zeros(3)}, r"another model \(its tensors are `conv1.weight`\)"),
         ({}, "holds a dict of nothing; save"),
+        ({"blocks.0.attn.qkv.lora_A.weight": torch.zeros(3)}, r"holds a LoRA, .*; merge it into its base model"),
         ({0: torch.zeros(3)}, "holds a dict of `0`; save"),
         (torch.zeros(3), "holds a Tensor; save"),
         ({"epoch": 3, "optimizer": {}}, "holds a dict of `epoch`, `optimizer`; save"),

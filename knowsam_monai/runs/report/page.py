@@ -93,7 +93,7 @@ def _results(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     best = [_best(run) for run in runs]
     structures = _structures(runs)
     columns = [("Student, mean Dice", STUDENT), *((name, f"{STUDENT}/{name}") for name in structures)]
-    for name, column in [*columns, ("SAM teacher, mean Dice", TEACHER)]:
+    for name, column in [*columns, ("Teacher, mean Dice", TEACHER)]:
         if any(math.isfinite(row.get(column, math.nan)) for row in best):
             yield name, [_dice(row.get(column)) for row in best]
     yield "validation", [
@@ -108,6 +108,7 @@ def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     """Rows of the lower table: how each run was made."""
     last = [run.starts[-1] if run.starts else {} for run in runs]
     yield "started", [", ".join(start["time"].replace("T", " ") for start in run.starts) or "–" for run in runs]
+    yield "teacher", [start.get("teacher") or "–" for start in last]
     yield "seed", [str(start.get("seed", "–")) for start in last]
     yield "git revision", [start.get("git_revision") or "none" for start in last]
     for name in dict.fromkeys(name for start in last for name in start.get("versions", {})):

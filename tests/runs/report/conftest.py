@@ -26,7 +26,13 @@ def write_run(folder, names=("a", "b", "c"), teacher_offset=2, started=None, con
     """Three validations, `steps` logged, cases and slices written."""
     folder.mkdir(parents=True, exist_ok=True)
     start = {"time": "2026-01-02T03:04:05+00:00", "timestamp": time.time() - 60 if started is None else started}
-    start |= {"seed": 7, "command": "python -m x", "git_revision": "0123abc", "versions": {"torch": "2.13.0"}}
+    start |= {
+        "seed": 7,
+        "teacher": "Sam2Teacher tiny",
+        "command": "python -m x",
+        "git_revision": "0123abc",
+        "versions": {"torch": "2.13.0"},
+    }
     (folder / "run.json").write_text(json.dumps({"starts": [start]}))
     (folder / "config.json").write_text(json.dumps(config or {"seed": 7, "train": {"lr": [0.1, 0.2]}}))
     write_scalars(folder, range(10, 40, 10))

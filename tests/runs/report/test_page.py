@@ -41,11 +41,11 @@ def test_page_is_written_into_the_folder_and_holds_all_that_it_shows(run_folder)
 
 def test_page_shows_dice_terms_gate_cases_slices_and_how_it_was_made(run_folder):
     words = Page(render([read_run(run_folder)])).words
-    for shown in ("0.875", "2, the best of 3", "SAM teacher, mean Dice", "Loss", "SAM loss", "Gate weight"):
+    for shown in ("0.875", "2, the best of 3", "Teacher, mean Dice", "Loss", "SAM loss", "Gate weight"):
         assert shown in words
     for shown in ("best case", "worst slice", "a, slice 3 of 3", "right ventricle 1.00", "As a table"):
         assert shown in words
-    for shown in ("0123abc", "2.13.0", "python -m x", "2026-01-02 03:04:05", '"seed": 7'):
+    for shown in ("Sam2Teacher tiny", "0123abc", "2.13.0", "python -m x", "2026-01-02 03:04:05", '"seed": 7'):
         assert shown in words
 
 

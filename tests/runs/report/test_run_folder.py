@@ -25,7 +25,7 @@ def test_run_is_what_its_writers_wrote(run_folder):
     assert run.validation_curve("val_mean_dice") == ([1, 2, 3], [0.25, 0.875, 0.75])
     assert run.validation_curve("val_teacher_dice") == ([2, 3], [0.5, 0.5])
     assert run.validation_curve("val_mean_dice/myocardium") == ([], [])
-    assert [(row["case"], row["model"]) for row in run.cases[:2]] == [("a", "student"), ("a", "SAM teacher")]
+    assert [(row["case"], row["model"]) for row in run.cases[:2]] == [("a", "student"), ("a", "teacher")]
 
 
 def test_slices_tell_case_structure_and_which_is_the_worst(run_folder):

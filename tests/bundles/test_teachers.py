@@ -1,0 +1,157 @@
+"""The overlays of teachers over train.json, with each method: they train, say who teaches, and go on after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from knowsam_monai.errors import root_cause
+from knowsam_monai.teachers import NetworkTeacher, Sam2Teacher
+from tests.bundles.conftest import CONFIGS, CONFIGS_3D, Training
+from tests.bundles.test_last_iteration import SignalBefore
+from tests.bundles.test_overlays import METHODS, QUICK, SMALL_UNET_3D
+
+TEACHERS = {"sam2": Sam2Teacher, "network": NetworkTeacher}
+BUNDLES = pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=lambda configs: configs.parent.name)
+EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
+
+
+@pytest.fixture
+def taught(small_phantom, small_volumes, small_teachers, tmp_path):
+    """`taught(configs, teacher, *overlays)`: a tiny training with that teacher that has not been run yet."""
+
+    def build(configs, teacher, *overlays, folder="output", **override):
+        options = {"dataset_dir": str(small_phantom if configs == CONFIGS else small_volumes), "sam_variant": None}
+        options |= small_teachers(configs, teacher) | override
+        overlays = (f"teacher_{teacher}.json", *overlays)
+        return Training(tmp_path / folder, configs=configs, overlays=overlays, **options)
+
+    return build
+
+
+def of_a_method(configs, method):
+    options = dict(QUICK)
+    if method == "bcp":
+        options["pretraining_iterations"] = 1
+    if configs == CONFIGS_3D and method != "cps":  # as good a test, and faster than MONAI's VNet
+        options["network_def"] = SMALL_UNET_3D
+    if configs == CONFIGS_3D and method == "bcp":  # pairs of rows become one: more than one voxel in the lowest level
+        options["image_size"] = [32, 32, 16]
+    return options
+
+
+@BUNDLES
+@EACH_TEACHER
+@pytest.mark.parametrize("method", ["knowsam", *METHODS])
+def test_every_method_trains_with_the_teacher(taught, configs, teacher, method):
+    overlays = () if method == "knowsam" else ("network_plain.json", f"{method}.json")
+    options = {"max_iterations": 3, "distillation_gate": "none"}
+    if method != "knowsam":
+        options = of_a_method(configs, method)
+    run = taught(configs, teacher, *overlays, **options).run()
+    assert len(run.history) == 3 and all(math.isfinite(value) for step in run.history for value in step.values())
+    assert all(step["distillation_loss"] > 0 for step in run.history)
+    inner = getattr(run["teacher"], "sam_teacher", run["teacher"])
+    assert type(inner) is TEACHERS[teacher] and inner.pretrained
+    learns = teacher == "sam2"
+    assert all(("sam_loss" in step) == learns for step in run.history)
+    assert [run[name] is not None for name in ("sam_optimizer", "sam_lr_scheduler")] == [learns, learns]
+
+
+def test_embeddings_of_sam2_are_kept(taught):
+    run = taught(CONFIGS, "sam2", sam_encoder="cached", max_iterations=2, distillation_gate="none").run()
+    assert len(run["teacher"].cache) > 0 and run.history[-1]["distillation_loss"] > 0
+
+
+@BUNDLES
+@EACH_TEACHER
+def test_its_overlay_and_those_of_networks_and_methods_set_different_parts(configs, teacher):
+    """So that their order on the command line is nobody's concern."""
+    own = {key.split("#")[0] for key in json.loads((configs / f"teacher_{teacher}.json").read_text())}
+    for path in configs.glob("*.json"):
+        if path.stem not in ("metadata", "train", "inference") and not path.stem.startswith("teacher_"):
+            assert not own & {key.split("#")[0] for key in json.loads(path.read_text())}, path
+
+
+@BUNDLES
+@EACH_TEACHER
+def test_preflight_record_and_report_say_who_teaches(taught, configs, teacher, caplog):
+    caplog.set_level("INFO", logger="knowsam_monai")
+    run = taught(configs, teacher, whole=True).run()
+    (start,) = json.loads((run.output_dir / "run.json").read_text())["starts"]
+    who = {
+        ("sam2", CONFIGS): "Sam2Teacher own config, weights of sam2",
+        ("sam2", CONFIGS_3D): "Sam2Teacher own config on slices, weights of sam2",
+        ("network", CONFIGS): "NetworkTeacher UNet, weights of network_2d, trained on scans of 2019, license unknown",
+        (
+            "network",
+            CONFIGS_3D,
+        ): "NetworkTeacher UNet, weights of network_3d, trained on scans of 2019, license unknown",
+    }[teacher, configs]
+    assert start["teacher"].startswith(who)
+    assert any(message.split() == ["teacher", *start["teacher"].split()] for message in caplog.messages)
+    assert start["teacher"] in (run.output_dir / "report.html").read_text()
+    assert any(message.split()[:2] == ["teacher", "trains"] for message in caplog.messages)
+    assert math.isfinite(run["validate#evaluator"].state.metrics["val_teacher_dice"])
+
+
+@BUNDLES
+@EACH_TEACHER
+def test_run_that_is_broken_off_goes_on_to_the_same_end_and_not_with_other_weights(
+    taught, configs, teacher, small_teachers, tmp_path
+):
+    options = {"whole": True, "max_iterations": 4, "epoch_length": 2, "distillation_gate": "none"}
+    whole = taught(configs, teacher, folder="whole", **options).run()
+    stopped = taught(configs, teacher, **options)
+    stopped.workflow.parser["train#handlers"].append(SignalBefore(3))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    key = {"sam2": "sam_checkpoint", "network": "teacher_bundle"}[teacher]
+    file = {"sam2": "model.safetensors", "network": "models/model.pt"}[teacher]
+    moved = Path(shutil.copytree(small_teachers(configs, teacher)[key], tmp_path / "moved"))
+    retrained = Path(shutil.copytree(moved, tmp_path / "retrained"))
+    change(retrained / file)
+    with pytest.raises(RuntimeError) as error:
+        taught(configs, teacher, **options, **{key: str(retrained)}).run()
+    assert f"`{key}` must be" in str(root_cause(error.value))
+    on = taught(configs, teacher, **options, **{key: str(moved)}).run()
+    assert len(on.history) == 1
+    ends = [(run["network"].state_dict(), run["teacher"].state_dict()) for run in (whole, on)]
+    for one, other in zip(*ends):
+        assert all(torch.equal(one[name], value) for name, value in other.items() if torch.is_tensor(value))
+
+
+def change(file):
+    if file.suffix == ".pt":
+        torch.save({name: value * 2 for name, value in torch.load(file).items()}, file)
+    else:
+        from safetensors.torch import load_file, save_file
+
+        save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_path_of_the_network_is_expanded(taught, small_teachers, monkeypatch):
+    folder = Path(small_teachers(CONFIGS, "network")["teacher_bundle"])
+    monkeypatch.setenv("SCRATCH", str(folder.parent))
+    run = taught(CONFIGS, "network", teacher_bundle=f"/${{SCRATCH}}/{folder.name}", max_iterations=1).run()
+    assert run["teacher"].checkpoint == f"/{folder}"
+
+
+def test_network_of_slices_is_no_teacher_of_volumes(taught, small_teachers):
+    bundle = small_teachers(CONFIGS, "network")["teacher_bundle"]
+    run = taught(CONFIGS_3D, "network", teacher_bundle=bundle, teacher_channels=[0, [1, 2, 3]])
+    with pytest.raises(RuntimeError) as error:
+        run.run()
+    assert "`network` must take images of shape (4, 1, 16, 16, 16) but UNet does not" in str(root_cause(error.value))
+
+
+@BUNDLES
+def test_network_that_is_not_named_is_one_sentence(taught, configs):
+    with pytest.raises(RuntimeError) as error:
+        taught(configs, "network", teacher_bundle=None).run()
+    assert str(root_cause(error.value)).startswith("`teacher_bundle` must be the folder of a trained network's bundle")
