@@ -73,6 +73,22 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
     assert "Segmenting" in shown.err and "2/2" in shown.err and "writing" not in shown.out
 
 
+@pytest.mark.parametrize("codes", ["PSR", "IPL", "ASR", "RAS"])
+def test_scan_gets_the_same_segmentation_whatever_the_order_of_its_axes(scans, run, tmp_path, codes):
+    (tmp_path / "in").mkdir()
+    scan = nibabel.load(scans / "phantom001_ED.nii.gz")
+    own = nibabel.io_orientation(scan.affine)
+    turn = nibabel.orientations.ornt_transform(own, nibabel.orientations.axcodes2ornt(codes))
+    nibabel.save(scan, tmp_path / "in" / "own.nii.gz")
+    nibabel.save(scan.as_reoriented(turn), tmp_path / "in" / "turned.nii.gz")
+    assert predict_folder(tmp_path / "in", BUNDLE, tmp_path / "out", run=run, device="cpu") == 2
+    expected, turned = (nibabel.load(tmp_path / "out" / f"{name}_seg.nii.gz") for name in ("own", "turned"))
+    assert nibabel.aff2axcodes(turned.affine) == tuple(codes)
+    back = turned.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(turned.affine), own))
+    assert len(np.unique(expected.dataobj)) > 1
+    np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(expected.dataobj))
+
+
 def test_nifti_and_nrrd_files_are_segmented_where_no_pattern_is_given(scans, run, tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
