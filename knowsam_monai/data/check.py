@@ -244,9 +244,10 @@ def _errors_across_sets(sets: Mapping[str, list[dict]], facts: Mapping[str, list
             f"`image` must have the same number of channels in every item but {second_file} has {second} and "
             f"{first_file} has {first}; correct or remove the different files."
         )
-    labels = [case.label_values for case in facts.get("labeled", []) if case.label_values is not None]
-    if labels and not any(max(values) > 0 for values in labels):
-        yield f"`labeled` must have labels with a structure but all {len(labels)} are empty; label some."
+    for name in ("labeled", "validation"):
+        labels = [case.label_values for case in facts.get(name, []) if case.label_values is not None]
+        if labels and not any(max(values) > 0 for values in labels):
+            yield f"`{name}` must have labels with a structure but all {len(labels)} are empty; label some."
 
 
 def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:

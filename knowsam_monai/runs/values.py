@@ -497,6 +497,11 @@ def _of_the_parts(values: Mapping[str, Any]) -> Iterator[str]:
     for key, switch in switches.items():
         if values.get(switch) and values.get(key, 0) >= last:
             yield f"`{key}` must be below {last}, the run's `max_iterations`, but is {values[key]}; lower it."
+    if values.get("mixing_weight") and values.get("unlabeled_batch_size") == 0:
+        yield (
+            f"`mixing_weight` must be 0 without unlabeled rows (`unlabeled_batch_size` 0) but is "
+            f"{values['mixing_weight']:g}; add --mixing_weight 0."
+        )
     if values.get("use_sam") and values.get("distillation_every", 1) > last:
         yield (
             f"`distillation_every` must be at most {last}, the run's `max_iterations`, but is "

@@ -165,13 +165,13 @@ def test_datasets_inside_others_are_looked_into(wrap):
 
 def test_holes_in_the_label_are_an_error():
     holes = RandCoarseDropoutd(**BOTH, holes=1, spatial_size=2)
-    with pytest.raises(ValueError, match="no random transform of 'label' but RandOrientationd but RandCoarseDropoutd"):
+    with pytest.raises(ValueError, match="RandOrientationd as the only random transform of 'label' but RandCoarseDropoutd"):
         check_orientations(loader(RandOrientationd(**BOTH), holes))
 
 
 def test_noise_on_the_image_for_sam_is_an_error():
     noise = RandGaussianNoised(["image", "sam_image"])
-    with pytest.raises(ValueError, match="must see 'sam_image' as RandOrientationd leaves it but RandGaussianNoised"):
+    with pytest.raises(ValueError, match="must see 'sam_image' as RandOrientationd returns it but RandGaussianNoised"):
         check_orientations(loader(RandOrientationd(**BOTH), noise))
 
 
@@ -185,4 +185,4 @@ def test_flip_of_the_image_for_sam_too_is_accepted_and_intensities_without_it_ar
     check_orientations(loader(RandOrientationd(**BOTH), Flipd(["image", "label", "sam_image"], 0)))
     assert not caplog.messages
     check_orientations(loader(RandOrientationd(**BOTH), ScaleIntensityd("image")))
-    assert "ScaleIntensityd comes after RandOrientationd, so that SAM sees the image without it." in caplog.messages
+    assert "ScaleIntensityd comes after RandOrientationd, so SAM sees the image without it." in caplog.messages

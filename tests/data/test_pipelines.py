@@ -77,7 +77,7 @@ def test_augmentation_changes_images_and_leaves_the_cache(data, name):
 def test_holes_hit_image_and_label_alike(data):
     item = next(item for item in data["labeled"] if (item["label"] > 0).float().mean() > 0.1)
     image = item["image"].clamp_min(0.01)
-    drop_holes = build("train#strong_augmentation").transforms[-1]
+    drop_holes = build("train#weak_augmentation").transforms[-1]
     drop_holes.prob = 1.0
     holes = drop_holes({"image": image.clone(), "label": torch.ones_like(item["label"])})
     assert torch.equal(holes["image"] == 0, holes["label"] == 0)
@@ -87,7 +87,7 @@ def test_holes_hit_image_and_label_alike(data):
 def test_image_and_label_move_together(data):
     """An image that is its own label stays so, to what smooth interpolation changes at the border."""
     geometry = Compose(
-        [t for t in build("train#strong_augmentation").transforms if "Intensity" not in type(t).__name__]
+        [t for t in build("train#weak_augmentation").transforms if "Intensity" not in type(t).__name__]
     )
     mask = (data["labeled"][4]["label"] > 0).float()
     for _ in range(8):

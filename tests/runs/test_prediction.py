@@ -394,7 +394,7 @@ def test_fault_of_the_bundle_is_no_fault_of_the_images(scans, run, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(BUNDLE / "configs", bundle / "configs")
     config = json.loads((bundle / "configs" / "inference.json").read_text())
-    config["preprocessing"]["transforms"][2]["keys"] = "another"
+    config["preprocessing"]["transforms"][3]["keys"] = "another"
     (bundle / "configs" / "inference.json").write_text(json.dumps(config))
     with pytest.raises(KeyError, match="another"):
         predict_folder(scans, bundle, tmp_path / "out", run=run, device="cpu")
