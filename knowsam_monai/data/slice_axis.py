@@ -34,6 +34,7 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
     Args:
         keys: keys to turn equally; missing keys are skipped.
         image_key: key of the image, whose geometry counts.
+        warn: whether to warn.
 
     Shape:
         (ch, *spatial) in the axes of the file becomes (ch, H, W, D) with D slices.
@@ -44,11 +45,11 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
         (1, 8, 9, 3)
     """
 
-    def __init__(self, keys: Any = ("image", "label"), image_key: str = "image") -> None:
+    def __init__(self, keys: Any = ("image", "label"), image_key: str = "image", warn: bool = True) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.image_key = image_key
         self.orientation = Orientation(axcodes="LPS", labels=AXES)  # records and inverts; the codes differ by case
-        self.has_warned = False
+        self.warn = warn
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -84,14 +85,14 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
         return case
 
     def _warn(self, image: torch.Tensor) -> None:
-        if not self.has_warned:
+        if self.warn:
             logger.warning(
                 "%s has voxels of %s mm, which do not show along which axis its slices are: they are taken axially, in "
                 "this and all other such files. If they are others, correct the spacing in the header.",
                 image_name(image),
                 " x ".join(f"{step:g}" for step in image.pixdim.tolist()),
             )
-            self.has_warned = True
+            self.warn = False
 
 
 def find_slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int | None:

@@ -223,6 +223,10 @@ WARNINGS = {
         ),
         "`unlabeled` has duplicate images: .*again.nii.gz has the voxels of .*unlabeled0.nii.gz in 3 of its 3 slices",
     ),
+    "spacing without slices": (
+        spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.eye(4)),
+        "`unlabeled`: 1 of 2 images have a spacing that does not show their slices, which are taken axially .*led1.nii",
+    ),
     "slices and volumes": (
         spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5))),
         "`unlabeled`: 1 of 2 images are slices, the others are volumes: .*unlabeled1.nii.gz",

@@ -165,7 +165,9 @@ def test_datasets_inside_others_are_looked_into(wrap):
 
 def test_holes_in_the_label_are_an_error():
     holes = RandCoarseDropoutd(**BOTH, holes=1, spatial_size=2)
-    with pytest.raises(ValueError, match="RandOrientationd as the only random transform of 'label' but RandCoarseDropoutd"):
+    with pytest.raises(
+        ValueError, match="RandOrientationd as the only random transform of 'label' but RandCoarseDropoutd"
+    ):
         check_orientations(loader(RandOrientationd(**BOTH), holes))
 
 
