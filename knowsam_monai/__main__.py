@@ -79,9 +79,10 @@ lies there already is not segmented.
 
 def phantom(options: argparse.Namespace) -> int:
     from knowsam_monai.data import write_phantom
+    from knowsam_monai.runs.config_check import expand_path
 
     path = write_phantom(
-        options.folder,
+        expand_path(options.folder, "folder"),
         num_labeled=options.labeled,
         num_unlabeled=options.unlabeled,
         num_validation=options.validation,
@@ -96,11 +97,13 @@ def phantom(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     from knowsam_monai.data.check import check_dataset
+    from knowsam_monai.runs.config_check import expand_path
 
     rules = {} if options.bundle is None else rules_of_bundle(options.bundle)
     given = {"num_classes": options.num_classes, "num_channels": options.num_channels}
     rules |= {name: value for name, value in given.items() if value is not None}
-    found = check_dataset(options.dataset_dir, labeled_patients=options.labeled_patients, **rules)
+    dataset_dir = expand_path(options.dataset_dir, "dataset_dir")
+    found = check_dataset(dataset_dir, labeled_patients=options.labeled_patients, **rules)
     return 1 if found.errors else 0
 
 
@@ -131,9 +134,11 @@ def train(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.config_check import expand_path
     from knowsam_monai.runs.report import write_report
 
-    write_report(*options.folders, output=options.output)
+    folders = [expand_path(folder, "folder") for folder in options.folders]
+    write_report(*folders, output=options.output and expand_path(options.output, "output"))
     return 0
 
 

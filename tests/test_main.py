@@ -66,6 +66,20 @@ def test_data_is_checked_by_the_rules_of_a_bundle(tmp_path, monkeypatch):
     assert codes == {"volume": [0, 1, 0, 0], "slice": [0, 1, 0, 1], "rgb": [0, 1, 1, 1]}
 
 
+@pytest.mark.parametrize("home", ["~", "$STUDIES", "${STUDIES}"])
+def test_home_folder_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch, home):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    for variable in ("HOME", "STUDIES", "KNOWSAM_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    (tmp_path / "home" / "run" / "results.csv").write_text("epoch,val_mean_dice\n1,0.5\n")
+    counts = ["--labeled", "1", "--unlabeled", "0", "--validation", "1", "--test", "0", "--size", "32"]
+    assert main(["phantom", f"{home}/phantom", *counts]) == 0
+    assert main(["check", f"{home}/phantom/dataset.json"]) == 0
+    assert main(["report", f"{home}/run", f"--output={home}/page.html"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home" / "page.html").is_file()
+
+
 def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr("knowsam_monai.runs.report.page.render", lambda runs: {}["a fault"])
     (tmp_path / "results.csv").write_text("epoch\n")
