@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from knowsam_monai.errors import KnowSAMError, root_cause
 
@@ -39,6 +40,7 @@ Read every image and label of a data list, and list errors, such as an image in 
 unreadable files. Possibly intentional issues are listed as warnings. The exit code is 1 if there are errors.
 
   knowsam check scans/dataset.json --num_classes 4
+  knowsam check scans/dataset.json --bundle la
   knowsam check /data/ACDC --labeled_patients 7
 """
 TRAIN = """\
@@ -77,9 +79,10 @@ lies there already is not segmented.
 
 def phantom(options: argparse.Namespace) -> int:
     from knowsam_monai.data import write_phantom
+    from knowsam_monai.runs.config_check import expand_path
 
     path = write_phantom(
-        options.folder,
+        expand_path(options.folder, "folder"),
         num_labeled=options.labeled,
         num_unlabeled=options.unlabeled,
         num_validation=options.validation,
@@ -94,14 +97,25 @@ def phantom(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     from knowsam_monai.data.check import check_dataset
+    from knowsam_monai.runs.config_check import expand_path
 
-    found = check_dataset(
-        options.dataset_dir,
-        labeled_patients=options.labeled_patients,
-        num_classes=options.num_classes,
-        num_channels=options.num_channels,
-    )
+    rules = {} if options.bundle is None else rules_of_bundle(options.bundle)
+    given = {"num_classes": options.num_classes, "num_channels": options.num_channels}
+    rules |= {name: value for name, value in given.items() if value is not None}
+    dataset_dir = expand_path(options.dataset_dir, "dataset_dir")
+    found = check_dataset(dataset_dir, labeled_patients=options.labeled_patients, **rules)
     return 1 if found.errors else 0
+
+
+def rules_of_bundle(bundle: str) -> dict[str, Any]:
+    """What a bundle's training demands of data by its defaults: classes, channels and axes."""
+    from monai.bundle import ConfigParser
+
+    from knowsam_monai.runs.bundle_folder import config_file, find_bundle
+
+    parser = ConfigParser(ConfigParser.load_config_file(str(config_file(find_bundle(bundle), "train"))))
+    names = ("num_classes", "num_channels", "slice_axis", "num_axes")
+    return {name: parser.get_parsed_content(f"data_check#{name}") for name in names if f"data_check#{name}" in parser}
 
 
 def train(options: argparse.Namespace) -> int:
@@ -120,9 +134,11 @@ def train(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.config_check import expand_path
     from knowsam_monai.runs.report import write_report
 
-    write_report(*options.folders, output=options.output)
+    folders = [expand_path(folder, "folder") for folder in options.folders]
+    write_report(*folders, output=options.output and expand_path(options.output, "output"))
     return 0
 
 
@@ -192,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("check", help="is a data list fit to train on?", description=CHECK, **form)
     verb.add_argument("dataset_dir", metavar="DATA", help="a data-list JSON, or a folder of ACDC or left-atrium data")
+    verb.add_argument("--bundle", metavar="BUNDLE", help="acdc, la, or a folder: check by the defaults of its training")
     verb.add_argument("--num_classes", type=int, metavar="C", help="with the background; default: any label values")
     verb.add_argument("--num_channels", type=int, metavar="N", help="of an image; default: those of the first")
     verb.add_argument("--labeled_patients", type=int, metavar="N", help="of a folder's published split; not for a JSON")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
 
+import nibabel
+import numpy as np
 import pytest
 
 import knowsam_monai
@@ -44,6 +47,37 @@ def test_mistake_is_one_sentence_on_stderr_and_exit_code_1(tmp_path, capsys, arg
     assert main([argument.format(tmp_path) for argument in arguments]) == 1
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {sentence}") and output.err.count("\n") == 1 and "Traceback" not in output.err
+
+
+def test_data_is_checked_by_the_rules_of_a_bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("KNOWSAM_CACHE_DIR", str(tmp_path / "cache"))
+    images = np.random.default_rng(0).random((2, 8, 8, 4, 2), dtype=np.float32)
+    for number, image in enumerate(images):
+        for name, array in (("volume", image[..., 0]), ("slice", image[..., 0, 0]), ("rgb", image)):
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 8, 1])), tmp_path / f"{name}{number}.nii")
+            label = np.uint8(255 * (array > 0.5)) if name != "rgb" else np.uint8(array[..., 0] > 0.5)
+            nibabel.save(nibabel.Nifti1Image(label, np.diag([1, 1, 8, 1])), tmp_path / f"{name}{number}_gt.nii")
+    codes = {}
+    for name in ("volume", "slice", "rgb"):
+        pairs = [[{"image": f"{name}{number}.nii", "label": f"{name}{number}_gt.nii"}] for number in range(2)]
+        (tmp_path / "list.json").write_text(json.dumps({"labeled": pairs[0], "validation": pairs[1]}))
+        for bundle in ([], ["--bundle", "acdc"], ["--bundle", "acdc", "--num_classes", "2"], ["--bundle", "la"]):
+            codes.setdefault(name, []).append(main(["check", str(tmp_path / "list.json"), *bundle]))
+    assert codes == {"volume": [0, 1, 0, 0], "slice": [0, 1, 0, 1], "rgb": [0, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("home", ["~", "$STUDIES", "${STUDIES}"])
+def test_home_folder_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch, home):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    for variable in ("HOME", "STUDIES", "KNOWSAM_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    (tmp_path / "home" / "run" / "results.csv").write_text("epoch,val_mean_dice\n1,0.5\n")
+    counts = ["--labeled", "1", "--unlabeled", "0", "--validation", "1", "--test", "0", "--size", "32"]
+    assert main(["phantom", f"{home}/phantom", *counts]) == 0
+    assert main(["check", f"{home}/phantom/dataset.json"]) == 0
+    assert main(["report", f"{home}/run", f"--output={home}/page.html"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home" / "page.html").is_file()
 
 
 def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ from .phantom import write_phantom as write_phantom
 from .readers import H5Reader as H5Reader
 from .readers import LoadCased as LoadCased
 from .simpleitk_reader import SimpleITKReader as SimpleITKReader
+from .slice_axis import TurnSlicesd as TurnSlicesd
 from .transforms import CheckDatad as CheckDatad
 from .transforms import ScaleVolumed as ScaleVolumed
 from .transforms import SplitSlicesd as SplitSlicesd

@@ -15,6 +15,7 @@ from knowsam_monai.data.case_facts import CaseFacts, CaseReader, read_cases
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.left_atrium import find_left_atrium
 from knowsam_monai.data.overlap import image_paths, labels_as_images, patient_key, shared_contents, shared_names
+from knowsam_monai.data.slice_axis import find_slice_axis
 from knowsam_monai.data.transforms import check_slice_range
 from knowsam_monai.errors import KnowSAMValueError
 
@@ -88,7 +89,8 @@ def check_datalist(
     number of channels or axes; a label of another shape or with values that are not classes; only empty labels; an item
     with a slice number that is not scaled to 0..1. *Warnings* are: a label with another spacing or orientation than its
     image; an empty label; a mask of 0 and 255; a class that no label has; a constant image; a duplicate image in a set;
-    slices among volumes; items without a patient.
+    slices among volumes; volumes whose spacing does not show their slices, unless `num_axes` is 3; items without a
+    patient.
 
     The table is logged. Errors are not raised: call `DatalistReport.raise_if_wrong`.
 
@@ -139,6 +141,8 @@ def check_datalist(
     report.errors += _unscaled_slices(items, facts_of_all)
     report.errors += _errors_across_sets(sets, facts)
     report.warnings += [sentence for name in sets for sentence in _warnings_of_set(name, sets[name], facts[name])]
+    if num_axes != 3:
+        report.warnings += _unclear_slices(sets, facts)
     report.warnings += _warnings_across_sets(sets, facts, num_classes)
     report.rows = [_row(name, sets[name], facts[name]) for name in sets]
     report.header = (
@@ -244,32 +248,51 @@ def _errors_across_sets(sets: Mapping[str, list[dict]], facts: Mapping[str, list
             f"`image` must have the same number of channels in every item but {second_file} has {second} and "
             f"{first_file} has {first}; correct or remove the different files."
         )
-    labels = [case.label_values for case in facts.get("labeled", []) if case.label_values is not None]
-    if labels and not any(max(values) > 0 for values in labels):
-        yield f"`labeled` must have labels with a structure but all {len(labels)} are empty; label some."
+    for name in ("labeled", "validation"):
+        labels = [case.label_values for case in facts.get(name, []) if case.label_values is not None]
+        if labels and not any(max(values) > 0 for values in labels):
+            yield f"`{name}` must have labels with a structure but all {len(labels)} are empty; label some."
 
 
 def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
     """Possibly intentional issues of one set."""
 
-    def warning(sentence: str, affected: list[bool], num: int, key: str = "image") -> Iterator[str]:
-        paths = [image_paths(item, key)[0] for item, is_affected in zip(items, affected) if is_affected]
-        if paths:
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
-
     num_labeled = sum(case.label_values is not None for case in facts)
     handling = "than their images; they are reoriented if the grids match, else their voxels are assumed to be aligned"
     spacings_differ = [_differ(case.spacing, case.label_spacing) for case in facts]
-    yield from warning(f"labels have another spacing {handling}", spacings_differ, num_labeled, "label")
+    yield from _warning(name, items, f"labels have another spacing {handling}", spacings_differ, num_labeled, "label")
     orientations_differ = [len({case.orientation, case.label_orientation} - {None}) > 1 for case in facts]
-    yield from warning(f"labels have another orientation {handling}", orientations_differ, num_labeled, "label")
-    yield from warning("labels are empty", [case.label_values == [0] for case in facts], num_labeled, "label")
+    yield from _warning(
+        name, items, f"labels have another orientation {handling}", orientations_differ, num_labeled, "label"
+    )
+    yield from _warning(
+        name, items, "labels are empty", [case.label_values == [0] for case in facts], num_labeled, "label"
+    )
     are_constant = [case.channels > 0 and not case.content and not case.fault for case in facts]
-    yield from warning("images are constant", are_constant, len(facts))
+    yield from _warning(name, items, "images are constant", are_constant, len(facts))
     if any(len(case.size) == 3 for case in facts):
         are_slices = [len(case.size) == 2 for case in facts]
-        yield from warning("images are slices, the others are volumes", are_slices, len(facts))
+        yield from _warning(name, items, "images are slices, the others are volumes", are_slices, len(facts))
+
+
+def _unclear_slices(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
+    """Volumes whose slice axis a network of slices guesses, see `TurnSlicesd`."""
+    for name, items in sets.items():
+        unclear = [
+            len(case.size) == 3 and case.spacing is not None and find_slice_axis(case.spacing, case.size) is None
+            for case in facts[name]
+        ]
+        sentence = "images have a spacing that does not show their slices, which are taken axially by the 2D bundle"
+        yield from _warning(name, items, sentence, unclear, len(items))
+
+
+def _warning(
+    name: str, items: list[dict], sentence: str, affected: list[bool], num: int, key: str = "image"
+) -> Iterator[str]:
+    paths = [image_paths(item, key)[0] for item, is_affected in zip(items, affected) if is_affected]
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
 
 
 def _differ(spacing: Sequence[float] | None, other: Sequence[float] | None) -> bool:

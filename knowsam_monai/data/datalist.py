@@ -29,6 +29,7 @@ def load_datalist(
     labeled_patients: int = 7,
     holdout_patients: int = 0,
     phantom: dict | None = None,
+    required: Sequence[str] = ("labeled", "validation"),
 ) -> dict[str, list[dict]]:
     """Return the `labeled`, `unlabeled`, `validation` and `test` items of a run.
 
@@ -43,6 +44,7 @@ def load_datalist(
         labeled_patients: number of patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
         holdout_patients: number of training patients to validate on instead, see the two functions above.
         phantom: further arguments of `write_phantom`, such as its `anatomy`.
+        required: lists that a JSON must have.
 
     Raises:
         ValueError: if the folder has no known format, or if the data list is not valid.
@@ -63,7 +65,7 @@ def load_datalist(
         return datalist
     path = Path(os.path.expanduser(dataset_dir))
     if path.suffix == ".json":
-        return _read_json(path)
+        return _read_json(path, required)
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
     for name, (find, datalist_of) in known.items():
         if find(path):
@@ -75,7 +77,7 @@ def load_datalist(
     raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))
 
 
-def _read_json(path: Path) -> dict[str, list[dict]]:
+def _read_json(path: Path, required: Sequence[str]) -> dict[str, list[dict]]:
     if not os.path.isfile(path):
         raise KnowSAMFileNotFoundError(f"`dataset_dir` must be an existing data-list JSON but {path} does not exist.")
     try:
@@ -86,7 +88,7 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
         raise KnowSAMValueError(f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is not.")
     _refuse_unknown_sections(path, content)
     datalist = {name: _read_section(path, name, content.get(name, [])) for name in SECTIONS}
-    for name in ("labeled", "validation"):
+    for name in required:
         if not datalist[name]:
             raise KnowSAMValueError(
                 f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}."

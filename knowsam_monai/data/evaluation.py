@@ -6,11 +6,12 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
 
 from knowsam_monai.data.datalist import load_datalist
+from knowsam_monai.data.nifti_writer import is_label_map
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
 
@@ -37,7 +38,8 @@ def inference_items(
             Links are followed.
         phantom_dir: folder of the phantom, which is written if it is missing.
         phantom: further arguments of `write_phantom`, as in training.
-        output_dir: folder of the segmentations; its files are not listed as images.
+        output_dir: folder of the segmentations. Its files are not listed as images, nor are NIfTI files elsewhere whose
+            header declares labels, as those of `NiftiGeometryWriter` do. A warning names images that are left out.
 
     Returns:
         [{"image": path}, ...], sorted by path.
@@ -59,7 +61,7 @@ def inference_items(
         return [{"image": item["image"]} for item in datalist["test"]]
     folder = os.path.expanduser(dataset_dir)
     if folder.endswith(".json"):
-        images = [item["image"] for item in _filled(load_datalist(folder, phantom_dir=phantom_dir), "test")]
+        images = [item["image"] for item in load_datalist(folder, phantom_dir, required=("test",))["test"]]
         _refuse_same_names(images)
         return [{"image": image} for image in images]
     if os.path.isfile(folder):
@@ -82,15 +84,20 @@ def inference_items(
         )
     # dangling links and folders with an image's name are listed, so that they are reported as unreadable
     matching = glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
-    paths = sorted(
+    images = sorted(path for path in matching if not os.path.isdir(path) or IMAGE_ENDING.search(path))
+    written = {
         path
-        for path in matching
-        if (not os.path.isdir(path) or IMAGE_ENDING.search(path))
-        and not (_is_below(output, root) and _is_below(os.path.realpath(os.path.dirname(path)), output))
-    )
+        for path in images
+        if _is_below(output, root) and _is_below(os.path.realpath(os.path.dirname(path)), output)
+    }
+    label_maps = {path for path in images if is_label_map(path)}
+    paths = [path for path in images if path not in written | label_maps]
+    _warn_left_out(written - label_maps, "lie in `output_dir`; move images to another folder")
+    _warn_left_out(label_maps - written, "are label maps by their headers, such as earlier segmentations")
     if not paths:
+        found = f"only has {len(images)} that are segmentations" if images else "has none"
         raise KnowSAMValueError(
-            f"`dataset_dir` must contain files that match {pattern!r} but {folder} has none; set `image_pattern`, "
+            f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; set `image_pattern`, "
             "for example --image_pattern '**/*.nii.gz'."
         )
     _refuse_same_names(paths)
@@ -118,6 +125,11 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
     return folder if os.path.isdir(folder) else ""
 
 
+def _warn_left_out(paths: Collection[str], reason: str) -> None:
+    if paths:
+        logger.warning("%d files match but are not segmented, since they %s: %s ...", len(paths), reason, min(paths))
+
+
 def _is_below(path: str | None, folder: str) -> bool:
     return path is not None and Path(path).is_relative_to(folder)
 
@@ -126,7 +138,7 @@ def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
     """A segmentation has the name of its image's first file, except for the extension."""
     firsts: dict[str, str] = {}
     for image in map(_first_file, images):
-        stem = IMAGE_ENDING.sub("", image)
+        stem = os.path.splitext(image.removesuffix(".gz"))[0]  # as in MONAI's SaveImage
         if stem in firsts:
             raise KnowSAMValueError(
                 f"Two images would write the same output file: {firsts[stem]}, {image}; rename one, or select one with "

@@ -83,8 +83,9 @@ class SemiSupervisedLoader:
         for name, size, batch_size in zip(("labeled", "unlabeled"), sizes, batch_sizes):
             if size == 0 and batch_size != 0:
                 raise KnowSAMValueError(
-                    f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}; "
-                    f"set it to 0 for supervised training, or add {name} items."
+                    f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}; add {name} items, or set "
+                    "it to 0 for supervised training (in a bundle: --unlabeled_batch_size 0 --mixing_weight 0, with "
+                    "the method knowsam or supervised)."
                 )
             if size > 0 and batch_size < 1 and not (name == "unlabeled" and batch_size == 0):
                 raise KnowSAMValueError(f"`{name}_batch_size` must be at least 1 but is {batch_size}.")

@@ -14,7 +14,7 @@ from monai.utils import ImageMetaKey
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import write_whole
 
-__all__ = ["NiftiGeometryWriter"]
+__all__ = ["NiftiGeometryWriter", "is_label_map"]
 
 GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -27,7 +27,8 @@ class NiftiGeometryWriter(NibabelWriter):
 
     MONAI's writer stores nibabel's affine as both qform and sform. If these differ in the input, or if it has none,
     nibabel or ITK would then place input and output differently. This writer preserves both, so input and output match
-    in every reader. It copies no other header fields, such as descriptions, extensions or patient names.
+    in every reader. It copies no other header fields, such as descriptions, extensions or patient names. The header's
+    intent says that the file is a label map, see `is_label_map`.
 
     If the input is not NIfTI, or if the prediction has another grid, the output has MONAI's affine, in mm. Files are
     written completely or not at all, and never overwrite their input.
@@ -66,6 +67,7 @@ class NiftiGeometryWriter(NibabelWriter):
             image.set_qform(image.affine, code=1)
             image.set_sform(image.affine, code=1)
             image.header.set_xyzt_units("mm")
+            image.header.set_intent("label")
             _save_whole(image, filename)
             return
         is_nifti_2 = isinstance(header, nibabel.Nifti2Header)
@@ -75,7 +77,24 @@ class NiftiGeometryWriter(NibabelWriter):
         geometry.set_data_shape(shape)
         for field in GEOMETRY_FIELDS:
             geometry[field] = header[field]
+        geometry.set_intent("label")
         _save_whole(image_class(array.reshape(shape), None, geometry), filename)
+
+
+def is_label_map(path: str | PathLike) -> bool:
+    """Whether a file is NIfTI whose header declares labels (intent 1002), as those of `NiftiGeometryWriter` do.
+
+    Example:
+        >>> is_label_map("notes.txt")
+        False
+    """
+    if not str(path).endswith((".nii", ".nii.gz")) or not os.path.isfile(path):  # a pipe would block
+        return False
+    try:
+        header = _nifti_header(path)
+        return header is not None and header.get_intent()[0] == "label"
+    except Exception:  # damaged in any way; reading it as an image says how
+        return False
 
 
 def _save_whole(image: Any, filename: PathLike) -> None:

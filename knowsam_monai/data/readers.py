@@ -72,7 +72,7 @@ class H5Reader(NumpyReader):
 
     def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict]:
         array, meta = super().get_data(img)
-        return array, {**meta, "affine": np.eye(4), "original_affine": np.eye(4), "spacing_known": False}
+        return array, {**meta, **_unknown_geometry()}
 
     def _read_file(self, name: str) -> np.ndarray:
         try:
@@ -150,6 +150,8 @@ class NiftiReader(NibabelReader):
 class ArchiveReader(NumpyReader):
     """Read .npy and .npz files for MONAI's `LoadImage`, and refuse archives that are too large when unpacked.
 
+    Axes of length 1 after the third are dropped. These files have no spacing, see `H5Reader`.
+
     Example:
         >>> from monai.transforms import LoadImage
         >>> load = LoadImage()
@@ -168,6 +170,30 @@ class ArchiveReader(NumpyReader):
                     f"its arrays take {size / 2**30:.1f} GiB but the limit is {LARGEST_IMAGE / 2**30:g} GiB; crop them."
                 )
         return super().read(data, **kwargs)
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        arrays = [img] if isinstance(img, np.ndarray) else img
+        arrays = [array.reshape(array.shape[:3] + tuple(n for n in array.shape[3:] if n > 1)) for array in arrays]
+        array, meta = super().get_data(arrays)
+        return array, {**meta, **_unknown_geometry()}
+
+
+class PictureReader(PILReader):
+    """Read PNG, JPEG and BMP files for MONAI's `LoadImage`; they have no spacing, see `H5Reader`.
+
+    Example:
+        >>> from monai.transforms import LoadImage
+        >>> load = LoadImage()
+        >>> load.register(PictureReader())
+        >>> image = load("polyp.png")     # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        super().__init__(formats=("PNG", "JPEG", "BMP"))  # PIL would run PostScript in a .png file
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        array, meta = super().get_data(img)
+        return array, {**meta, **_unknown_geometry()}
 
 
 class LoadCased(MapTransform):
@@ -201,8 +227,7 @@ class LoadCased(MapTransform):
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
             self.loaders[key].register(NiftiReader())
             self.loaders[key].register(ArchiveReader())
-            # restricted formats: PIL would run PostScript in a .png file
-            self.loaders[key].register(PILReader(formats=("PNG", "JPEG", "BMP")))
+            self.loaders[key].register(PictureReader())
             self.loaders[key].register(SimpleITKReader())
             self.loaders[key].register(H5Reader(dataset=str(key), slice_axis=slice_axis))
 
@@ -219,6 +244,10 @@ class LoadCased(MapTransform):
                     f"`{key}` must be a readable image but {path} is not: {_reason(error)}"
                 ) from error
         return case
+
+
+def _unknown_geometry() -> dict[str, Any]:
+    return {"affine": np.eye(4), "original_affine": np.eye(4), "spacing_known": False}
 
 
 def _check_is_file(path: PathLike) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import unstack_views
@@ -72,8 +72,18 @@ class MultiViewCoTraining:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
+        engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def started(self, engine: Engine) -> None:
+        """Refuse a student whose outputs are heads of deep supervision."""
+        if has_deep_supervision(engine.network):
+            raise KnowSAMValueError(
+                f"`views` must be views of a multi-view student such as MultiViewNet or StackedNetworks but "
+                f"{type(engine.network).__name__} stacks heads of its deep supervision; leave co-training out (in a "
+                "bundle: --train#method#_disabled_ True)."
+            )
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output

@@ -17,8 +17,8 @@ from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
-from knowsam_monai.errors import KnowSAMTypeError, check_counts
-from knowsam_monai.handlers.supervision import check_supervision
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_counts
+from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
@@ -57,9 +57,10 @@ class SAMDistillation:
             ``operator.itemgetter(0)``; None: the output is the logits. The trainer's loss gets the whole output.
 
     Raises:
-        ValueError: if an interval is below 1; at the start, if both optimizers step the same parameters; at a step, if
-            a required `"sam_image"` is missing or does not fit, if the classes or rows of student, teacher and labels
-            disagree, or if every row has a label but `labeled_rows` is None.
+        ValueError: if an interval is below 1; at the start, if both optimizers step the same parameters, or if only
+            heads of deep supervision would be taught; at a step, if a required `"sam_image"` is missing or does not
+            fit, if the classes or rows of student, teacher and labels disagree, or if every row has a label but
+            `labeled_rows` is None.
         RuntimeError: at a step, if the distiller is also attached to a student.
 
     Example::
@@ -101,6 +102,12 @@ class SAMDistillation:
     def started(self, engine: Engine) -> None:
         """Move the distiller to the trainer's device and make its optimizer follow the trainer's."""
         self.completed(engine)
+        taught_views = self.distiller.taught_views
+        if 0 not in taught_views and has_deep_supervision(engine.network):
+            raise KnowSAMValueError(
+                f"`taught_views` must be [0], the output of {type(engine.network).__name__}, but is "
+                f"{list(taught_views)}, heads of its deep supervision; set it to [0]."
+            )
         if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()

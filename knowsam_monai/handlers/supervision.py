@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ignite.engine import Engine
 from monai.utils import CommonKeys as Keys
+from torch import nn
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.supervised import check_loss_takes
+from knowsam_monai.wrappers import plain_network
 
 
 def check_supervision(engine: Engine) -> None:
@@ -22,6 +24,18 @@ def check_supervision(engine: Engine) -> None:
     image, label = engine.state.output[Keys.IMAGE], engine.state.output.get(Keys.LABEL)
     if label is not None:
         check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(image), num_labels=len(label))
+
+
+def has_deep_supervision(network: nn.Module) -> bool:
+    """
+    Whether a student stacks heads of deep supervision in train mode, its output first, which are not views.
+
+    MONAI's ``DynUNet`` and others say so in an attribute ``deep_supervision``.
+
+    Args:
+        network: wrapped or not.
+    """
+    return getattr(plain_network(network), "deep_supervision", False) is True
 
 
 def unlabeled_rows(output: dict) -> slice:

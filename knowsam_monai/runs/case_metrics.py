@@ -186,8 +186,10 @@ def case_metrics(pred: Tensor, label: Tensor, num_classes: int, spacing: tuple[f
     Shape:
         - output: (2, C - 1, 6), for the full prediction and its largest components, in the order of ``METRICS``
     """
-    if label.ndim == 3 and label.shape[-1] == 1:
-        pred, label, spacing = pred[..., 0], label[..., 0], spacing and spacing[:2]
+    if label.ndim == 3 and list(label.shape).count(1) == 1:
+        axis = list(label.shape).index(1)
+        pred, label = pred.select(axis, 0), label.select(axis, 0)
+        spacing = spacing and (*spacing[:axis], *spacing[axis + 1 :])
     largest = KeepLargestConnectedComponent(applied_labels=list(range(1, num_classes)), is_onehot=False)(
         pred[None].clone()
     )[0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class StudentLoader(CheckpointLoader):
         num_classes: class count of `network`, for an error in terms of classes.
 
     Raises:
-        ValueError: when the run starts, if the file is missing, is no state dict, or belongs to another network or
-            another number of classes.
+        ValueError: when the run starts, if the file is missing, is no state dict, belongs to another network or another
+            number of classes, or has weights that are not finite.
 
     Example::
 
@@ -52,6 +53,12 @@ class StudentLoader(CheckpointLoader):
             raise KnowSAMValueError(
                 f"`load_path` must hold the weights of {kind} but {self.load_path} belongs to another network: "
                 f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; use the `network_def` of its training."
+            )
+        broken = [name for name in own if not torch.isfinite(loaded[name]).all()]
+        if broken:
+            raise KnowSAMValueError(
+                f"`load_path` must hold finite weights but in {self.load_path} "
+                f"{_count(broken, 'have NaN or infinite values')}; train again, or use another checkpoint."
             )
         different = [name for name in own if own[name].shape != loaded[name].shape]
         if not different:

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 
+from knowsam_monai.data.slice_axis import TurnSlicesd
 from knowsam_monai.runs.validation_case import ValidationCase, class_dice
 from knowsam_monai.texts import shortened
 
@@ -34,8 +35,9 @@ def slice_views(case: ValidationCase, num_classes: int) -> list[SliceView]:
     """
     The slice of a volume with the most foreground, and the worst of all slices with at least a third of that.
 
-    Files with a spacing (NIfTI) store columns first; their slices are turned to the radiological view.
+    Slices of files with a known geometry (NIfTI) are turned to the radiological view.
     """
+    case = _turned(case)
     label, pred = (x if x.ndim == 3 else x[..., None] for x in (case.label, case.preds["pred"]))
     area = (label > 0).flatten(0, 1).sum(0)
     dice = {
@@ -48,8 +50,7 @@ def slice_views(case: ValidationCase, num_classes: int) -> list[SliceView]:
         slices = [_image_slice(case, k, label.shape), label[..., k].numpy(), pred[..., k].numpy()]
         aspect = 1.0
         if case.affine is not None and case.spacing is not None:
-            flipped = [i for i in (0, 1) if case.affine[i, i] > 0]
-            slices = [np.flip(x, flipped).T for x in slices]
+            slices = [x.T for x in slices]
             aspect = case.spacing[1] / case.spacing[0]
         position = f"slice {k + 1} of {label.shape[-1]}"
         views.append(SliceView(case.path, position, *slices, dice[k].numpy(), aspect))
@@ -170,6 +171,19 @@ def _window(view: SliceView) -> tuple[slice, slice]:
         start = int(np.clip((indices.min() + indices.max()) / 2 - edge / 2, 0, size - edge))
         window.append(slice(start, start + edge))
     return window[0], window[1]
+
+
+def _turned(case: ValidationCase) -> ValidationCase:
+    """The case with its slices along the last axis; unchanged if its geometry is unknown."""
+    if case.label.ndim != 3 or case.affine is None or case.spacing is None:
+        return case
+    maps = {"label": case.label, "pred": case.preds["pred"]}
+    volumes = {key: MetaTensor(volume[None], affine=case.affine) for key, volume in maps.items()}
+    turned = TurnSlicesd(list(volumes), image_key="label", warn=False)(volumes)
+    label, affine = turned["label"], turned["label"].affine
+    preds = {"pred": turned["pred"].as_tensor()[0]}
+    spacing = tuple(label.pixdim.tolist())
+    return case._replace(label=label.as_tensor()[0], preds=preds, spacing=spacing, affine=affine, grid=affine)
 
 
 def _image_slice(case: ValidationCase, k: int, shape: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -134,6 +135,8 @@ class ValidationReport:
             return
         dice = {key: mean_over_cases(by_case) for key, by_case in self._dice.items() if by_case}
         self._last = dice["pred"]
+        if math.isnan(self._last[-1]):
+            logger.warning("No label of the validation has a structure, so there is no Dice; list cases that have one.")
         score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
         if self.keep == "last" or not self._kept or score > self.score:
             self.score = float(score)

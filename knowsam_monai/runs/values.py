@@ -495,6 +495,11 @@ def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     for key, switch in switches.items():
         if values.get(switch) and values.get(key, 0) >= last:
             yield f"`{key}` must be below {last}, the run's `max_iterations`, but is {values[key]}; lower it."
+    if values.get("mixing_weight") and values.get("unlabeled_batch_size") == 0:
+        yield (
+            f"`mixing_weight` must be 0 without unlabeled rows (`unlabeled_batch_size` 0) but is "
+            f"{values['mixing_weight']:g}; add --mixing_weight 0."
+        )
     if values.get("use_sam") and values.get("distillation_every", 1) > last:
         yield (
             f"`distillation_every` must be at most {last}, the run's `max_iterations`, but is "
@@ -536,8 +541,6 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             "`sam_checkpoint` must be a file of SAM's weights if they are frozen but is None; set it, or train random "
             "weights with --sam_trainable all --sam_encoder adapted."
         )
-    if values.get("image_size"):
-        yield from _axis_contradictions(values)
 
 
 def _axis_contradictions(values: Mapping[str, Any]) -> Iterator[str]:

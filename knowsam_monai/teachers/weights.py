@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
@@ -31,7 +32,8 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
 
     Raises:
         ImportError: if it is a `safetensors` file and that package is not installed.
-        ValueError: if it is damaged or another file, or if it has only low-rank changes (LoRA) of other weights.
+        ValueError: if it is damaged or another file, if it has only low-rank changes (LoRA) of other weights, or if a
+            tensor has NaN or infinite values.
 
     Example::
 
@@ -78,6 +80,9 @@ def plain_state_dict(content: Any, path: str | os.PathLike[str], expectation: st
             f"{expectation} holds a LoRA, low-rank changes of other weights ({some(low_rank)}); merge it into its base "
             "model (`merge_and_unload` of peft) and use the merged file."
         )
+    broken = [name for name, value in content.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise KnowSAMValueError(f"{expectation} holds NaN or infinite values in {some(broken)}; {remedy}.")
     if all(name.startswith("module.") for name in content):
         logger.info("%s was saved from several GPUs: the prefix 'module.' is removed from its names.", path)
         content = {name.removeprefix("module."): value for name, value in content.items()}

@@ -55,6 +55,22 @@ def test_the_good_data_of_these_tests_train(training, data):
     assert len(training(dataset_dir=str(data / "list.json"), use_sam=False).run().history) == 2
 
 
+@pytest.mark.parametrize("bundle, data_list", [("training", "small_phantom"), ("training_3d", "small_volumes")])
+def test_list_without_unlabeled_images_trains_with_the_keys_that_the_errors_name(request, bundle, data_list):
+    build, path = (request.getfixturevalue(name) for name in (bundle, data_list))
+    content = json.loads(path.read_text())
+    del content["unlabeled"]
+    path = path.with_name("no_unlabeled.json")
+    path.write_text(json.dumps(content))
+    options = {"dataset_dir": str(path), "labeled_batch_size": 2, "use_sam": False}
+    keys = "--unlabeled_batch_size 0 --mixing_weight 0"
+    for num_rows, remedy in ((2, f"in a bundle: {keys}, with the method knowsam"), (0, "add --mixing_weight 0.")):
+        with pytest.raises(RuntimeError) as error:
+            build(**options, unlabeled_batch_size=num_rows).run()
+        assert remedy in str(root_cause(error.value))
+    assert len(build(**options, unlabeled_batch_size=0, mixing_weight=0).run().history) == 2
+
+
 @pytest.mark.parametrize("found", ["does not exist", "is empty", "contains none of them"])
 def test_data_set_of_no_known_form_says_what_was_looked_for(refused, tmp_path, found):
     folder = tmp_path / "ACDC"

@@ -75,11 +75,24 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
     "command_line,change,message",
     [
         (DYN_UNET, {"view_weights": [1.0, 1.0]}, r"`view_weights` must be one weight for each of the 3 views"),
-        (DYN_UNET, {"taught_views": [5]}, "`taught_views` and `prompt_view` must be below 3, the number of views"),
+        (DYN_UNET, {"taught_views": [0, 5]}, "`taught_views` and `prompt_view` must be below 3, the number of views"),
         (BASIC_UNET, {"view_weights": [1.0] * 3}, "each of the 1 views .* A plain network has one view"),
         (BASIC_UNET, {"train#method#_disabled_": False}, "co-training needs a multi-view student"),
+        (
+            DYN_UNET,
+            {"train#method#_disabled_": False},
+            "DynUNet stacks heads of its deep supervision; leave co-training",
+        ),
+        (DYN_UNET, {"taught_views": [1, 2]}, r"`taught_views` must be \[0\], the output of DynUNet, but is \[1, 2\]"),
     ],
-    ids=["weights of heads", "taught views", "weights of a plain network", "co-training"],
+    ids=[
+        "weights of heads",
+        "taught views",
+        "weights of a plain network",
+        "co-training",
+        "co-trained heads",
+        "taught heads",
+    ],
 )
 def test_views_that_do_not_fit_the_student_are_one_clear_error(training, command_line, change, message):
     with pytest.raises(RuntimeError) as error:

@@ -146,8 +146,8 @@ def slice_in_training(folder):
     folder.datalist["unlabeled"].append({"image": str(folder.path / "slice.h5"), "patient": "unlabeled2"})
 
 
-def all_labels_empty(folder):
-    for item in folder.datalist["labeled"]:
+def all_labels_empty(folder, name="labeled"):
+    for item in folder.datalist[name]:
         nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 3), np.uint8), OBLIQUE), item["label"])
 
 
@@ -177,6 +177,10 @@ ERRORS = {
         r"`label` must be one channel of the image's shape \(6, 5, 3\) but .*validation0_gt.nii.gz has",
     ),
     "value": (spoil_array("labeled0_gt.nii.gz", label(1, 4)), "the integers 0 to 3 .*labeled0_gt.nii.gz has 4;"),
+    "empty validation": (
+        lambda folder: all_labels_empty(folder, "validation"),
+        "`validation` must have labels with a structure but all 2 are empty; label some",
+    ),
     "all empty": (all_labels_empty, "`labeled` must have labels with a structure but all 2 are empty; label some"),
     "channels": (
         spoil_array("test0.nii.gz", np.random.default_rng(0).random((6, 5, 3, 2))),
@@ -218,6 +222,10 @@ WARNINGS = {
             {"image": copy_of(f, "unlabeled0.nii.gz", "again.nii.gz"), "patient": "z"}
         ),
         "`unlabeled` has duplicate images: .*again.nii.gz has the voxels of .*unlabeled0.nii.gz in 3 of its 3 slices",
+    ),
+    "spacing without slices": (
+        spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.eye(4)),
+        "`unlabeled`: 1 of 2 images have a spacing that does not show their slices, which are taken axially .*led1.nii",
     ),
     "slices and volumes": (
         spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5))),

@@ -1,5 +1,7 @@
 import json
 
+import nibabel
+import numpy as np
 import pytest
 
 from knowsam_monai.data.evaluation import images_root, inference_items, split_items
@@ -38,10 +40,11 @@ def test_a_data_list_gives_its_test_images_without_labels(tmp_path):
     touch(tmp_path, *(f"{n}.nii" for n in "abcdef"))
     pair = {"image": "a.nii", "label": "b.nii"}
     sections = {"labeled": [pair], "validation": [{"image": "c.nii", "label": "d.nii"}]}
-    (tmp_path / "list.json").write_text(json.dumps({**sections, "test": ["e.nii"]}))
-    assert inference_items(tmp_path / "list.json") == [{"image": str(tmp_path / "e.nii")}]
+    for others in (sections, {}):
+        (tmp_path / "list.json").write_text(json.dumps({**others, "test": ["e.nii"]}), encoding="utf-8-sig")
+        assert inference_items(tmp_path / "list.json") == [{"image": str(tmp_path / "e.nii")}]
     (tmp_path / "list.json").write_text(json.dumps(sections))
-    with pytest.raises(ValueError, match="splits with labels, labeled, validation, but is 'test'"):
+    with pytest.raises(ValueError, match="`test` must list at least one item but is empty or missing in "):
         inference_items(tmp_path / "list.json")
 
 
@@ -63,6 +66,30 @@ def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(lists))
     with pytest.raises(ValueError, match="would write the same output file"):
         inference_items(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("names", [("a.bmp", "a.png"), ("a.npy", "a.npz"), ("a.b.nii", "a.b.nii.gz")])
+def test_one_segmentation_is_of_one_image_in_every_format(tmp_path, names):
+    touch(tmp_path, *names)
+    with pytest.raises(ValueError, match="Two images would write the same output file: "):
+        inference_items(tmp_path, "*")
+
+
+def test_label_maps_are_no_images_and_images_in_the_output_folder_are_named(tmp_path, caplog):
+    touch(tmp_path, "a.nii.gz", "out/b.nii.gz", "out/d.txt")
+    segmentation = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
+    segmentation.header.set_intent("label")
+    for name in ("a_seg.nii.gz", "earlier/a_seg.nii.gz", "out/a_seg.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nibabel.save(segmentation, tmp_path / name)
+    items = inference_items(tmp_path, "**/*.nii*", output_dir=tmp_path / "out")
+    assert items == [{"image": str(tmp_path / "a.nii.gz")}]
+    of_output, of_labels = caplog.messages
+    assert of_output.startswith("1 files match but are not segmented, since they lie in `output_dir`; move")
+    assert of_output.endswith("out/b.nii.gz ...")
+    assert of_labels.startswith("2 files match but are not segmented, since they are label maps by their headers")
+    with pytest.raises(ValueError, match="but .*earlier only has 1 that are segmentations; set"):
+        inference_items(tmp_path / "earlier")
 
 
 def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):

@@ -282,7 +282,7 @@ def test_labels_are_for_training_what_they_are_for_the_check(
     label = np.resize(np.float32(values), (8, 7, 5))
     nifti(tmp_path / "labeled_gt.nii.gz", label)
     item = {key: str(tmp_path / datalist["labeled"][0][key]) for key in ("image", "label")}
-    nifti(tmp_path / "validation_gt.nii.gz", np.zeros((8, 7, 5), np.uint8))
+    nifti(tmp_path / "validation_gt.nii.gz", np.eye(8, 7, dtype=np.uint8)[..., None].repeat(5, -1))
     code, output = check(capsys, tmp_path, datalist, "--num_classes", str(num_classes))
     transform = pipeline(way, num_classes=num_classes).transforms[1]
     load = pipeline(way).transforms[0]

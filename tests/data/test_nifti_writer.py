@@ -1,3 +1,5 @@
+import os
+
 import nibabel
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, SaveImage
 
+from knowsam_monai.data.nifti_writer import is_label_map
 from knowsam_monai.errors import root_cause
 
 WRITER = "knowsam_monai.data.nifti_writer.NiftiGeometryWriter"
@@ -31,6 +34,16 @@ def test_both_forms_and_their_codes_are_those_of_the_source(tmp_path, image_clas
         assert code in (2, 3)
         expected = source.get_qform() if code == 2 else source.get_sform()
         np.testing.assert_array_equal(matrix, expected)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.h5"])
+def test_header_says_that_it_is_a_label_map(tmp_path, name):
+    nibabel.save(nibabel.Nifti1Image(np.ones((4, 5, 3), np.int16), AFFINE), tmp_path / "a.nii")
+    save(MetaTensor(torch.ones(1, 4, 5, 3), affine=AFFINE), tmp_path, filename_or_obj=str(tmp_path / name))
+    assert is_label_map(tmp_path / "a_trans.nii.gz") and not is_label_map(tmp_path / "a.nii")
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a_trans.nii.gz").read_bytes()[:40])
+    os.mkfifo(tmp_path / "pipe.nii")
+    assert not any(is_label_map(tmp_path / other) for other in ("cut.nii.gz", "pipe.nii", "missing.nii"))
 
 
 def test_a_map_of_a_source_with_channels_has_none(tmp_path):

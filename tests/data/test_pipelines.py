@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -46,6 +47,23 @@ def test_slices_have_the_network_size_and_the_values_of_their_volume(data):
         assert set(item["label"].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
     assert max(item["image"].max() for item in data["labeled"]) > 0.9
     assert not any("label" in item for item in data["unlabeled"])
+
+
+@pytest.mark.parametrize("name", ["train", "validate"])
+def test_slices_are_the_same_whatever_the_axes_of_the_file(data, tmp_path, name):
+    item, turned = data["validation"][0], {}
+    for key in ("image", "label"):
+        volume = nibabel.load(item[key])
+        codes = nibabel.orientations.axcodes2ornt("ASR")
+        turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(volume.affine), codes)
+        turned[key] = str(tmp_path / f"{key}.nii.gz")
+        nibabel.save(volume.as_reoriented(turn), turned[key])
+    expected, found = (
+        cached_dataset([case], build(f"{name}#preprocessing"), progress=False) for case in (item, turned)
+    )
+    images = [torch.stack([entry["image"].as_tensor() for entry in dataset]) for dataset in (expected, found)]
+    order = 0 if name == "train" else -1  # of the slices, which is the file's
+    torch.testing.assert_close(images[0], images[1].flip(order), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["weak", "strong"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.data import decollate_batch, list_data_collate
 from monai.transforms import Compose, EnsureChannelFirstd, Invertd, Resized
+from PIL import Image
 
 from knowsam_monai.data import H5Reader, LoadCased
 
@@ -62,6 +63,27 @@ def test_one_loader_reads_h5_and_nifti_each_with_its_own_reader(tmp_path):
     assert "label" not in case
     np.testing.assert_array_equal(case["image"].affine, AFFINE)
     assert case["image"].meta["filename_or_obj"] == nifti
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png", "a.bmp", "a.h5"])
+def test_formats_without_spacing_say_so(tmp_path, name):
+    array = np.random.default_rng(0).integers(0, 255, (5, 4), dtype=np.uint8)
+    save = {
+        ".npy": np.save,
+        ".npz": np.savez,
+        ".h5": lambda path, x: h5py.File(path, "w").create_dataset("image", data=x),
+    }
+    path, save_picture = tmp_path / name, lambda path, x: Image.fromarray(x.T).save(path)
+    save.get(path.suffix, save_picture)(path, array)
+    image = LoadCased("image", ensure_channel_first=True)({"image": str(path)})["image"]
+    assert image.meta["spacing_known"] is False and image.affine.equal(torch.eye(4, dtype=torch.float64))
+    np.testing.assert_array_equal(image[0], array)
+
+
+def test_axes_of_length_1_are_dropped_from_npy_files(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((5, 4, 3, 1, 1), np.float32))
+    image = LoadCased("image", ensure_channel_first=True)({"image": str(tmp_path / "a.npy")})["image"]
+    assert image.shape == (1, 5, 4, 3)
 
 
 def test_left_atrium_h5_is_height_width_depth_and_acdc_h5_has_its_slices_first(tmp_path):

@@ -115,6 +115,8 @@ def test_a_volume_of_one_slice_is_measured_in_2d():
     pred, label = cube(6, 4, 0, shape=(24, 12, 1)), cube(4, 4, 0, shape=(24, 12, 1))
     result = case_metrics(pred, label, 2, SPACING)
     np.testing.assert_array_equal(result, case_metrics(pred[..., 0], label[..., 0], 2, SPACING[:2]))
+    first = case_metrics(pred.movedim(2, 0), label.movedim(2, 0), 2, (SPACING[2], *SPACING[:2]))
+    np.testing.assert_array_equal(result, first)
     assert values(result)["all"]["hd95_mm"] == 3
 
 

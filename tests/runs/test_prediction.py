@@ -73,6 +73,22 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
     assert "Segmenting" in shown.err and "2/2" in shown.err and "writing" not in shown.out
 
 
+@pytest.mark.parametrize("codes", ["PSR", "IPL", "ASR", "RAS"])
+def test_scan_gets_the_same_segmentation_whatever_the_order_of_its_axes(scans, run, tmp_path, codes):
+    (tmp_path / "in").mkdir()
+    scan = nibabel.load(scans / "phantom001_ED.nii.gz")
+    own = nibabel.io_orientation(scan.affine)
+    turn = nibabel.orientations.ornt_transform(own, nibabel.orientations.axcodes2ornt(codes))
+    nibabel.save(scan, tmp_path / "in" / "own.nii.gz")
+    nibabel.save(scan.as_reoriented(turn), tmp_path / "in" / "turned.nii.gz")
+    assert predict_folder(tmp_path / "in", BUNDLE, tmp_path / "out", run=run, device="cpu") == 2
+    expected, turned = (nibabel.load(tmp_path / "out" / f"{name}_seg.nii.gz") for name in ("own", "turned"))
+    assert nibabel.aff2axcodes(turned.affine) == tuple(codes)
+    back = turned.as_reoriented(nibabel.orientations.ornt_transform(nibabel.io_orientation(turned.affine), own))
+    assert len(np.unique(expected.dataobj)) > 1
+    np.testing.assert_array_equal(np.asarray(back.dataobj), np.asarray(expected.dataobj))
+
+
 def test_nifti_and_nrrd_files_are_segmented_where_no_pattern_is_given(scans, run, tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
@@ -378,7 +394,7 @@ def test_error_in_the_bundle_is_not_blamed_on_the_images(scans, run, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(BUNDLE / "configs", bundle / "configs")
     config = json.loads((bundle / "configs" / "inference.json").read_text())
-    config["preprocessing"]["transforms"][2]["keys"] = "another"
+    config["preprocessing"]["transforms"][3]["keys"] = "another"
     (bundle / "configs" / "inference.json").write_text(json.dumps(config))
     with pytest.raises(KeyError, match="another"):
         predict_folder(scans, bundle, tmp_path / "out", run=run, device="cpu")

@@ -52,6 +52,11 @@ def wrong_files(folder):
             small(),
             "must be a PyTorch state dict but .*list.pt holds something else",
         ),
+        "nan": (
+            lambda p: torch.save({k: v * torch.nan for k, v in nn.Linear(2, 3).state_dict().items()}, p),
+            nn.Linear(2, 3),
+            "must hold finite weights but in .*nan.pt 2 weights have NaN or infinite values .weight .*; train again",
+        ),
         "other": (
             lambda p: torch.save(nn.Conv2d(1, 4, 1).state_dict(), p),
             small(),

@@ -2,8 +2,9 @@ import numpy as np
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
-from monai.transforms import Compose, Spacing, SpatialCrop, SpatialPad
+from monai.transforms import Compose, Orientation, Spacing, SpatialCrop, SpatialPad
 
+from knowsam_monai.data.transforms import AXES
 from knowsam_monai.runs.validation_case import class_dice, validation_cases
 from knowsam_monai.runs.validation_picture import choose_views, slice_views
 from tests.runs.test_validation_report import item
@@ -41,6 +42,18 @@ def test_nifti_slices_are_turned_and_h5_slices_are_not():
     np.testing.assert_array_equal(lps.label, h5.label.T)
     np.testing.assert_array_equal(ras.label, h5.label.T[::-1, ::-1])
     assert (lps.aspect, h5.aspect) == (2, 1)
+
+
+def test_slices_are_those_of_the_volume_whatever_the_axes_of_its_file():
+    lps = item("a", affine=np.diag([-1.0, -1.0, 9, 1]))
+    volumes = {key: MetaTensor(torch.as_tensor(image), meta=dict(lps["label"].meta)) for key, image in lps.items()}
+    turned = {key: Orientation(axcodes="SRP", labels=AXES)(volume) for key, volume in volumes.items()}
+    engine = Engine(lambda e, b: b)
+    engine.state.output, engine.state.iteration = [volumes, turned], 1
+    expected, views = (slice_views(case, 3)[0] for case in validation_cases(engine, 3))
+    assert views.position == expected.position == "slice 3 of 3"
+    for name in ("image", "label", "pred", "dice", "aspect"):
+        np.testing.assert_array_equal(getattr(views, name), getattr(expected, name))
 
 
 def test_an_image_on_the_network_s_grid_is_drawn_on_the_label_s():

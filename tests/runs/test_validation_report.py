@@ -154,6 +154,16 @@ def test_without_a_validation_nothing_is_written_and_a_warning_says_so(tmp_path,
     assert "No validation has run" in caplog.text and not (tmp_path / "new").exists()
 
 
+def test_validation_of_empty_labels_alone_is_warned_of(tmp_path, caplog):
+    empty = item("a")
+    empty["label"].zero_(), empty["pred"].zero_()
+    report = ValidationReport(tmp_path, NAMES)
+    validate(report, [item("a"), empty])
+    assert not caplog.messages
+    validate(report, [empty])
+    assert "No label of the validation has a structure, so there is no Dice; " in caplog.text
+
+
 def test_one_slice_and_no_foreground_can_be_drawn(tmp_path):
     output = item("a")
     for key in ("image", "label", "pred"):

@@ -180,6 +180,15 @@ def test_a_truncated_file_is_named(saved, fraction, zip_format):
     assert "is truncated or not a checkpoint; get it with `curl" in one_sentence_about(path, error)
 
 
+def test_values_that_are_not_finite_are_named(saved):
+    state, path = saved
+    torch.save({**state, "image_encoder.pos_embed": state["image_encoder.pos_embed"] * torch.nan}, path)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    message = one_sentence_about(path, error)
+    assert "holds NaN or infinite values in `image_encoder.pos_embed`; get it with `curl" in message
+
+
 PAGES = b"<!DOCTYPE html><html></html>", b"\n  <html>", b"<?xml version='1.0'?>"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ec2d"
 
