@@ -6,8 +6,8 @@ Seconds, floating-point operations and memory of training steps and of inference
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
 
 Each row runs in its own process, so its peak memory is its own. Steps are those of the bundle's trainer: SAM ViT-B,
-or what a row names (random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between steps
-a 2048 x 2048 float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's
+or what a row names (random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between
+steps a 2048 x 2048 float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's
 fastest rate, which makes machines comparable. The table is written to benchmarks/speed.md.
 
 Rows whose names begin with `la_` are of the left-atrium bundle and run only if named:

@@ -48,21 +48,6 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
             if error.runs_code:
                 remedy = f"if you trust the file, save its plain `state_dict()`; else {remedy}"
             raise KnowSAMValueError(f"{expectation} {error}; {remedy}.") from error
-    return plain_state_dict(content, path, expectation)
-
-
-def plain_state_dict(content: Any, path: str | os.PathLike[str], expectation: str) -> dict[str, Tensor]:
-    """
-    The tensors in what a checkpoint holds, as :func:`read_state_dict` gives them.
-
-    Raises:
-        ValueError: when there are none, or only the low-rank changes (LoRA) of some other weights.
-
-    Example::
-
-        >>> plain_state_dict({"model": {"module.weight": Tensor()}}, "model.pt", "`path` must ... but model.pt")
-        {'weight': tensor([])}
-    """
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -336,7 +336,7 @@ def encoder_names(dim, num_blocks):
             "tiny",
             "holds HQ-SAM, which has additional decoder layers",
         ),
-        ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "takes with `variant` 'mobile_sam'"),
+        ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "supports with `variant` 'mobile_sam'"),
         ({"conv.weight": torch.zeros(1)}, "tiny", "holds another model (its tensors are `conv.weight`)"),
         ({"trunk.blocks.0.attn.qkv.lora_A.weight": torch.zeros(1)}, "tiny", "holds a LoRA, low-rank changes"),
         ({"epoch": 3}, "tiny", "holds a dict of `epoch`; save the model's plain `state_dict()`"),
