@@ -24,7 +24,7 @@ def test_sentence_of_this_package_is_the_root_cause_and_not_what_the_system_said
         except PermissionError as sentence:
             raise RuntimeError("Failed to evaluate") from sentence
     assert isinstance(root_cause(error.value), PermissionError)
-    assert str(root_cause(error.value)).startswith("`output_dir` must be a folder")
+    assert str(root_cause(error.value)).startswith("`output_dir` must be a writable folder")
 
 
 def test_last_cause_is_the_root_of_an_error_from_elsewhere():

@@ -95,8 +95,8 @@ def expand_path(path: str | os.PathLike, argument: str) -> str:
     if path.startswith("~"):
         user = path.split("/")[0]
         raise KnowSAMValueError(
-            f"`{argument}` must be a path on this machine but begins with {user!r}, and there is no such user; write "
-            f"the path in full, or ./{user} for a folder of that name."
+            f"`{argument}` must be a path on this machine but {path} begins with {user!r}, and there is no such user; "
+            f"write the path in full, or ./{user} for a folder of that name."
         )
     if os.path.exists(path):
         return path

@@ -32,7 +32,7 @@ from knowsam_monai.texts import printable, shortened
 logger = logging.getLogger(__name__)
 
 PRED_KEYS = ("pred", "teacher_pred")  # in the evaluator's output
-MODELS = ("student", "SAM teacher")
+MODELS = ("student", "teacher")
 
 
 class ValidationReport:

@@ -85,8 +85,8 @@ def test_preflight_record_and_report_say_who_teaches(taught, configs, teacher, c
     run = taught(configs, teacher, whole=True).run()
     (start,) = json.loads((run.output_dir / "run.json").read_text())["starts"]
     who = {
-        ("sam2", CONFIGS): "Sam2Teacher own config, weights of sam2",
-        ("sam2", CONFIGS_3D): "Sam2Teacher own config on slices, weights of sam2",
+        ("sam2", CONFIGS): "Sam2Teacher custom config, weights of sam2",
+        ("sam2", CONFIGS_3D): "Sam2Teacher custom config on slices, weights of sam2",
         ("network", CONFIGS): "NetworkTeacher UNet, weights of network_2d, trained on scans of 2019, license unknown",
         (
             "network",

@@ -167,12 +167,19 @@ def test_tensorboard_has_every_term_by_name_and_the_validation(whole_run):
     assert len(images) == 3  # image, truth, prediction
 
 
-def test_gate_is_shut_until_the_first_validation(whole_run):
-    assert [step["gate_weight"] for step in whole_run.history[:2]] == [0, 0]
-    dice = whole_run["validate#evaluator"].state.metrics
+def test_default_gate_is_shut_until_it_measures_agreement(whole_run):
+    assert whole_run["distiller"].gate.mode == "agreement"
+    assert [step["gate_weight"] for step in whole_run.history] == [0] * 4
+
+
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+def test_validation_gate_is_shut_until_the_first_validation(request, bundle):
+    run = request.getfixturevalue(bundle)(whole=True, distillation_gate="validation", max_iterations=4).run()
+    assert [step["gate_weight"] for step in run.history[:2]] == [0, 0]
+    dice = run["validate#evaluator"].state.metrics
     advantage = dice["val_teacher_dice"] - dice["val_mean_dice"]
     expected = min(1, max(0, 1 + advantage / 0.1)) if dice["val_teacher_dice"] > 0 else 0
-    assert whole_run["distiller"].gate.weight == pytest.approx(expected)
+    assert run["distiller"].gate.weight == pytest.approx(expected)
 
 
 def test_every_term_is_finite_and_both_networks_learn(whole_run):

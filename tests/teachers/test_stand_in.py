@@ -27,5 +27,5 @@ def test_without_the_file_the_message_holds_the_command(tmp_path, monkeypatch):
 
 
 def test_another_variant_has_no_stand_in():
-    with pytest.raises(ValueError, match="exists for 'stand_in' only"):
+    with pytest.raises(ValueError, match="exists for stand_in only"):
         build_sam("vit_b", image_size=64, checkpoint="procedural")
