@@ -13,7 +13,7 @@ from monai.bundle import ConfigExpression
 
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
-from knowsam_monai.runs.messages import explain_errors
+from knowsam_monai.runs.messages import explain_errors, is_command_line
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
@@ -28,8 +28,8 @@ def check_config() -> None:
       left out: a bundle of the Model Zoo needs it for training only.
     - What is right in another form is turned into the config's own: ``cuda:0`` into a device, 32.0 into 32.
 
-    The config itself is changed, so that all its components see the same values. From here on an error that this
-    package found is one sentence, see :func:`knowsam_monai.runs.messages.explain_errors`.
+    The config itself is changed, so that all its components see the same values. On the command line, an error that
+    this package found is one sentence from here on, see :func:`knowsam_monai.runs.messages.explain_errors`.
 
     Raises:
         RuntimeError: when no config is running.
@@ -39,7 +39,8 @@ def check_config() -> None:
 
         "initialize": ["$config_check.check_config()", ...]
     """
-    explain_errors()
+    if is_command_line():
+        explain_errors()
     parser = running_parser()
     if parser is None:
         raise KnowSAMRuntimeError(

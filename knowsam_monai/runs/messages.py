@@ -22,7 +22,7 @@ def explain_errors() -> None:
 
     Example::
 
-        explain_errors()     # once, before anything else: of a bundle, the first line of `initialize`
+        explain_errors()     # once, before anything else
     """
     previous = sys.excepthook
     if getattr(previous, "explains", False):
@@ -42,6 +42,18 @@ def explain_errors() -> None:
 
     explain.explains = True  # type: ignore[attr-defined]
     sys.excepthook = explain
+
+
+def is_command_line() -> bool:
+    """
+    Is this process a command, such as ``python -m monai.bundle run``, and not a program that only uses a bundle?
+
+    Example:
+        >>> is_command_line()
+        False
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.partition(".")[0] in ("monai", "knowsam_monai")
 
 
 def ignore_known_warnings() -> None:

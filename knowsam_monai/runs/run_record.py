@@ -75,7 +75,7 @@ def write_record(
 
 def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
     """
-    Write whatever is logged from here on to ``log.txt`` in a run's folder too; for a bundle's `initialize`.
+    Write whatever is logged from here on to ``log.txt`` in a run's folder too; for a bundle's `run`.
 
     Args:
         folder: the run's, made when missing.

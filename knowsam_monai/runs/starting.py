@@ -9,14 +9,13 @@ from datetime import timedelta
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from monai.utils import set_determinism
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
-from knowsam_monai.runs.messages import ignore_known_warnings
+from knowsam_monai.runs.messages import ignore_known_warnings, is_command_line
 from knowsam_monai.runs.run_record import open_log
 from knowsam_monai.runs.stop_signals import end_on_signals, give_back
 
@@ -25,22 +24,21 @@ def start_run(
     output_dir: str | os.PathLike,
     ckpt_dir: str | os.PathLike,
     device: torch.device,
-    seed: int,
     resume: bool = True,
     preflight: bool = False,
     fast_matmul: bool = False,
     process_timeout: float | None = None,
 ) -> None:
     """
-    Get ready to train: processes that know each other, folders that can be written, a log, a seed.
+    Get ready to train: processes that know each other, folders that can be written, a log.
 
-    Call it after :func:`knowsam_monai.runs.config_check.check_config`, and before anything is built.
+    For the first line of a bundle's `run`: who only loads a bundle, as ``monai.bundle.load`` does, gets none of this.
+    Signals are taken over in a process of the command line only.
 
     Args:
         output_dir: folder of the run.
         ckpt_dir: folder that the best student is copied to.
         device: of this process.
-        seed: of all that is drawn; the same in every process, see :func:`seed_ranks`.
         resume: add to the log of the run before.
         preflight: write no log.
         fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; on a CPU only.
@@ -52,10 +50,11 @@ def start_run(
 
     Example::
 
-        start_run("output", "models", torch.device("cpu"), seed=0)
+        start_run("output", "models", torch.device("cpu"))
     """
     ignore_known_warnings()
-    end_on_signals()
+    if is_command_line():
+        end_on_signals()
     keep_freed_memory()
     if process_timeout is not None:
         _join_processes(device, process_timeout)
@@ -65,7 +64,6 @@ def start_run(
         open_log(output_dir, resume, not preflight)
     if fast_matmul and device.type == "cpu":
         fast_cpu_matmul()
-    set_determinism(seed=seed)
 
 
 def seed_ranks(seed: int) -> None:

@@ -48,7 +48,7 @@ def started(bundle, names, **override):
     workflow = ConfigWorkflow(
         files(bundle, names), logging_file=False, meta_file=None, workflow_type="train", **override
     )
-    assert workflow.parser["initialize"][0] == "$config_check.check_config()"
+    assert workflow.parser["initialize"][0] == {"_target_": "knowsam_monai.runs.check_config"}
     workflow.parser["initialize"] = workflow.parser["initialize"][:1]
     workflow.initialize()
     return workflow.parser
