@@ -24,10 +24,10 @@ from .phantom import write_phantom as write_phantom
 from .readers import H5Reader as H5Reader
 from .readers import LoadCased as LoadCased
 from .simpleitk_reader import SimpleITKReader as SimpleITKReader
+from .stream_comparison import compare_streams as compare_streams
 from .transforms import CheckDatad as CheckDatad
 from .transforms import ScaleVolumed as ScaleVolumed
 from .transforms import SplitSlicesd as SplitSlicesd
-from .stream_comparison import compare_streams as compare_streams
 from .unlabeled_stream import unlabeled_dataset as unlabeled_dataset
 from .unlabeled_stream import unlabeled_items as unlabeled_items
 from .volume_transforms import CropCenterd as CropCenterd

@@ -62,6 +62,7 @@ class CaseMetrics:
         spacing: "meta" takes each case's own from its metadata; mm along each axis for data whose files have lost it;
             None for unknown. Units of NIfTI headers other than mm are not converted.
         file_prefix: what the names of the two files begin with.
+        split: the cases' part of the data set, for the head of the table; None leaves it out.
 
     Shape:
         ``pred`` and ``label`` of the evaluator's output: (1, *spatial) class numbers or (C, *spatial) one-hot,
@@ -83,11 +84,13 @@ class CaseMetrics:
         class_names: Sequence[str],
         spacing: Spacing = "meta",
         file_prefix: str = "metrics",
+        split: str | None = None,
     ) -> None:
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["mean"])
         self.spacing = spacing
         self.file_prefix = file_prefix
+        self.split = split
         self._cases: dict[str, tuple[tuple[float, ...] | None, np.ndarray]] = {}  # by path
         self._contents: dict[str, int] = {}
 
@@ -171,7 +174,8 @@ class CaseMetrics:
         names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
-        lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
+        split = "" if self.split is None else f" of the {self.split} split"
+        lines = [f"Metrics of {len(values)} cases{split}, mean and standard deviation", header + "   undefined"]
         for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
             of_class = (

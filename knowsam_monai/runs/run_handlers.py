@@ -22,6 +22,7 @@ from knowsam_monai.runs.last_iteration import LastIteration
 from knowsam_monai.runs.preflight import Preflight
 from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.run_record_handler import RunRecord
+from knowsam_monai.runs.student_curves import StudentCurves
 from knowsam_monai.runs.tracking import track_terms
 from knowsam_monai.runs.training_progress import TrainingProgress
 from knowsam_monai.runs.validation_history import ValidationHistory
@@ -45,9 +46,9 @@ def training_handlers(
     """
     All handlers of a trainer, in the order in which they must act.
 
-    The methods come first. Then the learning rates, the loss terms by name, the progress bar, TensorBoard, the last
-    weights, `handlers`, and at the end :class:`Resume`, :class:`RunRecord`, :class:`Preflight` and
-    :class:`LastIteration`. Only the first process draws, logs and saves weights.
+    The student's curves and the methods come first. Then the learning rates, the loss terms by name, the progress bar,
+    TensorBoard, the last weights, `handlers`, and at the end :class:`Resume`, :class:`RunRecord`, :class:`Preflight`
+    and :class:`LastIteration`. Only the first process draws, logs and saves weights.
 
     Args:
         methods: handlers that add terms to the loss; None is left out.
@@ -75,7 +76,7 @@ def training_handlers(
         trainer = SupervisedTrainer(..., train_handlers=handlers)
     """
     schedulers = (state.get(name) for name in ("lr_scheduler", "sam_lr_scheduler"))
-    found = [method for method in methods if method is not None]
+    found = [StudentCurves(), *(method for method in methods if method is not None)]
     found += [LrScheduleHandler(s, print_lr=False, epoch_level=False) for s in schedulers if s is not None]
     found.append(LossTerms(log_interval=log_interval))
     if ranks.rank() == 0:
@@ -134,12 +135,15 @@ def validation_handlers(
         handlers = validation_handlers(report, best_saver, [], "output", ["RV", "myocardium", "LV"])
         evaluator = SupervisedEvaluator(..., val_handlers=handlers)
     """
-    found = [report, *handlers, ValidationHistory(output_dir, class_names)]
+    history = ValidationHistory(output_dir, class_names)
+    found = [report, *handlers, history]
     if ranks.rank() > 0:
         return found
     folder = os.path.join(output_dir, "tensorboard", "validation")
     if not preflight:
-        found.append(TensorBoardStatsHandler(log_dir=folder, iteration_log=False))
+        found.append(
+            TensorBoardStatsHandler(log_dir=folder, iteration_log=False, epoch_event_writer=history.write_scalars)
+        )
     found.append(best_saver)
     if not preflight:
         images = TensorBoardImageHandler(

@@ -15,7 +15,7 @@ from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
-from knowsam_monai.runs.messages import ignore_known_warnings, is_command_line
+from knowsam_monai.runs.messages import ignore_known_warnings
 from knowsam_monai.runs.run_record import open_log
 from knowsam_monai.runs.stop_signals import end_on_signals, give_back
 
@@ -33,7 +33,6 @@ def start_run(
     Get ready to train: processes that know each other, folders that can be written, a log.
 
     For the first line of a bundle's `run`: who only loads a bundle, as ``monai.bundle.load`` does, gets none of this.
-    Signals are taken over in a process of the command line only.
 
     Args:
         output_dir: folder of the run.
@@ -53,8 +52,7 @@ def start_run(
         start_run("output", "models", torch.device("cpu"))
     """
     ignore_known_warnings()
-    if is_command_line():
-        end_on_signals()
+    end_on_signals()
     keep_freed_memory()
     if process_timeout is not None:
         _join_processes(device, process_timeout)

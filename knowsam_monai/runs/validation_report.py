@@ -47,6 +47,7 @@ class ValidationReport:
         output_dir: folder of the files, made when missing.
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
+        split: the volumes' part of the data set, for the head of the table.
         keep: "best" keeps the validation of the highest key metric of the evaluator, by which checkpoints are chosen
             too, or without one of the highest mean Dice; "last" the last. MONAI's MeanDice leaves out a case whose
             label is empty, the table counts one in which something was found as 0.
@@ -71,6 +72,7 @@ class ValidationReport:
         output_dir: str | os.PathLike,
         class_names: Sequence[str],
         num_slices: int = 4,
+        split: str = "validation",
         keep: str = "best",
         teacher_key: str = "teacher_pred",
         student_name: str = "student",
@@ -83,6 +85,7 @@ class ValidationReport:
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
+        self.split = split
         self.keep = keep
         self.pred_keys = ("pred", teacher_key)
         self.column_names = (student_name, teacher_name)
@@ -178,7 +181,7 @@ class ValidationReport:
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
         head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
-        lines = [f"Validation Dice, {kept['num_cases']} volumes{which}", head, rule]
+        lines = [f"{self.split.capitalize()} Dice, {kept['num_cases']} volumes{which}", head, rule]
         for i, name in enumerate(names):
             cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
             lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]
