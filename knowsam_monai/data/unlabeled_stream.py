@@ -155,9 +155,10 @@ def without_label(labeled: Any, item: dict) -> Compose:
             left_out.append(name)
             continue
         except Exception as error:  # each transform fails in its own way
+            file = item[Keys.IMAGE] if isinstance(item[Keys.IMAGE], (str, os.PathLike)) else "the first image"
             raise KnowSAMValueError(
-                f"`unlabeled` images must fit the transforms of the labeled ones but {name} fails on "
-                f"{item[Keys.IMAGE]}: {root_cause(error)}"
+                f"`unlabeled` images must fit the transforms of the labeled ones but {name} fails on {file}: "
+                f"{root_cause(error)}"
             ) from error
         kept += steps
     logger.info(
