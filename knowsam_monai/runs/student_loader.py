@@ -51,8 +51,8 @@ class StudentLoader(CheckpointLoader):
         if missing or unknown:
             raise KnowSAMValueError(
                 f"`load_path` must hold the weights of {kind} but {self.load_path} is of another network: "
-                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; give the `network_def` of its training. If "
-                "that was in an overlay, as in network_plain.json, add the overlay after inference.json or evaluate.json."
+                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; give the `network_def` of its training. "
+                "If an overlay had it, as network_plain.json, add the overlay after inference.json or evaluate.json."
             )
         different = [name for name in own if own[name].shape != loaded[name].shape]
         if not different:
