@@ -34,7 +34,7 @@ from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
-INSPECTED_ITEMS = 2  # of each stream, before training
+INSPECTED_ITEMS = 4  # of each stream, before training
 LARGEST_SAM_IMAGE = 256  # by default
 
 
