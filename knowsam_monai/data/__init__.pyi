@@ -25,9 +25,12 @@ from .readers import H5Reader as H5Reader
 from .readers import LoadCased as LoadCased
 from .simpleitk_reader import SimpleITKReader as SimpleITKReader
 from .slice_axis import TurnSlicesd as TurnSlicesd
+from .stream_comparison import compare_streams as compare_streams
 from .transforms import CheckDatad as CheckDatad
 from .transforms import ScaleVolumed as ScaleVolumed
 from .transforms import SplitSlicesd as SplitSlicesd
+from .unlabeled_stream import unlabeled_dataset as unlabeled_dataset
+from .unlabeled_stream import unlabeled_items as unlabeled_items
 from .volume_transforms import CropCenterd as CropCenterd
 from .volume_transforms import OrientVolumed as OrientVolumed
 from .volume_transforms import PadVolumed as PadVolumed

@@ -60,6 +60,7 @@ class CaseMetrics:
         class_names: names of classes 1, 2, ... (no background).
         spacing: "meta" uses the spacing in each case's metadata; mm along each axis for files that have lost it; None
             if unknown. Units of NIfTI headers other than mm are not converted.
+        split: the cases' part of the data set, for the head of the table; None leaves it out.
 
     Shape:
         ``pred`` and ``label`` of the evaluator's output: (1, *spatial) class numbers or (C, *spatial) one-hot,
@@ -75,10 +76,17 @@ class CaseMetrics:
         SupervisedEvaluator(..., val_handlers=[CaseMetrics("eval", ["RV", "myocardium", "LV"])])
     """
 
-    def __init__(self, output_dir: str | os.PathLike, class_names: Sequence[str], spacing: Spacing = "meta") -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        class_names: Sequence[str],
+        spacing: Spacing = "meta",
+        split: str | None = None,
+    ) -> None:
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["mean"])
         self.spacing = spacing
+        self.split = split
         self._cases: dict[str, tuple[tuple[float, ...] | None, np.ndarray]] = {}  # by path
         self._contents: dict[str, int] = {}
 
@@ -158,7 +166,8 @@ class CaseMetrics:
         names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
-        lines = [f"Metrics of {len(values)} cases, mean and standard deviation", header + "   undefined"]
+        split = "" if self.split is None else f" of the {self.split} split"
+        lines = [f"Metrics of {len(values)} cases{split}, mean and standard deviation", header + "   undefined"]
         for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
             classes = slice(None) if c == len(self.class_names) else slice(c, c + 1)

@@ -13,7 +13,7 @@ from monai.bundle import ConfigExpression
 
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
-from knowsam_monai.runs.messages import explain_errors
+from knowsam_monai.runs.messages import explain_errors, is_command_line
 
 PATHS = (
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
@@ -31,8 +31,8 @@ def check_config() -> None:
       skipped: a Model Zoo bundle needs pydantic for training only.
     - Valid values in another form are converted: ``cuda:0`` to a device, 32.0 to 32.
 
-    The config itself is changed, so that all its components see the same values. From now on, errors of this package
-    are shown as one sentence, see :func:`knowsam_monai.runs.messages.explain_errors`.
+    The config itself is changed, so that all its components see the same values. On the command line, errors of this
+    package are shown as one sentence from now on, see :func:`knowsam_monai.runs.messages.explain_errors`.
 
     Raises:
         RuntimeError: if no config is running.
@@ -42,7 +42,8 @@ def check_config() -> None:
 
         "initialize": ["$config_check.check_config()", ...]
     """
-    explain_errors()
+    if is_command_line():
+        explain_errors()
     parser = running_parser()
     if parser is None:
         raise KnowSAMRuntimeError(

@@ -22,7 +22,7 @@ def explain_errors() -> None:
 
     Example::
 
-        explain_errors()     # once, before anything else: in a bundle, at the start of `initialize`
+        explain_errors()     # once, before anything else
     """
     previous = sys.excepthook
     if getattr(previous, "explains", False):
@@ -48,6 +48,18 @@ def log_traceback(message: str, error: BaseException) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
+
+
+def is_command_line() -> bool:
+    """
+    Whether this process is a command, such as ``python -m monai.bundle run``, and not a program that uses a bundle.
+
+    Example:
+        >>> is_command_line()
+        False
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.partition(".")[0] in ("monai", "knowsam_monai")
 
 
 def ignore_known_warnings() -> None:

@@ -25,6 +25,7 @@ from knowsam_monai.runs.last_iteration import LastIteration
 from knowsam_monai.runs.preflight import Preflight
 from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.run_record import RunRecord
+from knowsam_monai.runs.student_curves import StudentCurves
 from knowsam_monai.runs.training_progress import TrainingProgress
 from knowsam_monai.runs.validation_history import ValidationHistory
 
@@ -49,7 +50,8 @@ def training_handlers(
     """
     All handlers of a trainer, in the order in which they must run.
 
-    1. `methods` add their terms to the loss, then the learning rates step.
+    1. :class:`~knowsam_monai.runs.student_curves.StudentCurves` reads the student's own loss, `methods` add their
+       terms to the loss, then the learning rates step.
     2. :class:`~knowsam_monai.handlers.LossTerms` stops the run before any checkpoint if a term is not finite.
     3. The first process alone shows progress, writes TensorBoard and saves the last weights.
     4. `handlers`, with the validation.
@@ -82,7 +84,7 @@ def training_handlers(
         trainer = SupervisedTrainer(..., train_handlers=handlers)
     """
     is_first, network, distiller = ranks.rank() == 0, state["network"], state.get("distiller")
-    built = [method for method in methods if method is not None]
+    built = [StudentCurves(), *(method for method in methods if method is not None)]
     for name in ("lr_scheduler", "sam_lr_scheduler"):
         if state.get(name) is not None:
             built.append(LrScheduleHandler(state[name], print_lr=False, epoch_level=False))
@@ -133,12 +135,16 @@ def validation_handlers(
         handlers = validation_handlers(report, best_saver, [], "output", ["RV", "myocardium", "LV"])
         evaluator = SupervisedEvaluator(..., val_handlers=handlers)
     """
-    built = [report, *handlers, ValidationHistory(output_dir, class_names)]
+    history = ValidationHistory(output_dir, class_names)
+    built = [report, *handlers, history]
     if ranks.rank() == 0:
         built.append(best_saver)
         if not preflight:
             log_dir = os.path.join(output_dir, "tensorboard", "validation")
-            built += [TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False), _ValidationImages(log_dir)]
+            built += [
+                TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False, epoch_event_writer=history.write_scalars),
+                _ValidationImages(log_dir),
+            ]
     return built
 
 

@@ -113,7 +113,7 @@ class RunLog(logging.FileHandler):
 
 def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
     """
-    From now on, write everything that is logged to ``log.txt`` in a run's folder too.
+    From now on, write everything that is logged to ``log.txt`` in a run's folder too; for a bundle's `run`.
 
     Args:
         folder: the run's folder, created if missing.

@@ -9,7 +9,6 @@ from datetime import timedelta
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from monai.utils import set_determinism
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
@@ -25,22 +24,21 @@ def start_run(
     output_dir: str | os.PathLike,
     ckpt_dir: str | os.PathLike,
     device: torch.device,
-    seed: int,
     resume: bool = True,
     preflight: bool = False,
     fast_matmul: bool = False,
     process_timeout: float | None = None,
 ) -> None:
     """
-    Prepare a training: connect the processes, check and lock the folders, open the log, and set the seed.
+    Prepare a training: connect the processes, check and lock the folders, and open the log.
 
-    Call it after :func:`knowsam_monai.runs.config_check.check_config` and before anything is built.
+    It is the first step of a bundle's `run`: a program that only loads a bundle, as ``monai.bundle.load`` does, gets
+    none of this.
 
     Args:
         output_dir: folder of the run.
         ckpt_dir: folder that the best student is copied to.
         device: device of this process.
-        seed: seed of all random numbers, the same in every process; see :func:`seed_ranks`.
         resume: append to an existing log.
         preflight: write no log.
         fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; ignored unless on a CPU.
@@ -53,7 +51,7 @@ def start_run(
 
     Example::
 
-        start_run("output", "models", torch.device("cpu"), seed=0)
+        start_run("output", "models", torch.device("cpu"))
     """
     ignore_known_warnings()
     end_on_signals()
@@ -65,7 +63,6 @@ def start_run(
     open_log(output_dir, resume, not preflight)
     if fast_matmul and device.type == "cpu":
         fast_cpu_matmul()
-    set_determinism(seed=seed)
 
 
 def seed_ranks(seed: int) -> None:

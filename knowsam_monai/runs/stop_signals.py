@@ -62,7 +62,7 @@ def end_on_signals() -> None:
 
     Example::
 
-        end_on_signals()     # once, before data is read: in a bundle, in `initialize`
+        end_on_signals()     # once, before data is read: in a bundle, in `run`
     """
 
     def end(number: int, frame: Any) -> None:

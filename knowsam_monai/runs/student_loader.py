@@ -52,7 +52,8 @@ class StudentLoader(CheckpointLoader):
         if missing or unknown:
             raise KnowSAMValueError(
                 f"`load_path` must hold the weights of {kind} but {self.load_path} belongs to another network: "
-                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; use the `network_def` of its training."
+                f"{_count(missing, 'missing')}, {_count(unknown, 'unknown')}; use the `network_def` of its training. "
+                "If an overlay had it, such as network_plain.json, add that after inference.json or evaluate.json."
             )
         broken = [name for name in own if not torch.isfinite(loaded[name]).all()]
         if broken:

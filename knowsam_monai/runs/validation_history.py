@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -47,16 +48,26 @@ class ValidationHistory:
     def __call__(self, engine: Engine) -> None:
         if ranks.rank() != 0:
             return
-        row: dict[str, object] = {"epoch": engine.state.epoch}
+        logger.info(self.line(engine))
+        row = {"epoch": engine.state.epoch, **self.metrics(engine)}
+        write_csv(self.path, [*self._earlier_rows(engine.state.epoch), row])
+
+    def metrics(self, engine: Engine) -> dict[str, float]:
+        """The metrics of a validation, and behind each the means of the structures."""
+        found = {}
         for name, value in engine.state.metrics.items():
-            row[name] = float(value)
+            found[name] = float(value)
             details = engine.state.metric_details.get(name)
             if isinstance(details, torch.Tensor) and details.ndim == 2 and details.shape[1] == len(self.class_names):
                 for class_name, mean in zip(self.class_names, details.nanmean(0).tolist()):
-                    row[f"{name}/{class_name}"] = mean
-        logger.info(self.line(engine))
-        rows = [*self._earlier_rows(engine.state.epoch), row]
-        write_csv(self.path, rows)
+                    found[f"{name}/{class_name}"] = mean
+        return found
+
+    def write_scalars(self, engine: Engine, writer: Any) -> None:
+        """Write the same to TensorBoard, for the `epoch_event_writer` of MONAI's ``TensorBoardStatsHandler``."""
+        for name, value in self.metrics(engine).items():
+            writer.add_scalar(name, value, engine.state.epoch)
+        writer.flush()
 
     def line(self, engine: Engine) -> str:
         """One line such as ``Validation 3  mean dice 0.812 (best 0.820 of 2)  teacher dice 0.801``."""

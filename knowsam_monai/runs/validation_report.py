@@ -54,6 +54,7 @@ class ValidationReport:
         output_dir: folder of the files, created if missing.
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
+        split: the volumes' part of the data set, for the head of the table.
         keep: "best" keeps the validation with the highest key metric of the evaluator, as checkpoints do, or the
             highest mean Dice if there is no key metric; "last" keeps the last. If a label is empty but something was
             predicted, the table counts a Dice of 0, while MONAI's MeanDice skips the case.
@@ -75,6 +76,7 @@ class ValidationReport:
         output_dir: str | os.PathLike,
         class_names: Sequence[str],
         num_slices: int = 4,
+        split: str = "validation",
         keep: str = "best",
     ) -> None:
         if num_slices < 1:
@@ -84,6 +86,7 @@ class ValidationReport:
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
+        self.split = split
         self.keep = keep
         self.score = float("-inf")  # of the kept validation
         self._num_validations = 0
@@ -179,7 +182,7 @@ class ValidationReport:
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
         head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
-        lines = [f"Validation Dice, {kept['num_cases']} volumes{which}", head, rule]
+        lines = [f"{self.split.capitalize()} Dice, {kept['num_cases']} volumes{which}", head, rule]
         for i, name in enumerate(names):
             cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
             lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]

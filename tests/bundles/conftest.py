@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ TINY_3D = {
 # handlers that do not affect the steps of a run
 BESIDE_THE_STEP = (
     "Preflight",
+    "StudentCurves",
     "Resume",
     "RunRecord",
     "ValidationHandler",
@@ -82,6 +84,14 @@ def step_handlers(**options: Any) -> list[Any]:
 def run_bundle(configs: Path, overlays: Sequence[str], options: dict[str, Any]) -> None:
     """What `python -m monai.bundle run` does with these configs over train.json and these options."""
     monai.bundle.run(config_file=[str(configs / name) for name in ("train.json", *overlays)], **options)
+
+
+_trainings: weakref.WeakValueDictionary[int, Training] = weakref.WeakValueDictionary()
+
+
+def watch(trainer: Any, training: int) -> None:
+    """A step of `run`, before the trainer's own."""
+    _trainings[training].watch(trainer)
 
 
 class Training:
@@ -114,6 +124,10 @@ class Training:
             workflow_type="train",
             **options,
         )
+        _trainings[id(self)] = self
+        steps = self.workflow.parser["run"]
+        watching = {"_target_": f"{__name__}.watch", "trainer": "@train#trainer", "training": id(self)}
+        steps.insert(steps.index("$@train#trainer.run()"), watching)
         if not whole:
             self.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.step_handlers"
 
@@ -125,9 +139,6 @@ class Training:
         hook, level = sys.excepthook, logging.root.level
         try:
             self.workflow.initialize()
-            trainer = self["train#trainer"]
-            trainer.add_event_handler(Events.ITERATION_STARTED, lambda _: self.rates.append(self.learning_rates()))
-            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._record)
             self.workflow.run()
             self.workflow.finalize()
         finally:
@@ -137,6 +148,10 @@ class Training:
             logging.root.setLevel(level)
             set_determinism(seed=None)
         return self
+
+    def watch(self, trainer: Any) -> None:
+        trainer.add_event_handler(Events.ITERATION_STARTED, lambda _: self.rates.append(self.learning_rates()))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._record)
 
     def learning_rates(self) -> list[float]:
         optimizers = (self[name] for name in ("optimizer", "sam_optimizer"))

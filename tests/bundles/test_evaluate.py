@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+
+from knowsam_monai.runs import trained_student
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "knowsam_acdc" / "configs"
 SPACING = (2.0, 1.5, 10.0)
@@ -65,6 +68,17 @@ def evaluate(trained, output_dir, **override):
         sys.excepthook = hook
     with open(output_dir / "metrics_raw.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_tables_are_headed_by_the_split_and_the_phantom_s_student_is_named(trained, tmp_path, caplog, monkeypatch):
+    record = {"trained_on": trained_student.PHANTOM, "run": "knowsam_phantom"}
+    monkeypatch.setattr(trained_student, "read_record", lambda folder: record)
+    caplog.set_level(logging.INFO)
+    evaluate(trained, tmp_path, split="test")
+    assert "Metrics of 1 cases of the test split, mean and standard deviation" in caplog.messages
+    assert "Test Dice, 1 volumes" in caplog.messages
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("trained on the synthetic phantom" in message for message in warnings)
 
 
 @pytest.mark.parametrize("split,cases", [("validation", {"b", "c"}), ("test", {"d"})])

@@ -154,7 +154,7 @@ def test_model_is_a_plain_state_dict_of_the_student_alone(whole_run, name):
     assert type(state).__name__ in ("dict", "OrderedDict") and all(torch.is_tensor(v) for v in state.values())
 
 
-def test_tensorboard_has_every_term_by_name_and_the_validation(whole_run):
+def test_tensorboard_has_every_term_by_name_the_learning_rate_and_each_validation_once(whole_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars, images = {}, []
@@ -162,8 +162,11 @@ def test_tensorboard_has_every_term_by_name_and_the_validation(whole_run):
         events = EventAccumulator(str(path)).Reload()
         scalars.update({tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]})
         images += events.Tags()["images"]
-    every_step = {name: 4 for name in LOSSES | {"gate_weight", "teacher_labeled_dice", "student_labeled_dice"}}
-    assert scalars == {**every_step, "val_mean_dice": 2, "val_teacher_dice": 2}
+    dice = {"gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
+    every_step = {name: 4 for name in LOSSES | dice | {"supervised_loss", "learning_rate"}}
+    of_classes = [f"/{name}" for name in whole_run["class_names"]]
+    validations = {f"{name}{part}": 2 for name in ("val_mean_dice", "val_teacher_dice") for part in ("", *of_classes)}
+    assert scalars == every_step | validations
     assert len(images) == 3  # image, truth, prediction
 
 

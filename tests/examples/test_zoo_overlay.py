@@ -1,9 +1,11 @@
-"""The overlays of examples/ over a small supervised bundle in the Model Zoo's usual form."""
+"""The overlays of examples/ over small supervised bundles in forms that the Model Zoo has."""
 
 from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -12,12 +14,16 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from monai.engines import IterationEvents
 from monai.utils import set_determinism
+from PIL import Image
 
+from knowsam_monai import SAMDistillation
+from knowsam_monai.errors import KnowSAMError, root_cause
 from knowsam_monai.handlers import scalar_terms
 
 OVERLAY = Path(__file__).parents[2] / "examples" / "zoo_overlay.json"
-VOLUMES = OVERLAY.with_name("zoo_overlay_volumes.json")
+FLAT = OVERLAY.with_name("zoo_overlay_flat.json")
 BOTH = ["image", "label"]
 
 
@@ -93,7 +99,7 @@ SUPERVISED = {
     "loss": {"_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True, "squared_pred": True, "batch": True},
     "optimizer": {"_target_": "torch.optim.Adam", "params": "$@network.parameters()", "lr": 0.001},
     "train": {
-        **dataset("$[{'image': i, 'label': l} for i, l in zip(@images[:-1], @labels[:-1])]", load(CROP), "train"),
+        **dataset("$[{'image': i, 'label': l} for i, l in zip(@images[:-2], @labels[:-2])]", load(CROP), "train"),
         "handlers": [
             {
                 "_target_": "LrScheduleHandler",
@@ -133,7 +139,7 @@ SUPERVISED = {
         },
     },
     "validate": {
-        **dataset("$[{'image': i, 'label': l} for i, l in zip(@images[-1:], @labels[-1:])]", load(), "validate"),
+        **dataset("$[{'image': i, 'label': l} for i, l in zip(@images[-2:], @labels[-2:])]", load(), "validate"),
         "handlers": [{"_target_": "StatsHandler", "iteration_log": False}],
         "key_metric": {"val_mean_dice": METRIC},
         "evaluator": {
@@ -150,23 +156,91 @@ SUPERVISED = {
     "initialize": ["$monai.utils.set_determinism(seed=123)"],
     "run": ["$@train#trainer.run()"],
 }
-TINY = {"sam_variant": "stand_in", "sam_checkpoint": "$None", "sam_image_size": 32, "spatial_size": [32, 32]}
+TINY = {"skd_sam_variant": "stand_in", "skd_sam_checkpoint": "$None", "skd_sam_image_size": 32}
+WINDOW = {
+    "_target_": "ScaleIntensityRanged",
+    "keys": "image",
+    "a_min": -50,
+    "a_max": 150,
+    "b_min": 0.0,
+    "b_max": 1.0,
+    "clip": True,
+}
+ORIENT = {"_target_": "Orientationd", "keys": BOTH, "axcodes": "RAS"}
+SPACE = {"_target_": "Spacingd", "keys": BOTH, "pixdim": [1.0, 1.0, 2.0], "mode": ["bilinear", "nearest"]}
+FLIP = {"_target_": "RandFlipd", "keys": BOTH, "prob": 0.5, "spatial_axis": 0}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return write_bundle(tmp_path_factory.mktemp("zoo_bundle"), SUPERVISED, shape=(48, 40))
-
-
-@pytest.fixture(scope="module")
-def bundle_of_volumes(tmp_path_factory):
+def spleen():
+    """Volumes, oriented, resampled, windowed and cropped around the label, as in spleen_ct_segmentation."""
     config = copy.deepcopy(SUPERVISED)
     config["network_def"]["spatial_dims"] = 3
-    config["train"]["preprocessing"]["transforms"][3]["spatial_size"] = [32, 32, 8]
-    return write_bundle(tmp_path_factory.mktemp("zoo_bundle_of_volumes"), config, shape=(48, 40, 10))
+    loading = load()
+    config["train"]["preprocessing"]["transforms"] = [
+        *loading[:2],
+        ORIENT,
+        SPACE,
+        WINDOW,
+        {**CROP, "spatial_size": [32, 32, 8]},
+        FLIP,
+        loading[-1],
+    ]
+    config["validate"]["inferer"] = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 8]}
+    config["validate"]["preprocessing"]["transforms"] = [*loading[:2], ORIENT, SPACE, WINDOW, loading[-1]]
+    return config
 
 
-def write_bundle(folder, config, shape):
+def prostate(folder):
+    """Z-scored, in a PersistentDataset, run by `training`, with keys of its own, as in prostate_mri_anatomy."""
+    config = copy.deepcopy(SUPERVISED)
+    config.update(spatial_size=[32, 32], num_classes="$1 / 0", training=config.pop("run"))
+    config["train"]["preprocessing"]["transforms"][2] = {"_target_": "NormalizeIntensityd", "keys": "image"}
+    config["train"]["dataset"] = {
+        "_target_": "PersistentDataset",
+        "data": config["train"]["dataset"]["data"],
+        "transform": "@train#preprocessing",
+        "cache_dir": str(folder / "cache"),
+    }
+    return config
+
+
+def flat():
+    """No sections, as in ventricular_short_axis_3label and segmentation_template."""
+    config = copy.deepcopy(SUPERVISED)
+    text = json.dumps(
+        {
+            **{key: value for key, value in config.items() if key not in ("train", "validate")},
+            **{f"train_{key}": value for key, value in config["train"].items() if key != "trainer"},
+            **{f"validate_{key}": value for key, value in config["validate"].items() if key != "evaluator"},
+            "trainer": config["train"]["trainer"],
+            "evaluator": config["validate"]["evaluator"],
+        }
+    )
+    for name in ("train#trainer", "validate#evaluator"):
+        text = text.replace(f"@{name}", f"@{name.split('#')[1]}")
+    return json.loads(text.replace("@train#", "@train_").replace("@validate#", "@validate_"))
+
+
+def surgery():
+    """RGB pictures and one sigmoid channel, as in endoscopic_tool_segmentation."""
+    config = copy.deepcopy(SUPERVISED)
+    config["network_def"].update(in_channels=3, out_channels=1)
+    config["loss"] = {"_target_": "DiceLoss", "sigmoid": True}
+    config["images"] = config["images"].replace(".nii.gz", ".png")
+    config["labels"] = config["labels"].replace(".nii.gz", ".png")
+    for part in ("train", "validate"):
+        binary = {"_target_": "AsDiscreted", "keys": "label", "threshold": 0.5}
+        config[part]["preprocessing"]["transforms"].insert(2, binary)
+        activate, discrete = copy.deepcopy(config[part]["postprocessing"]["transforms"])
+        activate = {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}
+        discrete = {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5}
+        config[part]["postprocessing"] = {"_target_": "Compose", "transforms": [activate, discrete]}
+        metric = next(iter(config[part]["key_metric"]))
+        config[part]["key_metric"] = {metric: {**METRIC, "include_background": True}}
+    return config
+
+
+def write_bundle(folder, config, shape, affine=None, suffix=".nii.gz"):
     random = np.random.default_rng(0)
     for kind, count in (("imagesTr", 4), ("unlabeled", 3)):
         for index in range(count):
@@ -177,26 +251,45 @@ def write_bundle(folder, config, shape):
             for name, array in ((kind, image), ("labelsTr", label)):
                 if name != "labelsTr" or kind == "imagesTr":
                     (folder / "data" / name).mkdir(parents=True, exist_ok=True)
-                    path = folder / "data" / name / f"case{index}.nii.gz"
-                    nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)), path)
-    (folder / "train.json").write_text(json.dumps(config))
+                    path = folder / "data" / name / f"case{index}{suffix}"
+                    if suffix == ".png":
+                        pixels = np.stack([array] * 3, 2).clip(0, 255) if name != "labelsTr" else array
+                        Image.fromarray(pixels.astype(np.uint8)).save(path)
+                    else:
+                        affine = np.eye(4) if affine is None else affine
+                        nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), affine), path)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "train.json").write_text(json.dumps(config))
     return folder
 
 
-def run(bundle, *overlays, **override):
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle(tmp_path_factory.mktemp("zoo_bundle"), SUPERVISED, shape=(48, 40))
+
+
+@pytest.fixture(scope="module")
+def bundle_of_volumes(tmp_path_factory):
+    """Voxels of 2 x 2 x 2 mm, stored as LPS."""
+    folder = tmp_path_factory.mktemp("zoo_bundle_of_volumes")
+    return write_bundle(folder, spleen(), shape=(48, 40, 10), affine=np.diag([-2.0, -2.0, 2.0, 1.0]))
+
+
+def run(bundle, *overlays, trainer="train#trainer", run_id="run", **override):
     workflow = ConfigWorkflow(
-        config_file=[str(bundle / "train.json"), *map(str, overlays)],
+        config_file=[str(bundle / "configs" / "train.json"), *map(str, overlays)],
         meta_file=None,
         logging_file=False,
         workflow_type="train",
+        run_id=run_id,
         bundle_root=str(bundle),
         **override,
     )
     history = []
     try:
         workflow.initialize()
-        trainer = workflow.parser.get_parsed_content("train#trainer")
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: history.append(terms(engine)))
+        engine = workflow.parser.get_parsed_content(trainer)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: history.append(terms(engine)))
         workflow.run()
         workflow.finalize()
     finally:
@@ -208,41 +301,217 @@ def terms(engine):
     return scalar_terms(engine.state.output) if isinstance(engine.state.output, dict) else {}
 
 
+def distillation(trainer):
+    attached = (handler for handler, *_ in trainer._event_handlers[IterationEvents.LOSS_COMPLETED])
+    return next(handler for handler in attached if isinstance(handler, SAMDistillation))
+
+
+def cause_of(error):
+    return str(root_cause(error.value))
+
+
 def test_bundle_runs_without_the_overlay(bundle):
     get, history = run(bundle)
-    assert len(history) == 6 and get("validate#evaluator").state.metrics["val_mean_dice"] >= 0
+    assert len(history) == 4 and get("validate#evaluator").state.metrics["val_mean_dice"] >= 0
 
 
 @pytest.mark.parametrize("gate", ["agreement", "none"])
-def test_overlay_adds_distillation_and_the_unlabelled_stream(bundle, gate, caplog):
+def test_overlay_adds_distillation_and_the_unlabeled_stream(bundle, gate, caplog):
     caplog.set_level("INFO")
-    get, history = run(bundle, OVERLAY, distillation_gate=gate, unlabeled_batch_size=3, **TINY)
+    get, history = run(bundle, OVERLAY, skd_gate=gate, skd_unlabeled_batch_size=3, **TINY)
     logged = [line for line in caplog.messages if "distillation_loss: " in line and " loss: " in line]
     assert len(logged) == 2  # the bundle's own log goes on
-    assert len(history) == 2  # one batch shows every unlabelled image once
+    assert len(history) == 2  # one batch shows every unlabeled image once
     assert all({"loss", "distillation_loss", "sam_loss", "gate_weight"} <= set(step) for step in history)
     assert all(torch.isfinite(value) for step in history for value in step.values())
     assert gate != "none" or all(step["distillation_loss"] > 0 for step in history)
     output = get("train#trainer").state.output
-    assert output["image"].shape == (7, 1, 32, 32) and output["label"].shape == (4, 1, 32, 32)
-    assert get("distiller").optimizer.state  # SAM has learned too
+    assert output["image"].shape == (5, 1, 32, 32) and output["label"].shape == (2, 1, 32, 32)
+    assert distillation(get("train#trainer")).distiller.optimizer.state  # SAM has learned too
     assert get("validate#evaluator").state.metrics["val_mean_dice"] >= 0  # validation is the bundle's own
 
 
-def test_overlay_of_volumes_has_sam_teach_slices(bundle_of_volumes):
-    tiny = {**TINY, "spatial_size": [32, 32, 8], "sam_slices": 2, "distillation_gate": "none"}
-    get, history = run(bundle_of_volumes, OVERLAY, VOLUMES, unlabeled_batch_size=3, **tiny)
+def test_unlabeled_images_get_the_bundles_own_preprocessing(bundle_of_volumes, caplog):
+    caplog.set_level("INFO")
+    tiny = {**TINY, "skd_slices": 2, "train#trainer#max_epochs": 1, "skd_unlabeled_batch_size": 3}
+    get, _ = run(bundle_of_volumes, OVERLAY, **tiny)
+    dataset = get("train#trainer").data_loader.datasets[1]
+    names = [type(step).__name__ for step in dataset.transform.transforms]
+    assert names == [
+        *("LoadImaged", "EnsureChannelFirstd", "Orientationd", "Spacingd", "ScaleIntensityRanged"),
+        *("RandSpatialCropd", "ResizeWithPadOrCropd", "RandFlipd", "EnsureTyped"),
+    ]
+    prepare = get("validate#preprocessing")  # what the bundle makes of a labeled image, without crop and flip
+    whole = prepare({name: str(bundle_of_volumes / "data" / folder / "case0.nii.gz") for name, folder in FILES.items()})
+    image = dataset[0]["image"]
+    assert image.shape == (1, 32, 32, 8) and image.pixdim.tolist() == whole["image"].pixdim.tolist() == [1, 1, 2]
+    assert (
+        nibabel.aff2axcodes(image.affine.numpy()) == ("R", "A", "S") or dataset.transform.transforms[-2]._do_transform
+    )
+    assert abs(image.quantile(0.1) - whole["image"].quantile(0.1)) < 0.1 and 0 <= image.min() < image.max() <= 1
+    assert any("RandCropByPosNegLabeld (a random crop of the same size" in line for line in caplog.messages)
+    assert not any("differ in" in line for line in caplog.messages)
+
+
+FILES = {"image": "unlabeled", "label": "labelsTr"}
+
+
+def test_streams_that_differ_are_reported(bundle, tmp_path, caplog):
+    (tmp_path / "bright").mkdir()
+    for path in (bundle / "data" / "unlabeled").iterdir():
+        scan = nibabel.load(path)
+        nibabel.save(
+            nibabel.Nifti1Image(scan.get_fdata() + 5000, np.diag([3, 3, 3, 1])), tmp_path / "bright" / path.name
+        )
+    config = json.loads((bundle / "configs" / "train.json").read_text())
+    transforms = config["train"]["preprocessing"]["transforms"]
+    transforms[2] = WINDOW
+    run(bundle, OVERLAY, skd_unlabeled=f"{tmp_path}/bright/*", **{"train#preprocessing#transforms": transforms}, **TINY)
+    warnings = [line for line in caplog.messages if "differ in" in line]
+    assert len(warnings) == 1 and "standard deviation, voxel size" in warnings[0]
+
+
+def test_unlabeled_images_come_from_a_json_list(bundle, tmp_path):
+    files = sorted((bundle / "data" / "unlabeled").iterdir())
+    (tmp_path / "list.json").write_text(json.dumps({"unlabeled": [str(files[0]), {"image": str(files[1])}]}))
+    get, _ = run(bundle, OVERLAY, skd_unlabeled=str(tmp_path / "list.json"), **TINY)
+    assert [item["image"] for item in get("train#trainer").data_loader.datasets[1].data] == list(map(str, files[:2]))
+    with pytest.raises(RuntimeError) as error:
+        run(bundle, OVERLAY, skd_unlabeled=f"{tmp_path}/*.nii.gz", **TINY)
+    assert "`unlabeled` must name at least one image" in cause_of(error)
+
+
+def test_sam_teaches_slices_of_volumes(bundle_of_volumes):
+    tiny = {**TINY, "skd_slices": 2, "skd_gate": "none", "train#trainer#max_epochs": 1}
+    get, history = run(bundle_of_volumes, OVERLAY, skd_unlabeled_batch_size=3, **tiny)
+    teacher = distillation(get("train#trainer")).distiller.teacher
     assert all(step["distillation_loss"] > 0 and step["sam_loss"] > 0 for step in history)
-    assert type(get("distiller").teacher).__name__ == "SliceTeacher" and get("distiller").teacher.slices == 2
-    assert get("train#trainer").state.output["image"].shape == (7, 1, 32, 32, 8)
-    assert get("distiller").optimizer.state and get("teacher").num_classes == 2
+    assert type(teacher).__name__ == "SliceTeacher" and teacher.slices == 2 and teacher.num_classes == 2
+    assert get("train#trainer").state.output["image"].shape == (5, 1, 32, 32, 8)
 
 
-def test_without_sam_no_slices_are_taught_either(bundle_of_volumes):
-    get, history = run(bundle_of_volumes, OVERLAY, VOLUMES, use_sam=False, spatial_size=[32, 32, 8])
-    assert get("distiller") is None and all(set(step) == {"loss"} for step in history)
+def test_without_sam_only_the_unlabeled_stream_is_left(bundle):
+    _, history = run(bundle, OVERLAY, skd_use_sam=False, **TINY)
+    assert history and all(set(step) == {"loss"} for step in history)
 
 
-def test_without_sam_only_the_unlabelled_stream_is_left(bundle):
-    get, history = run(bundle, OVERLAY, use_sam=False, **TINY)
-    assert get("distiller") is None and all(set(step) == {"loss"} for step in history)
+def test_overlays_differ_only_in_the_section_of_the_trainer():
+    overlay, of_flat = (json.loads(path.read_text()) for path in (OVERLAY, FLAT))
+    assert {key.removeprefix("train#"): value for key, value in overlay.items()} == of_flat
+    assert all(key.startswith("skd_") for key in of_flat if "#" not in key)
+
+
+REFUSED = {
+    "interactive": ({"train#trainer#iteration_update": "$print"}, "`iteration_update` must be None"),
+    "deep supervision": (
+        {"network": {"_target_": "tests.examples.test_zoo_overlay.WithHeads"}},
+        "returns a list; SKD cannot be added",
+    ),
+    "overlapping regions": (
+        {"train#preprocessing#transforms#2": {"_target_": "AsDiscreted", "keys": "label", "to_onehot": 2}},
+        "classes of this bundle overlap",
+    ),
+    "sigmoid of several classes": ({"loss#sigmoid": True, "loss#softmax": False}, "has a sigmoid for each"),
+    "sizes": (
+        {"train#preprocessing#transforms#3": {"_target_": "SpatialPadd", "keys": BOTH, "spatial_size": [33, 1]}},
+        "end the bundle's training transforms with a crop",
+    ),
+}
+
+
+class WithHeads(torch.nn.Conv2d):
+    def __init__(self):
+        super().__init__(1, 2, 1)
+
+    def forward(self, image):
+        return [super().forward(image)] * 2
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_one_sentence_at_the_start(bundle, case, tmp_path):
+    override, message = REFUSED[case]
+    if case == "sizes":
+        odd = tmp_path / "odd.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(np.zeros((50, 40), np.float32), np.eye(4)), odd)
+        override = {**override, "skd_unlabeled": [str(odd)], "skd_unlabeled_batch_size": 1}
+    with pytest.raises(RuntimeError) as error:
+        run(bundle, OVERLAY, **override, **TINY)
+    assert message in cause_of(error)
+    assert isinstance(root_cause(error.value), KnowSAMError)
+
+
+def test_smoothly_resampled_labels_are_named(bundle, caplog):
+    zoom = {"_target_": "RandZoomd", "keys": BOTH, "prob": 0.0}
+    run(bundle, OVERLAY, **{"train#preprocessing#transforms#2": zoom}, **TINY)
+    assert any("RandZoomd of the training transforms interpolates labels" in line for line in caplog.messages)
+
+
+@pytest.mark.slow
+def test_overlay_runs_over_a_bundle_with_keys_of_its_own_and_z_scores(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = write_bundle(tmp_path, prostate(tmp_path), shape=(48, 40))
+    get, history = run(folder, OVERLAY, run_id="training", **TINY)
+    assert history and all("distillation_loss" in step for step in history)
+    assert any("SAM gets the intensities" in line for line in caplog.messages)
+
+
+@pytest.mark.slow
+def test_flat_overlay_runs_over_a_bundle_without_sections(tmp_path):
+    folder = write_bundle(tmp_path, flat(), shape=(48, 40))
+    _, history = run(folder, FLAT, trainer="trainer", **TINY)
+    assert history and all("distillation_loss" in step for step in history)
+
+
+@pytest.mark.slow
+def test_rgb_images_go_straight_to_sam(tmp_path):
+    folder = write_bundle(tmp_path, surgery(), shape=(48, 40), suffix=".png")
+    get, history = run(folder, OVERLAY, skd_unlabeled=f"{folder}/data/unlabeled/*.png", **TINY)
+    teacher = distillation(get("train#trainer")).distiller.teacher
+    assert teacher.to_rgb == "rgb" and teacher.num_classes == 1 and all("sam_loss" in step for step in history)
+
+
+# the Zoo's multi_gpu_train.json, on CPUs
+MULTI_GPU = {
+    "network": {"_target_": "torch.nn.parallel.DistributedDataParallel", "module": "$@network_def.to(@device)"},
+    "train#sampler": {
+        "_target_": "DistributedSampler",
+        "dataset": "@train#dataset",
+        "even_divisible": True,
+        "shuffle": True,
+    },
+    "train#dataloader#sampler": "@train#sampler",
+    "train#dataloader#shuffle": False,
+    "train#trainer#train_handlers": "$@train#handlers[: -1 if dist.get_rank() > 0 else None]",
+    "validate#sampler": {"_target_": "DistributedSampler", "dataset": "@validate#dataset", "even_divisible": False},
+    "validate#dataloader#sampler": "@validate#sampler",
+    "validate#evaluator#val_handlers": "$None if dist.get_rank() > 0 else @validate#handlers",
+    "initialize": [
+        "$import torch.distributed as dist",
+        "$dist.is_initialized() or dist.init_process_group(backend='gloo')",
+        "$monai.utils.set_determinism(seed=123)",
+    ],
+    "run": [
+        "$@train#trainer.run()",
+        "$print('terms:', *sorted(k for k in @train#trainer.state.output if '_loss' in k))",
+    ],
+    "finalize": ["$dist.is_initialized() and dist.destroy_process_group()"],
+}
+
+
+@pytest.mark.slow
+def test_overlay_runs_before_multi_gpu_train(tmp_path):
+    folder = write_bundle(tmp_path, SUPERVISED, shape=(48, 40))
+    (folder / "configs" / "multi_gpu_train.json").write_text(json.dumps(MULTI_GPU))
+    files = [str(folder / "configs" / "train.json"), str(OVERLAY), str(folder / "configs" / "multi_gpu_train.json")]
+    tiny = {**TINY, "skd_unlabeled_batch_size": 1}
+    options = [part for key, value in tiny.items() for part in (f"--{key}", str(value))]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--config_file", str(files), "--bundle_root", str(folder), *options],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("terms: distillation_loss sam_loss") == 2  # in both processes

@@ -47,7 +47,8 @@ def names(handlers):
     return [type(handler).__name__ for handler in handlers]
 
 
-FIRST, LAST = ["Identity", "LrScheduleHandler", "LossTerms"], ["Softmax", "Resume", "RunRecord", "Preflight"]
+FIRST = ["StudentCurves", "Identity", "LrScheduleHandler", "LossTerms"]
+LAST = ["Softmax", "Resume", "RunRecord", "Preflight"]
 
 
 @pytest.mark.parametrize(

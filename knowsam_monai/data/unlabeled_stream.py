@@ -1,0 +1,226 @@
+"""An unlabeled stream beside a labeled dataset: its files, and the labeled images' transforms without the label."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import CacheDataset
+from monai.transforms import Compose, MapTransform, RandSpatialCropd, ResizeWithPadOrCropd
+from monai.utils import CommonKeys as Keys
+
+from knowsam_monai.data.split import read_json
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.seeds import kept_random_state
+
+logger = logging.getLogger(__name__)
+
+SMOOTH_MODES = ("area", "bicubic", "bilinear", "linear", "trilinear")  # of interpolation; they invent label values
+
+
+def unlabeled_dataset(
+    labeled: Any, images: str | Sequence[Any], cache_rate: float = 1.0, num_workers: int = 0
+) -> CacheDataset:
+    """
+    Unlabeled images with the transforms of a labeled dataset.
+
+    Transforms that need a label are left out; the log names them. A crop around the label becomes a random crop of its
+    size. All other transforms are kept, random ones too, so that the network sees both streams alike.
+
+    Args:
+        labeled: dataset of ``{"image": ..., "label": ...}`` items with its transforms in `.transform`, as MONAI's
+            datasets have them. It stays as it is.
+        images: see :func:`unlabeled_items`.
+        cache_rate: the part of the images that is kept in memory after the transforms before the first random one.
+        num_workers: threads that fill the cache.
+
+    Raises:
+        ValueError: if `labeled` has no transforms, or if one fails on the first image; names it.
+        FileNotFoundError: if there is no image.
+
+    Example::
+
+        unlabeled = unlabeled_dataset(labeled, "data/unlabeled/*.nii.gz")
+        loader = SemiSupervisedLoader(labeled, unlabeled, labeled_batch_size=2, unlabeled_batch_size=2)
+    """
+    items = unlabeled_items(images)
+    transform = without_label(labeled, items[0])
+    return CacheDataset(items, transform, cache_rate=cache_rate, num_workers=max(1, num_workers), progress=False)
+
+
+def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
+    """
+    The items ``{"image": ...}`` of a file pattern, a JSON list, or a list.
+
+    Args:
+        images: a glob pattern (``**`` for any depth of folders); the path of a JSON file with a list, or with a list
+            under the key "unlabeled"; or the list itself. An element is a path or a dict with the key "image"; other
+            keys are left out. Paths in a JSON file are relative to its folder.
+
+    Raises:
+        ValueError: if the JSON is not as described.
+        FileNotFoundError: if there is no image.
+
+    Example:
+        >>> unlabeled_items(["a.nii.gz", {"image": ["b_t1.nii.gz", "b_t2.nii.gz"], "label": "b_seg.nii.gz"}])
+        [{'image': 'a.nii.gz'}, {'image': ['b_t1.nii.gz', 'b_t2.nii.gz']}]
+    """
+    given = images
+    if isinstance(images, str) and images.endswith(".json"):
+        images = _listed(Path(images))
+    elif isinstance(images, str):
+        images = sorted(glob.glob(os.path.expanduser(images), recursive=True))
+    if len(images) == 0:
+        raise KnowSAMFileNotFoundError(
+            f"`unlabeled` must name at least one image but there is none for {given!r}; give a file pattern in "
+            "quotation marks, or a JSON list."
+        )
+    items = [image if isinstance(image, dict) else {Keys.IMAGE: image} for image in images]
+    for number, item in enumerate(items):
+        if Keys.IMAGE not in item:
+            raise KnowSAMValueError(f"`image` must be a key of each unlabeled item but item {number} has {list(item)}.")
+    return [{str(Keys.IMAGE): item[Keys.IMAGE]} for item in items]
+
+
+def _listed(path: Path) -> list[Any]:
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise KnowSAMValueError(f"`unlabeled` must be a JSON list but {path} is not: {error}.") from error
+    listed = content.get("unlabeled") if isinstance(content, dict) else content
+    if not isinstance(listed, list):
+        raise KnowSAMValueError(
+            f"`unlabeled` must be a list in {path}, or a list under its key 'unlabeled', but there is none."
+        )
+    return [
+        {
+            Keys.IMAGE: _beside(
+                path, item.get(Keys.IMAGE) if isinstance(item, dict) else item, f"item {number} in {path}"
+            )
+        }
+        for number, item in enumerate(listed)
+    ]
+
+
+def _beside(path: Path, file: Any, where: str) -> Any:
+    if isinstance(file, list):
+        return [_beside(path, part, where) for part in file]
+    if not isinstance(file, str):
+        raise KnowSAMValueError(f"`image` must be a path or a list of paths but {where} has {file!r}.")
+    return str(path.parent / os.path.expanduser(file))
+
+
+@kept_random_state()
+def without_label(labeled: Any, item: dict) -> Compose:
+    """
+    The transforms of a labeled dataset for items that have an image alone.
+
+    Args:
+        labeled: the dataset.
+        item: an unlabeled one; the transforms are tried on it.
+
+    Raises:
+        ValueError: if the dataset has no transforms, or if one fails on the item.
+
+    Example::
+
+        transform = without_label(labeled, {"image": "scan.nii.gz"})
+    """
+    whole = getattr(labeled, "transform", None)
+    if whole is None:
+        raise KnowSAMValueError(
+            "`labeled` must be a dataset with its transforms in `.transform`, as MONAI's CacheDataset, but is a "
+            f"{type(labeled).__name__} without."
+        )
+    kept: list[Callable] = []
+    left_out: list[str] = []
+    rows = [item]
+    for step in transform_steps(whole):
+        name = type(step).__name__
+        if _reads_label(step) or set(getattr(step, "keys", [""])) == {Keys.LABEL}:
+            crop = _crop_of_same_size(step)
+            left_out.append(f"{name} (a random crop of the same size takes its place)" if crop else name)
+            steps = crop
+        else:
+            steps = [_tolerant(step)]
+        try:
+            for tried in steps:
+                rows = [new for row in rows for new in _as_rows(tried(row))]
+        except KeyError:  # a custom transform that reads the label, or what another has computed from it
+            left_out.append(name)
+            continue
+        except Exception as error:  # each transform fails in its own way
+            file = item[Keys.IMAGE] if isinstance(item[Keys.IMAGE], (str, os.PathLike)) else "the first image"
+            raise KnowSAMValueError(
+                f"`unlabeled` images must fit the transforms of the labeled ones but {name} fails on {file}: "
+                f"{root_cause(error)}"
+            ) from error
+        kept += steps
+    logger.info(
+        "Unlabeled images get the transforms of the labeled ones; left out, because they need a label: %s.",
+        ", ".join(left_out) or "none",
+    )
+    return Compose(kept, lazy=getattr(whole, "lazy", False))
+
+
+def transform_steps(transform: Any) -> Iterator[Any]:
+    """The transforms of a nested ``Compose``, one by one; ``OneOf`` and the like are one."""
+    if type(transform) is Compose:
+        for part in transform.transforms:
+            yield from transform_steps(part)
+    else:
+        yield transform
+
+
+def smooths_labels(transform: Any) -> bool:
+    """
+    Whether a transform resamples labels with an interpolation that invents values between the classes.
+
+    Example:
+        >>> from monai.transforms import Zoomd
+        >>> smooths_labels(Zoomd(["image", "label"], 2)), smooths_labels(Zoomd(["image", "label"], 2, mode="nearest"))
+        (True, False)
+    """
+    keys, modes = getattr(transform, "keys", ()), getattr(transform, "mode", ())
+    if Keys.LABEL not in keys:
+        return False
+    mode = modes if isinstance(modes, (str, int)) or not modes else modes[list(keys).index(Keys.LABEL)]
+    return mode in SMOOTH_MODES if isinstance(mode, str) else isinstance(mode, int) and mode > 0  # order of a spline
+
+
+def _reads_label(step: Any) -> bool:
+    """Does a transform take something from the label, beside changing it: ``label_key``, ``source_key``, ..."""
+    inner = getattr(step, "transforms", ())
+    read = [value for name, value in vars(step).items() if name != "keys"] if hasattr(step, "__dict__") else []
+    texts = [text for value in read for text in (value if isinstance(value, (list, tuple)) else [value])]
+    return any(isinstance(text, str) and text == Keys.LABEL for text in texts) or any(map(_reads_label, inner))
+
+
+def _tolerant(step: Any) -> Any:
+    """A copy that passes over the missing label."""
+    step = copy.deepcopy(step)
+    for part in (step, *getattr(step, "transforms", ())):
+        if isinstance(part, MapTransform):
+            part.allow_missing_keys = True
+    return step
+
+
+def _crop_of_same_size(step: Any) -> list[Callable]:
+    """A random crop for one around the label; padded, where an image is smaller."""
+    size = getattr(getattr(step, "cropper", None), "spatial_size", None)
+    keys = [key for key in getattr(step, "keys", ()) if key != Keys.LABEL]
+    if size is None or not keys:
+        return []
+    return [
+        RandSpatialCropd(keys, roi_size=size, random_size=False, allow_missing_keys=True),
+        ResizeWithPadOrCropd(keys, spatial_size=size, allow_missing_keys=True),
+    ]
+
+
+def _as_rows(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (list, tuple)) else [result]

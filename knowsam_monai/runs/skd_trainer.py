@@ -1,0 +1,253 @@
+"""SKD in a supervised bundle: a trainer for MONAI's SupervisedTrainer in its config."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from monai.engines import SupervisedTrainer
+from monai.utils import CommonKeys as Keys
+from monai.utils import ensure_tuple
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from knowsam_monai import ranks
+from knowsam_monai.data.loader import SemiSupervisedLoader
+from knowsam_monai.data.stream_comparison import compare_streams
+from knowsam_monai.data.unlabeled_stream import smooths_labels, transform_steps, unlabeled_dataset
+from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.handlers.sam_distillation import SAMDistillation
+from knowsam_monai.losses.distillation import DistillationLoss
+from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label
+from knowsam_monai.runs.run_handlers import track_terms
+from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.intensity_window import IntensityWindow
+from knowsam_monai.teachers.sam_teacher import SAMTeacher
+from knowsam_monai.teachers.slice_teacher import SliceTeacher
+from knowsam_monai.tensors import without_meta
+from knowsam_monai.wrappers import plain_network
+
+logger = logging.getLogger(__name__)
+
+INSPECTED_ITEMS = 4  # of each stream, before training
+LARGEST_SAM_IMAGE = 256  # by default
+
+
+@dataclass(frozen=True)
+class SKDSettings:
+    """
+    What SKD needs beyond a supervised bundle's own config.
+
+    Args:
+        unlabeled: images without labels, see :func:`knowsam_monai.data.unlabeled_items`.
+        unlabeled_batch_size: items of a batch of each process, beside the bundle's own labeled ones.
+        cache_rate: the part of the unlabeled images that is kept in memory.
+        use_sam: False trains on the same batches without SKD, for comparison.
+        sam_variant, sam_checkpoint, sam_image_size: see :class:`knowsam_monai.SAMTeacher`. An `sam_image_size` of None
+            is the larger side of the first image, rounded up to a multiple of 16, and at most 256.
+        sam_lr: learning rate of SAM's optimizer, Adam.
+        to_rgb: see :class:`knowsam_monai.SAMTeacher`. None: RGB images go to SAM as they are; other images are reduced
+            to their first channel, windowed to 0..1 if the first images are not.
+        slices: slices of each volume that SAM sees in a step; at most all.
+        axes: axes along which they are taken.
+        weight: factor of the distillation loss, a number or a function of the iteration.
+        temperature: of the distillation loss.
+        gate: see :class:`knowsam_monai.SAMDistiller`.
+        seed: of order and augmentation.
+
+    Example::
+
+        SKDSettings(unlabeled="data/unlabeled/*.nii.gz", sam_checkpoint="sam_vit_b_01ec64.pth")
+    """
+
+    unlabeled: str | Sequence[Any]
+    unlabeled_batch_size: int = 2
+    cache_rate: float = 1.0
+    use_sam: bool = True
+    sam_variant: str = "vit_b"
+    sam_checkpoint: str | None = None
+    sam_image_size: int | None = None
+    sam_lr: float = 1e-4
+    to_rgb: int | str | Callable[[Tensor], Tensor] | None = None
+    slices: int = 8
+    axes: int | Sequence[int] = -1
+    weight: float | Callable[[int], float] = 1.0
+    temperature: float = 2.0
+    gate: str = "agreement"
+    seed: int = 0
+
+
+def skd_trainer(
+    skd: SKDSettings,
+    train_data_loader: DataLoader,
+    network: nn.Module,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    train_handlers: Any = None,
+    iteration_update: Callable | None = None,
+    decollate: bool = False,
+    postprocessing: Any = None,
+    key_train_metric: Any = None,
+    additional_metrics: Any = None,
+    **arguments: Any,
+) -> SupervisedTrainer:
+    """
+    A ``SupervisedTrainer`` with SKD on labeled and unlabeled images, for the `_target_` of a bundle's trainer.
+
+    Unlabeled images get the transforms of the labeled ones, see :func:`knowsam_monai.data.unlabeled_dataset`. Number of
+    classes, channels and dimensions come from the first images and the network. A few images of both streams are
+    compared before training. An epoch is one pass over the unlabeled images, unless `epoch_length` is given.
+
+    Args:
+        skd: the settings of SKD.
+        train_data_loader: the bundle's own; its dataset, batch size and workers are used.
+        network: the bundle's own, also in DistributedDataParallel. It must return logits.
+        loss_function: the bundle's own; it is called on the labeled rows.
+        train_handlers: the bundle's own.
+        iteration_update: must be None; an interactive bundle has one.
+        decollate, postprocessing, key_train_metric, additional_metrics: not used, since unlabeled rows have no label.
+            Validation has its own.
+        **arguments: all others of ``SupervisedTrainer``.
+
+    Raises:
+        TypeError: if the loader is not a DataLoader with a batch size, or the network does not return a tensor.
+        ValueError: if the bundle is interactive, has overlapping regions or deep supervision, or if the images of both
+            streams differ in shape.
+
+    Example::
+
+        {"_target_": "knowsam_monai.runs.skd_trainer", "skd": "@skd", "network": "@network", ...}
+    """
+    if iteration_update is not None:
+        raise KnowSAMValueError(
+            "`iteration_update` must be None but is given: in an interactive bundle the network also gets clicks, "
+            "which unlabeled images do not have. SKD cannot be added to it."
+        )
+    if not isinstance(train_data_loader, DataLoader) or train_data_loader.batch_size is None:
+        raise KnowSAMTypeError(
+            "`train_data_loader` must be a DataLoader with a batch size but is a "
+            f"{type(train_data_loader).__name__} without; set `dataset` and `batch_size` of the bundle's loader."
+        )
+    labeled = train_data_loader.dataset
+    num_workers = train_data_loader.num_workers
+    unlabeled = unlabeled_dataset(labeled, skd.unlabeled, skd.cache_rate, num_workers)
+    images, label = _first_images(labeled, unlabeled)
+    num_classes = _num_classes(network, images, label, loss_function)
+    loader = SemiSupervisedLoader(
+        labeled,
+        unlabeled,
+        labeled_batch_size=train_data_loader.batch_size * ranks.world_size(),
+        unlabeled_batch_size=skd.unlabeled_batch_size * ranks.world_size(),
+        seed=skd.seed,
+        num_workers=num_workers,
+        pin_memory=train_data_loader.pin_memory,
+    )
+    handlers = [] if train_handlers is None else list(ensure_tuple(train_handlers))
+    if skd.use_sam:
+        handlers.insert(0, SAMDistillation(_distiller(skd, images, num_classes), weight=skd.weight))
+    return SupervisedTrainer(
+        train_data_loader=loader,
+        network=network,
+        loss_function=PartiallyLabeledLoss(loss_function),
+        train_handlers=track_terms(handlers),
+        decollate=False,
+        **arguments,
+    )
+
+
+@kept_random_state()
+def _first_images(labeled: Any, unlabeled: Any) -> tuple[Tensor, Tensor]:
+    """A few labeled images (B, channels, *spatial) and their labels, compared with as many unlabeled ones."""
+    streams = [
+        [row for index in range(min(len(dataset), INSPECTED_ITEMS)) for row in _rows(dataset[index])]
+        for dataset in (labeled, unlabeled)
+    ]
+    shapes = [sorted({tuple(row[Keys.IMAGE].shape) for row in rows}) for rows in streams]
+    if len({*shapes[0], *shapes[1]}) > 1:
+        raise KnowSAMValueError(
+            f"`{Keys.IMAGE}` must have one shape in all rows of a batch but has {_listing(shapes[0])} in labeled rows "
+            f"and {_listing(shapes[1])} in unlabeled ones; end the bundle's training transforms with a crop "
+            "(RandSpatialCropd) or a resize of fixed size."
+        )
+    compare_streams(*([row[Keys.IMAGE] for row in rows] for rows in streams))
+    image, label = (
+        torch.stack([without_meta(torch.as_tensor(row[key])) for row in streams[0]]) for key in (Keys.IMAGE, Keys.LABEL)
+    )
+    smooth = [type(step).__name__ for step in transform_steps(labeled.transform) if smooths_labels(step)]
+    if smooth:
+        logger.warning(
+            "%s of the training transforms interpolates labels, which invents classes and broken numbers; set its "
+            '`mode` to "nearest" for the label.',
+            ", ".join(smooth),
+        )
+    return image, label
+
+
+def _num_classes(network: nn.Module, image: Tensor, label: Tensor, loss_function: Any) -> int:
+    """The channels of the network's logits, after a look at what it returns in training."""
+    if label.shape[1] > 1:
+        raise KnowSAMValueError(
+            f"`label` must have one channel of class numbers but has {label.shape[1]}: the classes of this bundle "
+            "overlap, each a sigmoid channel, and SKD teaches classes that exclude each other."
+        )
+    network = copy.deepcopy(plain_network(network)).train()
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    with kept_random_state(), torch.no_grad():
+        logits = network(image.to(device))
+    if not isinstance(logits, Tensor):
+        raise KnowSAMTypeError(
+            f"`network` must return logits in training but {type(network).__name__} returns a "
+            f"{type(logits).__name__}; SKD cannot be added to it. Switch off its deep supervision, if that is why."
+        )
+    if logits.shape != (len(image), logits.shape[1], *image.shape[2:]):
+        raise KnowSAMValueError(
+            f"`network` must return logits (rows, classes, {', '.join(map(str, image.shape[2:]))}) in training but "
+            f"{type(network).__name__} returns {tuple(logits.shape)}; switch off its deep supervision."
+        )
+    parts = loss_function.modules() if isinstance(loss_function, nn.Module) else [loss_function]
+    if logits.shape[1] > 1 and any(getattr(part, "sigmoid", False) for part in parts):
+        raise KnowSAMValueError(
+            f"`loss_function` must have a softmax over the {logits.shape[1]} classes but has a sigmoid for each: they "
+            "may overlap, and SKD teaches classes that exclude each other."
+        )
+    check_label(without_meta(logits), label, getattr(loss_function, "ignore_index", None))
+    return logits.shape[1]
+
+
+def _distiller(skd: SKDSettings, images: Tensor, num_classes: int) -> SAMDistiller:
+    side = max(images.shape[2:4])  # of a slice along the last axis
+    teacher: nn.Module = SAMTeacher(
+        num_classes=num_classes,
+        image_size=skd.sam_image_size or min(-(-side // 16) * 16, LARGEST_SAM_IMAGE),
+        variant=skd.sam_variant,
+        checkpoint=skd.sam_checkpoint,
+        trainable="adapters" if skd.sam_checkpoint else "all",
+        to_rgb=_to_rgb(images) if skd.to_rgb is None else skd.to_rgb,
+    )
+    if images.ndim == 5:
+        teacher = SliceTeacher(teacher, skd.axes, slices=min(skd.slices, *images.shape[2:]), seed=skd.seed)
+    optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=skd.sam_lr)
+    return SAMDistiller(teacher, optimizer, DistillationLoss(temperature=skd.temperature), gate=skd.gate)
+
+
+def _to_rgb(images: Tensor) -> int | str | IntensityWindow:
+    if images.shape[1] == 3 and images.ndim == 4:
+        return "rgb"
+    channel = images[:, 0].float()
+    low, high = channel.min().item(), channel.max().item()
+    if -1 <= low and high <= 2 or low == high:
+        return 0
+    logger.info("SAM gets the intensities %.4g to %.4g, those of the first images, as 0..1; see `to_rgb`.", low, high)
+    return IntensityWindow(low, high)
+
+
+def _rows(item: Any) -> list[dict]:
+    return list(item) if isinstance(item, (list, tuple)) else [item]
+
+
+def _listing(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes[:2])) + (" and others" if len(shapes) > 2 else "")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from monai.data import Dataset
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    LabelToMaskd,
+    Lambdad,
+    OneOf,
+    RandCropByLabelClassesd,
+    RandFlipd,
+    RandSpatialCropd,
+    ScaleIntensityd,
+)
+
+from knowsam_monai.data import unlabeled_dataset, unlabeled_items
+from knowsam_monai.data.unlabeled_stream import without_label
+
+BOTH = ["image", "label"]
+ITEM = {"image": torch.rand(1, 12, 10)}
+
+
+def labeled(*transforms):
+    return Dataset([{**ITEM, "label": torch.zeros(1, 12, 10)}], Compose(transforms))
+
+
+def names(compose):
+    return [type(step).__name__ for step in compose.transforms]
+
+
+def read_label(item):
+    return {**item, "image": item["image"] * (item["label"] > 0)}
+
+
+def test_transforms_that_need_a_label_are_left_out_and_named(caplog):
+    caplog.set_level("INFO")
+    dataset = labeled(
+        ScaleIntensityd("image"),
+        Compose([CropForegroundd(BOTH, source_key="label"), RandFlipd(BOTH)]),  # the first looks at the label
+        LabelToMaskd("label", select_labels=1),
+        OneOf([RandFlipd(BOTH), CropForegroundd(BOTH, source_key="label")]),
+        read_label,  # shows only when it is tried
+        Lambdad(BOTH, lambda x: x + 1),
+    )
+    transform = without_label(dataset, ITEM)
+    assert names(transform) == ["ScaleIntensityd", "RandFlipd", "Lambdad"]
+    assert caplog.messages[-1].endswith("need a label: CropForegroundd, LabelToMaskd, OneOf, function.")
+    assert set(transform(ITEM)) == {"image"}
+
+
+def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller():
+    crop = RandCropByLabelClassesd(BOTH, label_key="label", spatial_size=[8, 16], num_classes=2, allow_smaller=True)
+    transform = without_label(labeled(crop), ITEM)
+    assert names(transform) == ["RandSpatialCropd", "ResizeWithPadOrCropd"]
+    assert transform(ITEM)["image"].shape == (1, 8, 16)
+
+
+def test_labeled_dataset_stays_as_it_is():
+    flip = RandFlipd(BOTH)
+    dataset = labeled(flip, RandSpatialCropd(BOTH, [4, 4], random_size=False))
+    unlabeled = unlabeled_dataset(dataset, [ITEM])
+    assert unlabeled[0]["image"].shape == (1, 4, 4) and "label" not in unlabeled[0]
+    assert not flip.allow_missing_keys and dataset.transform.transforms[0] is flip
+
+
+def test_transform_that_fails_on_an_image_is_named():
+    with pytest.raises(ValueError, match="Lambdad fails on the first image: no 3"):
+        unlabeled_dataset(labeled(Lambdad("image", refuse)), [ITEM])
+    with pytest.raises(ValueError, match="must be a dataset with its transforms"):
+        unlabeled_dataset([ITEM], [ITEM])
+
+
+def refuse(image):
+    raise ArithmeticError("no 3")
+
+
+def test_json_list_is_relative_to_its_folder(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(["a.nii", {"image": ["t1.nii", "/far/t2.nii"], "label": "seg.nii"}]))
+    expected = [{"image": f"{tmp_path}/a.nii"}, {"image": [f"{tmp_path}/t1.nii", "/far/t2.nii"]}]
+    assert unlabeled_items(str(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "but .* is not"), ('{"labeled": []}', "under its key 'unlabeled'"), ("[1]", "item 0 in .* has 1")],
+)
+def test_json_of_another_form_is_one_sentence(tmp_path, content, message):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        unlabeled_items(str(tmp_path / "list.json"))
