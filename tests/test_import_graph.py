@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -102,6 +103,13 @@ def test_students_and_losses_know_nothing_of_data():
 
 def test_graph_is_the_one_that_contributing_shows():
     assert drawing() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_only_one_module_asks_for_the_rank():
+    asks = re.compile(r"get_rank|get_world_size|dist(?:ributed)?\.is_initialized|[\"']RANK[\"']")
+    sources = [*(ROOT / PACKAGE).rglob("*.py"), *ROOT.glob("bundles/*/configs/*.json")]
+    found = {path.name for path in sources if asks.search(path.read_text(encoding="utf-8"))}
+    assert found == {"ranks.py"}
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -245,4 +245,4 @@ def _average_over_ranks(gradients: Sequence[Tensor]) -> None:
     """Average over the processes of a distributed run, since no DistributedDataParallel wraps the teacher."""
     if ranks.is_distributed():
         for gradient in gradients:
-            torch.distributed.all_reduce(gradient.div_(torch.distributed.get_world_size()))
+            torch.distributed.all_reduce(gradient.div_(ranks.world_size()))

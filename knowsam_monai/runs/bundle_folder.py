@@ -48,7 +48,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
         candidates = [folder, Path("bundles", name), Path(name), SHIPPED / name]
     else:
         candidates = [folder]
-    found = next((one for one in candidates if (one / METADATA).is_file()), None)
+    found = next((folder for folder in candidates if (folder / METADATA).is_file()), None)
     if found is None:
         names = ", ".join(shipped_names())
         raise KnowSAMFileNotFoundError(

@@ -48,11 +48,12 @@ class SKDSettings:
         unlabeled_batch_size: items of a batch of each process, beside the bundle's own labeled ones.
         cache_rate: the part of the unlabeled images that is kept in memory.
         use_sam: False trains on the same batches without SKD, for comparison.
-        sam_variant, sam_checkpoint, sam_image_size: see :class:`~knowsam_monai.teachers.SAMTeacher`. An `sam_image_size` of None
-            is the larger side of the first image, rounded up to a multiple of 16, and at most 256.
+        sam_variant, sam_checkpoint, sam_image_size: see :class:`~knowsam_monai.teachers.SAMTeacher`. If
+            `sam_image_size` is None, it is the larger side of the first image, rounded up to a multiple of 16, and at
+            most 256.
         sam_lr: learning rate of SAM's optimizer, Adam.
-        to_rgb: see :class:`~knowsam_monai.teachers.SAMTeacher`. None: RGB images go to SAM as they are; other images are reduced
-            to their first channel, windowed to 0..1 if the first images are not.
+        to_rgb: see :class:`~knowsam_monai.teachers.SAMTeacher`. None: RGB images go to SAM as they are; of
+            other images SAM sees the first channel, windowed to 0..1 if the first images are not.
         slices: slices of each volume that SAM sees in a step; at most all.
         axes: axes along which they are taken.
         weight: factor of the distillation loss, a number or a function of the iteration.

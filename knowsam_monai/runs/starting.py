@@ -99,7 +99,7 @@ def end_run(process_timeout: float | None = None) -> None:
 
 def _join_processes(device: torch.device, timeout: float) -> None:
     """Join the group of processes that torchrun started, and let only the first one log."""
-    if not dist.is_initialized():
+    if not ranks.is_distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
