@@ -50,8 +50,7 @@ def training_handlers(
     """
     All handlers of a trainer, in the order in which they must run.
 
-    1. ``StudentCurves`` reads the student's own loss, `methods` add their
-       terms to the loss, then the learning rates step.
+    1. ``StudentCurves`` reads the student's own loss, `methods` add their terms to it, then the learning rates step.
     2. :class:`~knowsam_monai.handlers.LossTerms` stops the run before any checkpoint if a term is not finite.
     3. The first process alone shows progress, writes TensorBoard and saves the last weights.
     4. `handlers`, with the validation.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from monai.data import Dataset, MetaTensor
+from monai.data import Dataset
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -26,23 +25,9 @@ from monai.transforms import (
 )
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
+from knowsam_monai.data import RandOrientationd
 from knowsam_monai.distillation.sam_image import check_orientations
-
-BOTH = {"keys": ["image", "label"], "allow_missing_keys": True}
-SQUARE = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-
-
-def items(num: int, labeled: bool) -> list[dict]:
-    rows = [{"image": MetaTensor(torch.rand(1, 8, 8))} for _ in range(num)]
-    return [{**row, "label": row["image"].round()} for row in rows] if labeled else rows
-
-
-def loader(*transforms, num_workers: int = 0) -> SemiSupervisedLoader:
-    torch.manual_seed(0)
-    pipelines = [Compose(transforms), Compose(transforms)]
-    datasets = [Dataset(items(4, labeled), pipeline) for labeled, pipeline in zip((True, False), pipelines)]
-    return SemiSupervisedLoader(*datasets, 2, 2, num_workers=num_workers)
+from tests.oriented import BOTH, SQUARE, loader
 
 
 def test_intensities_after_the_orientation_are_accepted():
