@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
 
 
@@ -17,7 +18,8 @@ def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Mo
     """The supervised loss of KnowSAM: cross-entropy + Dice, each with weight 1.
 
     Both include the background. Dice is computed over the whole batch with a squared denominator. One channel is a
-    sigmoid network: the loss is that of the two classes ``(0, z)``, regardless of `num_classes`.
+    sigmoid network: the loss is that of the two classes ``(0, z)``, regardless of `num_classes`. A label of several
+    channels has overlapping regions: the loss is the mean over them, see :func:`knowsam_monai.losses.region_loss`.
 
     Args:
         num_classes: C, the channels of the logits; used to check `ignore_index` only.
@@ -52,6 +54,8 @@ class _DiceCELoss(nn.Module):
         self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        if label.shape[1] > 1:
+            return region_loss(self, logits, label)
         logits, label = class_logits(logits), without_meta(label)
         target = label[:, 0].long()
         if self.ignore_index is None:
@@ -70,10 +74,13 @@ class PartiallyLabeledLoss(nn.Module):
             :func:`dice_ce_loss` for any C.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
+        overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own;
+            ``loss`` gets all channels at once.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if C = 1, ``loss`` receives floats
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1
+          or `overlapping`, ``loss`` receives floats
         - output: scalar
 
     Raises:
@@ -94,6 +101,7 @@ class PartiallyLabeledLoss(nn.Module):
         self,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         view_weights: Sequence[float] | None = None,
+        overlapping: bool = False,
     ) -> None:
         super().__init__()
         if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
@@ -103,14 +111,17 @@ class PartiallyLabeledLoss(nn.Module):
             )
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
+        self.overlapping = overlapping
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         label = without_meta(label)
-        if label.ndim > 1 and label.shape[1] != 1:  # otherwise `pred` may be stacked views of one channel
+        if (
+            label.ndim > 1 and label.shape[1] != 1 and not self.overlapping
+        ):  # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
             _check_channel(label, pred.shape[3:])
         views = unstack_views(without_meta(pred), label)
-        check_label(views[0], label, ignore_index=getattr(self.loss, "ignore_index", None))
+        check_label(views[0], label, getattr(self.loss, "ignore_index", None), self.overlapping)
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
         if len(weights) != len(views):
             raise KnowSAMValueError(
@@ -119,20 +130,23 @@ class PartiallyLabeledLoss(nn.Module):
                 "network_plain.json selects the plain network."
             )
         labeled_views = [at_least_float32(view[: len(label)]) for view in views]
-        if labeled_views[0].shape[1] == 1:
+        if labeled_views[0].shape[1] == 1 or self.overlapping:
             label = label.to(labeled_views[0].dtype)
         with torch.autocast(label.device.type, enabled=False):
             losses = [weight * self.loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
-def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None) -> None:
+def check_label(
+    logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None, overlapping: bool = False
+) -> None:
     """Raise a clear error if a label does not fit the first rows of the logits.
 
     Args:
         logits: (B, C, *spatial).
-        label: class indices (B_l, 1, *spatial).
+        label: class indices (B_l, 1, *spatial); 0 and 1 (B_l, C, *spatial) if `overlapping`.
         ignore_index: a label value that is not a class; the loss leaves its pixels out.
+        overlapping: each channel is a region that may overlap with others.
 
     Raises:
         ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, or a label on
@@ -147,18 +161,29 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             f"`label` must have at most as many rows as `pred` ({num_rows}) but has {len(label)}. Labeled rows come "
             "first in a batch, one label for each image."
         )
-    _check_channel(label, logits.shape[2:])
-    if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
+    channels = num_classes if overlapping else 1
+    if not overlapping:
+        _check_channel(label, logits.shape[2:])
+    if label.ndim < 2 or label.shape[1] != channels or label.shape[2:] != logits.shape[2:]:
+        remedy = (
+            f"load it with {'0 and 1 for each region' if overlapping else 'one channel of class indices'}, and resize "
+        )
+        remedy += "it with its image"
+        if label.shape[1:2] == (num_classes,) and not overlapping:
+            remedy = (
+                "combine its channels into one of class indices, or set `overlapping` if they are regions that overlap"
+            )
         raise KnowSAMValueError(
-            f"`label` must have shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but has "
-            f"{tuple(label.shape)}; load it with one channel of class indices, and resize it with its image."
+            f"`label` must have shape (labeled rows, {', '.join(map(str, (channels, *logits.shape[2:])))}) but has "
+            f"{tuple(label.shape)}; {remedy}."
         )
     if label.device.type == "cpu":
         values = label if ignore_index is None else label[label != ignore_index]
-        top = max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
+        top = 1 if overlapping else max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
         if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):
+            what = "outside or inside of each region" if overlapping else "the classes of the network"
             raise KnowSAMValueError(
-                f"`label` must be in 0..{top}, the classes of the network, but is in "
+                f"`label` must be in 0..{top}, {what}, but is in "
                 f"{values.min():g}..{values.max():g}; build the network for the labels' classes, or map the labels."
             )
         if values.is_floating_point() and not (values == values.floor()).all():
