@@ -20,7 +20,7 @@ from knowsam_monai.distillation.sam_image import check_orientations, is_cached, 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision
 from knowsam_monai.losses.ramp_up import Weight, weight_at
-from knowsam_monai.losses.regions import has_sigmoid
+from knowsam_monai.losses.supervised import has_sigmoid
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from monai.losses import FocalLoss
-from torch import nn
 
 from knowsam_monai.errors import KnowSAMValueError
 
@@ -42,28 +40,3 @@ def region_loss(
             "student, teacher and labels for the same regions."
         )
     return torch.stack([loss(ours, theirs) for ours, theirs in zip(logits.split(1, 1), target.split(1, 1))]).mean()
-
-
-def has_sigmoid(loss: Callable) -> bool | None:
-    """
-    Whether a loss applies a sigmoid to each channel (True) or a softmax over all (False); None if it does not tell.
-
-    Args:
-        loss: of MONAI, which tells by its attributes `sigmoid` and `softmax`, of torch, or any module that contains
-            such a loss.
-
-    Example::
-
-        >>> from monai.losses import DiceLoss
-        >>> has_sigmoid(DiceLoss(sigmoid=True)), has_sigmoid(nn.CrossEntropyLoss()), has_sigmoid(DiceLoss())
-        (True, False, None)
-    """
-    parts = list(loss.modules()) if isinstance(loss, nn.Module) else [loss]
-    told = {
-        name == "sigmoid" for part in parts for name in ("sigmoid", "softmax") if getattr(part, name, False) is True
-    }
-    if not told:  # DiceCELoss contains both losses of torch, so its attributes come first
-        told |= {not part.use_softmax for part in parts if isinstance(part, FocalLoss)}
-        told |= {True for part in parts if isinstance(part, nn.BCEWithLogitsLoss)}
-        told |= {False for part in parts if isinstance(part, nn.CrossEntropyLoss)}
-    return told.pop() if len(told) == 1 else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.losses import DiceLoss
+from monai.losses import DiceLoss, FocalLoss
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.regions import region_loss
@@ -226,3 +226,29 @@ def check_loss_takes(
             f"`loss_function` must be a PartiallyLabeledLoss if only {num_labels} of {num_rows} rows have a label "
             f"but is {name}; wrap it: PartiallyLabeledLoss(loss={name}(...))."
         )
+
+
+def has_sigmoid(loss: Callable | None) -> bool | None:
+    """
+    Whether a loss applies a sigmoid to each channel (True) or a softmax over all (False); None if it does not tell.
+
+    Args:
+        loss: of MONAI, which tells by its attributes `sigmoid` and `softmax`, or of torch, or any module that contains
+            such a loss. :func:`dice_ce_loss` does either, as its label says.
+
+    Example::
+
+        >>> has_sigmoid(DiceLoss(sigmoid=True)), has_sigmoid(nn.CrossEntropyLoss()), has_sigmoid(DiceLoss())
+        (True, False, None)
+    """
+    parts = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    if any(isinstance(part, _DiceCELoss) for part in parts):
+        return None
+    told = {
+        name == "sigmoid" for part in parts for name in ("sigmoid", "softmax") if getattr(part, name, False) is True
+    }
+    if not told:  # DiceCELoss contains both losses of torch, so its attributes come first
+        told |= {not part.use_softmax for part in parts if isinstance(part, FocalLoss)}
+        told |= {True for part in parts if isinstance(part, nn.BCEWithLogitsLoss)}
+        told |= {False for part in parts if isinstance(part, nn.CrossEntropyLoss)}
+    return told.pop() if len(told) == 1 else None

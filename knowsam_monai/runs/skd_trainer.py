@@ -23,8 +23,7 @@ from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses.distillation import DistillationLoss
-from knowsam_monai.losses.regions import has_sigmoid
-from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label
+from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label, has_sigmoid
 from knowsam_monai.runs.run_handlers import track_terms
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.intensity_window import IntensityWindow
