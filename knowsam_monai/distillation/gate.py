@@ -120,8 +120,7 @@ class TeacherGate(nn.Module):
             "student": (student_logits, back(turned_logits)),
             "teacher": (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
         }
-        count = _region_counts if self.overlapping or student_logits.shape[1] == 1 else _class_counts
-        counts = torch.stack([torch.stack(count(*pairs[role])) for role in ("student", "teacher")])
+        counts = torch.stack([torch.stack(self._counts(*pairs[role])) for role in ("student", "teacher")])
         if ranks.is_distributed():
             counts *= is_counted
             torch.distributed.all_reduce(counts)
@@ -134,6 +133,11 @@ class TeacherGate(nn.Module):
         )
         self.update(student_dice, teacher_dice, momentum=self.momentum)
 
+    def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
+        is_sigmoid = self.overlapping or logits.shape[1] == 1
+        return _region_counts(logits, other) if is_sigmoid else _class_counts(logits, other)
+
 
 def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """Pairs (transform, inverse): flips along every set of spatial axes, quarter turns in every square plane."""
@@ -145,7 +149,7 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
 
 
 def _class_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """For each foreground class, the pixels that both maps share and the pixels of both together, each (C - 1,)."""
+    """Common and total pixels of each foreground class, each (C - 1,)."""
     num_classes = logits.shape[1]
     labels, others = _labels(logits).flatten(), _labels(other).flatten()
     common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
@@ -154,7 +158,7 @@ def _class_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _region_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for each channel of a sigmoid, each (C,); NaN and inf count as outside."""
+    """Common and total pixels of each channel, each (C,); NaN and inf count as outside."""
     ours, theirs = ((x > 0) & (x < torch.inf) for x in (logits, other))
     common, total = (x.transpose(0, 1).flatten(1).sum(1).float() for x in (ours & theirs, ours.long() + theirs))
     return common, total

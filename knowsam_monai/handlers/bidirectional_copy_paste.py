@@ -123,7 +123,7 @@ class BidirectionalCopyPaste:
             without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
             for key in (Keys.IMAGE, Keys.LABEL)
         )
-        check_one_channel(label)
+        check_one_channel(label, image)
         box_mask = self.box_mask(image, iteration)
         if iteration <= self.pretraining + 1:
             self.ema_student.restart()  # the average starts from the student at the end of pre-training

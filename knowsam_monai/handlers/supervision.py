@@ -36,12 +36,17 @@ def check_exclusive_classes(engine: Engine) -> None:
     check_supervision(engine)
     label = engine.state.output.get(Keys.LABEL)
     if label is not None:
-        check_one_channel(label)
+        check_one_channel(label, engine.state.output[Keys.IMAGE])
 
 
-def check_one_channel(label: Tensor) -> None:
-    """Raise a ValueError if a label (B, channels, *spatial) has regions that may overlap instead of class numbers."""
-    if label.shape[1] > 1:
+def check_one_channel(label: Tensor, image: Tensor) -> None:
+    """Raise a ValueError if a label has several channels, which are regions, instead of one of class numbers.
+
+    Args:
+        label: (B_l, channels, *spatial).
+        image: (B, channels, *spatial); a label of fewer dimensions lacks its channel, which the loss reports.
+    """
+    if label.ndim == image.ndim and label.shape[1] > 1:
         raise KnowSAMValueError(
             f"`label` must have one channel of class numbers but has {label.shape[1]}: of the semi-supervised methods, "
             "only SAMDistillation takes overlapping regions; remove the others."

@@ -33,6 +33,9 @@ def region_loss(
         >>> teacher = torch.tensor([3.0, 1.0]).log().view(1, 2, 1, 1)  # probabilities 3/4 and 1/2
         >>> round(region_loss(DistillationLoss(1.0), torch.zeros(1, 2, 1, 1), teacher).item(), 4)  # half of 0.1308
         0.0654
+
+    Reference:
+        Regions in place of classes: Isensee et al., "nnU-Net for Brain Tumor Segmentation", arXiv:2011.00848.
     """
     if logits.shape[1] != target.shape[1]:
         raise KnowSAMValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,8 +19,7 @@ def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Mo
     """The supervised loss of KnowSAM: cross-entropy + Dice, each with weight 1.
 
     Both include the background. Dice is computed over the whole batch with a squared denominator. One channel is a
-    sigmoid network: the loss is that of the two classes ``(0, z)``, regardless of `num_classes`. A label of several
-    channels has overlapping regions: the loss is the mean over them, see :func:`knowsam_monai.losses.region_loss`.
+    sigmoid network: the loss is that of the two classes ``(0, z)``, regardless of `num_classes`.
 
     Args:
         num_classes: C, the channels of the logits; used to check `ignore_index` only.
@@ -54,8 +54,6 @@ class _DiceCELoss(nn.Module):
         self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if label.shape[1] > 1:
-            return region_loss(self, logits, label)
         logits, label = class_logits(logits), without_meta(label)
         target = label[:, 0].long()
         if self.ignore_index is None:
@@ -74,8 +72,9 @@ class PartiallyLabeledLoss(nn.Module):
             :func:`dice_ce_loss` for any C.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
-        overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own;
-            ``loss`` gets all channels at once.
+        overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own.
+            ``loss`` gets all channels at once, but :func:`dice_ce_loss` gets each alone, see
+            :func:`knowsam_monai.losses.region_loss`.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
@@ -115,9 +114,8 @@ class PartiallyLabeledLoss(nn.Module):
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         label = without_meta(label)
-        if (
-            label.ndim > 1 and label.shape[1] != 1 and not self.overlapping
-        ):  # otherwise `pred` may be stacked views of one channel
+        if label.ndim > 1 and label.shape[1] != 1 and not self.overlapping:
+            # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
             _check_channel(label, pred.shape[3:])
         views = unstack_views(without_meta(pred), label)
@@ -132,8 +130,10 @@ class PartiallyLabeledLoss(nn.Module):
         labeled_views = [at_least_float32(view[: len(label)]) for view in views]
         if labeled_views[0].shape[1] == 1 or self.overlapping:
             label = label.to(labeled_views[0].dtype)
+        by_region = self.overlapping and isinstance(self.loss, _DiceCELoss)
+        loss = partial(region_loss, self.loss) if by_region else self.loss
         with torch.autocast(label.device.type, enabled=False):
-            losses = [weight * self.loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
+            losses = [weight * loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
@@ -165,14 +165,11 @@ def check_label(
     if not overlapping:
         _check_channel(label, logits.shape[2:])
     if label.ndim < 2 or label.shape[1] != channels or label.shape[2:] != logits.shape[2:]:
-        remedy = (
-            f"load it with {'0 and 1 for each region' if overlapping else 'one channel of class indices'}, and resize "
-        )
-        remedy += "it with its image"
         if label.shape[1:2] == (num_classes,) and not overlapping:
-            remedy = (
-                "combine its channels into one of class indices, or set `overlapping` if they are regions that overlap"
-            )
+            remedy = "combine its channels into one of class indices, or set `overlapping` if regions may overlap"
+        else:
+            values = "0 and 1 for each region" if overlapping else "one channel of class indices"
+            remedy = f"load it with {values}, and resize it with its image"
         raise KnowSAMValueError(
             f"`label` must have shape (labeled rows, {', '.join(map(str, (channels, *logits.shape[2:])))}) but has "
             f"{tuple(label.shape)}; {remedy}."
@@ -234,16 +231,16 @@ def has_sigmoid(loss: Callable | None) -> bool | None:
 
     Args:
         loss: of MONAI, which tells by its attributes `sigmoid` and `softmax`, or of torch, or any module that contains
-            such a loss. :func:`dice_ce_loss` does either, as its label says.
+            such a loss.
 
     Example::
 
         >>> has_sigmoid(DiceLoss(sigmoid=True)), has_sigmoid(nn.CrossEntropyLoss()), has_sigmoid(DiceLoss())
         (True, False, None)
     """
+    if isinstance(loss, PartiallyLabeledLoss) and isinstance(loss.loss, _DiceCELoss):
+        return loss.overlapping
     parts = list(loss.modules()) if isinstance(loss, nn.Module) else []
-    if any(isinstance(part, _DiceCELoss) for part in parts):
-        return None
     told = {
         name == "sigmoid" for part in parts for name in ("sigmoid", "softmax") if getattr(part, name, False) is True
     }

@@ -437,8 +437,7 @@ def test_overlapping_regions_are_as_many_students_of_one_channel(case):
     assert with_gradient(teacher) == {
         f"{conv}.{part}" for conv in ("image_conv", "prompt_conv") for part in ("weight", "bias")
     }
-    kind = lambda: RegionTeacher(1)  # noqa: E731
-    alone = [step(region_of(teacher, kind, c), slice(c, c + 1)) for c in range(3)]
+    alone = [step(region_of(teacher, lambda: RegionTeacher(1), c), slice(c, c + 1)) for c in range(3)]
     close = {"rtol": 1e-10, "atol": 1e-14}
     for term in ("distillation_loss", "sam_loss"):
         expected = torch.stack([getattr(result, term) for result, _, _ in alone]).mean()
@@ -466,7 +465,7 @@ def test_regions_and_classes_are_not_taken_for_each_other(student, teacher):
         ValueError, match="`label` must have shape .*, 3, 8, 8.* but has .*; load it with 0 and 1 for each"
     ):
         distiller_of(teacher, overlapping=True)(classes["image"], student(classes["image"]), classes["label"])
-    with pytest.raises(ValueError, match="or set `overlapping` if they are regions that overlap"):
+    with pytest.raises(ValueError, match="or set `overlapping` if regions may overlap"):
         distiller_of(teacher)(regions["image"], student(regions["image"]), regions["label"])
 
 

@@ -110,6 +110,12 @@ def test_agreement_of_overlapping_regions_is_the_mean_of_their_dice_counted_by_h
     assert gate.scores.tolist() == pytest.approx([(first + 1 + 0) / 3, (first + 0 + 0) / 3])
 
 
+def test_sigmoid_student_and_teacher_of_two_classes_are_compared():
+    gate = TeacherGate("agreement")
+    gate.measure_agreement(lambda x: x - 0.5, lambda x, prompt: torch.cat([0 * prompt, prompt], 1), images(), 0)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+
+
 def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     gate = TeacherGate("agreement")
     gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)

@@ -34,7 +34,7 @@ def test_supervised_loss_checked_by_hand():
     logits, label = logit(0.75, 0.75), torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
     hit = -math.log(0.75) + 1 - (2 * 0.75 / (0.75**2 + 1) + 0) / 2  # the complement has 0.25 of no pixel: Dice 0
     missed = -math.log(0.25) + 1 - (0 + 2 * 0.25 / (0.25**2 + 1)) / 2  # the region has 0.75 of no pixel
-    assert dice_ce_loss()(logits, label).item() == pytest.approx((hit + missed) / 2, rel=1e-4)
+    assert region_loss(dice_ce_loss(), logits, label).item() == pytest.approx((hit + missed) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("num_regions", [2, 3])

@@ -154,7 +154,7 @@ def test_label_that_does_not_fit_regions_is_an_error(shape, value, message):
 
 def test_regions_in_a_loss_of_classes_are_an_error_that_names_the_argument():
     with pytest.raises(
-        ValueError, match="but has .*; combine its channels .* or set `overlapping` if they are regions"
+        ValueError, match="but has .*; combine its channels .* or set `overlapping` if regions may overlap"
     ):
         PartiallyLabeledLoss()(torch.zeros(4, 3, 6, 6), torch.zeros(2, 3, 6, 6))
 
@@ -299,7 +299,7 @@ class Own(nn.Module):
         (FocalLoss(use_softmax=True), False),
         (nn.BCEWithLogitsLoss(), True),
         (nn.CrossEntropyLoss(), False),
-        (dice_ce_loss(), None),
+        (dice_ce_loss(), False),
         (DiceLoss(), None),
         (F.cross_entropy, None),
     ],
@@ -308,3 +308,8 @@ def test_losses_tell_whether_they_apply_a_sigmoid_or_a_softmax(loss, expected, w
     if isinstance(loss, nn.Module) or wrap is PartiallyLabeledLoss:
         assert has_sigmoid(wrap(loss)) is expected
     assert has_sigmoid(None) is None
+
+
+def test_loss_of_this_package_applies_what_its_wrapper_says():
+    for loss in (None, dice_ce_loss(3)):
+        assert [has_sigmoid(PartiallyLabeledLoss(loss, overlapping=given)) for given in (True, False)] == [True, False]
