@@ -83,7 +83,7 @@ def parser_of(bundle: str, file: str, overlays: tuple[str, ...], keys: dict[str,
 
 def training(options: Options, bundle: str, *overlays: str, fast_matmul: bool = False, **keys: Any) -> Any:
     """The parser of a bundle's train.json with overlays, in a process with the settings of the bundle's runs."""
-    output = tempfile.mkdtemp(prefix="knowsam_speed_")
+    output = tempfile.mkdtemp()
     if options.device != "meta":
         start_run(output, output, torch.device(options.device), fast_matmul=fast_matmul)
         set_determinism(0)
@@ -386,10 +386,10 @@ def compare(rows: tuple[str, ...], options: Options, rounds: int) -> list[dict[s
         pipes.append(pipe)
 
     def ask(index: int, question: str) -> Any:
-        pipes[index].send(question)
         try:
+            pipes[index].send(question)
             return pipes[index].recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             sys.exit(f"{rows[index]} failed; its output is above.")
 
     turns = range(len(rows))
@@ -414,6 +414,24 @@ def run_recipe(options: Options) -> None:
     )
     trainer.run()
     print(f"whole recipe, {options.precision}: {(options.recipe - 10) / (times[1] - times[0]):.2f} iterations/s")
+
+
+def measure(comparisons: list[str], precisions: tuple[str, ...], options: Options, rounds: int) -> None:
+    """Print the rate of the recipe, or a line for each row of the comparisons; the default ones if none is named."""
+    if options.recipe:
+        for precision in precisions:
+            arguments = (options._replace(precision=precision),)
+            process = multiprocessing.get_context("spawn").Process(target=run_recipe, args=arguments)
+            process.start()
+            process.join()
+        return
+    print(HEAD, flush=True)
+    for name in comparisons or DEFAULT:
+        rows = COMPARISONS[name]
+        for precision in precisions if comparisons or name in IN_HALF else precisions[:1]:
+            reference, *others = compare(rows, options._replace(precision=precision), rounds)
+            for row, facts in zip(rows[1:], others):
+                print(line_of((rows[0], row), reference, facts, precision), flush=True)
 
 
 def main() -> None:
@@ -441,21 +459,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes below
 
     print(machine(options), flush=True)
-    if options.recipe:
-        for precision in precisions:
-            process = multiprocessing.get_context("spawn").Process(
-                target=run_recipe, args=(options._replace(precision=precision),)
-            )
-            process.start()
-            process.join()
-        return
-    print(HEAD, flush=True)
-    for name in args.comparisons or DEFAULT:
-        rows = COMPARISONS[name]
-        for precision in precisions if args.comparisons or name in IN_HALF else precisions[:1]:
-            reference, *others = compare(rows, options._replace(precision=precision), args.rounds)
-            for row, facts in zip(rows[1:], others):
-                print(line_of((rows[0], row), reference, facts, precision), flush=True)
+    with tempfile.TemporaryDirectory(prefix="knowsam_speed_") as folder:
+        os.environ["TMPDIR"] = folder  # for the folders of the rows' runs
+        measure(args.comparisons, precisions, options, args.rounds)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ SMALL = {"sam_variant": "stand_in", "network_def#dropout": [0.0] * 5}  # masks o
 
 
 @pytest.fixture
-def speed(monkeypatch):
+def speed(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("speed")
     monkeypatch.setattr(module, "start_run", lambda *args, **kwargs: None)  # of a process of its own
