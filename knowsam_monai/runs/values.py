@@ -331,9 +331,9 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> check_values({"train": {}, "lr": "$@max_iterations / 1e6", "max_iterations": 100.0})
         {'max_iterations': 100}
-        >>> check_values({"train": {}, "use_sam": "false"})
+        >>> check_values({"train": {}, "use_sam": "false"})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: `use_sam` must be True or False but is 'false'; write True or False, without quotes.
+        knowsam_monai.errors.KnowSAMValueError: `use_sam` must be True or False but is 'false'; write True or False...
     """
     models = _models(config)
     unknown = dict(_unknown_keys(config, models))
