@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from monai.networks.blocks import Convolution
+from torch.autograd.function import once_differentiable
 
 from knowsam_monai.errors import KnowSAMValueError
 
@@ -18,6 +19,55 @@ def channels_last(spatial_dims: int) -> torch.memory_format:
     if spatial_dims not in formats:
         raise KnowSAMValueError(f"`spatial_dims` must be 2 (slices) or 3 (volumes) but is {spatial_dims}.")
     return formats[spatial_dims]
+
+
+class PlainWeightGradient(torch.autograd.Function):
+    """A 2D convolution of stride 1 without bias, whose weight gradient is computed from plain copies of its tensors.
+
+    oneDNN's AVX2 kernel of this gradient reads the image once for each pair of 8 input and 8 output channels. In
+    channels-last each read passes over all channels, so beyond the size of the cache it takes up to five times as
+    long as in the plain layout. Output and input gradient are faster in channels-last.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        padding = [weight.shape[-1] // 2] * 2
+
+        def gradients(*tensors: torch.Tensor, mask: list[bool]) -> tuple[torch.Tensor | None, ...]:
+            return torch.ops.aten.convolution_backward(
+                *tensors, None, [1, 1], padding, [1, 1], False, [0, 0], 1, output_mask=mask
+            )
+
+        grad_x = gradients(grad, x, weight, mask=[True, False, False])[0] if needs_x else None
+        plain = (tensor.contiguous() for tensor in (grad, x, weight))
+        grad_weight = gradients(*plain, mask=[False, True, False])[1] if needs_weight else None
+        return grad_x, grad_weight
+
+    @staticmethod
+    def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether it is faster than torch's convolution, where both give the same result.
+
+        Measured for the shipped networks, 2D and 3D, on AVX2 and AVX-512: only on AVX2, in float32, for slices and
+        kernels that see 32 channels or more. Elsewhere the copies cost more than they save.
+        """
+        return (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and x.ndim == 4
+            and weight.shape[1] >= 32
+            and weight.shape[-1] > 1
+            and torch.is_grad_enabled()
+            and torch.backends.cpu.get_cpu_capability() == "AVX2"
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 class ConvNormAct(Convolution):
@@ -67,6 +117,9 @@ class ConvNormAct(Convolution):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.adn.N
         if norm.training:
+            if not torch.jit.is_scripting():
+                if PlainWeightGradient.pays(x, self.conv.weight):
+                    return self.adn(PlainWeightGradient.apply(x, self.conv.weight))
             return self.adn(self.conv(x))
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.conv.weight * scale.view(self.scale_shape)

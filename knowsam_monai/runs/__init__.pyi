@@ -4,6 +4,7 @@ from .checks import check_data as check_data
 from .checks import check_student as check_student
 from .checks import check_writable as check_writable
 from .config_check import check_config as check_config
+from .cpu import keep_freed_memory as keep_freed_memory
 from .finishing import finish_run as finish_run
 from .inferers import AutocastInferer as AutocastInferer
 from .last_iteration import LastIteration as LastIteration

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from knowsam_monai.networks.convolution import ConvNormAct, channels_last
+from knowsam_monai.networks import MultiViewNet
+from knowsam_monai.networks.convolution import ConvNormAct, PlainWeightGradient, channels_last
 
 
 def trained(block: torch.nn.Module) -> torch.nn.Module:
@@ -82,6 +83,65 @@ def test_dropout_zeroes_single_elements_and_not_channels():
     block = ConvNormAct(2, 1, 8, dropout=0.5).train()
     zero = (block(torch.randn(4, 1, 16, 16)) == 0).float().mean(dim=(2, 3))
     assert 0.3 < zero.min() and zero.max() < 0.7
+
+
+@pytest.fixture
+def avx2(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("fixed", [None, "x", "weight"])
+def test_plain_weight_gradient_equals_that_of_torch(fixed, kernel_size):
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    weight = torch.randn(4, 6, kernel_size, kernel_size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    tensors = {"x": x, "weight": weight}
+    learned = [tensor.requires_grad_() for name, tensor in tensors.items() if name != fixed]
+    results = []
+    for y in (PlainWeightGradient.apply(x, weight), F.conv2d(x, weight, padding=kernel_size // 2)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), learned)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_student_learns_the_same_with_plain_weight_gradients(monkeypatch):
+    gradients = []
+    image = torch.rand(2, 1, 64, 64)
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        torch.manual_seed(0)
+        network = MultiViewNet().train()
+        network(image).square().mean().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for ours, theirs in zip(*gradients):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "pays"),
+    [
+        ({}, True),
+        ({"channels": 16}, False),
+        ({"kernel_size": 1}, False),
+        ({"spatial_dims": 3}, False),
+        ({"dtype": torch.float64}, False),
+        ({"device": "meta"}, False),
+        ({"grad": False}, False),
+        ({"autocast": True}, False),
+        ({"capability": "AVX512"}, False),
+    ],
+)
+def test_weight_gradient_is_plain_where_it_is_faster_only(avx2, monkeypatch, change, pays):
+    case = {"channels": 32, "kernel_size": 3, "spatial_dims": 2, "dtype": torch.float32, "device": "cpu"} | change
+    if "capability" in change:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: change["capability"])
+    block = ConvNormAct(case["spatial_dims"], case["channels"], 8, kernel_size=case["kernel_size"])
+    block.to(case["device"], case["dtype"]).train()
+    x = torch.zeros(2, case["channels"], *[4] * case["spatial_dims"], dtype=case["dtype"], device=case["device"])
+    taken = []
+    block.adn.register_forward_pre_hook(lambda _, args: taken.append("PlainWeight" in str(args[0].grad_fn)))
+    with torch.set_grad_enabled(change.get("grad", True)), torch.autocast("cpu", enabled="autocast" in change):
+        block(x)
+    assert taken == [pays]
 
 
 def test_other_than_two_or_three_dimensions_is_an_error():

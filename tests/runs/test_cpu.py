@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,3 +47,34 @@ def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_pr
     with caplog.at_level(logging.WARNING):
         assert not fast_cpu_matmul()
     assert torch.get_float32_matmul_precision() == "highest" and "off by" in caplog.text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_reused_without_page_faults_even_above_two_gigabytes():
+    code = """
+import ctypes, resource
+from knowsam_monai.runs.cpu import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc.argtypes, libc.memset.argtypes = [ctypes.c_size_t], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def touch(size, above):
+    block, reserved = libc.malloc(size), libc.malloc(above)  # the second one is never written to
+    libc.memset(block, 1, size)
+    libc.free(block)
+    libc.free(reserved)
+keep_freed_memory()
+touch(2**26, 9 * 2**28)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch(2**26, 9 * 2**28)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 1000
+
+
+@pytest.mark.parametrize("name", ["train", "inference", "evaluate"])
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+def test_every_run_of_a_bundle_keeps_freed_memory_from_its_first_step(bundle, name):
+    config = json.loads((Path(__file__).parents[2] / "bundles" / bundle / "configs" / f"{name}.json").read_text())
+    first = next(step["_target_"] for step in config["run"] if isinstance(step, dict))
+    assert first == f"knowsam_monai.runs.{'start_run' if name == 'train' else 'keep_freed_memory'}"
