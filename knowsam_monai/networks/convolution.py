@@ -55,8 +55,9 @@ class PlainWeightGradient(torch.autograd.Function):
     def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether it is faster than torch's convolution, where both give the same result.
 
-        Measured for the shipped networks, 2D and 3D, on AVX2 and AVX-512: only on AVX2, in float32, for slices and
-        kernels that see 32 channels or more. Elsewhere the copies cost more than they save.
+        Measured for the shipped networks, 2D and 3D, on a CPU with AVX-512, and there with oneDNN limited to AVX2: only
+        with AVX2, in float32, for slices and kernels that see 32 channels or more. Elsewhere the copies cost more than
+        they save.
         """
         return (
             x.device.type == "cpu"
