@@ -343,7 +343,7 @@ class SAMDistiller(nn.Module):
                 with torch.set_grad_enabled(builds_graph and part is rows):
                     outputs.append(teacher(_select(image, part), _select(prompt_logits, part)))
         if parts == [slice(None)]:
-            return outputs[0], outputs[0][rows]
+            return outputs[0].detach(), outputs[0][rows]
         logits = torch.full_like(prompt_logits, torch.nan, dtype=outputs[0].dtype if outputs else None)
         for part, output in zip(parts, outputs):
             _put(logits, part, output.detach())
@@ -433,8 +433,11 @@ def _select(tensor: Tensor, rows: slice | list[int]) -> Tensor:
 
 def _put(batch: Tensor, rows: slice | list[int], values: Tensor) -> None:
     """Write some rows of a batch in place."""
-    for row, value in zip(range(len(batch))[rows] if isinstance(rows, slice) else rows, values):
-        batch[row] = value
+    if isinstance(rows, slice):
+        batch[rows] = values
+    else:
+        for row, value in zip(rows, values):
+            batch[row] = value
 
 
 def _view(views: Sequence[Tensor], index: int) -> Tensor:
