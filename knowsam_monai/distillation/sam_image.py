@@ -48,7 +48,7 @@ def sam_image_for(image: torch.Tensor, sam_image: torch.Tensor | None, teacher: 
             f"`{SAM_IMAGE}` must have the rows and the size of the image, {tuple(image.shape)}, but has shape "
             f"{tuple(sam_image.shape)}; a handler that changes the image must change or remove it too."
         )
-    return sam_image.to(image.device)
+    return sam_image.to(image.device, non_blocking=True)
 
 
 def check_orientations(loader: Any, label_key: str = "label") -> None:
