@@ -66,6 +66,8 @@ INTERVAL = "once in an interval of tens of steps"
 ON_HOST = "of plain numbers or a tensor on the host"
 KEY = "the key of an embedding is the content of the image, read on the host"
 ALLOWED = {  # (module, function): reason
+    ("distillation/watched_loader.py", "WatchedLoader.__bool__"): ON_HOST,
+    ("distillation/watched_loader.py", "on_device"): "for `select`, whose batch the host may have on any device",
     ("distillation/attachment.py", "Attachment._selection"): "wraps a label of NumPy; a tensor stays as it is",
     ("distillation/attachment.py", "Attachment._gradients"): BUILDS,
     ("distillation/gate.py", "TeacherGate.__init__"): BUILDS,
