@@ -31,15 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 
-ROWS = (
-    "la_views",
-    "la_knowsam",
-    "la_without_sam",
-    "la_mean_teacher",
-    "la_mean_teacher_sam",
-    "la_ua_mt",
-    "la_ua_mt_sam",
-)
+PATCH = (112, 112, 80)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -68,18 +60,49 @@ def bytes_alive() -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(row: str) -> tuple[float, float]:
+def views_step(options: speed.Options) -> speed.Step:
+    """One forward and backward pass of both views and HAM with their supervised loss, the reference for memory."""
+    parser = speed.left_atrium(options, use_sam=False)
+    trainer = parser.get_parsed_content("train#trainer")
+    batch = next(iter(trainer.data_loader))
+    image, label = (batch[key].as_tensor().to(options.device) for key in ("image", "label"))
+
+    def step() -> None:
+        trainer.network.train().zero_grad()
+        trainer.loss_function(trainer.network(image), label).mean().backward()
+
+    return step
+
+
+ROWS = {
+    "la_views": ("3D, both views and HAM, one forward and backward", views_step),
+    **{
+        row: speed.ROWS[row]
+        for row in (
+            "la_knowsam",
+            "la_without_sam",
+            "la_mean_teacher",
+            "la_mean_teacher_sam",
+            "la_ua_mt",
+            "la_ua_mt_sam",
+        )
+    },
+}
+
+
+def measure(row: str, options: speed.Options) -> tuple[float, float]:
     """GiB at the peak of a step, and its GFLOP."""
     autocast = torch.autocast
     with (
-        # the meta device has neither autocast nor random numbers
+        # the meta device has neither autocast nor random numbers nor values
         patch(
             "torch.autocast", lambda device, *a, **k: nullcontext() if device == "meta" else autocast(device, *a, **k)
         ),
+        patch("knowsam_monai.distillation.wiring.Wiring._inspect"),
         patch("knowsam_monai.networks.noisy_passes._seeded", lambda *_: nullcontext()),
         patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
     ):
-        step = speed.VOLUME_ROWS[row][1]()
+        step = ROWS[row][1](options)
         step()  # creates gradients and optimizer states
         gc.collect()
         before, memory = bytes_alive(), PeakMemory()
@@ -93,20 +116,20 @@ def measure(row: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(ROWS)}; default: all")
-    parser.add_argument("--patch", type=int, nargs=3, default=speed.PATCH, help="voxels of a patch")
+    parser.add_argument("--patch", type=int, nargs=3, default=PATCH, help="voxels of a patch")
     args = parser.parse_args()
     unknown = [row for row in args.rows if row not in ROWS]
     if unknown:
         parser.error(f"row must be one of {', '.join(ROWS)} but is {unknown[0]}")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    speed.PATCH, speed.DEVICE, speed.PHANTOM_SIZE = tuple(args.patch), "meta", 48
+    options = speed.Options(device="meta", patch=tuple(args.patch), phantom_size=48)
     print(f"| row, patch {' x '.join(map(str, args.patch))} | memory, GiB | GFLOP |\n| --- | --- | --- |", flush=True)
     for row in args.rows or ROWS:
         process = os.fork()  # each row starts with empty memory
         if process == 0:
-            memory, gflop = measure(row)
-            print(f"| {speed.VOLUME_ROWS[row][0]} | {memory:.2f} | {gflop:.0f} |", flush=True)
+            memory, gflop = measure(row, options)
+            print(f"| {ROWS[row][0]} | {memory:.2f} | {gflop:.0f} |", flush=True)
             os._exit(0)
         if os.waitpid(process, 0)[1]:
             raise SystemExit(f"{row} failed; its output is above.")

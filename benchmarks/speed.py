@@ -1,137 +1,159 @@
 """
-Seconds, floating-point operations and memory of training steps and of inference, on this machine.
+Seconds, memory and floating-point operations of training steps and of inference, each beside a reference.
 
-    python benchmarks/speed.py                       # every 2D row, an hour on two CPU cores
-    python benchmarks/speed.py mean_teacher mean_teacher_sam mean_teacher_cached   # a method, with SKD, and cached
-    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py   # on real slices; otherwise on the phantom
+    python benchmarks/speed.py                                        # the default comparisons, on CPU or GPU
+    python benchmarks/speed.py supervised ua_mt cps --rounds 3        # methods, with SKD, and with cached embeddings
+    python benchmarks/speed.py knowsam --threads 1 --cpu_time         # CPU seconds: a fair ratio on a busy machine
+    python benchmarks/speed.py knowsam knowsam_mixing --batch 12 --precisions tf32 bf16 fp16 [--compile]   # a GPU
+    python benchmarks/speed.py --recipe 300 --batch 12 --precisions tf32      # iterations per second with the loader
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py            # on real slices; otherwise on the phantom
 
-Each row runs in its own process, so its peak memory is its own. Steps are those of the bundle's trainer: SAM ViT-B,
-or what a row names (random weights, which cost the same), 256 x 256, 2 labeled + 2 unlabeled rows, 4 classes. Between
-steps a 2048 x 2048 float32 matrix product is timed. "GEMM-GFLOP" is the step's fastest time multiplied by the product's
-fastest rate, which makes machines comparable. The table is written to benchmarks/speed.md.
+The reference of KnowSAM and of inference is `benchmarks/plain_step.py`: the same mathematics, written in the obvious
+way. The reference of a method with SKD is the method. Each row of a comparison is a process of its own: rows of the
+bundle have the settings of its runs, plain rows have torch's and the C library's defaults, and peak memory is the
+row's. The processes take their steps in turns. Ratios are those of the fastest and of the median steps.
 
-Rows whose names begin with `la_` are of the left-atrium bundle and run only if named:
-
-    python benchmarks/speed.py la_views la_knowsam la_ua_mt la_ua_mt_sam --patch 112 112 80 --steps 2
-
-2 labeled + 2 unlabeled patches of the phantom, generated at the size of the published pack, fp32, SAM ViT-B at 112 with
-8 slices of each volume. The published patch needs tens of GiB; --patch 64 64 48 fits small machines.
+Steps are those of the bundle's trainer: SAM ViT-B, or what a row names, with random weights, which cost the same; 256 x
+256, 2 labeled + 2 unlabeled rows, 4 classes. Rows whose names begin with `la_` are of the left-atrium bundle: patches
+of the phantom, SAM ViT-B at 112 with 8 slices of each volume.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import multiprocessing
 import os
 import resource
-import subprocess
+import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import plain_step
 import torch
 from hosts import HOSTS, SCHEDULES
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+from monai.utils import set_determinism
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from knowsam_monai.runs import start_run
+
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundles" / "knowsam_acdc"
-VOLUME_BUNDLE = ROOT / "bundles" / "knowsam_la"
-PATCH = (112, 112, 80)
-DEVICE = "cpu"  # of the rows `la_`; benchmarks/memory.py sets it and the size of their phantom
-PHANTOM_SIZE: int | None = None
-GEMM_SIZE = 2048
+OUTPUT = ROOT / "benchmarks" / "output"
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+WINDOW = (-2, 4)  # intensities of the left atrium that SAM sees, as in the bundle
 
 
-def workflow_of(bundle: Path, overlays: tuple[str, ...], keys: dict[str, Any]) -> tuple[Any, dict]:
-    """The trainer of a bundle's train.json with overlays, and one of its batches."""
-    from monai.bundle import ConfigWorkflow
+class Options(NamedTuple):
+    """What all rows of a comparison share."""
 
-    files = [str(bundle / "configs" / name) for name in ("train.json", *overlays)]
-    workflow = ConfigWorkflow(files, workflow_type="train", logging_file=False, **keys)
-    trainer = workflow.parser.get_parsed_content("train#trainer")
-    batch = next(iter(trainer.data_loader))
-    trainer.state.epoch_length, trainer.state.max_epochs = 1000, 1
-    return trainer, batch
+    device: str = "cuda:0" if torch.cuda.is_available() else "cpu"
+    precision: str = "fp32"
+    compile: bool = False
+    batch: int = 2
+    patch: tuple[int, ...] = (48, 48, 32)
+    phantom_size: int | None = None
+    recipe: int = 0
+    threads: int = 2
+    cpu_time: bool = False
 
 
-def trainer_of(*overlays: str, **overrides: Any) -> Any:
-    """The ACDC bundle's trainer at benchmark size, and one of its batches."""
-    keys = {
-        "bundle_root": str(BUNDLE),
+Step = Callable[[], None]
+Build = Callable[[Options], Step]
+
+# --- rows of the bundles ----------------------------------------------------------------------------------------------
+
+
+def parser_of(bundle: str, file: str, overlays: tuple[str, ...], keys: dict[str, Any], options: Options) -> Any:
+    """The parser of a bundle's configs."""
+    folder = ROOT / "bundles" / bundle
+    files = [str(folder / "configs" / name) for name in (file, *overlays)]
+    keys = {"bundle_root": str(folder), "device": f"$torch.device('{options.device}')", **keys}
+    return ConfigWorkflow(files, workflow_type=file.removesuffix(".json"), logging_file=False, **keys).parser
+
+
+def training(options: Options, bundle: str, *overlays: str, fast_matmul: bool = False, **keys: Any) -> Any:
+    """The parser of a bundle's train.json with overlays, in a process with the settings of the bundle's runs."""
+    output = tempfile.mkdtemp()
+    if options.device != "meta":
+        start_run(output, output, torch.device(options.device), fast_matmul=fast_matmul)
+        set_determinism(0)
+    is_half = options.precision in ("bf16", "fp16")
+    shared = {
+        "output_dir": output,
+        "labeled_batch_size": options.batch,
+        "unlabeled_batch_size": options.batch,
+        "max_iterations": options.recipe or 1000,
+        "epoch_length": options.recipe or 1000,
+        "sam_variant": "vit_b",
+        "sam_checkpoint": "$None",
+        "sam_trainable": "adapters",
+        "distillation_gate": "none",
+        "log_interval": 1000,
+        "cpu_autocast": is_half and options.device == "cpu",
+        "amp": is_half and options.device != "cpu",
+        "amp_dtype": "float16" if options.precision == "fp16" else "bfloat16",
+    }
+    parser = parser_of(bundle, "train.json", overlays, {**shared, **keys}, options)
+    if options.compile:
+        parser.get_parsed_content("network").compile()
+    return parser
+
+
+def acdc(options: Options, *overlays: str, **keys: Any) -> Any:
+    rows = 4 * options.batch
+    shared = {
         "dataset_dir": os.environ.get("KNOWSAM_ACDC_DIR") or "$None",
         "labeled_patients": 3,
-        "output_dir": str(ROOT / "benchmarks" / "output"),
         "image_size": 256,
-        "labeled_batch_size": 2,
-        "unlabeled_batch_size": 2,
-        "max_iterations": 1000,
-        "num_workers": 0,
-        "sam_variant": "vit_b",
-        "sam_checkpoint": "$None",
-        "sam_trainable": "adapters",
-        "distillation_gate": "none",
-        "log_interval": 1000,
-        "train#dataset#data": "$@datalist['labeled'][:8]",
-        "train#unlabeled_dataset#data": "$@datalist['unlabeled'][:8]",
         "validate#dataset#data": "$@datalist['validation'][:1]",
-        **overrides,
     }
-    return workflow_of(BUNDLE, overlays, keys)
+    if not options.recipe:
+        shared |= {
+            "num_workers": 0,
+            "train#dataset#data": f"$@datalist['labeled'][:{rows}]",
+            "train#unlabeled_dataset#data": f"$@datalist['unlabeled'][:{rows}]",
+        }
+    return training(options, "knowsam_acdc", *overlays, **{**shared, **keys})
 
 
-def volume_trainer_of(*overlays: str, **overrides: Any) -> Any:
-    """The same for the left-atrium bundle."""
-    folder, size = ROOT / "benchmarks" / "output", PHANTOM_SIZE or 2 * max(PATCH)
+def left_atrium(options: Options, *overlays: str, **keys: Any) -> Any:
+    """With the published settings of SKD, not those of the phantom."""
+    size = options.phantom_size or 2 * max(options.patch)
     phantom = {"anatomy": "left_atrium", "max_size": size, "num_labeled": 2, "num_unlabeled": 2}
-    keys = {
-        "bundle_root": str(VOLUME_BUNDLE),
-        "output_dir": str(folder),
-        "device": f"$torch.device('{DEVICE}')",
-        "datalist#phantom_dir": str(folder / f"volumes_{size}"),
+    shared = {
+        "datalist#phantom_dir": str(OUTPUT / f"volumes_{size}"),
         "datalist#phantom": {**phantom, "num_validation": 1, "num_test": 0},
         "spacing": [0.0, 0.0, 0.0],
-        "image_size": list(PATCH),
+        "image_size": list(options.patch),
         "channels": [16, 32, 64, 128, 256],
         "aggregation_channels": [16, 16, 32],
-        "max_iterations": 1000,
-        "sam_variant": "vit_b",
-        "sam_checkpoint": "$None",
-        "sam_trainable": "adapters",
         "sam_image_size": 112,
         "sam_slices": 8,
-        "distillation_gate": "none",
-        "log_interval": 1000,
-        **overrides,
+        "distillation_start": 0,
+        "distillation_dice_weight": 0.0,
+        "taught_rows": "all",
     }
-    return workflow_of(VOLUME_BUNDLE, overlays, keys)
+    return training(options, "knowsam_la", *overlays, **{**shared, **keys})
 
 
-def views_step() -> Callable[[], None]:
-    """One forward and backward pass of both views and HAM with their supervised loss, the reference for memory."""
-    trainer, batch = volume_trainer_of(use_sam=False)
-    image, label = (batch[key].as_tensor().to(DEVICE) for key in ("image", "label"))
-
-    def step() -> None:
-        trainer.network.train().zero_grad()
-        trainer.loss_function(trainer.network(image), label).mean().backward()
-
-    return step
-
-
-def knowsam_step(mixing: bool, **overrides: Any) -> Callable[[], None]:
-    return step_of(*trainer_of(**overrides), mixing)
-
-
-def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
-    """A step of a trainer, `late` in its run (with mixing) or at the start."""
+def step_of(parser: Any, late: bool = True, batch: dict | None = None) -> Step:
+    """A step of a bundle's trainer, always of the same batch, `late` in its run (with mixing) or at the start."""
+    trainer = parser.get_parsed_content("train#trainer")
+    batch = next(iter(trainer.data_loader)) if batch is None else batch
+    trainer.state.epoch_length, trainer.state.max_epochs = 1000, 1
     for handler_event, handlers in trainer._event_handlers.items():  # at STARTED teacher and EMA hook the optimizer
         if handler_event.name == "STARTED":
-            for handler, args, kwargs in handlers:
+            for handler, args, _ in handlers:
                 if getattr(handler, "__qualname__", "").startswith(("SAMDistillation", "EMAStudent")):
                     handler(*([trainer] if args else []))  # ignite passes the engine to handlers that take it
 
@@ -143,93 +165,161 @@ def step_of(trainer: Any, batch: dict, late: bool) -> Callable[[], None]:
     return step
 
 
-def fast_matmul_step(mixing: bool) -> Callable[[], None]:
-    from knowsam_monai.runs.cpu import fast_cpu_matmul
-
-    if not fast_cpu_matmul():
-        raise RuntimeError("`fast_cpu_matmul` must be accurate to 1e-5 on this processor but is not; skip this row.")
-    return knowsam_step(mixing)
+def knowsam(options: Options, mixing: bool, **keys: Any) -> Step:
+    return step_of(acdc(options, **keys), late=mixing)
 
 
-def host_step(host: str, *teacher: str, **overrides: Any) -> Callable[[], None]:
+def volume_knowsam(options: Options, **keys: Any) -> Step:
+    return step_of(left_atrium(options, **keys))
+
+
+def host(options: Options, name: str, teacher: tuple[str, ...] = (), **keys: Any) -> Step:
     """A late step of a semi-supervised method of the bundle's overlays, with every delayed term started."""
-    begun = dict.fromkeys(SCHEDULES.get(host, {}), 0)
-    overlays = (f"{overlay}.json" for overlay in (*HOSTS[host], *teacher))
-    return step_of(*trainer_of(*overlays, **begun, **overrides), True)
+    begun = dict.fromkeys(SCHEDULES.get(name, {}), 0)
+    overlays = (f"{overlay}.json" for overlay in (*HOSTS[name], *teacher))
+    return step_of(acdc(options, *overlays, **begun, **keys))
 
 
-def host_rows() -> dict[str, tuple[str, Callable[[], Callable[[], None]]]]:
-    """Each method without SKD, with it, and with cached embeddings; the warm-up step fills the cache."""
-    rows: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {}
-    for host, overlays in HOSTS.items():
-        if host == "KnowSAM":  # has its own rows
-            continue
-        row = overlays[-1]
-        rows[row] = host, partial(host_step, host, use_sam=False)
-        rows[f"{row}_sam"] = f"{host} + SKD", partial(host_step, host)
-        rows[f"{row}_bf16"] = f"{host}, bf16 autocast", partial(host_step, host, use_sam=False, cpu_autocast=True)
-        rows[f"{row}_sam_bf16"] = f"{host} + SKD, bf16 autocast", partial(host_step, host, cpu_autocast=True)
-        if host != "BCP":  # it mixes images, and no mixed image recurs
-            rows[f"{row}_cached"] = f"{host} + SKD, cached", partial(host_step, host, sam_encoder="cached")
-    sam2 = partial(host_step, "Mean Teacher", "teacher_sam2")
-    for variant in ("tiny", "base_plus"):
-        label = f"Mean Teacher + SKD of SAM 2.1 {variant}"
-        rows[f"mean_teacher_sam2_{variant}"] = label, partial(sam2, sam_variant=variant)
-        cached = partial(sam2, sam_variant=variant, sam_encoder="cached")
-        rows[f"mean_teacher_sam2_{variant}_cached"] = f"{label}, cached", cached
-    return rows
+def volume_host(options: Options, overlay: str, **keys: Any) -> Step:
+    return step_of(left_atrium(options, "network_plain.json", overlay, **keys))
 
 
-def inference_of_volume(network_name: str) -> Callable[[], None]:
+def inference(options: Options) -> Step:
     """Inference of the deployed student on a volume of nine slices."""
-    from knowsam_monai import networks
+    parser = parser_of("knowsam_acdc", "inference.json", (), {}, options)
+    return inference_step(parser.get_parsed_content("network"), options)
 
-    network = getattr(networks, network_name)().to(memory_format=torch.channels_last).eval()
-    volume = torch.rand(9, 1, 256, 256)
+
+# --- plain rows -------------------------------------------------------------------------------------------------------
+
+
+def plain_knowsam(options: Options, mixing: bool, dims: int = 2) -> Step:
+    device, num_classes = torch.device(options.device), 4 if dims == 2 else 2
+    size, window = (options.patch, WINDOW) if dims == 3 else ((256, 256), (0, 1))
+    student = plain_step.Student(dims, num_classes).to(device)
+    teacher = plain_step.SAM(num_classes, 256 if dims == 2 else 112, window=window).to(device).eval()
+    if options.compile:
+        student.compile()
+    image = torch.rand(2 * options.batch, 1, *size, device=device)
+    label = torch.randint(num_classes, (options.batch, 1, *size), device=device)
+
+    def loss() -> torch.Tensor:
+        slices = None
+        if dims == 3:  # one slice of each of eight parts
+            part = size[-1] // 8
+            slices = torch.arange(8, device=device) * part + torch.randint(part, (len(image), 8), device=device)
+        return plain_step.knowsam_loss(student, teacher, image, label, 999 if mixing else 1, mixing, slices)
+
+    return plain_step.train_step(loss, student, teacher, options.precision, device)
+
+
+def plain_inference(options: Options) -> Step:
+    return inference_step(plain_step.Student().to(options.device), options)
+
+
+def inference_step(network: nn.Module, options: Options) -> Step:
+    volume = torch.rand(9, 1, 256, 256, device=options.device)
+    network.eval()
+    device, dtype = volume.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
 
     def step() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             network(volume)
 
     return step
 
 
-ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
-    "knowsam": ("KnowSAM, before mixing", lambda: knowsam_step(False)),
-    "knowsam_mixing": ("KnowSAM, with mixing", lambda: knowsam_step(True)),
-    "knowsam_fast": ("KnowSAM, before mixing, fast_cpu_matmul", lambda: fast_matmul_step(False)),
-    "knowsam_mixing_fast": ("KnowSAM, with mixing, fast_cpu_matmul", lambda: fast_matmul_step(True)),
-    "knowsam_bf16": ("KnowSAM, before mixing, bf16 autocast", lambda: knowsam_step(False, cpu_autocast=True)),
-    "knowsam_mixing_bf16": ("KnowSAM, with mixing, bf16 autocast", lambda: knowsam_step(True, cpu_autocast=True)),
-    "without_sam": ("KnowSAM without SAM, before mixing", lambda: knowsam_step(False, use_sam=False)),
-    **host_rows(),
-    "inference": ("inference, 9 slices, whole student", lambda: inference_of_volume("MultiViewNet")),
-    "inference_unet": ("inference, 9 slices, U-Net alone", lambda: inference_of_volume("UNet")),
+# --- the table --------------------------------------------------------------------------------------------------------
+
+ROWS: dict[str, tuple[str, Build]] = {
+    "plain_knowsam": ("plain", partial(plain_knowsam, mixing=False)),
+    "knowsam": ("KnowSAM, before mixing", partial(knowsam, mixing=False)),
+    "knowsam_fast": ("the same, fast_cpu_matmul", partial(knowsam, mixing=False, fast_matmul=True)),
+    "plain_knowsam_mixing": ("plain", partial(plain_knowsam, mixing=True)),
+    "knowsam_mixing": ("KnowSAM, with mixing", partial(knowsam, mixing=True)),
+    "without_sam": ("KnowSAM without SAM, before mixing", partial(knowsam, mixing=False, use_sam=False)),
+    "plain_inference": ("plain", plain_inference),
+    "inference": ("inference, 9 slices", inference),
+    "plain_la_knowsam": ("plain", partial(plain_knowsam, mixing=True, dims=3)),
+    "la_knowsam": ("3D KnowSAM, with mixing", volume_knowsam),
+    "la_without_sam": ("3D KnowSAM without SAM, with mixing", partial(volume_knowsam, use_sam=False)),
 }
-VOLUME_ROWS: dict[str, tuple[str, Callable[[], Callable[[], None]]]] = {
-    "la_views": ("3D, both views and HAM, one forward and backward", views_step),
-    "la_knowsam": ("3D KnowSAM, with mixing", lambda: step_of(*volume_trainer_of(), True)),
-    "la_without_sam": ("3D KnowSAM without SAM, with mixing", lambda: step_of(*volume_trainer_of(use_sam=False), True)),
-    "la_mean_teacher": (
-        "3D Mean Teacher of a V-Net",
-        lambda: step_of(*volume_trainer_of("network_plain.json", "mean_teacher.json", use_sam=False), True),
-    ),
-    "la_mean_teacher_sam": (
-        "3D Mean Teacher of a V-Net with SKD",
-        lambda: step_of(*volume_trainer_of("network_plain.json", "mean_teacher.json"), True),
-    ),
-    "la_ua_mt": (
-        "3D UA-MT of a V-Net",
-        lambda: step_of(*volume_trainer_of("network_plain.json", "ua_mt.json", use_sam=False), True),
-    ),
-    "la_ua_mt_sam": (
-        "3D UA-MT of a V-Net with SKD",
-        lambda: step_of(*volume_trainer_of("network_plain.json", "ua_mt.json"), True),
-    ),
+# the first row is the reference of the others
+COMPARISONS: dict[str, tuple[str, ...]] = {
+    "knowsam": ("plain_knowsam", "knowsam"),
+    "knowsam_mixing": ("plain_knowsam_mixing", "knowsam_mixing"),
+    "inference": ("plain_inference", "inference"),
+    "la_knowsam": ("plain_la_knowsam", "la_knowsam"),
+    "knowsam_fast": ("knowsam", "knowsam_fast"),
+    "without_sam": ("without_sam", "knowsam"),
 }
+for method, method_overlays in HOSTS.items():
+    if method == "KnowSAM":
+        continue
+    key = method_overlays[-1]
+    ROWS[key] = method, partial(host, name=method, use_sam=False)
+    ROWS[f"{key}_sam"] = f"{method} + SKD", partial(host, name=method)
+    COMPARISONS[key] = (key, f"{key}_sam")
+    if method != "BCP":  # it mixes images, and no mixed image recurs
+        ROWS[f"{key}_cached"] = f"{method} + SKD, cached", partial(host, name=method, sam_encoder="cached")
+        COMPARISONS[key] += (f"{key}_cached",)
+for variant in ("tiny", "base_plus"):
+    sam2 = partial(host, name="Mean Teacher", teacher=("teacher_sam2",), sam_variant=variant)
+    key, sam2_label = f"mean_teacher_sam2_{variant}", f"Mean Teacher + SKD of SAM 2.1 {variant}"
+    ROWS[key] = sam2_label, sam2
+    ROWS[f"{key}_cached"] = f"{sam2_label}, cached", partial(sam2, sam_encoder="cached")
+    COMPARISONS[key] = ("mean_teacher", key, f"{key}_cached")
+for overlay, method in (("mean_teacher", "3D Mean Teacher of a V-Net"), ("ua_mt", "3D UA-MT of a V-Net")):
+    key = f"la_{overlay}"
+    ROWS[key] = method, partial(volume_host, overlay=f"{overlay}.json", use_sam=False)
+    ROWS[f"{key}_sam"] = f"{method} + SKD", partial(volume_host, overlay=f"{overlay}.json")
+    COMPARISONS[key] = (key, f"{key}_sam")
+DEFAULT = ("knowsam", "knowsam_mixing", "inference", "mean_teacher", "la_knowsam")
+IN_HALF = ("knowsam", "knowsam_mixing")  # by default the others run in the first precision only
+HEAD = """
+| row | reference | seconds, min / median | of the reference | ratio | peak memory, GiB | of the reference | ratio | GFLOP | of the reference |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""  # noqa: E501
 
 
-def count_gflop(step: Callable[[], None]) -> float:
+def line_of(rows: tuple[str, str], reference: dict[str, Any], row: dict[str, Any], precision: str) -> str:
+    """A row of the table. The ratio to a plain row says how many times as fast; to a method, how many of its steps."""
+    is_plain = rows[0].startswith("plain")
+    times = [(min(facts["seconds"]), statistics.median(facts["seconds"])) for facts in (row, reference)]
+    ratios = [theirs / ours if is_plain else ours / theirs for ours, theirs in zip(*times)]
+    seconds = [" / ".join(f"{value:.3g}" for value in pair) for pair in times]
+    cells = [
+        f"{ROWS[rows[1]][0]}, {precision}",
+        ROWS[rows[0]][0],
+        *seconds,
+        f"{' / '.join(f'{ratio:.2f}' for ratio in ratios)} {'times as fast' if is_plain else 'steps'}",
+        *(f"{facts['memory']:.2f}" for facts in (row, reference)),
+        f"{row['memory'] / reference['memory']:.2f}",
+        *("-" if facts["gflop"] is None else f"{facts['gflop']:.0f}" for facts in (row, reference)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def machine(options: Options) -> str:
+    """The processor or card, and what else the numbers depend on."""
+    if options.device.startswith("cuda"):
+        name = torch.cuda.get_device_name(options.device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = f"{next(names, 'unknown processor')}, {options.threads} threads"
+    data = "real ACDC slices" if os.environ.get("KNOWSAM_ACDC_DIR") else "the phantom's slices"
+    clock = "CPU seconds" if options.cpu_time else "seconds"
+    return (
+        f"{name}; torch {torch.__version__}; {clock}; batch {options.batch} + {options.batch}; {data}; patches "
+        f"{' x '.join(map(str, options.patch))}{'; students compiled' if options.compile else ''}"
+    )
+
+
+# --- a process for each row -------------------------------------------------------------------------------------------
+
+
+def count_gflop(step: Step) -> float:
     """GFLOP of one step. torch's counter knows attention only on GPUs, so the CPU kernel is registered here."""
     ops = torch.ops.aten
 
@@ -248,95 +338,130 @@ def count_gflop(step: Callable[[], None]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def measure(name: str, num_steps: int) -> dict[str, float]:
+def prepare(options: Options) -> None:
+    """The settings of a process that every row shares."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE)
-    step = {**ROWS, **VOLUME_ROWS}[name][1]()
-    step()  # warms up
-    seconds, gemm_seconds = [], []
-    precision = torch.get_float32_matmul_precision()
-    for _ in range(num_steps):
-        torch.set_float32_matmul_precision("highest")  # the same unit for every row
-        for _ in range(3):
-            start = time.perf_counter()
-            matrix @ matrix
-            gemm_seconds.append(time.perf_counter() - start)
-        torch.set_float32_matmul_precision(precision)
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rate = 2 * GEMM_SIZE**3 / min(gemm_seconds) / 1e9
-    return {"seconds": min(seconds), "rate": rate, "memory": memory, "gflop": count_gflop(step)}
+    if options.device != "cpu":
+        torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
 
 
-def processor() -> str:
-    """The processor's name on Linux."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+def now(options: Options) -> float:
+    """Seconds, once the device has done what was asked of it."""
+    if options.device != "cpu":
+        torch.cuda.synchronize(options.device)
+    return time.process_time() if options.cpu_time else time.perf_counter()
+
+
+def serve(pipe: Connection, row: str, options: Options) -> None:
+    """Answer "step" with the seconds of a step, and "facts" with peak memory and operations."""
+    prepare(options)
+    step = ROWS[row][1](options)
+    while True:
+        if pipe.recv() == "step":
+            start = now(options)
+            step()
+            pipe.send(now(options) - start)
+            continue
+        if options.device == "cpu":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else:
+            peak = torch.cuda.max_memory_allocated(options.device)
+        pipe.send({"memory": peak / 2**30, "gflop": None if options.compile else count_gflop(step)})  # no graph breaks
+        return
+
+
+def compare(rows: tuple[str, ...], options: Options, rounds: int) -> list[dict[str, Any]]:
+    """Let the rows take steps in turns, each in a fresh process; seconds, memory and GFLOP of each."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for row in rows:
+        pipe, other_end = context.Pipe()
+        processes.append(context.Process(target=serve, args=(other_end, row, options), daemon=True))
+        processes[-1].start()
+        other_end.close()
+        pipes.append(pipe)
+
+    def ask(index: int, question: str) -> Any:
+        try:
+            pipes[index].send(question)
+            return pipes[index].recv()
+        except (EOFError, BrokenPipeError):
+            sys.exit(f"{rows[index]} failed; its output is above.")
+
+    turns = range(len(rows))
+    for index in turns:
+        for _ in range(1 if options.device == "cpu" else 3):  # warm up
+            ask(index, "step")
+    seconds = [[ask(index, "step") for index in turns] for _ in range(rounds)]
+    facts = [{"seconds": list(column), **ask(index, "facts")} for index, column in zip(turns, zip(*seconds))]
+    for process in processes:
+        process.join()
+    return facts
+
+
+def run_recipe(options: Options) -> None:
+    """Iterations per second of a run of the bundle, with its loader and handlers, from the tenth iteration on."""
+    prepare(options)
+    trainer, times = acdc(options, mixing_start=1).get_parsed_content("train#trainer"), []
+    ends = {10, options.recipe}
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(event_filter=lambda _, iteration: iteration in ends),
+        lambda: times.append(now(options)),
     )
+    trainer.run()
+    print(f"whole recipe, {options.precision}: {(options.recipe - 10) / (times[1] - times[0]):.2f} iterations/s")
+
+
+def measure(comparisons: list[str], precisions: tuple[str, ...], options: Options, rounds: int) -> None:
+    """Print the rate of the recipe, or a line for each row of the comparisons; the default ones if none is named."""
+    if options.recipe:
+        for precision in precisions:
+            arguments = (options._replace(precision=precision),)
+            process = multiprocessing.get_context("spawn").Process(target=run_recipe, args=arguments)
+            process.start()
+            process.join()
+        return
+    print(HEAD, flush=True)
+    for name in comparisons or DEFAULT:
+        rows = COMPARISONS[name]
+        for precision in precisions if comparisons or name in IN_HALF else precisions[:1]:
+            reference, *others = compare(rows, options._replace(precision=precision), rounds)
+            for row, facts in zip(rows[1:], others):
+                print(line_of((rows[0], row), reference, facts, precision), flush=True)
 
 
 def main() -> None:
-    global PATCH
-    every_row = {**ROWS, **VOLUME_ROWS}
+    default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which of {', '.join(every_row)}; default: all but la_")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of a row")
-    parser.add_argument("--patch", type=int, nargs=3, default=PATCH, help="voxels of a patch, for the rows la_")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "speed.md"))
+    names = ", ".join(COMPARISONS)
+    parser.add_argument("comparisons", nargs="*", metavar="COMPARISON", help=f"{names}; default: {' '.join(DEFAULT)}")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row")
+    parser.add_argument("--threads", type=int, default=default.threads)
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: what the machine is good at")
+    parser.add_argument("--compile", action="store_true", help="compile the students, plain ones too")
+    parser.add_argument("--batch", type=int, default=default.batch, help="labeled rows; as many unlabeled ones")
+    parser.add_argument("--patch", type=int, nargs=3, default=default.patch, help="voxels of a patch, of the rows la_")
+    parser.add_argument("--cpu_time", action="store_true", help="CPU seconds of all threads instead of wall-clock time")
+    parser.add_argument("--recipe", type=int, default=0, metavar="ITERATIONS", help="run these and print their rate")
     args = parser.parse_args()
-    unknown = [row for row in args.rows if row not in every_row]
+    unknown = [name for name in args.comparisons if name not in COMPARISONS]
     if unknown:
-        parser.error(f"row must be one of {', '.join(every_row)} but is {unknown[0]}")
-    PATCH = tuple(args.patch)
-    torch.set_num_threads(args.threads)
-    if args.measure:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        print(json.dumps(measure(args.measure, args.steps)))
-        return
+        parser.error(f"`comparison` must be one of {names} but is {unknown[0]}")
+    half = ("bf16",) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    precisions = args.precisions or (("fp32", *half) if args.device == "cpu" else ("tf32", "bf16", "fp16"))
+    shared = {name: getattr(args, name) for name in Options._fields if name not in ("precision", "phantom_size")}
+    options = Options(**{**shared, "patch": tuple(args.patch)})
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes below
 
-    lines = [
-        "| row | seconds | GEMM-GFLOP | GFLOP | peak memory, GiB | GEMM, GFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    print("\n".join(lines), flush=True)
-    for row in args.rows or ROWS:
-        command = [
-            sys.executable,
-            __file__,
-            "--measure",
-            row,
-            "--threads",
-            str(args.threads),
-            "--steps",
-            str(args.steps),
-            "--patch",
-            *map(str, args.patch),
-        ]
-        result = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        )
-        if result.returncode:
-            sys.exit(f"{row} failed:\n{result.stderr}")
-        r = json.loads(result.stdout.strip().splitlines()[-1])
-        line = (
-            f"| {every_row[row][0]} | {r['seconds']:.2f} | {r['seconds'] * r['rate']:.0f} | {r['gflop']:.0f} "
-            f"| {r['memory']:.2f} | {r['rate']:.0f} |"
-        )
-        lines.append(line)
-        print(line, flush=True)
-    if not args.rows:
-        source = "real ACDC slices" if os.environ.get("KNOWSAM_ACDC_DIR") else "the phantom's slices"
-        head = (
-            f"# Speed\n\nPrinted by `python benchmarks/speed.py --threads {args.threads} --steps {args.steps}` on "
-            f"{source}; torch {torch.__version__}, {processor()}. The script defines each row.\n\n"
-        )
-        Path(args.output).write_text(head + "\n".join(lines) + "\n")
+    print(machine(options), flush=True)
+    with tempfile.TemporaryDirectory(prefix="knowsam_speed_") as folder:
+        os.environ["TMPDIR"] = folder  # for the folders of the rows' runs
+        measure(args.comparisons, precisions, options, args.rounds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,31 @@ class ToyTeacher(nn.Module):
         return self.image_conv(image) + self.prompt_conv(prompt_logits)
 
 
+class RegionTeacher(ToyTeacher):
+    """One whose channels are independent of each other, as are those of a convolution of one channel."""
+
+    def __init__(self, num_regions: int = 3, spatial_dims: int = 2) -> None:
+        super().__init__(num_regions, spatial_dims)
+        self.prompt_conv = type(self.prompt_conv)(num_regions, num_regions, 1, groups=num_regions)
+
+
+def region_of(network: nn.Module, kind: type[nn.Module], region: int) -> nn.Module:
+    """The network of one channel that this channel of a network is; `kind` builds it."""
+    single = kind().to(next(network.parameters()).dtype)
+    single.load_state_dict({name: value[region : region + 1] for name, value in network.state_dict().items()})
+    return single
+
+
+def region_batches(num: int = 3, num_regions: int = 3, size: tuple[int, ...] = (8, 8), **kwargs) -> list[dict]:
+    """Batches with a label of 0 and 1 for each of several regions, independent of each other."""
+    generator = torch.Generator().manual_seed(1)
+    batches = toy_batches(num, size=size, **kwargs)
+    for batch in batches:
+        shape = (len(batch["label"]), num_regions, *size)
+        batch["label"] = torch.randint(2, shape, generator=generator).double()
+    return batches
+
+
 class ToyStudent(nn.Module):
     """Two norm-free views and their mean: stacked (mean, first, second) in train mode, the mean alone in eval mode."""
 

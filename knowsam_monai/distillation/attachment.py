@@ -60,9 +60,9 @@ class Attachment:
             either.
         select: ``f(batch, image) -> (sam_image, label, labeled_rows)``, or None to skip a call of the student. `image`
             is the student's input, and the tensors of `batch` are on its device. `sam_image` is what SAM sees, row by
-            row; `label` is (B_l, 1, *spatial) or None; `labeled_rows` is as in
-            :meth:`~knowsam_monai.distillation.SAMDistiller.forward`, or None for the argument below. Several calls per
-            batch may be taught. Default: a batch is a mapping with "image", "label" (and "sam_image", see
+            row; `label` and `labeled_rows` are as in :meth:`~knowsam_monai.distillation.SAMDistiller.forward`, or None,
+            which for `labeled_rows` means the argument below. Several calls per batch may be taught. Default: a batch
+            is a mapping with "image", "label" (and "sam_image", see
             :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label).
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
             the host's batch that returns one of these. None: the first ``len(label)``, which must not be all rows.

@@ -20,6 +20,7 @@ from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, cal
 from knowsam_monai.distillation.wiring import Wiring
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
@@ -94,9 +95,13 @@ class SAMDistiller(nn.Module):
             labels nor an evaluator and shuts out a teacher that is worse than its student.
         gate_tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g is 0.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
+        overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
+            as in BraTS. Both losses and the gate treat them as C binary problems: they get one channel at a time, and
+            the mean counts, see :func:`knowsam_monai.losses.region_loss`.
 
     Shape:
-        image: (B, channels, *spatial). logits: (B, C, *spatial) or (B, V, C, *spatial). label: (B_l, 1, *spatial).
+        image: (B, channels, *spatial). logits: (B, C, *spatial) or (B, V, C, *spatial). label: (B_l, 1, *spatial), or
+        0 and 1 (B_l, C, *spatial) if `overlapping`.
 
     Raises:
         ValueError: if an argument is not as described, class counts or rows disagree, or every row has a label but
@@ -130,6 +135,7 @@ class SAMDistiller(nn.Module):
         gate: str = "agreement",
         gate_tolerance: float = 0.1,
         autocast_dtype: torch.dtype | None = None,
+        overlapping: bool = False,
     ) -> None:
         super().__init__()
         if len(taught_views) == 0:
@@ -140,6 +146,16 @@ class SAMDistiller(nn.Module):
                 "`optimizer` must step parameters of `teacher` but has none of them; build it from "
                 "`teacher.parameters()`, or pass None for a teacher that does not learn."
             )
+        if getattr(teacher, "overlapping", overlapping) != overlapping:
+            raise KnowSAMValueError(
+                f"`overlapping` must be {not overlapping}, as in `teacher`, but is {overlapping}; logits of a softmax "
+                "cannot teach a sigmoid, nor the other way round."
+            )
+        if overlapping and getattr(teacher, "sampling", None) == "entropy":
+            raise KnowSAMValueError(
+                "`teacher` must draw slices with `sampling` 'uniform' for overlapping regions but has 'entropy', which "
+                "is that of a softmax."
+            )
         self.teacher = teacher.eval()
         self.optimizer = optimizer
         self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
@@ -147,7 +163,8 @@ class SAMDistiller(nn.Module):
         self.prompt_view = prompt_view
         self.taught_views = tuple(taught_views)
         self.taught_rows = taught_rows
-        self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance)
+        self.overlapping = overlapping
+        self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance, overlapping=overlapping)
         self.autocast_dtype = autocast_dtype
         self.added_gradients: dict[nn.Parameter, dict[int, Tensor]] = {}  # by the id of the attachment that added them
         self.wiring = Wiring()
@@ -184,7 +201,8 @@ class SAMDistiller(nn.Module):
             image: (B, channels, *spatial), what the teacher sees: the student's image, or the same before intensity
                 augmentation.
             logits: the student's logits for it, (B, C, *spatial) or stacked views.
-            label: (B_l, 1, *spatial) class indices of the labeled rows, or of all rows with `labeled_rows` given.
+            label: (B_l, 1, *spatial) class indices of the labeled rows, or of all rows with `labeled_rows` given; 0
+                and 1 (B_l, C, *spatial) if `overlapping`.
             labeled_rows: the rows from which SAM learns: an int n (the first n), a slice, or "all". None: the first
                 ``len(label)`` rows. If every row has a label it is required, since some hosts carry labels that the
                 student must not see, unless the SAM loss has an `ignore_index`.
@@ -206,7 +224,7 @@ class SAMDistiller(nn.Module):
         if label is not None:
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, self.ignore_index)
+            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
             if labeled_rows is None:
                 self._check_not_all(label, len(image))
         if self.training:
@@ -241,7 +259,7 @@ class SAMDistiller(nn.Module):
         elif weight != 0:
             # behind a closed gate the loss is 0 but keeps its graph: the same parameters have a gradient
             target = target if is_teaching else torch.zeros_like(target)
-            kd_terms = [self.distillation_loss(view, target) for view in taught]
+            kd_terms = [self._mean_loss(self.distillation_loss, view, target) for view in taught]
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
@@ -355,11 +373,15 @@ class SAMDistiller(nn.Module):
 
     def _sam_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         loss = dice_ce_loss(logits.shape[1]) if self.sam_loss is None else self.sam_loss
-        check_label(logits, label, self.ignore_index)
+        check_label(logits, label, self.ignore_index, self.overlapping)
         logits = at_least_float32(logits)
-        label = label.to(logits.dtype) if logits.shape[1] == 1 else label  # MONAI's Dice of a sigmoid takes floats
+        if logits.shape[1] == 1 or self.overlapping:
+            label = label.to(logits.dtype)  # MONAI's Dice of a sigmoid takes floats
         with torch.autocast(logits.device.type, enabled=False):
-            return loss(logits, label)
+            return self._mean_loss(loss, logits, label)
+
+    def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+        return region_loss(loss, logits, target) if self.overlapping else loss(logits, target)
 
     def _check_not_all(self, label: Tensor, num_rows: int) -> None:
         """Labels that the student must not see must not reach it through SAM."""

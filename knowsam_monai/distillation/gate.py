@@ -40,6 +40,7 @@ class TeacherGate(nn.Module):
         mode: "none", "validation" or "agreement".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
         momentum: weight of the old value in the running mean of agreement scores, per measurement.
+        overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
 
     Raises:
         ValueError: if `mode` is unknown or `tolerance` is not positive.
@@ -52,12 +53,12 @@ class TeacherGate(nn.Module):
         0.5
     """
 
-    def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8) -> None:
+    def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8, overlapping: bool = False) -> None:
         super().__init__()
         check_choice("gate", mode, ("none", "validation", "agreement"))
         if tolerance <= 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
-        self.mode, self.tolerance, self.momentum = mode, tolerance, momentum
+        self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
         self.weight: Tensor
         self.scores: Tensor
         self.num_measured: Tensor
@@ -129,8 +130,7 @@ class TeacherGate(nn.Module):
             "student": (student_logits, back(turned_logits)),
             "teacher": (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
         }
-        num_classes = student_logits.shape[1]
-        counts = torch.stack([torch.stack(_class_counts(*pairs[role], num_classes)) for role in ("student", "teacher")])
+        counts = torch.stack([torch.stack(self._counts(*pairs[role])) for role in ("student", "teacher")])
         if ranks.is_distributed():
             counts *= is_counted
             torch.distributed.all_reduce(counts)
@@ -143,6 +143,11 @@ class TeacherGate(nn.Module):
         )
         self.update(student_dice, teacher_dice, momentum=self.momentum)
 
+    def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
+        is_sigmoid = self.overlapping or logits.shape[1] == 1
+        return _region_counts(logits, other) if is_sigmoid else _class_counts(logits, other)
+
 
 def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """Pairs (transform, inverse): flips along every set of spatial axes, quarter turns in every square plane."""
@@ -153,16 +158,22 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
     return [(flip, flip) for flip in flips] + quarters
 
 
-def _class_counts(logits: Tensor, other: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """For each foreground class, the pixels that both maps share and the pixels of both together, each (C - 1,)."""
-    num_classes = max(num_classes, 2)
+def _class_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Common and total pixels of each foreground class, each (C - 1,)."""
+    num_classes = logits.shape[1]
     labels, others = _labels(logits).flatten(), _labels(other).flatten()
     common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
     total = torch.bincount(labels, minlength=num_classes) + torch.bincount(others, minlength=num_classes)
     return common[1:].float(), total[1:].float()
 
 
+def _region_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Common and total pixels of each channel, each (C,); NaN and inf count as outside."""
+    ours, theirs = ((x > 0) & (x < torch.inf) for x in (logits, other))
+    common, total = (x.transpose(0, 1).flatten(1).sum(1).float() for x in (ours & theirs, ours.long() + theirs))
+    return common, total
+
+
 def _labels(logits: Tensor) -> Tensor:
     """Class of each pixel, (B, *spatial); background where a logit is NaN or inf, since argmax picks those."""
-    labels = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-    return labels.masked_fill(~(logits < torch.inf).all(1), 0)
+    return logits.argmax(1).masked_fill(~(logits < torch.inf).all(1), 0)

@@ -34,6 +34,7 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
 
     Example::
 
+        >>> import torch
         >>> labeled_slice(None, torch.zeros(2, 1, 8, 8), num_rows=4)
         slice(0, 2, None)
     """

@@ -121,6 +121,8 @@ class Wiring:
                 "of the trained student, not detached and not of its averaged copy."
             )
         if self._num_calls in INSPECTED_CALLS:
+            # each of several regions has a sigmoid of its own
+            logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
             self._inspect(image, logits.detach())
 
     def warn(self, message: str) -> None:

@@ -13,6 +13,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.handlers.supervision import check_one_channel
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
@@ -122,6 +123,7 @@ class BidirectionalCopyPaste:
             without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
             for key in (Keys.IMAGE, Keys.LABEL)
         )
+        check_one_channel(label, image)
         box_mask = self.box_mask(image, iteration)
         if iteration <= self.pretraining + 1:
             self.ema_student.restart()  # the average starts from the student at the end of pre-training

@@ -9,7 +9,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, has_deep_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import unstack_views
@@ -73,7 +73,7 @@ class MultiViewCoTraining:
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def started(self, engine: Engine) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import PseudoLabelLoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import unstack_views, without_meta
@@ -62,7 +62,7 @@ class FixMatch:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

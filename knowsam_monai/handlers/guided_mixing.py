@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_supervision
+from knowsam_monai.handlers.supervision import check_exclusive_classes
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
@@ -80,7 +80,7 @@ class UncertaintyGuidedMixing:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.ask_for_teacher)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 

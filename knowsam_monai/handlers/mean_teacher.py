@@ -7,7 +7,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
 from knowsam_monai.errors import check_choice
-from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import SoftmaxMSELoss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
@@ -75,7 +75,7 @@ class MeanTeacher:
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer, and the averaged student with it."""
         self.ema_student.attach(engine)
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -20,6 +20,7 @@ from knowsam_monai.distillation.sam_image import check_orientations, is_cached, 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision
 from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.supervised import has_sigmoid
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
 
@@ -110,6 +111,14 @@ class SAMDistillation:
                 f"`taught_views` must be [0], the output of {type(engine.network).__name__}, but is "
                 f"{list(taught_views)}, heads of its deep supervision; set it to [0]."
             )
+        is_sigmoid = has_sigmoid(getattr(engine, "loss_function", None))
+        has_one_channel = getattr(self.distiller.teacher, "num_classes", None) == 1  # the same either way
+        if is_sigmoid is not None and is_sigmoid != self.distiller.overlapping and not has_one_channel:
+            softmax, sigmoid = "a softmax over all channels", "a sigmoid for each channel"
+            ours, theirs = (softmax, sigmoid) if is_sigmoid else (sigmoid, softmax)
+            self.distiller.wiring.warn(
+                f"`loss_function` has {theirs} but the distiller {ours}; build it with `overlapping={is_sigmoid}`."
+            )
         if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
         self.distiller.to(engine.state.device).train()
@@ -182,6 +191,9 @@ class SAMDistillation:
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
+    if label.shape[1] > 1:  # overlapping regions
+        pairs = zip(logits.split(1, 1), label.split(1, 1))
+        return torch.nanmean(torch.stack([_foreground_dice(*pair, ignore_index) for pair in pairs]))
     num_classes = logits.shape[1]
     labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
     if ignore_index is not None:  # background in both counts for no foreground class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ignite.engine import Engine
 from monai.utils import CommonKeys as Keys
-from torch import nn
+from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.supervised import check_loss_takes
@@ -24,6 +24,33 @@ def check_supervision(engine: Engine) -> None:
     image, label = engine.state.output[Keys.IMAGE], engine.state.output.get(Keys.LABEL)
     if label is not None:
         check_loss_takes(getattr(engine, "loss_function", None), num_rows=len(image), num_labels=len(label))
+
+
+def check_exclusive_classes(engine: Engine) -> None:
+    """
+    The same as :func:`check_supervision`, for a method that takes the softmax of its predictions.
+
+    Raises:
+        ValueError: also if a label has several channels, which are regions that may overlap.
+    """
+    check_supervision(engine)
+    label = engine.state.output.get(Keys.LABEL)
+    if label is not None:
+        check_one_channel(label, engine.state.output[Keys.IMAGE])
+
+
+def check_one_channel(label: Tensor, image: Tensor) -> None:
+    """Raise a ValueError if a label has several channels, which are regions, instead of one of class numbers.
+
+    Args:
+        label: (B_l, channels, *spatial).
+        image: (B, channels, *spatial); a label of fewer dimensions lacks its channel, which the loss reports.
+    """
+    if label.ndim == image.ndim and label.shape[1] > 1:
+        raise KnowSAMValueError(
+            f"`label` must have one channel of class numbers but has {label.shape[1]}: of the semi-supervised methods, "
+            "only SAMDistillation takes overlapping regions; remove the others."
+        )
 
 
 def has_deep_supervision(network: nn.Module) -> bool:

@@ -24,7 +24,8 @@ class TeacherValidation:
 
     The evaluator's inferer passes slices or windows to the teacher as it does to the student. If a batch has a
     `"sam_image"`, the teacher sees that. The handler writes the teacher's logits into
-    ``engine.state.output["teacher_pred"]``: add this key beside ``pred`` to the postprocessing, and to a metric.
+    ``engine.state.output["teacher_pred"]``: add this key beside ``pred`` to the postprocessing, and to a metric. For
+    overlapping regions both metrics need ``include_background=True``, since channel 0 is a region too.
 
     Args:
         distiller: has the teacher and the gate.

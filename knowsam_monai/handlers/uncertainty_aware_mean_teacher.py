@@ -10,7 +10,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.errors import check_choice, check_counts
-from knowsam_monai.handlers.supervision import check_supervision, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
@@ -97,7 +97,7 @@ class UncertaintyAwareMeanTeacher:
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer, and the averaged student with it."""
         self.ema_student.attach(engine)
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.losses import DiceLoss
+from monai.losses import DiceLoss, FocalLoss
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
 
 
@@ -70,10 +72,14 @@ class PartiallyLabeledLoss(nn.Module):
             :func:`dice_ce_loss` for any C.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
+        overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own.
+            ``loss`` gets all channels at once, but :func:`dice_ce_loss` gets each alone, see
+            :func:`knowsam_monai.losses.region_loss`.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if C = 1, ``loss`` receives floats
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1
+          or `overlapping`, ``loss`` receives floats
         - output: scalar
 
     Raises:
@@ -94,6 +100,7 @@ class PartiallyLabeledLoss(nn.Module):
         self,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         view_weights: Sequence[float] | None = None,
+        overlapping: bool = False,
     ) -> None:
         super().__init__()
         if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
@@ -103,14 +110,16 @@ class PartiallyLabeledLoss(nn.Module):
             )
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
+        self.overlapping = overlapping
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         label = without_meta(label)
-        if label.ndim > 1 and label.shape[1] != 1:  # otherwise `pred` may be stacked views of one channel
+        if label.ndim > 1 and label.shape[1] != 1 and not self.overlapping:
+            # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
             _check_channel(label, pred.shape[3:])
         views = unstack_views(without_meta(pred), label)
-        check_label(views[0], label, ignore_index=getattr(self.loss, "ignore_index", None))
+        check_label(views[0], label, getattr(self.loss, "ignore_index", None), self.overlapping)
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
         if len(weights) != len(views):
             raise KnowSAMValueError(
@@ -119,20 +128,25 @@ class PartiallyLabeledLoss(nn.Module):
                 "network_plain.json selects the plain network."
             )
         labeled_views = [at_least_float32(view[: len(label)]) for view in views]
-        if labeled_views[0].shape[1] == 1:
+        if labeled_views[0].shape[1] == 1 or self.overlapping:
             label = label.to(labeled_views[0].dtype)
+        by_region = self.overlapping and isinstance(self.loss, _DiceCELoss)
+        loss = partial(region_loss, self.loss) if by_region else self.loss
         with torch.autocast(label.device.type, enabled=False):
-            losses = [weight * self.loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
+            losses = [weight * loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
-def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None) -> None:
+def check_label(
+    logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None, overlapping: bool = False
+) -> None:
     """Raise a clear error if a label does not fit the first rows of the logits.
 
     Args:
         logits: (B, C, *spatial).
-        label: class indices (B_l, 1, *spatial).
+        label: class indices (B_l, 1, *spatial); 0 and 1 (B_l, C, *spatial) if `overlapping`.
         ignore_index: a label value that is not a class; the loss leaves its pixels out.
+        overlapping: each channel is a region that may overlap with others.
 
     Raises:
         ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, or a label on
@@ -147,18 +161,26 @@ def check_label(logits: torch.Tensor, label: torch.Tensor, ignore_index: int | N
             f"`label` must have at most as many rows as `pred` ({num_rows}) but has {len(label)}. Labeled rows come "
             "first in a batch, one label for each image."
         )
-    _check_channel(label, logits.shape[2:])
-    if label.ndim < 2 or label.shape[1] != 1 or label.shape[2:] != logits.shape[2:]:
+    channels = num_classes if overlapping else 1
+    if not overlapping:
+        _check_channel(label, logits.shape[2:])
+    if label.ndim < 2 or label.shape[1] != channels or label.shape[2:] != logits.shape[2:]:
+        if label.shape[1:2] == (num_classes,) and not overlapping:
+            remedy = "combine its channels into one of class indices, or set `overlapping` if regions may overlap"
+        else:
+            values = "0 and 1 for each region" if overlapping else "one channel of class indices"
+            remedy = f"load it with {values}, and resize it with its image"
         raise KnowSAMValueError(
-            f"`label` must have shape (labeled rows, 1, {', '.join(map(str, logits.shape[2:]))}) but has "
-            f"{tuple(label.shape)}; load it with one channel of class indices, and resize it with its image."
+            f"`label` must have shape (labeled rows, {', '.join(map(str, (channels, *logits.shape[2:])))}) but has "
+            f"{tuple(label.shape)}; {remedy}."
         )
     if label.device.type == "cpu":
         values = label if ignore_index is None else label[label != ignore_index]
-        top = max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
+        top = 1 if overlapping else max(num_classes, 2) - 1  # a sigmoid network of one channel has two classes
         if values.numel() > 0 and not (values.min() >= 0 and values.max() <= top):
+            what = "outside or inside of each region" if overlapping else "the classes of the network"
             raise KnowSAMValueError(
-                f"`label` must be in 0..{top}, the classes of the network, but is in "
+                f"`label` must be in 0..{top}, {what}, but is in "
                 f"{values.min():g}..{values.max():g}; build the network for the labels' classes, or map the labels."
             )
         if values.is_floating_point() and not (values == values.floor()).all():
@@ -201,3 +223,29 @@ def check_loss_takes(
             f"`loss_function` must be a PartiallyLabeledLoss if only {num_labels} of {num_rows} rows have a label "
             f"but is {name}; wrap it: PartiallyLabeledLoss(loss={name}(...))."
         )
+
+
+def has_sigmoid(loss: Callable | None) -> bool | None:
+    """
+    Whether a loss applies a sigmoid to each channel (True) or a softmax over all (False); None if it does not tell.
+
+    Args:
+        loss: of MONAI, which tells by its attributes `sigmoid` and `softmax`, or of torch, or any module that contains
+            such a loss.
+
+    Example::
+
+        >>> has_sigmoid(DiceLoss(sigmoid=True)), has_sigmoid(nn.CrossEntropyLoss()), has_sigmoid(DiceLoss())
+        (True, False, None)
+    """
+    if isinstance(loss, PartiallyLabeledLoss) and isinstance(loss.loss, _DiceCELoss):
+        return loss.overlapping
+    parts = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    told = {
+        name == "sigmoid" for part in parts for name in ("sigmoid", "softmax") if getattr(part, name, False) is True
+    }
+    if not told:  # DiceCELoss contains both losses of torch, so its attributes come first
+        told |= {not part.use_softmax for part in parts if isinstance(part, FocalLoss)}
+        told |= {True for part in parts if isinstance(part, nn.BCEWithLogitsLoss)}
+        told |= {False for part in parts if isinstance(part, nn.CrossEntropyLoss)}
+    return told.pop() if len(told) == 1 else None

@@ -23,7 +23,7 @@ from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses.distillation import DistillationLoss
-from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label
+from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label, has_sigmoid
 from knowsam_monai.runs.run_handlers import track_terms
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.intensity_window import IntensityWindow
@@ -59,6 +59,8 @@ class SKDSettings:
         weight: factor of the distillation loss, a number or a function of the iteration.
         temperature: of the distillation loss.
         gate: see :class:`~knowsam_monai.distillation.SAMDistiller`.
+        overlapping: whether the network's channels are regions that may overlap, a sigmoid each, instead of classes of
+            a softmax. None: what the bundle's loss applies, or else its postprocessing.
         seed: of order and augmentation.
 
     Example::
@@ -80,6 +82,7 @@ class SKDSettings:
     weight: float | Callable[[int], float] = 1.0
     temperature: float = 2.0
     gate: str = "agreement"
+    overlapping: bool | None = None
     seed: int = 0
 
 
@@ -110,14 +113,14 @@ def skd_trainer(
         loss_function: the bundle's own; it is called on the labeled rows.
         train_handlers: the bundle's own.
         iteration_update: must be None; an interactive bundle has one.
-        decollate, postprocessing, key_train_metric, additional_metrics: not used, since unlabeled rows have no label.
-            Validation has its own.
+        postprocessing: the bundle's own; only read, for `overlapping`, since validation has its own.
+        decollate, key_train_metric, additional_metrics: not used, since unlabeled rows have no label.
         **arguments: all others of ``SupervisedTrainer``.
 
     Raises:
         TypeError: if the loader is not a DataLoader with a batch size, or the network does not return a tensor.
-        ValueError: if the bundle is interactive, has overlapping regions or deep supervision, or if the images of both
-            streams differ in shape.
+        ValueError: if the bundle is interactive or has deep supervision, if its labels do not fit a sigmoid or softmax,
+            or if the images of both streams differ in shape.
 
     Example::
 
@@ -137,7 +140,9 @@ def skd_trainer(
     num_workers = train_data_loader.num_workers
     unlabeled = unlabeled_dataset(labeled, skd.unlabeled, skd.cache_rate, num_workers)
     images, label = _first_images(labeled, unlabeled)
-    num_classes = _num_classes(network, images, label, loss_function)
+    logits = _first_logits(network, images)
+    overlapping = logits.shape[1] > 1 and _overlapping(skd.overlapping, label, loss_function, postprocessing)
+    check_label(logits, label, getattr(loss_function, "ignore_index", None), overlapping)
     loader = SemiSupervisedLoader(
         labeled,
         unlabeled,
@@ -149,11 +154,11 @@ def skd_trainer(
     )
     handlers = [] if train_handlers is None else list(ensure_tuple(train_handlers))
     if skd.use_sam:
-        handlers.insert(0, SAMDistillation(_distiller(skd, images, num_classes), weight=skd.weight))
+        handlers.insert(0, SAMDistillation(_distiller(skd, images, logits.shape[1], overlapping), weight=skd.weight))
     return SupervisedTrainer(
         train_data_loader=loader,
         network=network,
-        loss_function=PartiallyLabeledLoss(loss_function),
+        loss_function=PartiallyLabeledLoss(loss_function, overlapping=overlapping),
         train_handlers=track_terms(handlers),
         decollate=False,
         **arguments,
@@ -188,13 +193,8 @@ def _first_images(labeled: Any, unlabeled: Any) -> tuple[Tensor, Tensor]:
     return image, label
 
 
-def _num_classes(network: nn.Module, image: Tensor, label: Tensor, loss_function: Any) -> int:
-    """The channels of the network's logits, after a look at what it returns in training."""
-    if label.shape[1] > 1:
-        raise KnowSAMValueError(
-            f"`label` must have one channel of class numbers but has {label.shape[1]}: the classes of this bundle "
-            "overlap, each a sigmoid channel, and SKD teaches classes that exclude each other."
-        )
+def _first_logits(network: nn.Module, image: Tensor) -> Tensor:
+    """The logits of the first images, after a look at what the network returns in training."""
     network = copy.deepcopy(plain_network(network)).train()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     with kept_random_state(), torch.no_grad():
@@ -209,17 +209,35 @@ def _num_classes(network: nn.Module, image: Tensor, label: Tensor, loss_function
             f"`network` must return logits (rows, classes, {', '.join(map(str, image.shape[2:]))}) in training but "
             f"{type(network).__name__} returns {tuple(logits.shape)}; switch off its deep supervision."
         )
-    parts = loss_function.modules() if isinstance(loss_function, nn.Module) else [loss_function]
-    if logits.shape[1] > 1 and any(getattr(part, "sigmoid", False) for part in parts):
+    return without_meta(logits)
+
+
+def _overlapping(given: bool | None, label: Tensor, loss_function: Any, postprocessing: Any) -> bool:
+    """Whether several channels are regions that may overlap."""
+    told = has_sigmoid(loss_function) if given is None else given
+    if told is None:
+        applied = {
+            name
+            for step in transform_steps(postprocessing)
+            for name in ("sigmoid", "softmax")
+            if any(ensure_tuple(getattr(step, name, False)))
+        }
+        told = None if len(applied) != 1 else applied == {"sigmoid"}
+    if told is None and label.shape[1] > 1:
         raise KnowSAMValueError(
-            f"`loss_function` must have a softmax over the {logits.shape[1]} classes but has a sigmoid for each: they "
-            "may overlap, and SKD teaches classes that exclude each other."
+            f"`skd_overlapping` must be true or false for a label of {label.shape[1]} channels if neither the loss nor "
+            "the postprocessing has a sigmoid or softmax; set it to true if the channels are regions that may overlap."
         )
-    check_label(without_meta(logits), label, getattr(loss_function, "ignore_index", None))
-    return logits.shape[1]
+    if told and label.shape[1] == 1:
+        raise KnowSAMValueError(
+            "`label` must have a channel for each sigmoid of the network but has one of class numbers; add "
+            "AsDiscreted(keys='label', to_onehot=...) to the training transforms and set the loss's `to_onehot_y` to "
+            "false, or set `skd_overlapping` to false to distill a softmax."
+        )
+    return bool(told)
 
 
-def _distiller(skd: SKDSettings, images: Tensor, num_classes: int) -> SAMDistiller:
+def _distiller(skd: SKDSettings, images: Tensor, num_classes: int, overlapping: bool) -> SAMDistiller:
     side = max(images.shape[2:4])  # of a slice along the last axis
     teacher: nn.Module = SAMTeacher(
         num_classes=num_classes,
@@ -232,7 +250,8 @@ def _distiller(skd: SKDSettings, images: Tensor, num_classes: int) -> SAMDistill
     if images.ndim == 5:
         teacher = SliceTeacher(teacher, skd.axes, slices=min(skd.slices, *images.shape[2:]), seed=skd.seed)
     optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=skd.sam_lr)
-    return SAMDistiller(teacher, optimizer, DistillationLoss(temperature=skd.temperature), gate=skd.gate)
+    loss = DistillationLoss(temperature=skd.temperature)
+    return SAMDistiller(teacher, optimizer, loss, gate=skd.gate, overlapping=overlapping)
 
 
 def _to_rgb(images: Tensor) -> int | str | IntensityWindow:

@@ -5,7 +5,7 @@ A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are
 
 - **Rows.** Rows are independent, so labeled rows with a graph and unlabeled rows without one can run separately.
 - **Sizes and classes.** It accepts any size that the student accepts and returns logits of that size, with one channel
-  for each class of the student. `num_classes` is their number.
+  for each class of the student, or for each region if regions overlap. `num_classes` is their number.
 - **Values.** The image is in 0..1, and the teacher does not change it. The logits are float32 (float64 for a float64
   teacher) and finite.
 - **Eval mode.** Its logits are targets and must not depend on dropout or batch statistics. ``teacher.train()`` leaves
@@ -13,6 +13,8 @@ A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are
 - **Prompts.** The student's logits are only a prompt: no gradient flows back into them.
 - **Training.** The logits depend on every parameter with `requires_grad`. A teacher without such parameters builds no
   graph and needs no optimizer.
+- **Sigmoid or softmax.** A teacher that learns fits both. `overlapping`, if there is such an attribute, tells that its
+  logits are fixed: True for regions with a sigmoid each, False for classes of a softmax.
 - **Provenance.** `pretrained` tells whether its weights are pretrained, `pretrained_on` on which data, and `license` is
   the license of the weights; each is None if unknown.
 """
@@ -109,7 +111,7 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         raise _broken("have `num_classes`", "does not", "set that attribute, or pass `num_classes` here")
     if own_num_classes not in (None, num_classes):
         raise _broken(f"have the student's {num_classes} classes", f"has {own_num_classes}")
-    for name, kind in (("pretrained", bool), ("pretrained_on", str), ("license", str)):
+    for name, kind in (("overlapping", bool), ("pretrained", bool), ("pretrained_on", str), ("license", str)):
         value = getattr(teacher, name, None)
         if value is not None and not isinstance(value, kind):
             raise _broken(f"have a {kind.__name__} or None as `{name}`", f"has {value!r}")

@@ -29,17 +29,20 @@ class NetworkTeacher(nn.Module):
     .. math:: Y_c = \\log \\sum_{k \\in K_c} e^{z_k}
 
     z are the network's logits, and K_c are the channels that form class c of the student. The softmax of Y sums the
-    network's probabilities over these channels. The network is frozen in place and stays in eval mode. It ignores the
-    prompt and needs no optimizer.
+    network's probabilities over these channels. With `overlapping`, Y_c is the one channel of region c. The network is
+    frozen in place and stays in eval mode. It ignores the prompt and needs no optimizer.
 
     For a 2D network and a 3D student use ``SliceTeacher(NetworkTeacher(...))``.
 
     Args:
         network: ``f(image) -> logits`` (B, K, *spatial) for a softmax, or one sigmoid channel, which counts as two
-            channels, background and foreground. Several overlapping sigmoid channels are not supported.
+            channels, background and foreground. For several sigmoid channels see `overlapping`.
         channels: for each class of the student the network's channel, or several channels to merge. Every channel
             appears once; ``channels=4`` means 0 to 3 in order. A sigmoid student has one entry, the foreground; the
             other channels are background.
+        overlapping: each channel of the network is a region with a sigmoid of its own, as in BraTS, for
+            ``SAMDistiller(overlapping=True)``. `channels` then has one channel for each region of the student; others
+            may be left out, but none can be merged.
         patch_size: patch size of the network's training. Images are then processed in Gaussian-weighted windows of this
             size; smaller images are padded with 0. None: the whole image at once.
         overlap: overlap of these windows, 0..1.
@@ -77,12 +80,19 @@ class NetworkTeacher(nn.Module):
         pretrained: bool = True,
         pretrained_on: str | None = None,
         license: str | None = None,
+        overlapping: bool = False,
     ) -> None:
         super().__init__()
         if not (normalize is None or normalize == "z_score" or callable(normalize)):
             raise KnowSAMValueError(f"`normalize` must be 'z_score', a callable or None but is {normalize!r}.")
         self.channels = _groups(channels)
         self.num_classes = len(self.channels)
+        if overlapping and any(len(group) > 1 for group in self.channels):
+            raise KnowSAMValueError(
+                f"`channels` must have one channel for each overlapping region but are {channels!r}; probabilities of "
+                "a sigmoid cannot be merged."
+            )
+        self.overlapping = overlapping
         self.network = network
         for parameter in network.parameters():  # `requires_grad_` of a TorchScript module raises
             parameter.requires_grad_(False)
@@ -204,7 +214,14 @@ class NetworkTeacher(nn.Module):
                 f"`network` must return logits of the image's batch and spatial size, {tuple(image.shape)}, but "
                 f"returns {tuple(logits.shape)}; set `patch_size`, or wrap it in a module that resizes."
             )
-        return self._student_classes(class_logits(logits))
+        return self._student_regions(logits) if self.overlapping else self._student_classes(class_logits(logits))
+
+    def _student_regions(self, logits: Tensor) -> Tensor:
+        if max(self.channels)[0] >= logits.shape[1]:
+            raise KnowSAMValueError(
+                f"`channels` must be below {logits.shape[1]}, the network's channels, but are {self.channels}."
+            )
+        return logits[:, [channel for (channel,) in self.channels]]
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         used = [channel for group in self.channels for channel in group]

@@ -24,7 +24,7 @@ class PromptedTeacher(nn.Module):
     ``decode(embedding, prompt_logits, size)``. With a `cache` each image is encoded once.
 
     Args:
-        num_classes: C, background included (1 for a sigmoid student).
+        num_classes: C, background included; for a sigmoid student its channels, one for each region.
         image_size: (height, width) of the encoder's input.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
             with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W).

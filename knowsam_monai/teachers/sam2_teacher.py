@@ -53,7 +53,7 @@ class Sam2Teacher(PromptedTeacher):
     the image embedding. ``encoder="cached"`` caches it as SAMTeacher does, in four times the space.
 
     Args:
-        num_classes: C, background included (1 for a sigmoid student).
+        num_classes: C, background included; for a sigmoid student its channels, one for each region.
         image_size: height and width of SAM 2's input, multiples of 32; other images are resized to it.
             Published weights were trained at 1024, MedSAM2 at 512.
         variant: "tiny", "small", "base_plus" or "large", or a `transformers.Sam2Config`. MedSAM2 is a "tiny".

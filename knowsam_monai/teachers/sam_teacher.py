@@ -52,7 +52,7 @@ class SAMTeacher(PromptedTeacher):
     student starts with the same weights and sees the same data with and without it.
 
     Args:
-        num_classes: C, background included (1 for a sigmoid student).
+        num_classes: C, background included; for a sigmoid student its channels, one for each region.
         image_size: height and width of SAM's input, multiples of 16; other images are resized to it.
         variant: "vit_b", "vit_l", "vit_h", "mobile_sam", or "stand_in" (small, without published weights), see
             :func:`build_sam`.

@@ -14,7 +14,7 @@ from knowsam_monai.tensors import without_meta
 SAMPLINGS = ("uniform", "entropy")
 # attributes that describe a teacher and the provenance of its weights
 DESCRIPTION = (
-    *("num_classes", "image_size", "variant", "checkpoint"),
+    *("num_classes", "overlapping", "image_size", "variant", "checkpoint"),
     *("pretrained", "stand_in", "pretrained_on", "license"),
 )
 

@@ -17,7 +17,7 @@ from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from tests.attached import assert_same, build, host, loss_of, plain_loop
 from tests.hosts import CASES
-from tests.toys import toy_trainer
+from tests.toys import region_batches, toy_batches, toy_trainer
 
 WEIGHT = SigmoidRampUp(3)
 
@@ -55,13 +55,15 @@ def test_handler_loop_and_attachment_train_the_same(num_classes, size):
     assert set(skd.terms) == {"distillation_loss", "sam_loss", "gate_weight"}
 
 
-def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_handler():
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_handler(overlapping):
     options = dict(start=2, every=2, gate_interval=2)
-    ours, expected = (build(num_batches=8, gate="agreement") for _ in range(2))
-    loss = PartiallyLabeledLoss(dice_ce_loss(3))
-    toy_trainer(expected[0], expected[3], loss, [SAMDistillation(expected[2], **options)], optimizer=expected[1]).run()
+    ours, expected = (build(gate="agreement", overlapping=overlapping) for _ in range(2))
+    batches = region_batches(8) if overlapping else toy_batches(8)
+    loss = PartiallyLabeledLoss(overlapping=overlapping)
+    toy_trainer(expected[0], batches, loss, [SAMDistillation(expected[2], **options)], optimizer=expected[1]).run()
     skd = ours[2].attach(ours[0], ours[1], **options)
-    toy_trainer(ours[0], skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
+    toy_trainer(ours[0], skd.watch(batches), loss, [], optimizer=ours[1]).run()
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == expected[2].gate.num_measured == 2
     assert torch.equal(ours[2].gate.scores, expected[2].gate.scores)

@@ -10,7 +10,16 @@ from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.teachers import SliceTeacher
-from tests.toys import ToyStudent, ToyTeacher, distiller_of, toy_batches, with_gradient
+from tests.toys import (
+    RegionTeacher,
+    ToyStudent,
+    ToyTeacher,
+    distiller_of,
+    region_batches,
+    region_of,
+    toy_batches,
+    with_gradient,
+)
 
 
 def test_distillation_reaches_the_student_alone_and_only_the_taught_views(student, teacher):
@@ -432,3 +441,81 @@ def test_no_labeled_rows_are_no_label(student, teacher):
     label = torch.zeros_like(batch["image"][:, :1])
     ours, expected = (distiller_of(teacher)(batch["image"], logits, *rest) for rest in ((label, 0), ()))
     assert ours.sam_loss == 0 and torch.equal(ours.distillation_loss, expected.distillation_loss)
+
+
+REGION_CASES = {
+    "images": {},
+    "slices of volumes": {"size": (6, 5, 8)},
+    "unlabeled rows": {"taught_rows": "unlabeled"},
+    "dice term": {"distillation_loss": DistillationLoss(2.0, dice_weight=0.5)},
+    "holes": {"sam_loss": dice_ce_loss(1, ignore_index=255)},
+}
+
+
+@pytest.mark.parametrize("case", REGION_CASES)
+def test_overlapping_regions_are_as_many_students_of_one_channel(case):
+    """Losses are the mean of theirs; gradients of logits and teacher are theirs, divided by the number of regions."""
+    options = {"distillation_loss": DistillationLoss(2.0), **REGION_CASES[case]}
+    size = options.pop("size", (8, 8))
+    torch.manual_seed(0)
+    teacher, batch = RegionTeacher(3).double(), region_batches(1, size=size)[0]
+    if case == "holes":
+        batch["label"][torch.rand(batch["label"].shape) < 0.3] = 255
+    logits = torch.randn(4, 3, *size, dtype=torch.float64)
+
+    def step(teacher, channels, **more):
+        teacher = SliceTeacher(teacher, slices=3) if len(size) == 3 else teacher
+        leaf = logits[:, channels].clone().requires_grad_()
+        distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), 0.1), gate="none", **options, **more)
+        result = distiller.train()(batch["image"], leaf, batch["label"][:, channels], weight=0.7, iteration=4)
+        result.loss.backward()
+        return result, leaf.grad, [p.grad for p in teacher.parameters()]
+
+    together, gradient, teacher_gradients = step(teacher, slice(None), overlapping=True)
+    assert with_gradient(teacher) == {
+        f"{conv}.{part}" for conv in ("image_conv", "prompt_conv") for part in ("weight", "bias")
+    }
+    alone = [step(region_of(teacher, lambda: RegionTeacher(1), c), slice(c, c + 1)) for c in range(3)]
+    close = {"rtol": 1e-10, "atol": 1e-14}
+    for term in ("distillation_loss", "sam_loss"):
+        expected = torch.stack([getattr(result, term) for result, _, _ in alone]).mean()
+        torch.testing.assert_close(getattr(together, term), expected, **close)
+        assert expected > 0
+    torch.testing.assert_close(gradient, torch.cat([each for _, each, _ in alone], dim=1) / 3, **close)
+    for ours, *theirs in zip(teacher_gradients, *(gradients for _, _, gradients in alone)):
+        torch.testing.assert_close(ours, torch.cat(theirs) / 3, **close)
+
+
+def test_views_of_overlapping_regions_reach_student_and_teacher_apart(student, teacher):
+    batch = region_batches(1)[0]
+    distiller = distiller_of(teacher, overlapping=True)
+    result = distiller(batch["image"], student(batch["image"]), batch["label"])
+    result.distillation_loss.backward()
+    assert with_gradient(student) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert with_gradient(teacher) == set()
+    result.sam_loss.backward()
+    assert with_gradient(teacher) == {name for name, _ in teacher.named_parameters()}
+
+
+def test_regions_and_classes_are_not_taken_for_each_other(student, teacher):
+    regions, classes = region_batches(1)[0], toy_batches(1)[0]
+    with pytest.raises(
+        ValueError, match="`label` must have shape .*, 3, 8, 8.* but has .*; load it with 0 and 1 for each"
+    ):
+        distiller_of(teacher, overlapping=True)(classes["image"], student(classes["image"]), classes["label"])
+    with pytest.raises(ValueError, match="or set `overlapping` if regions may overlap"):
+        distiller_of(teacher)(regions["image"], student(regions["image"]), regions["label"])
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_teacher_of_fixed_logits_teaches_its_own_kind_only(teacher, fixed):
+    teacher.overlapping = fixed
+    distiller_of(teacher, overlapping=fixed)
+    with pytest.raises(ValueError, match=f"`overlapping` must be {fixed}, as in `teacher`, but is {not fixed}"):
+        distiller_of(teacher, overlapping=not fixed)
+
+
+def test_regions_do_not_draw_slices_by_the_entropy_of_a_softmax(teacher):
+    slices = SliceTeacher(teacher, slices=2, sampling="entropy")
+    with pytest.raises(ValueError, match="`sampling` 'uniform' for overlapping regions but has 'entropy'"):
+        distiller_of(slices, overlapping=True)

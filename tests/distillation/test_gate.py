@@ -100,6 +100,25 @@ def test_teacher_that_is_not_finite_does_not_agree_with_itself(num_classes, bad)
     assert gate.num_measured == 3 and gate.weight == 0 and gate.scores.tolist() == pytest.approx([1.0, 0.0])
 
 
+def test_agreement_of_overlapping_regions_is_the_mean_of_their_dice_counted_by_hand():
+    student = torch.full((1, 3, 2, 2), -1.0)
+    student[0, 0] = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # 3 pixels; upside down, 2 of them in common
+    student[0, 1] = torch.tensor([[1.0, -1.0], [1.0, -1.0]])  # 2 pixels; upside down, the same
+    teacher = student.clone()
+    teacher[0, 1] = torch.tensor([[1.0, float("nan")], [float("inf"), -1.0]])  # 1 pixel, none in common
+    teacher[0, 2] = torch.tensor([[-1.0, 1.0], [-1.0, -1.0]])  # a region that the student does not find
+    gate = TeacherGate("agreement", overlapping=True)
+    gate.measure_agreement(lambda x: student, lambda x, prompt: teacher, torch.zeros(1, 1, 2, 2), turn=1)
+    first = 2 * 2 / (3 + 3)
+    assert gate.scores.tolist() == pytest.approx([(first + 1 + 0) / 3, (first + 0 + 0) / 3])
+
+
+def test_sigmoid_student_and_teacher_of_two_classes_are_compared():
+    gate = TeacherGate("agreement")
+    gate.measure_agreement(lambda x: x - 0.5, lambda x, prompt: torch.cat([0 * prompt, prompt], 1), images(), 0)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+
+
 def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     gate = TeacherGate("agreement")
     gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)

@@ -18,7 +18,7 @@ from knowsam_monai.distillation.wiring import UNTAUGHT_CALLS, Wiring, has_each_r
 from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 from tests.attached import build, host, loss_of, plain_loop
-from tests.toys import toy_batches, toy_trainer
+from tests.toys import ToyStudent, ToyTeacher, distiller_of, region_batches, toy_batches, toy_trainer
 
 WAYS = ["handler", "loop", "attachment"]
 
@@ -80,10 +80,12 @@ def test_student_that_returns_probabilities_is_warned_of(way, activation, caplog
     )
 
 
+@pytest.mark.parametrize("num_regions", [1, 3])
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Identity()])
-def test_student_of_one_channel_that_returns_probabilities_is_warned_of(activation, caplog):
-    student, _, distiller, batches = build(1)
-    for batch in 51 * toy_batches(1, num_classes=2):
+def test_sigmoid_student_that_returns_probabilities_is_warned_of(activation, num_regions, caplog):
+    distiller = distiller_of(ToyTeacher(num_regions).double(), overlapping=num_regions > 1)
+    student = ToyStudent(num_regions).double()
+    for batch in 51 * region_batches(1, num_regions):
         distiller(batch["image"], activation(8 * student(batch["image"]) - 4).detach(), batch["label"])
     assert len(warnings_with(caplog, "the student seems to return probabilities")) == isinstance(activation, nn.Sigmoid)
 

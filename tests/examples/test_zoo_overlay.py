@@ -240,6 +240,71 @@ def surgery():
     return config
 
 
+MODALITIES = ("t1c", "t1", "t2", "flair")
+
+
+def brats(folder):
+    """Regions that overlap, made of class numbers, in volumes of four files each, as in brats_mri_segmentation."""
+    random = np.random.default_rng(0)
+    cases = {"training": 2, "validation": 1, "unlabeled": 3}
+    datalist = {name: [] for name in cases}
+    for number, name in enumerate(name for name, count in cases.items() for _ in range(count)):
+        classes = np.zeros((20, 24, 10), np.float32)
+        row, column = random.integers(2, 6, 2)
+        classes[row : row + 12, column : column + 14, 1:9] = 2  # edema
+        classes[row + 2 : row + 8, column + 2 : column + 10, 2:8] = 1  # necrotic core
+        classes[row + 3 : row + 6, column + 3 : column + 8, 3:7] = 4  # enhancing tumor
+        for part in (*MODALITIES, "seg"):
+            values = classes if part == "seg" else classes * 100 + random.normal(300, 20, classes.shape)
+            nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{number}_{part}.nii.gz")
+        item = {"image": [f"{number}_{modality}.nii.gz" for modality in MODALITIES], "label": f"{number}_seg.nii.gz"}
+        datalist[name].append(item["image"] if name == "unlabeled" else item)
+    (folder / "datalist.json").write_text(json.dumps(datalist))
+
+    config = copy.deepcopy(SUPERVISED)
+    config["training"] = config.pop("run")
+    config["network_def"] = {
+        "_target_": "SegResNet",
+        "blocks_down": [1, 1],
+        "blocks_up": [1],
+        "init_filters": 8,
+        "in_channels": 4,
+        "out_channels": 3,
+    }
+    config["loss"] = {
+        "_target_": "DiceLoss",
+        "smooth_nr": 0,
+        "squared_pred": True,
+        "to_onehot_y": False,
+        "sigmoid": True,
+    }
+    postprocessing = [
+        {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
+        {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5},
+    ]
+    for part, name in (("train", "training"), ("validate", "validation")):
+        config[part]["dataset"][
+            "data"
+        ] = f"$monai.data.load_decathlon_datalist(@bundle_root + '/datalist.json', data_list_key='{name}')"
+        config[part]["postprocessing"]["transforms"] = postprocessing
+        metric = next(iter(config[part]["key_metric"]))
+        config[part]["key_metric"] = {metric: {**METRIC, "include_background": True}}
+    config["train"]["preprocessing_transforms"] = [
+        {"_target_": "LoadImaged", "keys": BOTH},
+        {"_target_": "ConvertToMultiChannelBasedOnBratsClassesd", "keys": "label"},
+        {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True},
+    ]
+    config["train"]["random_transforms"] = [
+        {"_target_": "RandSpatialCropd", "keys": BOTH, "roi_size": [16, 16, 8], "random_size": False},
+        FLIP,
+        {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.1, "prob": 1.0},
+    ]
+    config["train"]["preprocessing"]["transforms"] = "$@train#preprocessing_transforms + @train#random_transforms"
+    config["validate"]["preprocessing"]["transforms"] = "$@train#preprocessing_transforms"
+    config["validate"]["inferer"] = {"_target_": "SlidingWindowInferer", "roi_size": [16, 16, 8]}
+    return config
+
+
 def write_bundle(folder, config, shape, affine=None, suffix=".nii.gz"):
     random = np.random.default_rng(0)
     for kind, count in (("imagesTr", 4), ("unlabeled", 3)):
@@ -401,17 +466,19 @@ def test_overlays_differ_only_in_the_section_of_the_trainer():
     assert all(key.startswith("skd_") for key in of_flat if "#" not in key)
 
 
+ONE_HOT = {"train#preprocessing#transforms#2": {"_target_": "AsDiscreted", "keys": "label", "to_onehot": 2}}
 REFUSED = {
     "interactive": ({"train#trainer#iteration_update": "$print"}, "`iteration_update` must be None"),
     "deep supervision": (
         {"network": {"_target_": "tests.examples.test_zoo_overlay.WithHeads"}},
         "returns a list; SKD cannot be added",
     ),
-    "overlapping regions": (
-        {"train#preprocessing#transforms#2": {"_target_": "AsDiscreted", "keys": "label", "to_onehot": 2}},
-        "classes of this bundle overlap",
+    "one-hot labels for a softmax": (ONE_HOT, "combine its channels into one of class indices"),
+    "class numbers for a sigmoid": ({"loss#sigmoid": True, "loss#softmax": False}, "has one of class numbers; add"),
+    "sigmoid or softmax": (
+        {**ONE_HOT, "loss": {"_target_": "DiceLoss"}, "train#postprocessing": "$lambda data: data"},
+        "`skd_overlapping` must be true or false",
     ),
-    "sigmoid of several classes": ({"loss#sigmoid": True, "loss#softmax": False}, "has a sigmoid for each"),
     "sizes": (
         {"train#preprocessing#transforms#3": {"_target_": "SpatialPadd", "keys": BOTH, "spatial_size": [33, 1]}},
         "end the bundle's training transforms with a crop",
@@ -468,6 +535,58 @@ def test_rgb_images_go_straight_to_sam(tmp_path):
     get, history = run(folder, OVERLAY, skd_unlabeled=f"{folder}/data/unlabeled/*.png", **TINY)
     teacher = distillation(get("train#trainer")).distiller.teacher
     assert teacher.to_rgb == "rgb" and teacher.num_classes == 1 and all("sam_loss" in step for step in history)
+
+
+def test_overlapping_regions_get_a_sigmoid_for_each(tmp_path):
+    folder = tmp_path
+    (folder / "configs").mkdir()
+    (folder / "configs" / "train.json").write_text(json.dumps(brats(folder)))
+    tiny = {**TINY, "skd_slices": 2, "skd_gate": "none", "skd_temperature": 2.0}
+    get, history = run(folder, OVERLAY, run_id="training", skd_unlabeled=f"{folder}/datalist.json", **tiny)
+    trainer = get("train#trainer")
+    assert history and all(step["distillation_loss"] > 0 and step["sam_loss"] > 0 for step in history)
+    assert trainer.state.output["image"].shape == (3, 4, 16, 16, 8)
+    assert trainer.state.output["label"].shape == (1, 3, 16, 16, 8)
+    assert get("validate#evaluator").state.metrics["val_mean_dice"] >= 0
+
+    distiller = distillation(trainer).distiller
+    assert distiller.teacher.num_classes == 3 and distiller.optimizer.state
+    image, label = (trainer.state.output[key].as_tensor() for key in BOTH)
+    logits = torch.randn(3, 3, 16, 16, 8)
+    result = distiller(image, logits, label)
+    teacher, student = (x.double() for x in (result.teacher_logits, result.slices.take(logits)))
+    p, q = ((x / 2).sigmoid() for x in (teacher, student))
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert result.distillation_loss.item() == pytest.approx(4 * divergence.mean().item(), rel=1e-4)
+    truth, p = result.slices.take(label.double(), slice(0, 1)), teacher[:1].sigmoid()
+    dice = [
+        1 - 2 * (x * y).sum((0, 2, 3, 4)) / (x**2 + y).sum((0, 2, 3, 4)) for x, y in ((p, truth), (1 - p, 1 - truth))
+    ]
+    expected = torch.nn.functional.binary_cross_entropy(p, truth) + (dice[0] + dice[1]).mean() / 2
+    assert result.sam_loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+SIGMOID = {"_target_": "DiceCELoss", "sigmoid": True}
+UNKNOWN = "$torch.nn.functional.binary_cross_entropy_with_logits"
+ACTIVATION = {"_target_": "Compose", "transforms": [{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}]}
+
+
+@pytest.mark.parametrize(
+    ("override", "overlapping"),
+    [
+        ({**ONE_HOT, "loss": SIGMOID}, True),
+        ({**ONE_HOT, "loss": UNKNOWN, "train#postprocessing": ACTIVATION}, True),
+        ({**ONE_HOT, "loss": UNKNOWN, "skd_overlapping": True}, True),
+        ({"loss": {**SIGMOID, "to_onehot_y": True}, "skd_overlapping": False}, False),
+        ({}, False),
+    ],
+)
+def test_sigmoid_or_softmax_comes_from_the_loss_or_the_postprocessing_or_the_key(bundle, override, overlapping, caplog):
+    get, history = run(bundle, OVERLAY, **override, **TINY)
+    distiller = distillation(get("train#trainer")).distiller
+    assert history and distiller.overlapping == distiller.gate.overlapping == overlapping
+    warned = [line for line in caplog.messages if "has a sigmoid for each channel but the distiller a softmax" in line]
+    assert len(warned) == ("skd_overlapping" in override and not overlapping)
 
 
 # the Zoo's multi_gpu_train.json, on CPUs

@@ -6,15 +6,26 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.data import Dataset
+from monai.losses import DiceLoss
 from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
 
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.handlers.loss_terms import scalar_terms
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.teachers import SAMTeacher, SliceTeacher
-from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer, with_gradient
+from tests.toys import (
+    RegionTeacher,
+    ToyStudent,
+    ToyTeacher,
+    region_batches,
+    region_of,
+    toy_batches,
+    toy_trainer,
+    with_gradient,
+)
 
 
 def build(seed=0, **kwargs):
@@ -342,3 +353,54 @@ def test_default_gate_is_measured_without_labels_of_its_own_and_without_an_evalu
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters(), lr=0.01))
     toy_trainer(student, toy_batches(10), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)]).run()
     assert distiller.gate.mode == "agreement" and distiller.gate.num_measured == 1
+
+
+def test_run_with_overlapping_regions_is_as_many_runs_of_one_channel():
+    """Losses and Dice values are the mean of theirs, and student and teacher learn the same."""
+    torch.manual_seed(0)
+    student, teacher = torch.nn.Conv2d(1, 3, 3, padding=1).double(), RegionTeacher(3).double()
+    batches = region_batches(6)
+    students = [region_of(student, lambda: torch.nn.Conv2d(1, 1, 3, padding=1), c) for c in range(3)]
+    teachers = [region_of(teacher, lambda: RegionTeacher(1), c) for c in range(3)]
+
+    def run(student, teacher, channels, lr, **overlapping):
+        distiller = SAMDistiller(
+            teacher, torch.optim.SGD(teacher.parameters(), lr), DistillationLoss(2.0), gate="none", **overlapping
+        )
+        handler = SAMDistillation(distiller, weight=0.7, log_interval=1)
+        loss = PartiallyLabeledLoss(DiceLoss(sigmoid=True), **overlapping)
+        mine = [{**batch, "label": batch["label"][:, channels]} for batch in batches]
+        trainer, terms = toy_trainer(student, mine, loss, [handler], lr=lr), []
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: terms.append(scalar_terms(e.state.output)))
+        trainer.run()
+        return terms
+
+    # a loss that is a mean over three has a third of the gradient
+    together = run(student, teacher, slice(None), lr=0.3, overlapping=True)
+    alone = [run(students[c], teachers[c], slice(c, c + 1), lr=0.1) for c in range(3)]
+    assert {"loss", "distillation_loss", "sam_loss", "teacher_labeled_dice"} < set(together[0])
+    for ours, *theirs in zip(together, *alone, strict=True):
+        for name, term in ours.items():
+            torch.testing.assert_close(term, torch.stack([t[name] for t in theirs]).mean(), rtol=1e-6, atol=1e-9)
+    for ours, theirs in ((student, students), (teacher, teachers)):
+        for name, value in ours.state_dict().items():
+            expected = torch.cat([other.state_dict()[name] for other in theirs])
+            torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "overlapping", "warned"),
+    [
+        (DiceLoss(sigmoid=True), False, "has a sigmoid for each channel but the distiller a softmax over all channels"),
+        (DiceLoss(softmax=True), True, "has a softmax over all channels but the distiller a sigmoid for each channel"),
+        (DiceLoss(sigmoid=True), True, None),
+        (DiceLoss(softmax=True), False, None),
+        (torch.nn.functional.cross_entropy, True, None),
+    ],
+)
+def test_loss_that_applies_another_activation_is_warned_of(loss, overlapping, warned, caplog):
+    student, _, distiller = build(overlapping=overlapping)
+    loss = PartiallyLabeledLoss(loss, overlapping=overlapping)
+    SAMDistillation(distiller).started(toy_trainer(student, toy_batches(1), loss, []))
+    assert len(caplog.messages) == (warned is not None)
+    assert warned is None or warned in caplog.messages[0]

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers import (
+    BidirectionalCopyPaste,
     FixMatch,
     MeanTeacher,
     MultiViewCoTraining,
@@ -17,18 +18,25 @@ from knowsam_monai.handlers import (
 from knowsam_monai.handlers.supervision import unlabeled_rows
 from knowsam_monai.losses import PartiallyLabeledLoss
 from knowsam_monai.networks.ema_student import EMAStudent
-from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
+from tests.toys import ToyStudent, ToyTeacher, region_batches, toy_batches, toy_trainer
+
+
+def ema_student():
+    student = ToyStudent()
+    return EMAStudent(student, torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+def name(handler):
+    return type(handler).__name__
 
 
 def handlers():
-    student = ToyStudent()
-    ema_student = EMAStudent(student, torch.optim.SGD(student.parameters(), lr=0.1))
     return [
         MultiViewCoTraining(),
         UncertaintyGuidedMixing(F.mse_loss),
         SAMDistillation(SAMDistiller(ToyTeacher())),
-        MeanTeacher(ema_student),
-        UncertaintyAwareMeanTeacher(ema_student, max_iterations=3),
+        MeanTeacher(ema_student()),
+        UncertaintyAwareMeanTeacher(ema_student(), max_iterations=3),
         FixMatch(),
     ]
 
@@ -40,13 +48,26 @@ def run(handler, loss, **batch):
     return trainer
 
 
-@pytest.mark.parametrize("handler", handlers(), ids=lambda handler: type(handler).__name__)
+@pytest.mark.parametrize("handler", handlers(), ids=name)
 def test_bare_loss_that_sees_fewer_labels_than_rows_is_one_clear_error(handler):
     loss = DiceCELoss(softmax=True, to_onehot_y=True)
     with pytest.raises(
         ValueError, match=r"must be a PartiallyLabeledLoss if only 2 of 4 rows .* but is DiceCELoss; wrap it"
     ):
         run(handler, loss)
+
+
+@pytest.mark.parametrize("handler", [*handlers(), BidirectionalCopyPaste(ema_student(), F.mse_loss)], ids=name)
+def test_only_distillation_takes_overlapping_regions(handler):
+    loss, batches = PartiallyLabeledLoss(overlapping=True), region_batches(1)
+    if isinstance(handler, SAMDistillation):
+        handler = SAMDistillation(SAMDistiller(ToyTeacher().double(), overlapping=True))
+        toy_trainer(ToyStudent().double(), batches, loss, [handler]).run()
+    else:
+        with pytest.raises(
+            ValueError, match="`label` must have one channel of class numbers but has 3: .*; remove the"
+        ):
+            toy_trainer(ToyStudent().double(), batches, loss, [handler]).run()
 
 
 def test_loss_that_takes_fewer_labels_passes_whoever_wrote_it():

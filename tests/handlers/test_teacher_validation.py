@@ -80,3 +80,29 @@ def test_missing_metric_is_one_clear_error():
     evaluator = evaluator_of(SAMDistiller(ToyTeacher()), ToyStudent(), with_metric=False)
     with pytest.raises(ValueError, match="'val_teacher_dice' is not one of val_mean_dice"):
         evaluator.run()
+
+
+def test_validation_gate_of_overlapping_regions_has_the_mean_dice_of_all_of_them():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().eval(), ToyTeacher()
+    batch = {"image": torch.rand(2, 1, 8, 8), "label": torch.randint(2, (2, 3, 8, 8))}
+    distiller = SAMDistiller(teacher, gate="validation", gate_tolerance=0.9, overlapping=True)
+    metrics = {
+        name: MeanDice(include_background=True, output_transform=from_engine([key, "label"]))
+        for name, key in (("val_mean_dice", "pred"), ("val_teacher_dice", "teacher_pred"))
+    }
+    SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[batch],
+        network=student,
+        postprocessing=AsDiscreted(keys=["pred", "teacher_pred"], threshold=0),
+        key_val_metric={"val_mean_dice": metrics.pop("val_mean_dice")},
+        additional_metrics=metrics,
+        val_handlers=[TeacherValidation(distiller)],
+    ).run()
+    logits = student(batch["image"])
+    for found, score in zip((logits, teacher(batch["image"], logits)), distiller.gate.scores):
+        mask, label = (found > 0).flatten(2), batch["label"].bool().flatten(2)
+        dice = 2 * (mask & label).sum(2) / (mask.sum(2) + label.sum(2))
+        assert score.item() == pytest.approx(dice.mean().item(), abs=1e-5)
+    assert 0 < distiller.gate.weight < 1 or distiller.gate.scores[1] >= distiller.gate.scores[0]

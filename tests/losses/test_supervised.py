@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.losses import DeepSupervisionLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss, TverskyLoss
 from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.losses.supervised import check_label, check_loss_takes
+from knowsam_monai.losses.supervised import check_label, check_loss_takes, has_sigmoid
 
 
 def reference(logits: torch.Tensor, label: torch.Tensor) -> float:
@@ -120,6 +120,43 @@ def test_wrapped_loss_sees_no_autocast_and_float64_stays():
 def test_label_that_does_not_fit_is_an_error(shape, message, views):
     with pytest.raises(ValueError, match=message):
         PartiallyLabeledLoss()(torch.zeros(4, *views, 3, 6, 6), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("views", [(), (2,)])
+@pytest.mark.parametrize("label_dtype", [torch.bool, torch.uint8, torch.float32])
+def test_overlapping_regions_reach_the_loss_whole_and_as_floats(views, label_dtype):
+    pred = torch.randn(4, *views, 3, 6, 8)  # with views, the label has the shape of a volume without a channel
+    label = torch.randint(2, (2, 3, 6, 8)).to(label_dtype)
+    loss = DiceLoss(sigmoid=True)
+    expected = sum(loss(view[:2], label.float()) for view in (pred.unbind(1) if views else [pred]))
+    torch.testing.assert_close(PartiallyLabeledLoss(loss, overlapping=True)(pred, label), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [
+        (
+            (2, 1, 6, 6),
+            1,
+            r"shape \(labeled rows, 3, 6, 6\) but has \(2, 1, 6, 6\); load it with 0 and 1 for each region",
+        ),
+        ((2, 6, 6), 1, r"shape \(labeled rows, 3, 6, 6\) but has \(2, 6, 6\)"),
+        ((2, 3, 6, 8), 1, r"shape \(labeled rows, 3, 6, 6\) but has"),
+        ((2, 3, 6, 6), 2, "in 0..1, outside or inside of each region, but is in 2..2"),
+        ((2, 3, 6, 6), math.nan, "in 0..1, outside or inside of each region, but is in nan..nan"),
+        ((2, 3, 6, 6), 0.5, "class numbers but has 0.5"),
+    ],
+)
+def test_label_that_does_not_fit_regions_is_an_error(shape, value, message):
+    with pytest.raises(ValueError, match=message):
+        check_label(torch.zeros(4, 3, 6, 6), torch.full(shape, value), overlapping=True)
+
+
+def test_regions_in_a_loss_of_classes_are_an_error_that_names_the_argument():
+    with pytest.raises(
+        ValueError, match="but has .*; combine its channels .* or set `overlapping` if regions may overlap"
+    ):
+        PartiallyLabeledLoss()(torch.zeros(4, 3, 6, 6), torch.zeros(2, 3, 6, 6))
 
 
 @pytest.mark.parametrize("views", [(), (2,)])
@@ -240,3 +277,39 @@ def test_with_no_pixel_known_the_loss_is_zero_and_finite(num_classes):
 def test_a_class_cannot_be_ignored():
     with pytest.raises(ValueError, match=r"`ignore_index` must be outside the classes 0..3 but is 3"):
         dice_ce_loss(4, ignore_index=3)
+
+
+class Own(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, PartiallyLabeledLoss, Own])
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (DiceLoss(sigmoid=True), True),
+        (DiceLoss(softmax=True, to_onehot_y=True), False),
+        (DiceCELoss(sigmoid=True), True),
+        (DiceCELoss(softmax=True), False),
+        (DiceFocalLoss(sigmoid=True), True),
+        (TverskyLoss(softmax=True), False),
+        (FocalLoss(), True),
+        (FocalLoss(use_softmax=True), False),
+        (nn.BCEWithLogitsLoss(), True),
+        (nn.CrossEntropyLoss(), False),
+        (dice_ce_loss(), False),
+        (DiceLoss(), None),
+        (F.cross_entropy, None),
+    ],
+)
+def test_losses_tell_whether_they_apply_a_sigmoid_or_a_softmax(loss, expected, wrap):
+    if isinstance(loss, nn.Module) or wrap is PartiallyLabeledLoss:
+        assert has_sigmoid(wrap(loss)) is expected
+    assert has_sigmoid(None) is None
+
+
+def test_loss_of_this_package_applies_what_its_wrapper_says():
+    for loss in (None, dice_ce_loss(3)):
+        assert [has_sigmoid(PartiallyLabeledLoss(loss, overlapping=given)) for given in (True, False)] == [True, False]

@@ -13,7 +13,7 @@ from monai.networks.nets import DynUNet, UNet
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.networks import MultiViewNet
-from knowsam_monai.teachers import NetworkTeacher, check_teacher
+from knowsam_monai.teachers import NetworkTeacher, SliceTeacher, check_teacher
 
 # configs/inference.json of the Model Zoo's ventricular_short_axis_3label, as far as the network goes
 VENTRICULAR = {
@@ -114,6 +114,29 @@ def test_a_sigmoid_student_of_many_classes_has_the_right_probability():
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     teacher = NetworkTeacher(fixed(*probabilities.log().tolist()), channels=[(1, 3)])
     assert teacher(torch.zeros(1, 1, 1, 1)).sigmoid().item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(3, [3.0, 0.0, -2.0]), ((2, 0), [-2.0, 3.0]), ([1], [0.0])])
+def test_regions_of_a_sigmoid_network_are_picked_by_channel(channels, expected):
+    teacher = NetworkTeacher(fixed(3.0, 0.0, -2.0), channels, overlapping=True)
+    assert teacher(torch.rand(1, 1, 4, 4), None)[0, :, 0, 0].tolist() == expected
+    assert check_teacher(teacher.float(), torch.rand(2, 1, 4, 4)).num_classes == len(expected)
+    assert SAMDistiller(SliceTeacher(teacher), overlapping=True).overlapping  # it knows through its slices
+
+
+def test_regions_are_never_merged_and_exist():
+    with pytest.raises(ValueError, match="`channels` must have one channel for each overlapping region but are"):
+        NetworkTeacher(fixed(3.0, 0.0, -2.0), [0, (1, 2)], overlapping=True)
+    with pytest.raises(
+        ValueError, match=r"`channels` must be below 3, the network's channels, but are \(\(0,\), \(3,\)\)"
+    ):
+        NetworkTeacher(fixed(3.0, 0.0, -2.0), [0, 3], overlapping=True)(torch.rand(1, 1, 4, 4), None)
+
+
+def test_softmax_network_does_not_teach_overlapping_regions():
+    for teacher in (NetworkTeacher(fixed(3.0, 0.0, -2.0), 3), SliceTeacher(NetworkTeacher(fixed(3.0, 0.0, -2.0), 3))):
+        with pytest.raises(ValueError, match="`overlapping` must be False, as in `teacher`, but is True"):
+            SAMDistiller(teacher, overlapping=True)
 
 
 @pytest.mark.parametrize("channels", [3, (0, 1, 2, 4), [0, (1, 2)], 5])
