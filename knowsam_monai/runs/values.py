@@ -529,7 +529,7 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
         if num_classes is not None and num_channels not in (0, num_classes):
             yield (
                 f"`teacher_channels` must have an entry for each of the {num_classes} classes, background included, "
-                f"but has {num_channels}; name the network's channel of each class, or a list of channels to merge them."
+                f"but has {num_channels}; name the network's channel of each class, or several to merge them."
             )
         if is_cached:
             yield (
