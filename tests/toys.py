@@ -87,7 +87,7 @@ def toy_trainer(
 ) -> SupervisedTrainer:
     """A real MONAI trainer over the given batches, one epoch, on the CPU."""
     return SupervisedTrainer(
-        device=torch.device("cpu"),
+        device=kwargs.pop("device", torch.device("cpu")),
         max_epochs=kwargs.pop("max_epochs", 1),
         train_data_loader=batches,
         network=network,

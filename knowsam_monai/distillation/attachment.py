@@ -303,7 +303,7 @@ class Attachment:
         if rows is None:
             rows = self.labeled_rows(self._batch.batch) if callable(self.labeled_rows) else self.labeled_rows
         sam_image = sam_image_for(image, None if sam_image is image else sam_image, self.distiller.teacher)
-        return sam_image, label if label is None else torch.as_tensor(label).to(image.device), rows
+        return sam_image, label if label is None else torch.as_tensor(label).to(image.device, non_blocking=True), rows
 
     def _gradients(
         self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: Rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +37,8 @@ class Distillation(NamedTuple):
         distillation_loss: weighted and gated, a scalar; its gradient reaches the student only.
         sam_loss: a scalar; its gradient reaches the teacher only. 0 without labeled rows, and for a teacher that does
             not learn.
-        teacher_logits: (B, C, *spatial), detached; with `slices`, a thin volume of these slices.
+        teacher_logits: (B, C, *spatial), detached; with `slices`, a thin volume of these slices. NaN in rows that the
+            teacher did not process because nothing reads them.
         slices: the slices of each volume that both losses use; None if both losses use every slice.
 
     Example::
@@ -66,7 +67,8 @@ class SAMDistiller(nn.Module):
         L_{kd} = w \\, g \\sum_{v} T^2 \\, KL(p_{sam}^T \\| p_v^T), \\qquad L_{sam} = CE + Dice(Y_{sam}, y)
 
     The sum runs over the taught views of the student; g is the teacher gate. The student's detached logits are the
-    teacher's mask prompt. Only the labeled rows build a graph through the teacher.
+    teacher's mask prompt. Only the labeled rows build a graph through the teacher. It processes only the rows that a
+    loss reads: with `weight` 0 or while the gate is 0, these are the labeled rows, or none if it does not learn.
 
     Every call restores the global random generators: with `weight` 0, or while the gate is 0, the student is, bit for
     bit, the one trained without a teacher, even if the teacher's output is not finite. A custom teacher that draws
@@ -192,6 +194,7 @@ class SAMDistiller(nn.Module):
         labeled_rows: Rows = None,
         weight: float = 1.0,
         iteration: int | None = None,
+        also_read: Collection[str] = (),
     ) -> Distillation:
         """
         Args:
@@ -205,6 +208,7 @@ class SAMDistiller(nn.Module):
                 student must not see, unless the SAM loss has an `ignore_index`.
             weight: factor of the distillation loss at this step.
             iteration: determines the slices that a teacher draws; None: it counts its draws.
+            also_read: rows of `teacher_logits` that the caller reads: "labeled", "unlabeled", both or none.
         """
         if self.training:
             self.wiring.check_once(logits)
@@ -231,15 +235,21 @@ class SAMDistiller(nn.Module):
             image, prompt_logits = slices.take(image), slices.take(prompt_logits)
             taught = [slices.take(view) for view in taught]
             label = label if label is None else slices.take(label, rows)
-        teacher_logits, labeled_logits = self._teach(teacher, image, prompt_logits, rows, learns)
+        is_teaching = weight != 0 and self.gate.is_open
+        teaches_labeled = self.taught_rows == "all" or self.ignore_index is not None
+        reads = {
+            "labeled": "labeled" in also_read or label is not None or (is_teaching and teaches_labeled),
+            "unlabeled": "unlabeled" in also_read or is_teaching,
+        }
+        teacher_logits, labeled_logits = self._teach(teacher, image, prompt_logits, rows, label is not None, **reads)
 
         sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
         if label is not None:
             sam_loss = self._sam_loss(labeled_logits, label)
         target = teacher_logits
-        if self.taught_rows == "unlabeled" and self.ignore_index is None:
+        if not teaches_labeled:
             rest = other_rows(rows, len(image))
-            target, taught = target[rest], [view[rest] for view in taught]
+            target, *taught = (_select(x, rest) for x in (target, *taught))
         distillation_loss = sam_loss.new_zeros(())
         if len(target) == 0:
             self.wiring.warn(
@@ -247,8 +257,8 @@ class SAMDistiller(nn.Module):
                 "return it from `select`."
             )
         elif weight != 0:
-            # behind a closed gate the target may be NaN or inf, and 0 times that is NaN
-            target = target if self.gate.mode == "none" else torch.where(self.gate.weight > 0, target, 0)
+            # behind a closed gate the loss is 0 but keeps its graph: the same parameters have a gradient
+            target = target if is_teaching else torch.zeros_like(target)
             kd_terms = [self._mean_loss(self.distillation_loss, view, target) for view in taught]
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
@@ -329,23 +339,33 @@ class SAMDistiller(nn.Module):
         return (self.teacher, None) if slices is None else (partial(self.teacher, axes=slices.axis), slices)
 
     def _teach(
-        self, teacher: Teacher, image: Tensor, prompt_logits: Tensor, rows: slice, learns: bool
+        self,
+        teacher: Teacher,
+        image: Tensor,
+        prompt_logits: Tensor,
+        rows: slice,
+        learns: bool,
+        labeled: bool,
+        unlabeled: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Teacher logits of all rows (detached), and of the labeled rows (with a graph, for SAM's loss)."""
-        labeled = range(len(image))[rows]
+        """Teacher logits of all rows (detached, NaN in rows not read), and of the labeled rows, with SAM's graph."""
+        builds_graph = learns and self.training and torch.is_grad_enabled()
+        parts = [rows] if labeled else []
+        parts += [other_rows(rows, len(image))] if unlabeled else []
+        if len(parts) == 2 and not builds_graph:
+            parts = [slice(None)]
+        parts = [part for part in parts if len(_select(image, part)) > 0]
+        outputs = []
         with self._autocast(image.device.type):
-            if not (learns and self.training and torch.is_grad_enabled() and len(labeled) > 0):
-                with torch.no_grad():
-                    logits = teacher(image, prompt_logits)
-                return logits, logits[rows]
-            labeled_logits = teacher(image[rows], prompt_logits[rows])
-            logits = torch.empty_like(prompt_logits, dtype=labeled_logits.dtype)
-            logits[rows] = labeled_logits.detach()
-            rest = other_rows(rows, len(image))
-            if len(labeled) < len(image):
-                with torch.no_grad():
-                    logits[rest] = teacher(image[rest], prompt_logits[rest])
-        return logits, labeled_logits
+            for part in parts:
+                with torch.set_grad_enabled(builds_graph and part is rows):
+                    outputs.append(teacher(_select(image, part), _select(prompt_logits, part)))
+        if parts == [slice(None)]:
+            return outputs[0].detach(), outputs[0][rows]
+        logits = torch.full_like(prompt_logits, torch.nan, dtype=outputs[0].dtype if outputs else None)
+        for part, output in zip(parts, outputs):
+            _put(logits, part, output.detach())
+        return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""
@@ -426,6 +446,20 @@ class SAMDistiller(nn.Module):
             ``attachment.remove()`` undoes everything.
         """
         return Attachment(self, student, optimizer, **options)
+
+
+def _select(tensor: Tensor, rows: slice | list[int]) -> Tensor:
+    """Some rows of a batch, without an index tensor, for which a GPU would have to wait."""
+    return tensor[rows] if isinstance(rows, slice) else torch.cat([tensor[:0], *(tensor[i : i + 1] for i in rows)])
+
+
+def _put(batch: Tensor, rows: slice | list[int], values: Tensor) -> None:
+    """Write some rows of a batch in place."""
+    if isinstance(rows, slice):
+        batch[rows] = values
+    else:
+        for row, value in zip(rows, values):
+            batch[row] = value
 
 
 def _view(views: Sequence[Tensor], index: int) -> Tensor:

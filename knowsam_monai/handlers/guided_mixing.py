@@ -81,19 +81,25 @@ class UncertaintyGuidedMixing:
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_exclusive_classes)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.ask_for_teacher)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def ask_for_teacher(self, engine: Engine) -> None:
+        """Ask `SAMDistillation` for the teacher's logits of the unlabeled rows."""
+        if self.pseudo_label == "teacher" and self._weight_at(engine.state.iteration):
+            engine.state.output["teacher_logits"] = None
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
-        weight = weight_at(self.weight, engine.state.iteration)
-        if engine.state.iteration < self.start or not weight:
+        weight = self._weight_at(engine.state.iteration)
+        if not weight:
             return
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
         pseudo_logits = logits
-        if self.pseudo_label == "teacher" and "teacher_logits" in output:
+        if self.pseudo_label == "teacher" and output.get("teacher_logits") is not None:
             pseudo_logits = gated(output["teacher_logits"], logits, output.get("gate_weight", logits.new_ones(())))
         mixed_image, mixed_label = self.mix(image, label, logits, pseudo_logits)
         # free the first graph before the second one is built
@@ -108,6 +114,9 @@ class UncertaintyGuidedMixing:
         output["mixing_loss"] = loss.detach()
         loss = loss / engine.accumulation_steps
         (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def _weight_at(self, iteration: int) -> float:
+        return weight_at(self.weight, iteration) if iteration >= self.start else 0.0
 
     @torch.no_grad()
     def mix(self, image: Tensor, label: Tensor, logits: Tensor, pseudo_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,9 @@ class SAMDistillation:
     step the handler writes `distillation_loss`, `sam_loss` (if the teacher learns), `gate_weight` and `teacher_logits`,
     all detached, into ``engine.state.output``. Every `log_interval` steps it adds `teacher_labeled_dice` and
     `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how good the teacher is, since it
-    learns from these rows.
+    learns from these rows. The teacher processes only the rows that something reads; the others are NaN in
+    `teacher_logits`. A handler that reads the unlabeled rows sets ``engine.state.output["teacher_logits"] = None`` at
+    ``IterationEvents.FORWARD_COMPLETED``; while the gate is 0 they stay NaN.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws them by iteration. The
     terms and Dice are then those of the slices, and there are no `teacher_logits`.
@@ -152,8 +154,16 @@ class SAMDistillation:
                     sam_image=sam_image,
                 )
 
-        weight = weight_at(self.weight, iteration)
-        result = self.distiller(sam_image, pred, label, rows, weight if iteration >= self.start else 0.0, iteration)
+        labeled = labeled_slice(rows, label, len(image))
+        # the teacher's first run since the last multiple of the interval
+        is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
+        is_logged &= label is not None and len(range(len(image))[labeled]) > 0
+        also_read = ["labeled"] if is_logged else []
+        draws_slices = getattr(self.distiller.teacher, "slices", None) is not None
+        if "teacher_logits" in output and self.distiller.gate.is_open and not draws_slices:
+            also_read.append("unlabeled")
+        weight = weight_at(self.weight, iteration) if iteration >= self.start else 0.0
+        result = self.distiller(sam_image, pred, label, rows, weight, iteration, also_read)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()
         if self.distiller.learns:
@@ -161,10 +171,7 @@ class SAMDistillation:
         output["gate_weight"] = self.distiller.gate.weight.clone()
         if result.slices is None:
             output["teacher_logits"] = result.teacher_logits
-        # the teacher's first run since the last multiple of the interval
-        is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
-        labeled = labeled_slice(rows, label, len(image))
-        if is_logged and label is not None and len(range(len(image))[labeled]) > 0:
+        if is_logged:
             label = label[labeled] if len(label) == len(image) else label
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
             student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)

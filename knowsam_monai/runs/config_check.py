@@ -14,6 +14,7 @@ from monai.bundle import ConfigExpression
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
+from knowsam_monai.teachers.bundle_network import check_bundle
 
 PATHS = (
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
@@ -60,6 +61,9 @@ def check_config() -> None:
             raise
     else:
         converted |= check_values(parser.config)
+    values = plain_values(parser.config)
+    if values.get("use_sam") and values.get("teacher_bundle") is not None:
+        check_bundle(values["teacher_bundle"], "teacher_bundle")
     for key, value in converted.items():
         parser.config[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
     if converted:

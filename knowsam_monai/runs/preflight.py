@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ignite.engine import Engine, Events
@@ -13,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai import ranks
 from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.sam_image import num_orientations
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.provenance import describe
 
 logger = logging.getLogger(__name__)
@@ -26,10 +29,13 @@ class Preflight:
     Before the first step, report what this run is: rows, trained weights, teacher, time, memory and expected finish.
 
     Four trial iterations run on one real batch: the first one twice, to warm up, then the middle and the last one, so
-    that terms that start later are counted. Afterwards weights, optimizers, modes, the engine's state and the global
-    random generators are restored. A loader that seeds its transforms for each row, as
-    :class:`knowsam_monai.data.SemiSupervisedLoader` does, then yields the same first batch again; one whose transforms
-    keep their own random generators does not.
+    that terms that start later are counted; there the gate is open, so that all rows of the teacher are counted.
+    Afterwards weights, optimizers, modes, the engine's state and the global random generators are restored. A loader
+    that seeds its transforms for each row, as :class:`knowsam_monai.data.SemiSupervisedLoader` does, then yields the
+    same first batch again; one whose transforms keep their own random generators does not.
+
+    With a cached encoder, iterations are timed without the encoding of new images. The report says how many images the
+    run will encode, and how long this takes; a warning follows if the run is too short for the cache to pay.
 
     Args:
         network: the student.
@@ -60,6 +66,8 @@ class Preflight:
         self.num_rows = tuple(num_rows)
         self.stop = stop
         self.ema_student = ema_student
+        self._lookups_per_iteration = 0.0
+        self._seconds_per_embedding = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer, after all handlers that take part in a step."""
@@ -72,13 +80,16 @@ class Preflight:
         if ranks.rank() == 0:  # every rank runs the trial iterations, because they wait for each other
             for line in self.report(engine, seconds):
                 logger.info(line)
+            self._warn_of_short_run(engine)
         if self.stop:
             engine.terminate()
 
     def report(self, engine: Engine, seconds: float) -> list[str]:
         """The lines of the table, given the seconds per iteration."""
         remaining = last_iteration(engine) - engine.state.iteration
-        finish = timedelta(seconds=round(seconds * remaining))
+        embeddings = self._embeddings(engine)
+        encoding = embeddings.encoded * self._seconds_per_embedding
+        finish = timedelta(seconds=round(seconds * remaining + encoding))
         if torch.device(engine.state.device).type == "cuda":
             memory = torch.cuda.max_memory_allocated(engine.state.device) / 2**30
         else:
@@ -90,6 +101,7 @@ class Preflight:
             *self._process_rows(),
             ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
             ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
+            *self._embedding_rows(embeddings),
             ("peak memory", f"{memory:.1f} GiB"),
             ("expected finish", f"{datetime.now() + finish:%Y-%m-%d %H:%M} (in {finish}, validation not counted)"),
         ]
@@ -113,6 +125,46 @@ class Preflight:
             ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
         ]
 
+    @property
+    def _cache(self) -> EmbeddingCache | None:
+        return None if self.distiller is None else getattr(self.distiller.teacher, "cache", None)
+
+    def _embeddings(self, engine: Engine) -> _Embeddings:
+        """What the run will ask of a cached encoder; rows and orientations are drawn with equal probability."""
+        if self._cache is None or sum(self.num_rows) == 0:
+            return _Embeddings(0, 0, 0, 0)
+        orientations = num_orientations(engine.data_loader)
+        different = orientations * sum(self.num_rows)
+        asked = self._lookups_per_iteration * (last_iteration(engine) - engine.state.iteration)
+        seen = different * (1 - (1 - 1 / different) ** asked)
+        encoded = seen * max(0.0, 1 - len(self._cache) / different)
+        return _Embeddings(orientations, different, round(asked), round(encoded))
+
+    def _embedding_rows(self, embeddings: _Embeddings) -> list[tuple[str, str]]:
+        if embeddings.asked == 0:
+            return []
+        itemsize = torch.empty((), dtype=self._cache.dtype).element_size()
+        memory = embeddings.different * math.prod(self._cache.shape) * itemsize / 2**30
+        each = self._seconds_per_embedding
+        return [
+            (
+                "embeddings",
+                f"{embeddings.different:,} different, {embeddings.orientations} of each row ({memory:.1f} GiB); the "
+                f"run uses {embeddings.asked:,} and encodes about {embeddings.encoded:,} of them, {each:.2f} s each "
+                f"({timedelta(seconds=round(each * embeddings.encoded))} in all)",
+            )
+        ]
+
+    def _warn_of_short_run(self, engine: Engine) -> None:
+        embeddings = self._embeddings(engine)
+        if embeddings.encoded > embeddings.asked / 2:
+            logger.warning(
+                "The run is too short for a cached encoder: it uses %s embeddings and encodes about %s of them. Train "
+                "longer, keep them for later runs with `sam_cache_dir`, or set `sam_encoder` to 'adapted'.",
+                f"{embeddings.asked:,}",
+                f"{embeddings.encoded:,}",
+            )
+
     def _process_rows(self) -> list[tuple[str, str]]:
         """The number of processes, and whether batch normalization is synchronized between them."""
         if ranks.world_size() == 1:
@@ -133,15 +185,27 @@ class Preflight:
         if hasattr(engine.data_loader, "set_iteration"):  # the first batch is drawn again
             engine.data_loader.set_iteration(state.iteration)
         last = last_iteration(engine)
-        times = []
-        for trial in (1, 1, last // 2, last):  # the first warms up
+        cache = self._cache
+
+        def clock() -> float:
+            """Seconds, without those spent on encoding new images."""
+            return time.perf_counter() - (0.0 if cache is None else cache.encoding_seconds)
+
+        times, lookups = [], []
+        for number, trial in enumerate((1, 1, last // 2, last)):  # the first warms up
             state.iteration, state.batch = max(trial, 1), batch
-            start = time.perf_counter()
+            if number > 1 and self.distiller is not None:
+                self.distiller.gate.weight.fill_(1.0)  # restored below, as the rest of the state
+            start, lookups_before = clock(), 0 if cache is None else cache.num_lookups
             engine.fire_event(Events.ITERATION_STARTED)  # a method may change the batch here
             engine._process_function(engine, state.batch)
             if torch.device(state.device).type == "cuda":
                 torch.cuda.synchronize(state.device)
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
+            lookups.append(0 if cache is None else cache.num_lookups - lookups_before)
+        self._lookups_per_iteration = sum(lookups[1:]) / 3
+        if cache is not None and cache.num_encoded > 0:
+            self._seconds_per_embedding = cache.encoding_seconds / cache.num_encoded
         state.iteration, state.batch, state.output = before
         for item, item_state in zip(self._objects(engine), states):
             item.load_state_dict(item_state)
@@ -156,6 +220,15 @@ class Preflight:
         objects = [self.network, self.optimizer, self.distiller, self.ema_student, engine.scaler]
         objects.append(None if self.distiller is None else self.distiller.optimizer)
         return [item for item in objects if item is not None]
+
+
+class _Embeddings(NamedTuple):
+    """Of a cached encoder: orientations of a row, different images, and how many a run asks for and encodes."""
+
+    orientations: int
+    different: int
+    asked: int
+    encoded: int
 
 
 def _peak_process_memory() -> float:

@@ -524,6 +524,13 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
                 "`teacher_bundle` must be the folder of a trained network's bundle but is None; name it, as in "
                 "--teacher_bundle models/ventricular_short_axis_3label."
             )
+        channels, num_classes = values.get("teacher_channels"), values.get("num_classes")
+        num_channels = channels if isinstance(channels, int) else len(channels or ())
+        if num_classes is not None and num_channels not in (0, num_classes):
+            yield (
+                f"`teacher_channels` must have an entry for each of the {num_classes} classes, background included, "
+                f"but has {num_channels}; name the network's channel of each class, or several to merge them."
+            )
         if is_cached:
             yield (
                 "`sam_encoder` must be 'adapted' if a network teaches, since it has no embeddings, but is 'cached'; "

@@ -73,9 +73,13 @@ def build_bundle_network(folder: Path) -> nn.Module:
     return network
 
 
-def check_bundle(path: str | os.PathLike[str]) -> Path:
+def check_bundle(path: str | os.PathLike[str], argument: str = "path") -> Path:
     """
     Return the path of a bundle's folder after checking that it has weights.
+
+    Args:
+        path: the folder.
+        argument: name of the argument or key, for the error.
 
     Raises:
         FileNotFoundError: if it is not a folder or has no weights.
@@ -86,10 +90,12 @@ def check_bundle(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise KnowSAMFileNotFoundError(f"`path` must be a bundle's folder but {folder} is not; unpack zip files first.")
+        raise KnowSAMFileNotFoundError(
+            f"`{argument}` must be a bundle's folder but {folder} is not; unpack zip files first."
+        )
     if not any((folder / name).is_file() for name in (MODEL, TORCHSCRIPT)):
         raise KnowSAMFileNotFoundError(
-            f"`path` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; download "
+            f"`{argument}` must be a bundle with weights but {folder} has neither {MODEL} nor {TORCHSCRIPT}; download "
             f"it with `python -m monai.bundle download --name {folder.name} --bundle_dir {folder.parent}`."
         )
     return folder

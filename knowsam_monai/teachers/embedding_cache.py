@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,11 @@ class EmbeddingCache:
         folder: where to store the embeddings, one file per image. Later runs and concurrent processes can share it. It
             is created if it is missing. None keeps the embeddings in memory.
         dtype: torch.float16 (half the space, relative error of at most 2^-11) or torch.float32 (exact).
+
+    Attributes:
+        num_lookups: number of images asked for so far.
+        num_encoded: number of images encoded so far.
+        encoding_seconds: time that this took.
 
     Shape:
         - image: (B, 3, H, W)
@@ -76,7 +82,8 @@ class EmbeddingCache:
         self._entries: dict[str, torch.Tensor] = {}
         self._versions: tuple[tuple[int, int], ...] = ()
         self._encoder_hash = ""
-        self._num_lookups = self._num_hits = 0
+        self.num_lookups = self.num_encoded = 0
+        self.encoding_seconds = 0.0
         self._update_encoder_hash()
 
     def __len__(self) -> int:
@@ -95,17 +102,19 @@ class EmbeddingCache:
     ) -> torch.Tensor:
         key = self._key(pixels)
         kept = self._entries.get(key) if self.folder is None else self._read(key)
-        self._num_lookups += 1
-        self._num_hits += kept is not None
-        if self._num_lookups == LOOKUPS_WITHOUT_A_HIT and self._num_hits == 0:
+        self.num_lookups += 1
+        self.num_encoded += kept is None
+        if self.num_lookups == self.num_encoded == LOOKUPS_WITHOUT_A_HIT:
             logger.warning(
                 "None of the first %d images of the cached encoder repeated: look for a random transform before "
                 "RandOrientationd, or set the encoder to 'adapted'.",
-                self._num_lookups,
+                self.num_lookups,
             )
         if kept is None:
+            start = time.perf_counter()
             with torch.autocast(image.device.type, enabled=False):
                 kept = encode(image)[0].to("cpu", self.dtype).contiguous()
+            self.encoding_seconds += time.perf_counter() - start
             if not kept.isfinite().all():
                 raise KnowSAMValueError(
                     f"`dtype` of the cache must hold the encoder's values but one is not finite in {self.dtype}; "

@@ -18,6 +18,7 @@ from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
 from knowsam_monai.teachers.provenance import origin
+from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
 from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
 from knowsam_monai.tensors import without_meta
 
@@ -168,8 +169,8 @@ class Sam2Teacher(PromptedTeacher):
         return self.checkpoint is not None
 
     def _encode(self, rgb: Tensor) -> Tensor:
-        features = self.sam.vision_encoder((rgb - self.pixel_mean) / self.pixel_std).fpn_hidden_states
-        finest, finer, coarse = features  # strides 4, 8, 16
+        normalized = (rgb - self.pixel_mean) / self.pixel_std
+        finest, finer, coarse = encode_sam2_image(self.sam.vision_encoder, normalized)
         finest = F.pixel_unshuffle(self.sam.mask_decoder.conv_s0(finest), 4)  # (B, 2 D, h, w)
         finer = F.pixel_unshuffle(self.sam.mask_decoder.conv_s1(finer), 2)  # (B, D, h, w)
         return torch.cat((finest, finer, coarse), dim=1)

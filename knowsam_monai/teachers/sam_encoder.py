@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,13 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
         tokens = tokens + encoder.pos_embed
     grid = (tokens.shape[1], tokens.shape[2])
     window_size = max(block.window_size for block in encoder.blocks)
-    order = _window_order(grid, window_size).to(tokens.device)
-    layouts = {size: _layout(order, grid, size, tokens) for size in (0, window_size)}
+    order, back, layouts = _token_order(grid, window_size, tokens.device, tokens.dtype)
 
     tokens = tokens.flatten(1, 2).index_select(1, order)  # (B, h * w, channels), ordered by window
     for block in encoder.blocks:
         tokens = tokens + _attend(block.attn, block.norm1(tokens), layouts[block.window_size])
         tokens = tokens + block.mlp(block.norm2(tokens))
-    return _neck(encoder.neck, tokens.index_select(1, order.argsort()).unflatten(1, grid))
+    return _neck(encoder.neck, tokens.index_select(1, back).unflatten(1, grid))
 
 
 class _Windows(NamedTuple):
@@ -69,38 +69,68 @@ class _Layout(NamedTuple):
     one_hot: torch.Tensor  # (h * w, rows + columns) encodes the token's row and column
 
 
-def _spans(size: int, window_size: int) -> list[tuple[int, int, int]]:
-    """(start, stop, window size without padding) of an axis's whole windows and of its partial window."""
+def spans(size: int, window_size: int) -> list[tuple[int, int, int]]:
+    """
+    (start, stop, window size without padding) of an axis's whole windows and of its partial window.
+
+    Args:
+        size: number of tokens along the axis.
+        window_size: of a padded window; 0 means one window of all tokens.
+
+    Example::
+
+        >>> spans(size=16, window_size=14), spans(size=16, window_size=0)
+        ([(0, 14, 14), (14, 16, 2)], [(0, 16, 16)])
+    """
     whole = size - size % (window_size or size)
-    spans = [(0, whole, window_size or size), (whole, size, size - whole)]
-    return [span for span in spans if span[0] < span[1]]
+    both = [(0, whole, window_size or size), (whole, size, size - whole)]
+    return [span for span in both if span[0] < span[1]]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a tensor made in inference mode cannot take part in a later backward pass
+def _token_order(
+    grid: tuple[int, int], window_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, _Layout]]:
+    """
+    The order of the tokens by window, the way back, and the layout of global attention (0) and of windows.
+
+    Cached, since building and copying them would make every step wait for a GPU.
+    """
+    order = _window_order(grid, window_size)
+    layouts = {size: _layout(order, grid, size) for size in (0, window_size)}
+    layouts = {
+        size: layout._replace(distances=layout.distances.to(device), one_hot=layout.one_hot.to(device, dtype))
+        for size, layout in layouts.items()
+    }
+    return order.to(device), order.argsort().to(device), layouts
 
 
 def _window_order(grid: tuple[int, int], window_size: int) -> torch.Tensor:
     """Indices into the flat token grid: whole windows, then partial ones at the right, at the bottom, and at both."""
-    index = torch.arange(grid[0] * grid[1]).view(grid)
+    index = torch.arange(grid[0] * grid[1], device="cpu").view(grid)
     return torch.cat(
         [
             index[top:bottom, left:right].unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten()
-            for top, bottom, height in _spans(grid[0], window_size)
-            for left, right, width in _spans(grid[1], window_size)
+            for top, bottom, height in spans(grid[0], window_size)
+            for left, right, width in spans(grid[1], window_size)
         ]
     )
 
 
-def _layout(order: torch.Tensor, grid: tuple[int, int], window_size: int, tokens: torch.Tensor) -> _Layout:
+def _layout(order: torch.Tensor, grid: tuple[int, int], window_size: int) -> _Layout:
     windows = [
         _Windows((bottom - top) // height * ((right - left) // width), height, width)
-        for top, bottom, height in _spans(grid[0], window_size)
-        for left, right, width in _spans(grid[1], window_size)
+        for top, bottom, height in spans(grid[0], window_size)
+        for left, right, width in spans(grid[1], window_size)
     ]
     padded = (window_size, window_size) if window_size else grid
     offset, distances, one_hot = 0, [], []
     for position, length in zip((order // grid[1], order % grid[1]), padded):
         position = position[:, None] % length
-        others = torch.arange(length, device=order.device)
+        others = torch.arange(length, device="cpu")
         distances.append(position - others + length - 1 + offset)
-        one_hot.append((position == others).to(tokens.dtype))
+        one_hot.append((position == others))
         offset += 2 * length - 1
     return _Layout(windows, padded, torch.cat(distances, dim=1), torch.cat(one_hot, dim=1))
 

@@ -72,7 +72,7 @@ def draw_by_entropy(logits: Tensor, axis: int, num_slices: int, seed: int, itera
     """
     slice_entropy = entropy_map(logits.detach()).movedim(axis + 2, 1).flatten(2).mean(2)
     noise = _noise(slice_entropy.shape[1], len(logits), seed, iteration).clip(1e-12, 1 - 1e-12)
-    gumbel = torch.from_numpy(-np.log(-np.log(noise))).to(slice_entropy)
+    gumbel = torch.from_numpy(-np.log(-np.log(noise))).to(slice_entropy, non_blocking=True)
     score = slice_entropy.clamp(min=torch.finfo(slice_entropy.dtype).tiny).log() + gumbel
     return score.topk(num_slices, dim=1).indices.sort(dim=1).values
 

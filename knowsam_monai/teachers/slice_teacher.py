@@ -142,7 +142,7 @@ class SliceTeacher(nn.Module):
             index = draw_by_entropy(prompt_logits, axis, self.slices, self.seed, iteration)
         else:
             index = draw_uniform(size, self.slices, num_rows, self.seed, iteration)
-        return SliceSelection(axis, index.to(prompt_logits.device))
+        return SliceSelection(axis, index.to(prompt_logits.device, non_blocking=True))
 
     def _teach_along(self, axis: int, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """Process all slices along an axis as one batch of images, and stack their logits to a volume."""

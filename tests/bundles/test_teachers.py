@@ -151,6 +151,18 @@ def test_network_of_slices_is_no_teacher_of_volumes(taught, small_teachers):
 
 
 @BUNDLES
+@pytest.mark.parametrize("content", [None, "empty"])
+def test_network_that_is_missing_is_named_by_its_key_before_anything_is_built(taught, configs, content, tmp_path):
+    folder = tmp_path / "missing"
+    if content == "empty":
+        folder.mkdir()
+    run = taught(configs, "network", teacher_bundle=str(folder))
+    with pytest.raises(RuntimeError) as error:
+        run.workflow.initialize()
+    assert str(root_cause(error.value)).startswith("`teacher_bundle` must be a bundle")
+
+
+@BUNDLES
 def test_network_that_is_not_named_is_one_sentence(taught, configs):
     with pytest.raises(RuntimeError) as error:
         taught(configs, "network", teacher_bundle=None).run()

@@ -147,6 +147,44 @@ def test_no_graph_through_the_teacher_for_unlabeled_rows(student, teacher):
     assert seen == [(1, True), (3, False)]
 
 
+@pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
+@pytest.mark.parametrize(
+    ("options", "weight", "also_read", "read"),
+    [
+        ({}, 1.0, (), "all"),
+        ({}, 0.0, (), "none"),
+        ({"gate": "validation"}, 1.0, (), "none"),
+        ({"taught_rows": "unlabeled"}, 1.0, (), "unlabeled"),
+        ({}, 0.0, ("labeled",), "labeled"),
+        ({"gate": "validation"}, 1.0, ("unlabeled",), "unlabeled"),
+        ({"taught_rows": "unlabeled"}, 1.0, ("labeled",), "all"),
+    ],
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_rows_that_nothing_reads_are_nan_and_do_not_enter_the_teacher(
+    student, teacher, rows, options, weight, also_read, read, learns
+):
+    batch = toy_batches(1, num_labeled=4 if rows else 2, num_unlabeled=0 if rows else 2)[0]
+    image, logits = batch["image"], student(batch["image"])
+    expected = teacher(image, logits[:, 0].detach())
+    labeled = list(range(4)[rows or slice(2)])
+    unlabeled = [row for row in range(4) if row not in labeled]
+    read_rows = {"all": [0, 1, 2, 3], "none": [], "labeled": labeled, "unlabeled": unlabeled}[read]
+    if learns:
+        read_rows = sorted({*read_rows, *labeled})
+    distiller = distiller_of(teacher, **options)
+    if not learns:
+        distiller.optimizer = None
+    entered = []
+    teacher.register_forward_pre_hook(lambda _, args: entered.extend(args[0]))
+    result = distiller(image, logits, batch["label"], rows, weight, also_read=also_read)
+    assert sorted(i for x in entered for i in range(4) if torch.equal(x, image[i])) == read_rows
+    for row in range(4):
+        found = result.teacher_logits[row]
+        assert torch.allclose(found, expected[row], atol=1e-12) if row in read_rows else found.isnan().all()
+    assert result.loss.isfinite()
+
+
 def test_without_labels_or_without_optimizer_the_teacher_is_left_alone(student, teacher):
     batch = toy_batches(1)[0]
     image, logits = batch["image"], student(batch["image"])

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from knowsam_monai.distillation.gate import TeacherGate
 
@@ -190,3 +193,21 @@ def test_teacher_that_looks_at_one_side_of_the_volumes_shuts_the_agreement_gate(
     for turn in range(9):
         gate.measure_agreement(threshold_student, teacher, volumes(), turn)
     assert gate.weight == 0 and gate.scores[0] == 1
+
+
+def test_gate_asks_its_device_once_for_each_written_weight():
+    gate = TeacherGate("validation")
+    asked = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func) if func is torch.ops.aten._local_scalar_dense.default else None
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        assert [gate.is_open for _ in range(3)] == [False] * 3 and len(asked) == 1
+        gate.weight.fill_(0.5)
+        assert [gate.is_open for _ in range(3)] == [True] * 3 and len(asked) == 2
+    other = copy.deepcopy(gate)
+    other.load_state_dict(TeacherGate("validation").state_dict())
+    assert gate.is_open and not other.is_open

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.distillation.optimizer_hooks import follow
+from tests.processes import finish, start_ranks
 from tests.toys import distiller_of, toy_batches
 
 
@@ -147,3 +150,40 @@ def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, 
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-4)
         optimizer.step()
     assert all(parameter._post_accumulate_grad_hooks in (None, {}) for parameter in student.parameters())
+
+
+def step_with_gradients_of_one_rank(folder):
+    """Rank 1 has no gradient of the first two parameters, and no rank has one of the last."""
+    rank = torch.distributed.get_rank()
+    shapes = [(2, 3, 4, 4), (5,), (3, 2), (1,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes)]
+    parameters[0].data = parameters[0].data.to(memory_format=torch.channels_last)
+    teacher_optimizer = torch.optim.SGD(parameters, lr=1.0)
+    student = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    follow(teacher_optimizer, optimizer)
+    for index in (0, 1, 2) if rank == 0 else (2,):
+        values = torch.arange(parameters[index].numel(), dtype=torch.float32) + 10 * rank
+        parameters[index].grad = torch.empty_like(parameters[index]).copy_(values.view(shapes[index]))
+    calls = []
+    all_reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **kwargs: (calls.append(args[0].dtype), all_reduce(*args, **kwargs))
+    optimizer.step()
+    torch.distributed.all_reduce = all_reduce
+    torch.save({"parameters": parameters, "calls": calls}, f"{folder}/rank{rank}.pt")
+
+
+def test_ranks_step_with_the_mean_gradient_after_one_all_reduce_for_each_precision(tmp_path):
+    processes = start_ranks(tmp_path, 2, step_with_gradients_of_one_rank, str(tmp_path))
+    first, second, third = (-torch.arange(count, dtype=torch.float32) for count in (96, 5, 6))
+    for rank, process in enumerate(processes):
+        log = tmp_path / f"rank{rank}.log"
+        assert finish(process, log) == 0, log.read_text()
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert found["calls"] == [torch.float32, torch.bfloat16]
+        stepped = [parameter.detach() for parameter in found["parameters"]]
+        assert torch.equal(stepped[0], first.view(2, 3, 4, 4) / 2)
+        assert torch.equal(stepped[1], (second / 2).bfloat16())
+        assert torch.equal(stepped[2], third.view(3, 2) - 5)
+        assert torch.equal(stepped[3], torch.zeros(1)) and found["parameters"][3].grad is None

@@ -3,10 +3,14 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import time
+from datetime import timedelta
 
 import numpy as np
+import pytest
 import torch
 from ignite.engine import Events
+from monai.engines.utils import IterationEvents
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.bidirectional_copy_paste import BidirectionalCopyPaste
@@ -16,6 +20,7 @@ from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.runs.preflight import Preflight
 from knowsam_monai.seeds import random_state
 from knowsam_monai.teachers import SliceTeacher
+from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from tests.same_bits import assert_same_bits
 from tests.toys import ToyStudent, ToyTeacher, toy_batches, toy_trainer
 
@@ -104,3 +109,63 @@ def test_report_of_a_teacher_of_slices_names_the_parts_of_sam_that_train():
     assert (
         rows["teacher"].startswith("ToyTeacher on slices") and "image_conv 30, prompt_conv 12" in rows["teacher trains"]
     )
+
+
+class CachedTeacher(ToyTeacher):
+    """A frozen encoder that takes 10 seconds of `clock` for an image, which it encodes once."""
+
+    encoder = "cached"
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+        self.cache = EmbeddingCache(self.image_conv.requires_grad_(False), {}, shape=(3, 8, 8))
+
+    def encode(self, image):
+        self.clock.append(self.clock[-1] + 10)
+        return self.image_conv(image.float())
+
+    def forward(self, image, prompt_logits):
+        return self.cache(image, self.encode) + self.prompt_conv(prompt_logits.float())
+
+
+@pytest.mark.parametrize(("num_iterations", "encoded", "pays"), [(3, 8, False), (400, 44, True)])
+def test_report_says_what_a_cached_encoder_will_encode_and_warns_if_the_run_is_too_short(
+    num_iterations, encoded, pays, caplog, monkeypatch
+):
+    """6 rows in 8 orientations: 48 embeddings. The 10 seconds of each are no part of an iteration."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    teacher, student = CachedTeacher(clock), ToyStudent()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.prompt_conv.parameters()), gate="agreement")
+    batches = [{key: value.float() for key, value in batch.items()} for batch in toy_batches(1)]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    preflight = Preflight(student, optimizer, distiller, num_rows=(2, 4), stop=True)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    trainer = toy_trainer(student, batches, loss, [], optimizer=optimizer, epoch_length=num_iterations)
+    trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, CachedStep(distiller))
+    preflight.attach(trainer)
+    with caplog.at_level(logging.INFO, logger="knowsam_monai"):
+        trainer.run()
+    # 2, 4 and 4 rows in the trials: those without a label only behind an open gate; 4 are encoded already
+    asked = 10 * num_iterations // 3
+    assert (
+        f"48 different, 8 of each row (0.0 GiB); the run uses {asked:,} and encodes about {encoded} of them, 10.00 s "
+        f"each ({timedelta(seconds=10 * encoded)} in all)"
+    ) in caplog.text
+    assert (
+        f"{num_iterations} of 0.00 s each" in caplog.text and f"(in {timedelta(seconds=10 * encoded)}," in caplog.text
+    )
+    assert ("The run is too short for a cached encoder" in caplog.text) != pays
+
+
+class CachedStep:
+    """What `SAMDistillation` does in a step, for a loader whose transforms nobody knows."""
+
+    def __init__(self, distiller):
+        self.distiller = distiller.train()
+
+    def __call__(self, engine):
+        output = engine.state.output
+        result = self.distiller(output["image"], output["pred"], output["label"])
+        output["loss"] = output["loss"] + result.loss

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from knowsam_monai.teachers.sam import build_sam
-from knowsam_monai.teachers.sam_encoder import encode_image
+from knowsam_monai.teachers.sam_encoder import _token_order, encode_image
 from tests.networks.sam_toys import randomized, toy_encoder
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -89,3 +92,19 @@ def test_bf16_autocast_stays_near_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = encode_image(encoder, image).float()
     assert torch.nn.functional.cosine_similarity(low.flatten(), encode_image(encoder, image).flatten(), dim=0) > 0.99
+
+
+def test_token_order_is_built_once_for_a_size_also_in_inference_mode_and_in_copies():
+    torch.manual_seed(0)
+    encoder = build_sam("stand_in", image_size=64).image_encoder
+    _token_order.cache_clear()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = encode_image(encoder, image)
+    for copied in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        embedding = encode_image(copied, image)
+        embedding.sum().backward()  # an inference tensor could not be saved for it
+        assert torch.equal(embedding, expected)
+    assert _token_order.cache_info().misses == 1
+    encode_image(encoder.double(), image.double())
+    assert _token_order.cache_info().misses == 2 and _token_order.cache_info().maxsize is not None
