@@ -126,8 +126,9 @@ def test_inference_prepares_images_as_validation_does(bundle):
     inference = ConfigParser.load_config_file(bundle / "configs" / "inference.json")
 
     def of_images(section):
-        keep = [t for t in section["preprocessing"]["transforms"] if t["_target_"].split(".")[-1] not in BESIDE_IMAGES]
-        return [{k: v for k, v in t.items() if k not in ("keys", "allow_missing_keys")} for t in keep]
+        steps = [section["check"] if t == "@validate#check" else t for t in section["preprocessing"]["transforms"]]
+        keep = [t for t in steps if t["_target_"].split(".")[-1] not in BESIDE_IMAGES]
+        return [{k: v for k, v in t.items() if k not in ("keys", "allow_missing_keys", "warn")} for t in keep]
 
     expected = of_images(train["validate"])
     assert of_images(inference) == expected and len(expected) >= 4
