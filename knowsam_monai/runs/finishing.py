@@ -16,6 +16,7 @@ from knowsam_monai.runs import ValidationReport
 from knowsam_monai.runs.messages import log_traceback
 from knowsam_monai.runs.report import write_report
 from knowsam_monai.runs.run_record import LOG
+from knowsam_monai.runs.starting import release
 from knowsam_monai.runs.trained_student import MODEL, publish_student
 from knowsam_monai.texts import printable
 
@@ -62,6 +63,7 @@ def finish_run(
     _try("validation.png", report.write_picture, run_command)
     _try(*page)
     if not is_published:
+        release()
         raise KnowSAMRuntimeError(
             f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is intact in "
             f"{Path(output_dir) / MODEL}; run the same command again to publish it."
