@@ -115,7 +115,7 @@ def read_cases(
         progress: whether to show a progress bar.
 
     Example:
-        >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="/tmp/facts")     # doctest: +SKIP
+        >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="facts")     # doctest: +SKIP
     """
     keys, states = zip(*(_key_and_state(item, read.settings) for item in items)) if items else ((), ())
     path = None if cache_dir is None or not items else _cache_file(items, Path(cache_dir).expanduser())
