@@ -86,7 +86,8 @@ def _leave_out_hosted(files: dict[str, bytes]) -> None:
 def _metadata(bundle: Path, training: Training) -> str:
     """The metadata with the training data and the metrics of the weights."""
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    metadata["description"] += f" {training.sentence}"
+    description = metadata["description"].partition(" `eval_metrics` is ")[0]  # of the repository's weights
+    metadata["description"] = f"{description} {training.sentence}"
     metadata["eval_metrics"] = training.metrics
     return _json(metadata)
 

@@ -281,3 +281,13 @@ def test_readme_has_the_sections_of_the_zoo_s_template_and_commands_of_files_tha
         f"configs/{name}.json" for name in ("train", "evaluate", "inference", "multi_gpu_train")
     }
     assert all((bundle / name).is_file() for name in named)
+
+
+def test_metrics_are_those_of_the_weights_in_the_repository(bundle):
+    changed = ["git", "-C", str(bundle), "status", "--porcelain", "models"]
+    if not (ROOT / ".git").exists() or subprocess.run(changed, capture_output=True, check=True).stdout:
+        pytest.skip("the weights are of another training")
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    record = json.loads((bundle / "models" / "model.json").read_text())
+    assert metadata["eval_metrics"] == record["metrics"] and record["trained_on"] == "synthetic phantom"
+    assert "validation volumes of the synthetic phantom" in metadata["description"]
