@@ -2,11 +2,13 @@
 
     python torchscript_inference.py model.ts scan.nii.gz 256 segmentations/
 
-256 is the `image_size` of the student's training (64 for the phantom's student). Slices lie along the scan's last axis.
+256 is the `image_size` of the student's training (64 for the phantom's student). Slices are taken along the axis of the
+largest spacing and turned as the bundle does; of a scan with three equal spacings, they are axial.
 """
 
 import sys
 
+import nibabel
 import torch
 from monai.inferers import SliceInferer
 from monai.transforms import (
@@ -15,10 +17,22 @@ from monai.transforms import (
     EnsureTyped,
     Invertd,
     LoadImaged,
+    Orientationd,
     Resized,
     SaveImaged,
     ScaleIntensityd,
 )
+
+
+def orientation(scan):
+    """The axes in which slices come last: from left, back and down, and the slices as the file has them."""
+    affine = nibabel.load(scan).affine
+    spacing = nibabel.affines.voxel_sizes(affine).round(3).tolist()
+    codes = nibabel.aff2axcodes(affine)
+    axial = next(axis for axis, code in enumerate(codes) if code in "IS")
+    thick = axial if spacing.count(max(spacing)) == 3 else spacing.index(max(spacing))
+    pair = next(pair for pair in ("LR", "PA", "IS") if codes[thick] in pair)
+    return "".join(code for code in "LPI" if code not in pair) + codes[thick]
 
 
 def main(model, scan, size, output_dir):
@@ -27,6 +41,7 @@ def main(model, scan, size, output_dir):
     before = Compose(
         [
             LoadImaged("image", ensure_channel_first=True),
+            Orientationd("image", axcodes=orientation(scan), labels=(("L", "R"), ("P", "A"), ("I", "S"))),
             ScaleIntensityd("image"),
             Resized("image", spatial_size=(size, size, -1), mode="trilinear"),
             EnsureTyped("image", dtype=torch.float32),

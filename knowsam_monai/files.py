@@ -284,8 +284,8 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
 
     Example::
 
-        >>> torch.save({"weight": torch.zeros(2)}, "/tmp/model.pt")
-        >>> read_tensor_file("/tmp/model.pt")
+        >>> torch.save({"weight": torch.zeros(2)}, "model.pt")
+        >>> read_tensor_file("model.pt")
         {'weight': tensor([0., 0.])}
     """
     path = Path(path)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import monai.bundle
 import pytest
 
-from knowsam_monai.errors import KnowSAMImportError
+from knowsam_monai.errors import KnowSAMImportError, root_cause
 from knowsam_monai.teachers.sam2_model import import_transformers
 from knowsam_monai.teachers.weights import read_state_dict
+from tests.bundles.conftest import BUNDLES
 from zoo.__main__ import main
 
 PACKAGING = configparser.ConfigParser()
@@ -45,6 +48,20 @@ def test_safetensors_file_without_safetensors(monkeypatch, tmp_path):
         read_state_dict(tmp_path / "model.safetensors", "`checkpoint`")
     requirements, extra = installed_by(str(error.value))
     assert requirements < required(extra)
+
+
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+def test_tracking_without_mlflow_ends_before_the_data_is_read(bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, find=importlib.util.find_spec: name != "mlflow" and find(name)
+    )
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
+    config, output = str(BUNDLES / bundle / "configs" / "train.json"), str(tmp_path)
+    with pytest.raises(Exception) as error:
+        monai.bundle.run(config_file=config, logging_file=False, tracking="mlflow", output_dir=output)
+    root = root_cause(error.value)
+    requirements, extra = installed_by(str(root))
+    assert isinstance(root, KnowSAMImportError) and requirements == required(extra)
 
 
 @pytest.mark.parametrize("missing", ["black", "isort"])

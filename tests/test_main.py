@@ -178,6 +178,14 @@ def test_train_says_what_it_does_not_find(tmp_path, monkeypatch, started, capsys
     assert capsys.readouterr().err.startswith(f"error: {sentence}") and not started
 
 
+def test_train_says_in_one_sentence_that_nothing_can_be_written(monkeypatch, started, capsys):
+    monkeypatch.chdir("/proc")  # not writable even for root
+    assert main(["train", "la"]) == 1
+    said = "error: The working folder must be writable, for a copy of the bundle in ./knowsam_la, but /proc is not ("
+    output = capsys.readouterr().err
+    assert output.startswith(said) and output.count("\n") == 1 and not started
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_the_help_are_commands_that_are_understood(verb, capsys):
     examples = [line.strip() for line in VERBS[verb].splitlines() if line.startswith("  knowsam")]

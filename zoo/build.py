@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from knowsam_monai.runs.trained_student import RECORD
-from zoo.configs import standalone_configs
+from zoo.configs import standalone_configs, training_config
 from zoo.scripts import DOTTED_NAME, copies, rename
 from zoo.weights import Training, find_training
 
@@ -55,6 +55,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
     scripts = copies(name for text in texts.values() for name in DOTTED_NAME.findall(text))
     texts = {path: rename(text) for path, text in texts.items()}
     texts |= {f"scripts/{path}": text for path, text in scripts.items()}
+    texts["configs/train.json"] = _json(training_config(bundle / "configs"))
     texts |= {"configs/metadata.json": _metadata(bundle, training), "docs/README.md": _readme(bundle, training)}
     texts[f"models/{RECORD}"] = _json(training.record)
     files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in COPIED for path in bundle.glob(name)}
@@ -85,20 +86,22 @@ def _leave_out_hosted(files: dict[str, bytes]) -> None:
 def _metadata(bundle: Path, training: Training) -> str:
     """The metadata with the training data and the metrics of the weights."""
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
-    metadata["description"] += f" {training.sentence}"
+    description = metadata["description"].partition(" `eval_metrics` is ")[0]  # of the repository's weights
+    metadata["description"] = f"{description} {training.sentence}"
     metadata["eval_metrics"] = training.metrics
     return _json(metadata)
 
 
 def _readme(bundle: Path, training: Training) -> str:
-    """The readme with a sentence about the weights between its marks."""
+    """The readme with a sentence about the weights, without what is about the repository, and without marks."""
     text = (bundle / "docs" / "README.md").read_text(encoding="utf-8")
     text, number = re.subn("<!-- weights -->.*<!-- /weights -->", lambda _: training.sentence, text)
     if number != 1:
         raise ValueError(
             f"`bundle` must have <!-- weights --> and <!-- /weights --> once in its readme but {bundle} has {number}."
         )
-    return text
+    text = re.sub("<!-- repository -->.*?<!-- /repository -->", "", text, flags=re.DOTALL)
+    return re.sub("<!-- /?results -->\n", "", text)
 
 
 def _json(content: dict) -> str:

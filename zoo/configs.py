@@ -9,14 +9,14 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ReferenceResolver
 
-from zoo.scripts import PACKAGE
+from zoo.scripts import PACKAGE, rename
 
 
 def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     Return the configs that will run on the copied code; their names are still the package's.
 
-    ``train.json`` and all overlays are not changed, since training needs the package.
+    All overlays are those of the bundle, since training needs the package.
 
     Args:
         configs: the bundle's folder of configs.
@@ -31,6 +31,17 @@ def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict
         "evaluate.json": _evaluation(configs, student),
         "inference.json": _initialized_in_run({**inference, **sizes}),
     }
+
+
+def training_config(configs: Path) -> dict[str, Any]:
+    """
+    ``train.json`` with the copied network, so that ``monai.bundle.load`` can build it without the package.
+
+    Args:
+        configs: the bundle's folder of configs.
+    """
+    config = ConfigParser.load_config_file(configs / "train.json")
+    return _initialized_in_run({**config, "network_def": json.loads(rename(json.dumps(config["network_def"])))})
 
 
 def _evaluation(configs: Path, student: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
+from knowsam_monai.data.slice_axis import slice_axis
 from knowsam_monai.data.transforms import CheckDatad
 from knowsam_monai.files import write_whole
 
@@ -27,7 +28,7 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 logger = logging.getLogger(__name__)
 
 # Increment if facts or checks change; entries of other versions are ignored.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass
@@ -114,7 +115,7 @@ def read_cases(
         progress: whether to show a progress bar.
 
     Example:
-        >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="/tmp/facts")     # doctest: +SKIP
+        >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="facts")     # doctest: +SKIP
     """
     keys, states = zip(*(_key_and_state(item, read.settings) for item in items)) if items else ((), ())
     path = None if cache_dir is None or not items else _cache_file(items, Path(cache_dir).expanduser())
@@ -134,17 +135,22 @@ def read_cases(
 
 
 def _intensities(image: torch.Tensor) -> tuple[float, float, list[str]]:
-    """Minimum, maximum, and hashes of the slices, which depend on voxels only, not on names and headers."""
+    """Minimum, maximum, and hashes of the slices, which depend neither on names nor on the order of axes in a file."""
     array = np.asarray(image, dtype=np.float32)
-    slices = array[None] if array.ndim == 3 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    slices = array[None] if array.ndim == 3 else np.ascontiguousarray(np.moveaxis(array, 1 + slice_axis(image), 0))
     extremes = [(float(image_slice.min()), float(image_slice.max())) for image_slice in slices]
     hashes = []
     for image_slice, (low, high) in zip(slices, extremes):
         if low < high:
-            content = hashlib.blake2b(str(image_slice.shape).encode(), digest_size=12)
-            content.update(np.ascontiguousarray(image_slice))
-            hashes.append(content.hexdigest())
+            hashes.append(hashlib.blake2b(_unturned(image_slice), digest_size=12).hexdigest())
     return min(low for low, _ in extremes), max(high for _, high in extremes), hashes
+
+
+def _unturned(image_slice: np.ndarray) -> bytes:
+    """The shape and the values of a slice (ch, H, W), the same for each of its turned and mirrored copies."""
+    copies = [side[:, ::y, ::x] for side in (image_slice, image_slice.swapaxes(1, 2)) for y in (1, -1) for x in (1, -1)]
+    shape, values = min((copy.shape, copy.tobytes()) for copy in copies)
+    return str(shape).encode() + values
 
 
 def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -> str:

@@ -51,7 +51,7 @@ def load_datalist(
         FileNotFoundError: if a listed file does not exist; the message names the first one.
 
     Example:
-        >>> items = load_datalist(None, phantom_dir="/tmp/phantom")     # doctest: +SKIP
+        >>> items = load_datalist(None, phantom_dir="phantom")     # doctest: +SKIP
     """
     if dataset_dir is None:
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))

@@ -65,7 +65,7 @@ def write_phantom(
 
     Example:
         >>> from knowsam_monai.data import phantom_datalist, write_phantom
-        >>> items = phantom_datalist(write_phantom("/tmp/phantom"))     # doctest: +SKIP
+        >>> items = phantom_datalist(write_phantom("phantom"))     # doctest: +SKIP
     """
     counts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "validation": num_validation, "test": num_test}
     if num_labeled < 1 or min(counts.values()) < 0:
@@ -112,7 +112,7 @@ def phantom_datalist(list_path: str | Path) -> dict[str, list[dict]]:
         `labeled`, `unlabeled`, `validation` and `test` lists of items; unlabeled items have no `"label"`.
 
     Example:
-        >>> items = phantom_datalist("/tmp/phantom/dataset.json")     # doctest: +SKIP
+        >>> items = phantom_datalist("phantom/dataset.json")     # doctest: +SKIP
         >>> sorted(items["unlabeled"][0])                             # doctest: +SKIP
         ['frame', 'image', 'patient']
     """

@@ -58,9 +58,8 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
             return case
         affine = image.affine.numpy()
         codes = nibabel.aff2axcodes(affine)
-        axis = find_slice_axis(image.pixdim.tolist(), image.shape[1:])
-        if axis is None:
-            axis = next(number for number, code in enumerate(codes) if code in "IS")
+        axis = slice_axis(image)
+        if find_slice_axis(image.pixdim.tolist(), image.shape[1:]) is None:
             self._warn(image)
         pair = next(pair for pair in AXES if codes[axis] in pair)
         target = [*(code for code in IN_PLANE if code not in pair), codes[axis]]
@@ -119,6 +118,25 @@ def find_slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int | Non
     if middle - low > EQUAL * middle and high - middle <= EQUAL * high:
         return list(spacing).index(low)
     return None
+
+
+def slice_axis(image: torch.Tensor) -> int:
+    """The spatial axis along which `TurnSlicesd` takes a volume's slices; the last one if its geometry is unknown.
+
+    Args:
+        image: (ch, *spatial) of three spatial axes.
+
+    Example:
+        >>> slice_axis(MetaTensor(torch.rand(1, 3, 8, 9), affine=torch.diag(torch.tensor([8.0, 1.5, 1.5, 1.0]))))
+        0
+    """
+    if not _has_axes(image):
+        return image.ndim - 2
+    axis = find_slice_axis(image.pixdim.tolist(), image.shape[1:])
+    if axis is None:
+        codes = nibabel.aff2axcodes(image.affine.numpy())
+        axis = next(number for number, code in enumerate(codes) if code in "IS")
+    return axis
 
 
 def _has_axes(image: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from .run_handlers import track_terms as track_terms
 from .run_handlers import training_handlers as training_handlers
 from .run_handlers import validation_handlers as validation_handlers
 from .run_record import RunRecord as RunRecord
+from .segmenting import segment as segment
 from .skd_trainer import SKDSettings as SKDSettings
 from .skd_trainer import skd_trainer as skd_trainer
 from .starting import end_run as end_run

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMPermissionError, KnowSAMValueError
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +67,35 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: when there is no such bundle.
+        PermissionError: when the working folder cannot be written.
         ValueError: when a folder of that name is there and is no bundle.
     """
     folder = find_bundle(bundle)
     if folder.parent != SHIPPED:
         return folder
     copy = Path(folder.name)
-    with tempfile.TemporaryDirectory(dir=".", prefix=f".{copy}_") as parts:
-        whole = shutil.copytree(folder, Path(parts) / copy, ignore=shutil.ignore_patterns(*WRITTEN))
-        try:
-            whole.rename(copy)
-        except OSError as error:
-            if not (copy / METADATA).is_file():  # else another process of the same training was faster
-                raise KnowSAMValueError(
-                    f"`{copy}` in the working folder must be a bundle but has no {METADATA}; name a bundle by its "
-                    "path, or work in another folder."
-                ) from error
+    try:
+        with tempfile.TemporaryDirectory(dir=".", prefix=f".{copy}_") as parts:
+            whole = shutil.copytree(folder, Path(parts) / copy, ignore=shutil.ignore_patterns(*WRITTEN))
+            _move(whole, copy)
+    except OSError as error:
+        raise KnowSAMPermissionError(
+            f"The working folder must be writable, for a copy of the bundle in ./{copy}, but {Path.cwd()} is not "
+            f"({error.strerror}); work in another folder."
+        ) from error
     logger.info("The bundle is in ./%s now: configs, and what a run writes (models, output).", copy)
     return copy
+
+
+def _move(whole: Path, copy: Path) -> None:
+    try:
+        whole.rename(copy)
+    except OSError as error:
+        if not (copy / METADATA).is_file():  # else another process of the same training was faster
+            raise KnowSAMValueError(
+                f"`{copy}` in the working folder must be a bundle but has no {METADATA}; name a bundle by its path, or "
+                "work in another folder."
+            ) from error
 
 
 def config_file(bundle: Path, name: str) -> Path:

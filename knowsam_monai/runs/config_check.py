@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigExpression
 
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.runs.config import plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -20,6 +21,8 @@ PATHS = (
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
     "teacher_bundle",
 )
+# components of MONAI, the package that each imports when it is built, and what installs it: requirement and extra
+NEEDED_PACKAGES = {"MLFlowHandler": ("mlflow", "mlflow>=3", "mlflow")}
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
@@ -28,6 +31,7 @@ def check_config() -> None:
     Check the settings of the running config, before anything is built, read or written.
 
     - ``~`` and environment variables in paths are expanded, in the config as well as on the command line.
+    - A package that MONAI needs for one of the components must be installed.
     - Types, ranges and the spelling of keys are checked, see :mod:`knowsam_monai.runs.values`. Without pydantic this is
       skipped: a Model Zoo bundle needs pydantic for training only.
     - Valid values in another form are converted: ``cuda:0`` to a device, 32.0 to 32.
@@ -36,6 +40,7 @@ def check_config() -> None:
     package are shown as one sentence from now on, see :func:`knowsam_monai.runs.messages.explain_errors`.
 
     Raises:
+        ImportError: if a package is missing, with the line that installs it.
         RuntimeError: if no config is running.
         ValueError: with one sentence for each mistake.
 
@@ -51,6 +56,7 @@ def check_config() -> None:
             "`check_config` must be called by a config but none is running; put it into a config's `initialize`."
         )
     _refuse_none_on_the_command_line(parser.config)
+    _refuse_missing_packages(parser.config)
     paths = {key: (value, expand_path(value, key)) for key, value in _given_paths(parser.config).items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value}
     parser.config.update(converted)
@@ -68,6 +74,23 @@ def check_config() -> None:
         parser.config[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
     if converted:
         parser.parse(reset=True)
+
+
+def _refuse_missing_packages(part: Any) -> None:
+    """MONAI names a missing package only after the data is checked, above many lines of traceback."""
+    if isinstance(part, (list, tuple)):
+        part = dict(enumerate(part))
+    if not isinstance(part, Mapping):
+        return
+    name = str(part.get("_target_")).rpartition(".")[2]
+    package, requirement, extra = NEEDED_PACKAGES.get(name, ("", "", ""))
+    if package and not importlib.util.find_spec(package):
+        raise KnowSAMImportError(
+            f"{name} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
+            f"`pip install '{requirement}'` (the extra `{extra}`)."
+        )
+    for value in part.values():
+        _refuse_missing_packages(value)
 
 
 def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -14,8 +15,10 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, root_cause
 from knowsam_monai.runs import ValidationReport
 from knowsam_monai.runs.messages import log_traceback
+from knowsam_monai.runs.next_steps import TITLES, next_steps
 from knowsam_monai.runs.report import write_report
-from knowsam_monai.runs.run_record import LOG
+from knowsam_monai.runs.run_record import CONFIG, LOG, read_starts
+from knowsam_monai.runs.starting import release
 from knowsam_monai.runs.trained_student import MODEL, publish_student
 from knowsam_monai.texts import printable
 
@@ -61,11 +64,22 @@ def finish_run(
     _try("validation_slices", report.write_slices, run_command)
     _try("validation.png", report.write_picture, run_command)
     _try(*page)
+    _try("the next steps", partial(_log_next_steps, output_dir), report_command)
     if not is_published:
+        release()
         raise KnowSAMRuntimeError(
             f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is intact in "
             f"{Path(output_dir) / MODEL}; run the same command again to publish it."
         )
+
+
+def _log_next_steps(output_dir: str | os.PathLike) -> None:
+    starts, config = read_starts(output_dir), Path(output_dir) / CONFIG
+    if not starts or not config.is_file():
+        return
+    steps = next_steps(output_dir, starts[-1], json.loads(config.read_text(encoding="utf-8")))
+    for purpose, command in steps.items():
+        logger.info("To %s: %s", TITLES[purpose], printable(command))
 
 
 def _try(product: str, write: Callable[[], object], command: str) -> bool:

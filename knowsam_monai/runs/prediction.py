@@ -4,19 +4,17 @@ import json
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
-from torch.utils.data import DataLoader
 
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config_check import expand_path
+from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
 
 __all__ = ["predict_folder"]
@@ -102,9 +100,7 @@ def predict_folder(
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
     try:
-        number, broken = _segment(
-            ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
-        )
+        loader = _segment(ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options))
     except Exception as error:
         root = root_cause(error)
         if not overrides or isinstance(root, KnowSAMError):
@@ -112,86 +108,24 @@ def predict_folder(
         assignments = " ".join(f"{key}={value}" for key, value in overrides.items())
         raise KnowSAMValueError(
             f"`overrides` (--set) must be values that {config_file} works with but {assignments} failed with "
-            f"{_reason(root)}; correct them or leave them out."
+            f"{reason(root)}; correct them or leave them out."
         ) from error
-    logger.info("%d segmentations in %s", number, output)
-    if broken:
-        reasons = [(str(image), _reason(root)) for image, root in broken]
-        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in reasons)
-        raise KnowSAMValueError(
-            f"`scans` must be images that can be segmented but {len(broken)} of {number + len(broken)} could not be; "
-            f"repair or remove:{lines}"
-        )
-    return number
+    logger.info("%d segmentations in %s", loader.num_segmented, output)
+    loader.raise_if_broken("scans")
+    return loader.num_segmented
 
 
-class _Segmenting:
-    """
-    The batches of a loader and the step on each batch. If either fails, the batch's images are listed with the error.
-
-    Args:
-        loader: loader of a dataset whose items have an `image`, without shuffling.
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.broken: list[tuple[Any, BaseException]] = []
-        self.number = 0  # of the batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)  # continues with the next batch after an error
-        for self.number in range(len(self.loader)):
-            try:
-                batch = next(batches)
-            except Exception as error:  # every reader and transform fails in its own way
-                self._skip(error)
-            else:
-                yield batch
-
-    def step(self, engine: Engine, batch: Any) -> Any:
-        """The engine's step: network, postprocessing, writing."""
-        try:
-            return engine._iteration(engine, batch)
-        except Exception as error:
-            self._skip(error)
-            return []
-
-    def _skip(self, error: BaseException) -> None:
-        size = self.loader.batch_size
-        items = self.loader.dataset.data[self.number * size : (self.number + 1) * size]
-        root = root_cause(error)
-        traceback.clear_frames(root.__traceback__)  # to free the image
-        self.broken += [(item["image"], root) for item in items]
-
-
-def _segment(workflow: ConfigWorkflow) -> tuple[int, list[tuple[Any, BaseException]]]:
-    """The number of segmented images, and the others with their errors."""
+def _segment(workflow: ConfigWorkflow) -> SkippingLoader:
+    """Run the workflow, and return its loader, which knows the images that could not be segmented."""
     if "datalist" in workflow.parser:
         workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
     workflow.initialize()
-    evaluator = workflow.evaluator
-    segmenting = evaluator.data_loader = _Segmenting(evaluator.data_loader)
-    evaluator._process_function = segmenting.step
-    # with fewer batches than the loader's length, ignite would restart the loader
-    evaluator.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: evaluator.terminate_epoch())
-    ProgressBar(desc="Segmenting", persist=True).attach(evaluator)
+    loader = SkippingLoader(workflow.evaluator)
+    ProgressBar(desc="Segmenting", persist=True).attach(workflow.evaluator)
     workflow.run()
     workflow.finalize()
-    broken, number = segmenting.broken, len(segmenting.loader.dataset)
-    if len(broken) == number and not any(isinstance(root, KnowSAMError) for _, root in broken):
-        raise broken[0][1]  # the images are not at fault
-    return number - len(broken), broken
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error, with its type unless it is an error of this package."""
-    lines = str(error).strip().splitlines() or [""]
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return lines[-1]  # MONAI's SaveImage includes the writer's traceback
-    return lines[0] if isinstance(error, KnowSAMError) else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+    loader.raise_if_faulty()
+    return loader
 
 
 def _existing_weights(path: Path) -> Path:

@@ -22,6 +22,7 @@ from knowsam_monai.runs.at_exception import add_exception_handler
 from knowsam_monai.runs.comparison import configured, digests, other_data, other_settings
 from knowsam_monai.runs.config import running_config
 from knowsam_monai.runs.last_iteration import last_iteration
+from knowsam_monai.runs.starting import release
 from knowsam_monai.seeds import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Resume:
             if self._before_validation is not None or (self._waits_for_batch and between_steps):
                 self._save(engine)
             self._stop(engine)
-        self._give_signals_back()
+        self._release()
         if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             file = os.fsdecode(error.filename or "a file of this run")
             raise KnowSAMRuntimeError(
@@ -192,16 +193,16 @@ class Resume:
         return signal > 0
 
     def _stop(self, engine: Engine) -> None:
-        self._give_signals_back()
+        self._release()
         iteration, newest = engine.state.iteration, self._newest_name()
         logger.warning(
             "Stopped by a signal in iteration %d; run the same command to resume from %s.", iteration, newest
         )
         raise SystemExit(128 + (self.signals.received or 0))
 
-    def _give_signals_back(self) -> None:
+    def _release(self) -> None:
         self.signals.give_back()
-        stop_signals.give_back()
+        release()
 
     def _newest_name(self) -> str:
         return next((file.name for file in self.files()), "the beginning")

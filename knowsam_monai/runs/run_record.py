@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ import knowsam_monai
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import write_text
-from knowsam_monai.runs.config import running_config
+from knowsam_monai.runs.config import plain_values, running_config
 from knowsam_monai.teachers.provenance import describe
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class RunRecord:
 
     - ``config.json``: the merged config as run, including overlays and the command line. `monai.bundle run` accepts it.
       It is written only if a bundle's config builds this handler.
-    - ``run.json``: one entry for each start, with time, command, seed, teacher, versions and, if the package lies in a
-      git working tree, its revision.
+    - ``run.json``: one entry for each start, with time, command, folder, bundle, seed, teacher, versions, a scan to
+      segment and, if the package lies in a git working tree, its revision.
 
     Put it after :class:`Resume`: a start that is refused there leaves the record unchanged.
 
@@ -49,6 +50,7 @@ class RunRecord:
         resume: True adds to the entries of earlier starts, False discards them.
         enabled: False does nothing (a preflight).
         teacher: the teacher, if there is one.
+        data: for each set, the files and the hashes of their contents, see :func:`check_data`.
 
     Example::
 
@@ -62,12 +64,14 @@ class RunRecord:
         resume: bool = True,
         enabled: bool = True,
         teacher: nn.Module | None = None,
+        data: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.seed = seed
         self.resume = resume
         self.enabled = enabled
         self.teacher = None if teacher is None else describe(teacher)
+        self.data = data or {}
         self.config = running_config()
 
     def attach(self, engine: Engine) -> None:
@@ -87,9 +91,22 @@ class RunRecord:
             "teacher": self.teacher,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),
             "versions": versions(),
+            **self._for_next_steps(),
         }
         starts = [*(self._earlier_starts() if self.resume else []), start]
         write_text(self.output_dir / STARTS, json.dumps({"starts": starts}, indent=1))
+
+    def _for_next_steps(self) -> dict[str, Any]:
+        """What :func:`knowsam_monai.runs.next_steps.next_steps` needs to know."""
+        bundle_root = plain_values(self.config or {}).get("bundle_root")
+        split = "test" if self.data.get("test") else "validation"
+        files = [os.path.abspath(file) for file, _ in self.data.get(split, ())]
+        return {
+            "folder": os.getcwd(),
+            "bundle_root": None if bundle_root is None else os.path.abspath(bundle_root),
+            "split": split,
+            "scan": files[0] if files else None,
+        }
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
         try:

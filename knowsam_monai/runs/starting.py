@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import ignite.distributed as idist
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.runs.checks import check_writable
+from knowsam_monai.runs.config import running_parser
 from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
 from knowsam_monai.runs.messages import ignore_known_warnings
@@ -28,21 +31,24 @@ def start_run(
     preflight: bool = False,
     fast_matmul: bool = False,
     process_timeout: float | None = None,
+    build: Sequence[str] = (),
 ) -> None:
     """
-    Prepare a training: connect the processes, check and lock the folders, and open the log.
+    Prepare a training: connect the processes, check and lock the folders, open the log, and build the trainer.
 
     It is the first step of a bundle's `run`: a program that only loads a bundle, as ``monai.bundle.load`` does, gets
-    none of this.
+    none of this. MONAI calls a config's `finalize` only after a run without errors. So what is likely to fail before
+    the trainer starts is built here, and if it fails, signal handlers and lock are released.
 
     Args:
         output_dir: folder of the run.
         ckpt_dir: folder that the best student is copied to.
         device: device of this process.
-        resume: append to an existing log.
-        preflight: write no log.
+        resume: append to an existing log; False replaces it and removes the curves of an earlier run.
+        preflight: write no log and remove nothing.
         fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; ignored unless on a CPU.
         process_timeout: seconds that processes wait for each other; None for a single process.
+        build: ids of the running config to build, in this order.
 
     Raises:
         PermissionError: if a folder cannot be written.
@@ -55,14 +61,23 @@ def start_run(
     """
     ignore_known_warnings()
     end_on_signals()
-    keep_freed_memory()
-    if process_timeout is not None:
-        _join_processes(device, process_timeout)
-    check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
-    lock_folder(output_dir, not preflight)
-    open_log(output_dir, resume, not preflight)
-    if fast_matmul and device.type == "cpu":
-        fast_cpu_matmul()
+    try:
+        keep_freed_memory()
+        if process_timeout is not None:
+            _join_processes(device, process_timeout)
+        check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
+        lock_folder(output_dir, not preflight)
+        open_log(output_dir, resume, not preflight)
+        if not resume and not preflight and ranks.rank() == 0:
+            _remove_curves(Path(output_dir))
+        if fast_matmul and device.type == "cpu":
+            fast_cpu_matmul()
+        parser = running_parser()
+        for name in build:
+            parser.get_parsed_content(name)
+    except BaseException:
+        release()
+        raise
 
 
 def seed_ranks(seed: int) -> None:
@@ -91,10 +106,27 @@ def end_run(process_timeout: float | None = None) -> None:
 
         end_run()     # when the run is over: in a bundle, in `finalize`
     """
-    give_back()
-    unlock_folder()
+    release()
     if process_timeout is not None and ranks.is_distributed():
         dist.destroy_process_group()
+
+
+def release() -> None:
+    """
+    Give back signal handlers and the lock of the folder. After an error the log stays open, for the traceback.
+
+    Example:
+        >>> release()
+    """
+    give_back()
+    unlock_folder()
+
+
+def _remove_curves(output_dir: Path) -> None:
+    """Remove the event files that a training writes; TensorBoard would draw them over the new ones."""
+    for name in ("train", "validation"):
+        for file in (output_dir / "tensorboard" / name).glob("**/events.out.tfevents.*"):
+            file.unlink()
 
 
 def _join_processes(device: torch.device, timeout: float) -> None:

@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 
+from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
 from knowsam_monai.files import copy_whole, read_csv, write_text
@@ -92,18 +93,23 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
     return record
 
 
-def warn_of_phantom(ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None) -> None:
+def warn_of_phantom(
+    ckpt_path: str | os.PathLike, dataset_dir: str | os.PathLike | None, items: Sequence[Mapping] = ()
+) -> None:
     """
     Warn if a student that was trained on the phantom is used for a user's scans.
 
     Args:
         ckpt_path: the student's weights; there is no warning if they have no record.
-        dataset_dir: the user's scans; there is no warning for a phantom, or for None, which stands for the phantom.
+        dataset_dir: the user's scans; there is no warning for a phantom. None: the images of `items`, or the phantom.
+        items: the images that are segmented, `{"image": path}`.
 
     Example:
         >>> warn_of_phantom("models/model.pt", "/data/scans")
     """
     path = Path(ckpt_path)
+    if dataset_dir is None and len(items) > 0:
+        dataset_dir = image_paths(items[0])[0]
     if dataset_dir is None or path.name != MODEL or _are_of_a_phantom(Path(dataset_dir).expanduser().resolve()):
         return
     try:
@@ -193,6 +199,8 @@ def _are_of_a_phantom(scans: Path) -> bool:
 def _trained_on(config: Path) -> str:
     parser = ConfigParser(ConfigParser.load_config_file(str(config)))
     dataset_dir = parser.get_parsed_content("dataset_dir")
+    if dataset_dir is None and "load_datalist" not in json.dumps(parser.config.get("datalist", "load_datalist")):
+        return "the data list in its config"
     if dataset_dir is None or is_phantom(Path(dataset_dir).expanduser()):
         return PHANTOM
     return Path(dataset_dir).expanduser().resolve().name

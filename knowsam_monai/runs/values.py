@@ -19,7 +19,8 @@ from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 PARTS = (
     *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
-    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "teacher", "train", "validate"),
+    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "student_check", "teacher"),
+    *("train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
 LARGEST_SEED = 2**32 - 1

@@ -144,7 +144,6 @@ class Training:
         finally:
             sys.excepthook = hook
             self.signals = [signal.getsignal(number) for number in stop_signals.NUMBERS]
-            stop_signals.give_back()  # of a run that failed before its first step
             logging.root.setLevel(level)
             set_determinism(seed=None)
         return self

@@ -126,8 +126,9 @@ def test_inference_prepares_images_as_validation_does(bundle):
     inference = ConfigParser.load_config_file(bundle / "configs" / "inference.json")
 
     def of_images(section):
-        keep = [t for t in section["preprocessing"]["transforms"] if t["_target_"].split(".")[-1] not in BESIDE_IMAGES]
-        return [{k: v for k, v in t.items() if k not in ("keys", "allow_missing_keys")} for t in keep]
+        steps = [section["check"] if t == "@validate#check" else t for t in section["preprocessing"]["transforms"]]
+        keep = [t for t in steps if t["_target_"].split(".")[-1] not in BESIDE_IMAGES]
+        return [{k: v for k, v in t.items() if k not in ("keys", "allow_missing_keys", "warn")} for t in keep]
 
     expected = of_images(train["validate"])
     assert of_images(inference) == expected and len(expected) >= 4
@@ -280,3 +281,13 @@ def test_readme_has_the_sections_of_the_zoo_s_template_and_commands_of_files_tha
         f"configs/{name}.json" for name in ("train", "evaluate", "inference", "multi_gpu_train")
     }
     assert all((bundle / name).is_file() for name in named)
+
+
+def test_metrics_are_those_of_the_weights_in_the_repository(bundle):
+    changed = ["git", "-C", str(bundle), "status", "--porcelain", "models"]
+    if not (ROOT / ".git").exists() or subprocess.run(changed, capture_output=True, check=True).stdout:
+        pytest.skip("the weights are of another training")
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    record = json.loads((bundle / "models" / "model.json").read_text())
+    assert metadata["eval_metrics"] == record["metrics"] and record["trained_on"] == "synthetic phantom"
+    assert "validation volumes of the synthetic phantom" in metadata["description"]

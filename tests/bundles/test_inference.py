@@ -160,6 +160,20 @@ def test_without_a_data_set_the_phantom_is_segmented_with_a_warning(tmp_path, mo
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
+def test_data_that_a_program_sets_are_segmented_without_a_word_of_the_phantom_as_data(
+    tmp_path, bundle, monkeypatch, caplog
+):
+    monkeypatch.setattr("knowsam_monai.data.evaluation.write_phantom", None)  # must not be called
+    write_image(tmp_path / "scan.nii.gz", *GEOMETRIES["oblique"])
+    workflow = workflow_of(None, tmp_path, bundle)
+    workflow.dataset_data = [{"image": str(tmp_path / "scan.nii.gz")}]
+    workflow.initialize()
+    workflow.run()
+    assert (tmp_path / "out" / "scan_seg.nii.gz").exists() and "SYNTHETIC PHANTOM" not in caplog.text
+    assert "was trained on the synthetic phantom, so it cannot segment scans of patients" in caplog.text
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_workflow_has_the_properties_that_applications_look_for(tmp_path, bundle):
     write_image(tmp_path / "scan.nii.gz", *GEOMETRIES["ras"])
     network = {"_target_": f"torch.nn.Conv{2 if bundle == BUNDLE else 3}d", **ONE_CLASS}

@@ -234,7 +234,7 @@ def test_network_sees_a_scan_the_same_way_however_it_was_stored(tmp_path, config
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_evaluation_is_on_the_native_grid_and_an_empty_prediction_is_counted(tmp_path, empty):
+def test_evaluation_is_on_the_native_grid_and_an_empty_prediction_is_counted(tmp_path, empty, caplog):
     array = write_scan(tmp_path / "a.nii.gz")
     label = nibabel.Nifti1Image((array > 0).astype(np.uint8) * 255, nibabel.load(tmp_path / "a.nii.gz").affine)
     nibabel.save(label, tmp_path / "a_gt.nii.gz")
@@ -250,6 +250,7 @@ def test_evaluation_is_on_the_native_grid_and_an_empty_prediction_is_counted(tmp
     run_config(["train.json", "evaluate.json"], tmp_path / "out", workflow_type="train", **options)
     raw = (tmp_path / "out" / "metrics_raw.csv").read_text().splitlines()
     row = dict(zip(raw[0].split(","), raw[1].split(",")))
+    assert caplog.text.count("values 0 and 255, which are read as 0 and 1") == 1
     assert row["class"] == "left atrium" and float(row["dice"]) == (0 if empty else 1)
     assert row["spacing_mm"] == "1.5x1.5x2"
     assert (row["hd95_mm"], int(row["num_undefined"])) == (("nan", 4) if empty else ("0.000000", 0))

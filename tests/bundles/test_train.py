@@ -7,10 +7,12 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from monai.bundle import ConfigParser
 
 from knowsam_monai.errors import root_cause
 from knowsam_monai.networks import MultiViewNet
+from knowsam_monai.runs import finishing
 from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, Training
 
 ROOT = Path(__file__).parents[2]
@@ -88,18 +91,56 @@ class Failing:
         raise KeyError("of the step")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_run_releases_signals_and_folder_if_the_process_continues(small_phantom, tmp_path, fails):
+def break_data(options, phantom, folder):
+    shutil.copytree(phantom.parent, folder / "data")
+    next((folder / "data").rglob("*_gt.nii.gz")).write_bytes(b"")
+    options["dataset_dir"] = str(folder / "data" / phantom.name)
+
+
+FAILURES = {
+    None: lambda parser: None,
+    "data": lambda parser: None,
+    "trainer": lambda parser: parser.update({"train#mixing": {"_target_": "builtins.int", "x": "none"}}),
+    "step": lambda parser: parser["train#handlers"].insert(0, {"_target_": f"{__name__}.Failing"}),
+    "publishing": lambda parser: None,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_run_releases_signals_and_folder_if_the_process_continues(small_phantom, tmp_path, monkeypatch, failure):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    run = Training(tmp_path, whole=True, dataset_dir=str(small_phantom), max_iterations=4)
-    if fails:
-        run.workflow.parser["train#handlers"].insert(0, {"_target_": f"{__name__}.Failing"})
-        with pytest.raises(Exception, match="trainer"):
-            run.run()
-    else:
+    options = {"dataset_dir": str(small_phantom), "max_iterations": 4, "use_sam": False}
+    if failure == "data":
+        break_data(options, small_phantom, tmp_path)
+    if failure == "publishing":
+        monkeypatch.setattr(finishing, "publish_student", lambda *folders: 1 / 0)
+    run = Training(tmp_path / "run", whole=True, **options)
+    FAILURES[failure](run.workflow.parser)
+    with pytest.raises(Exception) if failure else nullcontext():
         run.run()
-    assert run.signals == before
-    assert (tmp_path / ".lock.json").exists() == fails  # the next run in the process frees it
+    assert run.signals == before and (tmp_path / "run" / "log.txt").exists()
+    assert not (tmp_path / "run" / ".lock.json").exists()
+
+
+def test_run_that_starts_over_removes_the_curves_of_the_run_before_and_nothing_else(training, tmp_path):
+    options = {"use_sam": False, "mixing_weight": 0, "max_iterations": 1, "whole": True}
+    training(**options).run()
+    folder = tmp_path / "output" / "tensorboard"
+    (folder / "mine").mkdir()
+    for name in ("mine/events.out.tfevents.1", "train/notes.txt"):
+        (folder / name).touch()
+
+    def events():
+        return {path for path in folder.rglob("events.*") if path.parent.name in ("train", "validation")}
+
+    first = events()
+    training(**options, preflight=True).run()
+    assert first and events() == first
+    training(**options).run()  # resumed: the run is finished
+    assert first < events()
+    training(**options, resume=False).run()
+    assert events() and not first & events()
+    assert (folder / "mine/events.out.tfevents.1").exists() and (folder / "train/notes.txt").exists()
 
 
 class Slow:

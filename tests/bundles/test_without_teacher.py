@@ -38,10 +38,8 @@ def test_student_with_weight_0_and_preflight_is_the_one_without_either(
         training = Training(tmp_path / str(use_sam), whole=True, configs=configs, use_sam=use_sam, **options)
         if not use_sam:
             training.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.without_preflight"
-        steps = training.workflow.parser["run"]
-        steps.remove("@teacher")  # here it is built before the student, whose first weights must not notice
-        start = next(number for number, step in enumerate(steps) if "start_run" in str(step))
-        steps.insert(start + 1, "@teacher")
+        build = training.workflow.parser["run"][0]["build"]
+        build.insert(0, build.pop(build.index("teacher")))  # before the student, whose first weights must not notice
         training.run()
         averaged = training["ema_student"]
         students.append((training["network"].state_dict(), averaged and averaged.state_dict()))

@@ -146,6 +146,15 @@ def slice_in_training(folder):
     folder.datalist["unlabeled"].append({"image": str(folder.path / "slice.h5"), "patient": "unlabeled2"})
 
 
+def turned_copy(folder):
+    """A scan of the test set among the unlabeled ones, its slices along the first axis and mirrored."""
+    scan = nibabel.load(folder.path / "test0.nii.gz")
+    turned = scan.as_reoriented([[2, -1], [1, 1], [0, -1]])
+    assert turned.shape == (3, 5, 6)
+    nibabel.save(turned, folder.path / "turned.nii")
+    folder.datalist["unlabeled"].append({"image": str(folder.path / "turned.nii"), "patient": "turned"})
+
+
 def all_labels_empty(folder, name="labeled"):
     for item in folder.datalist[name]:
         nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5, 3), np.uint8), OBLIQUE), item["label"])
@@ -164,6 +173,10 @@ ERRORS = {
     "slice": (
         slice_in_training,
         "`validation` must share no image with `unlabeled` but .*validation1.nii.gz has the voxels of .*slice.h5 in 1",
+    ),
+    "turned": (
+        turned_copy,
+        "`test` must share no image with `unlabeled` but .*test0.nii.gz has the voxels of .*turned.nii in 3 of its 3",
     ),
     "unlabeled label": (label_of_unlabeled, "`unlabeled` items must have no label but .*unlabeled0.nii.gz has"),
     "no label": (drop_label, "`label` must be a path but .*labeled0.nii.gz of `labeled` has none"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 from monai.bundle import ConfigWorkflow, ckpt_export
 
 from knowsam_monai.data import write_phantom
@@ -20,9 +21,11 @@ BUNDLE = ROOT / "bundles" / "knowsam_acdc"
 WITHOUT_THIS_PACKAGE = "import sys, runpy; sys.modules['knowsam_monai'] = None; sys.argv = sys.argv[1:]; "
 
 
-def test_it_gives_the_bundle_s_segmentation_voxel_for_voxel(tmp_path):
+@pytest.mark.parametrize("turn", [[[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]]], ids=["stored", "turned"])
+def test_it_gives_the_bundle_s_segmentation_voxel_for_voxel(tmp_path, turn):
     datalist = write_phantom(tmp_path / "phantom", num_labeled=1, num_unlabeled=0, num_validation=1, num_test=1)
     scan = shutil.copy(datalist.parent / json.loads(datalist.read_text())["test"][0]["image"], tmp_path / "scan.nii.gz")
+    nib.save(nib.load(scan).as_reoriented(turn), scan)
     files = {name: str(BUNDLE / "configs" / f"{name}.json") for name in ("metadata", "inference")}
     model, ckpt = str(tmp_path / "model.ts"), str(BUNDLE / "models" / "model.pt")
     ckpt_export(

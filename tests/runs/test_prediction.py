@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -381,6 +383,29 @@ def test_scans_that_cannot_be_segmented_are_listed_and_all_others_are_segmented(
     good = nibabel.load(tmp_path / "out" / "a_seg.nii.gz")
     assert predict_folder(mixed / "a.nii.gz", bundle, tmp_path / "alone", **options) == 1
     assert np.array_equal(good.dataobj, nibabel.load(tmp_path / "alone" / "a_seg.nii.gz").dataobj)
+
+
+OF_THE_STUDENT = {
+    "knowsam_acdc": {"image_size": 64},
+    "knowsam_la": {
+        **{"image_size": [32] * 3, "spacing": [2.0] * 3, "window_overlap": 0.25},
+        **{"channels": [8, 16, 32, 64, 128], "aggregation_channels": [4, 4, 8]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["knowsam_acdc", "knowsam_la"])
+def test_bundle_line_segments_all_others_too_and_exits_with_1(mixed, tmp_path, name):
+    bundle = BUNDLE.with_name(name)
+    options = {"bundle_root": bundle, "dataset_dir": mixed, "output_dir": tmp_path / "out", **OF_THE_STUDENT[name]}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", bundle / "configs/inference.json", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *_, first = (line for line in done.stderr.splitlines() if line.startswith("ValueError: "))
+    assert first.startswith("ValueError: `dataset_dir` must be images that can be segmented but 9 of 11 could not be; ")
+    assert done.returncode == 1 and len(done.stderr.partition(first)[2].strip().splitlines()) == len(BROKEN)
+    written = [path.name for path in sorted((tmp_path / "out").rglob("*.nii.gz")) if path.is_file()]
+    assert written == ["a_seg.nii.gz", "z_seg.nii.gz"]
 
 
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):

@@ -69,10 +69,17 @@ def test_copied_code_imports_neither_the_package_nor_sam(hosted):
 
 
 def test_training_s_configs_are_the_repository_s(hosted):
-    of_copied_code = {"evaluate.json", "inference.json", "metadata.json"}
+    of_copied_code = {"evaluate.json", "inference.json", "metadata.json", "train.json"}
     for path in (hosted.bundle / "configs").iterdir():
         if path.name not in of_copied_code:
             assert (hosted.root / "configs" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_nothing_names_the_repository_or_a_folder_of_its_authors(hosted):
+    for path in [*hosted.root.rglob("*.py"), *hosted.root.rglob("*.md"), *hosted.root.rglob("*.json")]:
+        text = path.read_text()
+        assert not re.search("<!--|/tmp/", text), path
+        assert path.suffix != ".md" or "repository" not in text, path
 
 
 def test_weights_are_a_plain_state_dict_named_for_what_they_were_trained_on(hosted):

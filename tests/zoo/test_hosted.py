@@ -112,6 +112,29 @@ def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(hosted
     assert done.stderr.splitlines()[-1].startswith("ValueError: `load_path` must be a trained student but /nowhere")
 
 
+LOAD = """
+import os, signal, sys
+sys.path.append(sys.argv[1])
+import monai.bundle
+import torch
+def state():
+    return sys.excepthook, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sorted(os.listdir())
+before = state()
+folder, name = os.path.split(sys.argv[1])
+weights = torch.load(sys.argv[1] + "/models/model.pt", weights_only=True)
+for workflow_type in sys.argv[2:]:
+    network = monai.bundle.load(name, bundle_dir=folder, workflow_type=workflow_type, device="cpu")
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+assert state() == before and "knowsam_monai" not in sys.modules
+"""
+
+
+def test_network_of_the_zip_is_loaded_with_monai_alone_and_without_side_effects(hosted, elsewhere):
+    # a training of volumes without a data set has the phantom's widths, as these weights
+    done = elsewhere("-c", LOAD, hosted.root, "train", "inference")
+    assert done.returncode == 0, done.stderr
+
+
 def test_training_of_the_zip_runs_where_the_package_is_installed(hosted, tmp_path):
     tiny = TINY_3D if hosted.name == "knowsam_la" else {}
     options = {**tiny, **BRIEF, **BRIEF_OF[hosted.name], "max_iterations": 1, "dataset_dir": str(hosted.datalist)}

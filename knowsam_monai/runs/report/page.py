@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import write_whole
+from knowsam_monai.runs.next_steps import TITLES, next_steps
 from knowsam_monai.runs.report.figures import NUM_SERIES, Line, case_chart, line_chart
 from knowsam_monai.runs.report.run_folder import RunFolder, read_run
 from knowsam_monai.runs.validation_picture import COLORS
@@ -78,6 +80,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         has_teacher=any(run.validation_curve(TEACHER)[0] for run in runs),
         results=list(_results(runs)),
         facts=list(_facts(runs)),
+        next_steps=_next_steps(runs[0]) if len(runs) == 1 else "",
         differences=_differences(runs),
         dice_charts=list(_dice_charts(runs)),
         term_charts=list(_term_charts(runs)),
@@ -114,6 +117,14 @@ def _facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     for name in dict.fromkeys(name for start in last for name in start.get("versions", {})):
         yield name, [start.get("versions", {}).get(name, "–") for start in last]
     yield "command", [start.get("command", "–") for start in last]
+
+
+def _next_steps(run: RunFolder) -> str:
+    """Commands to paste, from the folder in which the run was started."""
+    start = run.starts[-1] if run.starts else {}
+    steps = next_steps(run.path, start, run.config)
+    lines = [f"# {TITLES[purpose]}\n{command}" for purpose, command in steps.items()]
+    return "\n".join([f"cd {shlex.quote(start['folder'])}", *lines]) if steps else ""
 
 
 def _best(run: RunFolder) -> dict[str, float]:
