@@ -1,0 +1,216 @@
+"""
+Make the tables and pictures of the results from benchmarks/results/*.csv.
+
+    python benchmarks/tables.py            # the tables in benchmarks/accuracy.md and README.md, and the pictures
+    python benchmarks/tables.py --check    # changes nothing; exit code 1 if a table is not what the CSV files give
+
+A table stands in a Markdown file between `<!-- table NAME -->` and `<!-- end NAME -->`.
+
+A gain is the mean over patients of the paired differences of Dice, each patient's mean over volumes, classes and seeds.
+Its standard error is the root of the squared errors over patients and over seeds, if there are several. A gain below
+twice its error is "not distinguishable" from none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "source" / "images"
+PAGES = (ROOT / "benchmarks" / "accuracy.md", ROOT / "README.md")
+SKD, WITHOUT = " + SKD", "without SKD"  # the rows of `hosts.py` are compared in pairs, those of `choices.py` with one
+Line = dict[str, str]
+
+
+def read(name: str) -> list[Line]:
+    with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def classes_of(lines: Iterable[Line]) -> list[str]:
+    return [name.removeprefix("dice ") for name in next(iter(lines)) if name.startswith("dice ") and "mean" not in name]
+
+
+def mean_of(lines: Iterable[Line], metric: str, classes: Iterable[str]) -> float:
+    """Mean over volumes of the mean over classes; undefined values are left out."""
+    volumes = [[float(line[f"{metric} {name}"]) for name in classes if line[f"{metric} {name}"]] for line in lines]
+    return statistics.mean(statistics.mean(values) for values in volumes if values)
+
+
+def by(lines: Iterable[Line], key: Callable[[Line], str]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return groups
+
+
+def patient(line: Line) -> str:
+    return line["volume"].split("_")[0]
+
+
+def gain(lines: list[Line], others: list[Line], classes: Iterable[str]) -> tuple[float, float]:
+    """Mean paired difference of Dice and its standard error, over the seeds that both rows have."""
+    classes = list(classes)
+    seeds = sorted({line["seed"] for line in lines} & {line["seed"] for line in others})
+    differences: dict[tuple[str, str], float] = {}
+    for seed in seeds:
+        ours, theirs = (by((x for x in rows if x["seed"] == seed), patient) for rows in (lines, others))
+        for name in ours:
+            differences[name, seed] = mean_of(ours[name], "dice", classes) - mean_of(theirs[name], "dice", classes)
+    patients = sorted({name for name, _ in differences})
+    over_patients = [statistics.mean(differences[name, seed] for seed in seeds) for name in patients]
+    over_seeds = [statistics.mean(differences[name, seed] for name in patients) for seed in seeds]
+    error = statistics.stdev(over_patients) / len(patients) ** 0.5
+    if len(seeds) > 1:
+        error = math.hypot(error, statistics.stdev(over_seeds) / len(seeds) ** 0.5)
+    return statistics.mean(over_patients), error
+
+
+def gain_text(value: float, error: float) -> str:
+    return f"{value:+.1f} ± {error:.1f}" + (", not distinguishable" if abs(value) < 2 * error else "")
+
+
+def hosts_table(name: str) -> str:
+    """Dice of each row, its gain, each class with its own difference, distances, and the teacher's Dice."""
+    lines, curves = by(read(name), lambda line: line["row"]), by(read(f"{name}_curves"), lambda line: line["row"])
+    classes = classes_of(next(iter(lines.values())))
+    head = ["row", "Dice", "gain", *classes, "HD95", "ASD", "teacher", "seeds", "minutes a run"]
+    table = [head, ["---"] * len(head)]
+    for row, own in lines.items():
+        base = lines.get(row.removesuffix(SKD) if row.endswith(SKD) else WITHOUT) if row != WITHOUT else None
+        cells = [row, f"{mean_of(own, 'dice', classes):.1f}", gain_text(*gain(own, base, classes)) if base else "-"]
+        for one in classes:
+            change = f" ({gain(own, base, [one])[0]:+.1f})" if base else ""
+            cells.append(f"{mean_of(own, 'dice', [one]):.1f}{change}")
+        cells += [f"{mean_of(own, metric, classes):.1f}" for metric in ("hd95", "asd")]
+        runs = by(curves[row], lambda line: line["seed"])
+        teacher = [float(run[-1]["teacher_dice"]) for run in runs.values() if run[-1].get("teacher_dice")]
+        cells.append(f"{statistics.mean(teacher):.1f}" if teacher else "-")
+        cells.append(", ".join(sorted(runs)))
+        cells.append(f"{statistics.mean(float(run[-1]['minutes']) for run in runs.values()):.0f}")
+        table.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def dose_points() -> list[tuple[str, str, float, float, float, float]]:
+    """(teacher, gate, the teacher's Dice, its lead over the student without it, gain, error of the gain)."""
+    lines = by(read("dose"), lambda line: line["row"])
+    classes = classes_of(next(iter(lines.values())))
+    base = lines["Mean Teacher"]
+    points = []
+    for row, own in lines.items():
+        teacher, found, gate = row.partition(", gate ")
+        if found:
+            known = lines.get(f"teacher: {teacher}")
+            dice = mean_of(known, "dice", classes) if known else 0.0
+            points.append((teacher, gate, dice, dice - mean_of(base, "dice", classes), *gain(own, base, classes)))
+    return points
+
+
+def dose_table(name: str) -> str:
+    gates = list(dict.fromkeys(point[1] for point in dose_points()))
+    groups: dict[str, dict[str, tuple[str, str, float, float, float, float]]] = {}
+    for point in dose_points():
+        groups.setdefault(point[0], {})[point[1]] = point
+    head = ["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates)]
+    table = [head, ["---"] * len(head)]
+    for teacher, by_gate in sorted(groups.items(), key=lambda item: -next(iter(item[1].values()))[2]):
+        first = next(iter(by_gate.values()))
+        cells = [teacher, f"{first[2]:.1f}", f"{first[3]:+.1f}"]
+        table.append([*cells, *(gain_text(*by_gate[gate][4:]) if gate in by_gate else "-" for gate in gates)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "acdc_3_cpu": hosts_table,
+    "acdc_7_cpu": hosts_table,
+    "choices": hosts_table,
+    "la_8_cpu": hosts_table,
+    "dose": dose_table,
+}
+
+
+def with_tables(text: str) -> str:
+    """The page with every table between its marks made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](match[2])}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end \2 -->)", table, text, flags=re.DOTALL)
+
+
+def draw_curves(name: str, host: str) -> None:
+    """Validation Dice of a host with SKD and without over the iterations, and its teacher's."""
+    import matplotlib.pyplot as plt
+
+    curves = by(read(f"{name}_curves"), lambda line: line["row"])
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    drawn = ((host, "mean_dice", "without SKD", "0.45"), (host + SKD, "mean_dice", "with SKD", "C0"))
+    for row, column, label, color in (*drawn, (host + SKD, "teacher_dice", "its teacher", "C1")):
+        points = by(curves[row], lambda line: line["iteration"])
+        iterations = [int(iteration) for iteration in points]
+        values = [[float(line[column]) for line in lines if line.get(column)] for lines in points.values()]
+        means = [statistics.mean(one) for one in values]
+        axes.plot(iterations, means, color=color, label=label, linestyle=":" if "teacher" in column else "-")
+        axes.fill_between(
+            iterations, [min(one) for one in values], [max(one) for one in values], color=color, alpha=0.2
+        )
+    seeds = len({line["seed"] for line in curves[host + SKD]})
+    axes.set(xlabel="iterations", ylabel="Dice (%)", title=f"{host}, 3 labeled patients, {seeds} seed(s)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(PICTURES / f"curves_{re.sub('[^a-z]+', '_', host.lower())}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_dose() -> None:
+    """Gain of the student against the teacher's lead, for each gate."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for gate, points in by_gate().items():
+        lead, value, error = zip(*((p[3], p[4], p[5]) for p in points))
+        axes.errorbar(lead, value, yerr=error, marker="o", capsize=2, linestyle="-", label=f"gate {gate}")
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set(xlabel="Dice of the teacher minus Dice of the student without SKD", ylabel="gain of the student (Dice)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(PICTURES / "dose.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def by_gate() -> dict[str, list[tuple[str, str, float, float, float, float]]]:
+    groups: dict[str, list[tuple[str, str, float, float, float, float]]] = {}
+    for point in sorted(dose_points(), key=lambda point: point[3]):
+        groups.setdefault(point[1], []).append(point)
+    return groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args()
+    stale = [
+        page for page in PAGES if with_tables(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")
+    ]
+    if options.check:
+        sys.exit(f"made of other results: {', '.join(page.name for page in stale)}" if stale else 0)
+    for page in stale:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for host in ("supervised", "Mean Teacher", "UA-MT", "BCP"):
+        if any(line["row"] == host + SKD for line in read("acdc_3_cpu_curves")):
+            draw_curves("acdc_3_cpu", host)
+    draw_dose()
+
+
+if __name__ == "__main__":
+    main()
