@@ -140,5 +140,5 @@ def corrupted_masks(
     grid = F.affine_grid(torch.cat((turn, 2 * shift[..., None]), dim=2), [len(masks), 1, *size], align_corners=False)
     moved = F.grid_sample(spilled[:, None], grid, align_corners=False)[:, 0]
     noise = uniform(0, 0.5) * blotches(8) + uniform(0, 0.3) * blotches(16)
-    emptied = (uniform(0, 1) < 1 / 6) * uniform(0, 0.6)
+    emptied = (uniform(0, 1) < 1 / 6) * uniform(0.3, 0.8)
     return uniform(4, 24) * (moved - 0.5 + noise - emptied) + uniform(-2, 2)
