@@ -18,7 +18,7 @@ logits as mask prompt; three masks and the smallest of their losses for a single
 a student's logits prompt this teacher; some prompts are wrong; a box gets one mask; one loss per mask on the image's
 grid; few rounds; a cosine schedule; gradients clipped to norm 1.
 
-With --initial it continues from other weights; the record has their sha256.
+With --initial it starts from weights of an earlier run; the record contains that run's record.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from pretraining.prompts import NO_POINT, ON, TOP_LEFT, boxes_of, corrections, f
 logger = logging.getLogger("pretrain_stand_in")
 
 WARM_UP = 0.03  # fraction of the run
+RINGS = ("outer", "wall")  # the hardest objects: drawn twice as often
 HELD_OUT_SEED = 1_000_003  # added to the seed: a different set of images
 
 
@@ -65,9 +66,10 @@ class ProceduralDataset(Dataset):
         drawn = draw_image(self.seed, index, self.size)
         masks = torch.from_numpy(drawn.masks)
         generator = torch.Generator().manual_seed(self.seed * 2_147_483_647 + index)
-        order = torch.randperm(len(masks), generator=generator)
-        chosen = order[torch.arange(self.num_objects) % len(order)]
-        others = masks[order[(torch.arange(self.num_objects) + 1) % len(order)]] & ~masks[chosen]
+        weights = torch.tensor([2.0 if kind in RINGS else 1.0 for kind in drawn.kinds])
+        chosen = weights.multinomial(self.num_objects, replacement=True, generator=generator)
+        steps = 1 + torch.rand(self.num_objects, generator=generator) * (len(masks) - 1)
+        others = masks[(chosen + steps.long()) % len(masks)] & ~masks[chosen]
         return torch.from_numpy(drawn.image)[None], masks[chosen], others
 
 
@@ -255,7 +257,7 @@ def _finish(
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "weights_sha256": hashlib.sha256(Path(options.output).read_bytes()).hexdigest(),
         "options": {name: value for name, value in vars(options).items() if name not in ("output", "initial")},
-        "initialized_from_sha256": options.initial and hashlib.sha256(Path(options.initial).read_bytes()).hexdigest(),
+        "initialized_from": options.initial and json.loads(Path(options.initial).with_suffix(".json").read_text()),
         "steps": step,
         "images": step * options.batch_size,
         "minutes": round(seconds / 60, 1),
@@ -287,7 +289,7 @@ def _log(output: str, **values: Any) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="output file of the weights")
-    parser.add_argument("--initial", help="file of weights to start from instead of random ones")
+    parser.add_argument("--initial", help="weights of an earlier run, with their record, to start from")
     parser.add_argument("--minutes", type=float, default=110.0, help="length of the run; ignored with --steps")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")

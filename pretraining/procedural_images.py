@@ -46,7 +46,7 @@ def draw_image(seed: int, index: int, size: int = 128) -> ProceduralImage:
     scene = _Scene(np.random.default_rng([seed, index]), size)
     if scene.rng.random() < 0.65:
         scene.add_surroundings()
-    chambers, others = scene.rng.choice([[0, 5], [1, 2], [1, 4], [2, 1]], p=[0.3, 0.35, 0.2, 0.15])
+    chambers, others = scene.rng.choice([[0, 5], [1, 2], [1, 4], [2, 1]], p=[0.2, 0.4, 0.2, 0.2])
     things = [scene.add_chamber] * chambers + [scene.add_thing] * int(scene.rng.integers(0, others + 1))
     for place in scene.rng.permutation(len(things)):
         things[place]()

@@ -87,7 +87,7 @@ def test_a_run_from_initial_weights_starts_there_and_records_them(weights, tmp_p
     record = run(tmp_path / "stand_in.pt", f"--steps 1 --lr 1e-12 --initial {weights}")
     state, initial = (torch.load(path, weights_only=True) for path in (tmp_path / "stand_in.pt", weights))
     assert all(torch.allclose(state[name], initial[name], atol=1e-6) for name in initial)
-    assert record["initialized_from_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert record["initialized_from"] == json.loads(weights.with_suffix(".json").read_text())
 
 
 def test_a_resume_with_other_options_is_an_error(tmp_path):
