@@ -1,5 +1,5 @@
 """
-Zero-shot Dice of `stand_in` with a box prompt: pretrained on procedural images, beside random weights.
+Zero-shot Dice of `stand_in` with a box prompt, pretrained on procedural images.
 
     python -m benchmarks.zero_shot                                        # the phantom
     KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC
@@ -100,9 +100,10 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--padding", type=int, default=2, help="pixels added to each side of the true box")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    networks = {f"`stand_in`, {path}": build_sam("stand_in", options.image_size, path) for path in options.checkpoint}
-    networks |= {"`stand_in`, random weights": build_sam("stand_in", options.image_size), "box filled": None}
+    networks: dict[str, nn.Module | None] = {
+        f"`stand_in`, {path}": build_sam("stand_in", options.image_size, path) for path in options.checkpoint
+    }
+    networks["box filled"] = None
     print(f"`{' '.join(['python -m benchmarks.zero_shot', *sys.argv[1:]])}`\n")
     print("| data | teacher, not SAM | mean | classes |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
