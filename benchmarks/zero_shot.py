@@ -1,13 +1,15 @@
 """
-Zero-shot Dice of `stand_in` with a box prompt: pretrained on procedural images, beside random weights.
+Zero-shot Dice of `stand_in` with a box prompt, pretrained on procedural images.
 
     python -m benchmarks.zero_shot                                        # the phantom
-    KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC's validation slices
-    python -m benchmarks.zero_shot --checkpoint some/stand_in.pt --image_size 64
+    KNOWSAM_ACDC_DIR=/data/ACDC python -m benchmarks.zero_shot            # and ACDC
+    KNOWSAM_LA_DIR=/data/LA python -m benchmarks.zero_shot                # and left atria
+    python -m benchmarks.zero_shot --checkpoint some/stand_in.pt other.pt --image_size 64
 
-Neither network has seen a medical image, and neither is SAM. The prompt for each class of each slice is its true box,
-enlarged by `--padding` pixels on each side. The single mask at logit 0 is compared with the class, and Dice is averaged
-over slices, then classes. A mask that fills the box already has a high Dice; "box filled" is that baseline.
+No network has seen a medical image, and none is SAM. The prompt for each class of each slice is its true box, enlarged
+by `--padding` pixels on each side. The single mask at logit 0 is compared with the class, and Dice is averaged over
+slices, then classes. A mask that fills the box already has a high Dice; "box filled" is that baseline. Choose between
+weights on the training patients.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -28,12 +31,19 @@ from knowsam_monai.teachers import build_sam
 from pretraining.promptable_sam import decode, encode
 from pretraining.prompts import BOTTOM_RIGHT, TOP_LEFT, boxes_of
 
-CLASSES = ("right ventricle", "myocardium", "left ventricle")
+HEART = ("right ventricle", "myocardium", "left ventricle")
+ATRIUM = ("left atrium",)
+DATA = {  # variable with the folder, labeled patients, list of patients, classes
+    "phantom": (None, 7, "validation", HEART),
+    "ACDC, training patients": ("KNOWSAM_ACDC_DIR", 70, "labeled", HEART),
+    "ACDC, validation patients": ("KNOWSAM_ACDC_DIR", 70, "validation", HEART),
+    "LA, training cases": ("KNOWSAM_LA_DIR", 8, "labeled", ATRIUM),
+    "LA, validation cases": ("KNOWSAM_LA_DIR", 8, "validation", ATRIUM),
+}
 
 
-def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(image (1, size, size), label (1, size, size)) of each validation slice, preprocessed as in the bundle."""
-    items = load_datalist(dataset_dir, phantom_dir=folder)["validation"]
+def slices_of(items: list[dict], size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(image (1, size, size), label (1, size, size)) of each slice, preprocessed as in the 2D bundle."""
     keys = ["image", "label"]
     preprocessing = [
         LoadCased(keys, ensure_channel_first=True),
@@ -49,12 +59,12 @@ def validation_slices(dataset_dir: str | None, size: int, folder: str) -> list[t
 
 @torch.no_grad()
 def box_prompted_dice(
-    sam: nn.Module | None, slices: list[tuple[torch.Tensor, torch.Tensor]], padding: int
+    sam: nn.Module | None, slices: list[tuple[torch.Tensor, torch.Tensor]], classes: Sequence[str], padding: int
 ) -> dict[str, float]:
     """Mean Dice of each class with its padded true box as prompt; without a network, Dice of the filled box."""
     dice = defaultdict(list)
     for image, label in slices:
-        present = [c for c in range(1, len(CLASSES) + 1) if (label == c).any()]
+        present = [c for c in range(1, len(classes) + 1) if (label == c).any()]
         if not present:
             continue
         masks = torch.cat([label == c for c in present])
@@ -77,35 +87,36 @@ def box_prompted_dice(
             predicted = F.interpolate(logits[:, :1], size=(size, size), mode="bilinear")[:, 0] > 0
         overlap = 2 * (predicted & masks).sum(dim=(1, 2)) / (predicted.sum(dim=(1, 2)) + masks.sum(dim=(1, 2)))
         for number, value in zip(present, overlap.tolist()):
-            dice[CLASSES[number - 1]].append(value)
+            dice[classes[number - 1]].append(value)
     means = {name: sum(values) / len(values) for name, values in dice.items()}
     return {**means, "mean": sum(means.values()) / len(means)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="procedural", help="'procedural', or a file with weights of stand_in")
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=["procedural"], help="'procedural', or files with weights of stand_in"
+    )
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--padding", type=int, default=2, help="pixels added to each side of the true box")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    networks = {
-        "stand-in pretrained on procedural images": build_sam("stand_in", options.image_size, options.checkpoint),
-        "stand-in from scratch (random weights)": build_sam("stand_in", options.image_size),
-        "box filled": None,
+    networks: dict[str, nn.Module | None] = {
+        f"`stand_in`, {path}": build_sam("stand_in", options.image_size, path) for path in options.checkpoint
     }
+    networks["box filled"] = None
     print(f"`{' '.join(['python -m benchmarks.zero_shot', *sys.argv[1:]])}`\n")
-    print(f"| data | teacher, not SAM | {' | '.join(CLASSES)} | mean |\n|---|---|{'---|' * (len(CLASSES) + 1)}")
+    print("| data | teacher, not SAM | mean | classes |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for data in ("phantom", "ACDC"):
-            dataset_dir = os.environ.get("KNOWSAM_ACDC_DIR") if data == "ACDC" else None
-            if data == "ACDC" and not dataset_dir:
+        for name, (variable, labeled_patients, section, classes) in DATA.items():
+            dataset_dir = os.environ.get(variable) if variable else None
+            if variable and not dataset_dir:
                 continue
-            slices = validation_slices(dataset_dir, options.image_size, os.path.join(folder, "phantom"))
-            for name, sam in networks.items():
-                dice = box_prompted_dice(sam, slices, options.padding)
-                row = " | ".join(f"{100 * dice[key]:.1f}" for key in (*CLASSES, "mean"))
-                print(f"| {data}, {len(slices)} slices | {name} | {row} |", flush=True)
+            items = load_datalist(dataset_dir, os.path.join(folder, "phantom"), labeled_patients)[section]
+            slices = slices_of(items, options.image_size)
+            for network, sam in networks.items():
+                dice = box_prompted_dice(sam, slices, classes, options.padding)
+                each = ", ".join(f"{key} {100 * dice[key]:.1f}" for key in classes)
+                print(f"| {name}, {len(slices)} slices | {network} | {100 * dice['mean']:.1f} | {each} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ logits as mask prompt; three masks and the smallest of their losses for a single
 0.999), learning rate 8e-4, weight decay 0.1. Different from SAM: the first prompt may also be a corrupted mask, because
 a student's logits prompt this teacher; some prompts are wrong; a box gets one mask; one loss per mask on the image's
 grid; few rounds; a cosine schedule; gradients clipped to norm 1.
+
+With --initial it starts from weights of an earlier run; the record contains that run's record.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss, FocalLoss
 from torch.utils.data import DataLoader, Dataset
 
+from knowsam_monai.runs.cpu import keep_freed_memory
 from knowsam_monai.teachers.sam import build_sam
 from pretraining.procedural_images import draw_image
 from pretraining.promptable_sam import decode, encode
@@ -46,6 +49,7 @@ from pretraining.prompts import NO_POINT, ON, TOP_LEFT, boxes_of, corrections, f
 logger = logging.getLogger("pretrain_stand_in")
 
 WARM_UP = 0.03  # fraction of the run
+RINGS = ("outer", "wall")  # the hardest objects: drawn twice as often
 HELD_OUT_SEED = 1_000_003  # added to the seed: a different set of images
 
 
@@ -62,9 +66,10 @@ class ProceduralDataset(Dataset):
         drawn = draw_image(self.seed, index, self.size)
         masks = torch.from_numpy(drawn.masks)
         generator = torch.Generator().manual_seed(self.seed * 2_147_483_647 + index)
-        order = torch.randperm(len(masks), generator=generator)
-        chosen = order[torch.arange(self.num_objects) % len(order)]
-        others = masks[order[(torch.arange(self.num_objects) + 1) % len(order)]] & ~masks[chosen]
+        weights = torch.tensor([2.0 if kind in RINGS else 1.0 for kind in drawn.kinds])
+        chosen = weights.multinomial(self.num_objects, replacement=True, generator=generator)
+        steps = 1 + torch.rand(self.num_objects, generator=generator) * (len(masks) - 1)
+        others = masks[(chosen + steps.long()) % len(masks)] & ~masks[chosen]
         return torch.from_numpy(drawn.image)[None], masks[chosen], others
 
 
@@ -98,15 +103,19 @@ def promptable_loss(
     mask_losses, iou_losses = [], []
     for number in range(num_rounds):
         low_logits, predicted_iou = (x.float() for x in decode(sam, embedding, points, codes, mask_logits, has_mask))
-        logits = F.interpolate(low_logits, size=image.shape[2:], mode="bilinear")
-        losses = _mask_losses(logits, target)  # (P, 4)
         requested = _requested_masks(ambiguous)
-        mask_losses.append(losses.masked_fill(~requested, torch.inf).amin(dim=1).mean())
-        iou_losses.append((predicted_iou - _iou(logits > 0, target)).square()[requested].mean())
+        prompt = requested.nonzero()[:, 0]
+        logits = F.interpolate(low_logits[requested][:, None], size=image.shape[2:], mode="bilinear")  # (R, 1, H, W)
+        losses = low_logits.new_full(requested.shape, torch.inf)
+        losses[requested] = _mask_losses(logits, target[prompt])[:, 0]
+        mask_losses.append(losses.amin(dim=1).mean())
+        iou = _iou(logits > 0, target[prompt])[:, 0]
+        iou_losses.append((predicted_iou[requested] - iou).square().mean())
         if number + 1 < num_rounds:
             best = predicted_iou.detach().masked_fill(~requested, -torch.inf).argmax(dim=1)
             rows = torch.arange(len(best), device=device)
-            click, code = corrections((logits[rows, best] > 0).cpu(), masks, generator)
+            chosen = F.interpolate(low_logits[rows, best, None].detach(), size=image.shape[2:], mode="bilinear")
+            click, code = corrections((chosen[:, 0] > 0).cpu(), masks, generator)
             points = torch.cat((points, click.to(device)), dim=1)
             codes = torch.cat((codes, code.to(device)), dim=1)
             mask_logits = low_logits[rows, best].detach().clamp(-32, 32)
@@ -137,7 +146,11 @@ def _iou(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_iou(sam: nn.Module, seed: int, size: int, num_images: int, device: torch.device) -> dict[str, float]:
-    """Mean IoU on images of another seed, for exact boxes and for single points (the mask of best predicted IoU)."""
+    """Mean IoU on images of another seed, for enlarged boxes and for points (the mask of best predicted IoU).
+
+    Boxes are enlarged by 1.5 % of the image, the mean of those in training.
+    """
+    padding = 0.015 * size * torch.tensor([-1.0, -1.0, 1.0, 1.0])
     dataset = ProceduralDataset(seed + HELD_OUT_SEED, size, num_objects=3, num_images=num_images)
     generator = torch.Generator().manual_seed(seed)
     ious: dict[str, list[torch.Tensor]] = {"box": [], "point": []}
@@ -145,7 +158,7 @@ def held_out_iou(sam: nn.Module, seed: int, size: int, num_images: int, device: 
         embedding, masks = encode(sam, image.to(device)), masks.flatten(0, 1)
         point = sample_points(masks, generator)
         prompts = {
-            "box": (boxes_of(masks).unflatten(1, (2, 2)), [TOP_LEFT, TOP_LEFT + 1]),
+            "box": ((boxes_of(masks) + padding).unflatten(1, (2, 2)), [TOP_LEFT, TOP_LEFT + 1]),
             "point": (torch.stack((point, torch.zeros_like(point)), dim=1), [ON, NO_POINT]),
         }
         empty = torch.zeros(len(masks), *sam.prompt_encoder.mask_input_size, device=device)
@@ -174,11 +187,12 @@ def pretrain(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
+    keep_freed_memory()
     device = torch.device(options.device)
-    sam = build_sam("stand_in", options.image_size).to(device).train()
+    sam = build_sam("stand_in", options.image_size, options.initial).to(device).train()
     optimizer = torch.optim.AdamW(sam.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.1)
     step, seconds, resume_path = 0, 0.0, Path(f"{options.output}.resume")
-    fixed = ("seed", "image_size", "batch_size", "objects", "rounds", "lr")
+    fixed = ("initial", "seed", "image_size", "batch_size", "objects", "rounds", "lr")
     settings = {name: getattr(options, name) for name in fixed}
     if options.resume and resume_path.is_file():
         saved = torch.load(resume_path, map_location=device, weights_only=True)
@@ -209,7 +223,7 @@ def pretrain(options: argparse.Namespace) -> dict[str, Any]:
         image, masks, others = next(loader)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.bf16):
-            losses = promptable_loss(sam, image.to(device), masks, others, generator, options.rounds)
+            losses = promptable_loss(sam, image.to(device), masks, others, generator, 1 + step % options.rounds)
         optimizer.zero_grad()
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
@@ -242,7 +256,8 @@ def _finish(
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "sources_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
         "weights_sha256": hashlib.sha256(Path(options.output).read_bytes()).hexdigest(),
-        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "options": {name: value for name, value in vars(options).items() if name not in ("output", "initial")},
+        "initialized_from": options.initial and json.loads(Path(options.initial).with_suffix(".json").read_text()),
         "steps": step,
         "images": step * options.batch_size,
         "minutes": round(seconds / 60, 1),
@@ -274,13 +289,16 @@ def _log(output: str, **values: Any) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="output file of the weights")
+    parser.add_argument("--initial", help="weights of an earlier run, with their record, to start from")
     parser.add_argument("--minutes", type=float, default=110.0, help="length of the run; ignored with --steps")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, default=8, help="images per step")
     parser.add_argument("--objects", type=int, default=4, help="objects per image")
-    parser.add_argument("--rounds", type=int, default=3, help="prompts per object")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="most prompts per object; steps take turns with 1 to so many"
+    )
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,9 @@
 """Procedural images with object masks, the training data of the stand-in teacher.
 
-No photographs or medical images are used. Overlapping shapes with random outlines are single, nested (a ring and its
-inside) or touching. They get gray values, texture and shading, followed by a bias field, blur and noise.
+No photographs or medical images are used. Shapes with random outlines are single, nested (a ring and its inside),
+touching, or chambers: a ring around a cavity, and a crescent beside it. In two thirds of the images they lie among
+large dark, gray and bright regions inside an outline, in the others on a plain background. Gray values, texture,
+shading, partial volume, a bias field, blur and noise follow.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ MIN_AREA = 0.002  # smallest visible area of an object, as a fraction of the ima
 class ProceduralImage(NamedTuple):
     """An image (H, W) float32 from 0 to 1, its masks (M, H, W) bool, and the kind of each mask.
 
-    Kinds are "single", "inner" and "outer" for nested pairs, "touching" for both of a touching pair, and "whole" for
-    the union of a pair. Masks contain visible pixels only: later objects cover earlier ones.
+    Kinds are "single", "inner" and "outer" for nested pairs, "touching" for both of a touching pair, "whole" for the
+    union of a touching pair, and "wall", "cavity" and "crescent" of a chamber. Masks contain visible pixels only: later
+    objects cover earlier ones. The union of a ring and its inside is not an object: a box around both means the ring.
     """
 
     image: np.ndarray
@@ -40,91 +43,161 @@ def draw_image(seed: int, index: int, size: int = 128) -> ProceduralImage:
         >>> drawn.image.shape, drawn.masks.shape[1:], len(drawn.masks) == len(drawn.kinds)
         ((128, 128), (128, 128), True)
     """
-    rng = np.random.default_rng([seed, index])
-    labels = np.zeros((size, size), dtype=np.int64)
-    parts: list[tuple[tuple[int, ...], str]] = []  # (labels, kind)
-    masks, kinds = [], []
-    num_things = int(rng.integers(2, 8))
-    while num_things > 0 or not masks:
-        _add_thing(rng, labels, parts)
-        num_things -= 1
-        if num_things <= 0:
-            masks, kinds = _visible(labels, parts)
-    return ProceduralImage(_paint(rng, labels), np.stack(masks), tuple(kinds))
+    scene = _Scene(np.random.default_rng([seed, index]), size)
+    if scene.rng.random() < 0.65:
+        scene.add_surroundings()
+    chambers, others = scene.rng.choice([[0, 5], [1, 2], [1, 4], [2, 1]], p=[0.2, 0.4, 0.2, 0.2])
+    things = [scene.add_chamber] * chambers + [scene.add_thing] * int(scene.rng.integers(0, others + 1))
+    for place in scene.rng.permutation(len(things)):
+        things[place]()
+    masks, kinds = scene.visible()
+    while not masks:
+        scene.add_thing()
+        masks, kinds = scene.visible()
+    return ProceduralImage(scene.paint(), np.stack(masks), tuple(kinds))
 
 
-def _add_thing(rng: np.random.Generator, labels: np.ndarray, parts: list[tuple[tuple[int, ...], str]]) -> None:
-    """Draw an object or a pair over the earlier ones."""
-    new = 1 + sum(len(numbers) for numbers, kind in parts if kind != "whole")
-    center, radius = rng.uniform(0.1, 0.9, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.28)))
-    outline = _distance_field(rng, labels.shape[0], center, radius)
-    style = rng.choice(["single", "nested", "touching"], p=[0.4, 0.35, 0.25])
-    if style == "single":
-        labels[outline < 1] = new
-        parts.append(((new,), "single"))
-        return
-    if style == "nested":
-        inner = outline < rng.uniform(0.45, 0.85)
-        if rng.random() < 0.5:  # its own shape instead of a scaled copy
-            inner = _distance_field(rng, labels.shape[0], center, radius * rng.uniform(0.4, 0.7)) < 1
-        labels[outline < 1] = new
-        labels[inner & (outline < 1)] = new + 1
-        names = ("outer", "inner")
-    else:
+class _Scene:
+    """Objects and tissues of an image: a tissue is one gray value, and an object may have several tissues."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        self.rng, self.size = rng, size
+        self.objects = np.zeros((size, size), dtype=np.int64)
+        self.tissues = np.zeros((size, size), dtype=np.int64)
+        self.levels = [rng.uniform(0, 1)]
+        self.parts: list[tuple[tuple[int, ...], str]] = []  # (objects, kind)
+        self.num_objects = 0
+
+    def add_surroundings(self) -> None:
+        """A large outline with a bright rim in the dark, and dark, gray and bright regions in it."""
+        rng = self.rng
+        self.levels = [rng.uniform(0, 0.1)]
+        outline = self._distances(rng.uniform(0.3, 0.7, 2), rng.uniform(0.35, 0.75))
+        self._fill(outline < 1, rng.uniform(0.4, 1))
+        inside = outline < rng.uniform(0.8, 0.97)
+        self._fill(inside, rng.uniform(0.1, 0.5))
+        for _ in range(rng.integers(1, 4)):
+            region = self._distances(rng.uniform(0.1, 0.9, 2), rng.uniform(0.12, 0.35)) < 1
+            self._fill(region & inside, rng.uniform(0, 0.2))
+        for _ in range(rng.integers(4, 20)):
+            radius = np.exp(rng.uniform(np.log(0.015), np.log(0.15)))
+            region = self._distances(rng.uniform(0.05, 0.95, 2), radius, waves=2) < 1
+            self._fill(region & inside, rng.uniform(0, 1))
+
+    def add_chamber(self) -> None:
+        """A ring around a cavity, a crescent beside it with a thin wall of its own, and spots of the wall in both."""
+        rng = self.rng
+        center, radius = rng.uniform(0.2, 0.8, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.2)))
+        cavity_level = rng.uniform(0.25, 1)
+        wall_level = cavity_level * rng.uniform(0.1, 0.75)
+        if rng.random() < 0.15:
+            cavity_level, wall_level = wall_level, cavity_level
         turn = rng.uniform(0, 2 * np.pi)
-        step = radius * rng.uniform(0.7, 1.3) * np.array([np.sin(turn), np.cos(turn)])
-        beside = _distance_field(rng, labels.shape[0], center + step, radius * rng.uniform(0.6, 1.2)) < 1
-        labels[beside] = new + 1  # the first object covers it, which leaves a crescent
-        labels[outline < 1] = new
-        names = ("touching", "touching")
-    parts += [((new,), names[0]), ((new + 1,), names[1]), ((new, new + 1), "whole")]
+        direction = np.array([np.sin(turn), np.cos(turn)])
+        if rng.random() < 0.75:
+            step = radius * rng.uniform(0.7, 1.5)
+            crescent = self._distances(center + step * direction, radius * rng.uniform(0.6, 1.3))
+            self._fill(crescent < rng.uniform(1, 1.25), wall_level * rng.uniform(0.8, 1.2))
+            self._fill(crescent < 1, cavity_level * rng.uniform(0.75, 1.2), "crescent")
+            self._add_spots(crescent < 1, wall_level, radius)
+        outline = self._distances(center, radius)
+        share = rng.uniform(0.4, 0.88)
+        if rng.random() < 0.6:
+            inner = outline < share
+        else:
+            offset = rng.normal(0, 0.25, 2) * (1 - share) * radius
+            inner = (self._distances(center + offset, share * radius) < 1) & (outline < 0.95)
+        self._fill(outline < 1, wall_level, "wall")
+        self._fill(inner, cavity_level, "cavity")
+        self._add_spots(inner, wall_level, radius * share)
 
+    def add_thing(self) -> None:
+        """A single object or a pair, of any gray values."""
+        rng = self.rng
+        center, radius = rng.uniform(0.1, 0.9, 2), np.exp(rng.uniform(np.log(0.05), np.log(0.28)))
+        outline = self._distances(center, radius)
+        levels, style = rng.uniform(0, 1, 2), rng.choice(["single", "nested", "touching"], p=[0.45, 0.3, 0.25])
+        if style == "single":
+            self._fill(outline < 1, levels[0], "single")
+        elif style == "nested":
+            inner = outline < rng.uniform(0.45, 0.85)
+            if rng.random() < 0.5:  # its own shape instead of a scaled copy
+                inner = self._distances(center, radius * rng.uniform(0.4, 0.7)) < 1
+            self._fill(outline < 1, levels[0], "outer")
+            self._fill(inner & (outline < 1), levels[1], "inner")
+        else:
+            turn = rng.uniform(0, 2 * np.pi)
+            step = radius * rng.uniform(0.7, 1.3) * np.array([np.sin(turn), np.cos(turn)])
+            beside = self._distances(center + step, radius * rng.uniform(0.6, 1.2)) < 1
+            self._fill(beside, levels[0], "touching")  # the second object covers it, which leaves a crescent
+            self._fill(outline < 1, levels[1], "touching")
+            self.parts.append(((self.num_objects - 1, self.num_objects), "whole"))
 
-def _distance_field(rng: np.random.Generator, size: int, center: np.ndarray, radius: float) -> np.ndarray:
-    """(H, W), below 1 inside a closed curve ``r(t) = radius (1 + sum_k a_k cos(k t + p_k))``, stretched and rotated."""
-    y, x = _coordinates(size)
-    turn, stretch = rng.uniform(0, np.pi), np.exp(rng.uniform(-0.35, 0.35))
-    cosine, sine = np.cos(turn), np.sin(turn)
-    u = ((x - center[1]) * cosine + (y - center[0]) * sine) * stretch
-    v = ((y - center[0]) * cosine - (x - center[1]) * sine) / stretch
-    angle, reach = np.arctan2(v, u), np.float32(radius)
-    roughness = rng.choice([0.02, 0.08, 0.2])
-    for k in range(2, 6):
-        amplitude = np.float32(radius * roughness * rng.normal() / (k - 1))
-        reach = reach + amplitude * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
-    return np.hypot(u, v) / np.maximum(reach, 0.3 * radius)
+    def _add_spots(self, region: np.ndarray, level: float, radius: float) -> None:
+        """Spots of another tissue that belong to the object."""
+        places = np.argwhere(region)
+        for _ in range(self.rng.integers(0, 4) if len(places) else 0):
+            center = (self.rng.choice(places) + 0.5) / self.size
+            spot = self._distances(center, radius * self.rng.uniform(0.08, 0.3), waves=0) < 1
+            self._fill(spot & region, level * self.rng.uniform(0.8, 1.4))
 
+    def _fill(self, region: np.ndarray, level: float, kind: str | None = None) -> None:
+        self.tissues[region] = len(self.levels)
+        self.levels.append(level)
+        if kind is not None:
+            self.num_objects += 1
+            self.objects[region] = self.num_objects
+            self.parts.append(((self.num_objects,), kind))
 
-def _visible(labels: np.ndarray, parts: list[tuple[tuple[int, ...], str]]) -> tuple[list[np.ndarray], list[str]]:
-    least = max(4, MIN_AREA * labels.size)
-    masks, kinds = [], []
-    for numbers, kind in parts:
-        each = [labels == number for number in numbers]
-        if all(mask.sum() >= least for mask in each):  # the union is left out if one part is hidden
-            masks.append(np.logical_or.reduce(each))
-            kinds.append(kind)
-    return masks, kinds
+    def _distances(self, center: np.ndarray, radius: float, waves: int = 4) -> np.ndarray:
+        """(H, W), below 1 in a closed curve ``r(t) = radius (1 + sum_k a_k cos(k t + p_k))``, stretched and rotated."""
+        rng = self.rng
+        y, x = _coordinates(self.size)
+        turn, stretch = rng.uniform(0, np.pi), np.exp(rng.uniform(-0.35, 0.35))
+        cosine, sine = np.float32(np.cos(turn) * stretch), np.float32(np.sin(turn) * stretch)
+        y, x, squeeze = y - np.float32(center[0]), x - np.float32(center[1]), np.float32(stretch**-2)
+        u, v = x * cosine + y * sine, (y * cosine - x * sine) * squeeze
+        distance, reach = np.hypot(u, v), np.float32(radius)
+        if waves:
+            angle, roughness = np.arctan2(v, u), rng.choice([0.02, 0.08, 0.2])
+            for k in range(2, 2 + waves):
+                amplitude = np.float32(radius * roughness * rng.normal() / (k - 1))
+                reach = reach + amplitude * np.cos(k * angle + np.float32(rng.uniform(0, 2 * np.pi)))
+        return distance / np.maximum(reach, np.float32(0.3 * radius))
 
+    def visible(self) -> tuple[list[np.ndarray], list[str]]:
+        """Masks and kinds of the objects that are not hidden."""
+        least = max(4, MIN_AREA * self.objects.size)
+        areas = np.bincount(self.objects.flat, minlength=self.num_objects + 1)
+        # a union is left out if one of its parts is hidden
+        seen = [(numbers, kind) for numbers, kind in self.parts if all(areas[number] >= least for number in numbers)]
+        return [np.isin(self.objects, numbers) for numbers, _ in seen], [kind for _, kind in seen]
 
-def _paint(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    size, count = labels.shape[0], int(labels.max()) + 1
-    y, x = _coordinates(size)
-    textures = np.stack([_smooth(rng.normal(0, 1, labels.shape), s) for s in rng.uniform(0.5, 6, 3) * size / 128])
-    textures /= textures.std(axis=(1, 2), keepdims=True)
-    level, strength = rng.uniform(0, 1, count), rng.uniform(0, 0.12, count)
-    slope, texture = rng.normal(0, 0.25, (2, count)), rng.integers(0, 3, count)
-    image = level[labels] + slope[0][labels] * (x - 0.5) + slope[1][labels] * (y - 0.5)
-    image += strength[labels] * np.take_along_axis(textures, texture[labels][None], axis=0)[0]
+    def paint(self) -> np.ndarray:
+        """The image (H, W)."""
+        rng, tissues, count = self.rng, self.tissues, len(self.levels)
+        y, x = _coordinates(self.size)
+        scales = rng.uniform(0.5, 6, 3) * self.size / 128
+        textures = np.stack([_smooth(rng.normal(0, 1, tissues.shape), scale) for scale in scales])
+        textures /= textures.std(axis=(1, 2), keepdims=True)
+        levels, strength = np.array(self.levels), rng.uniform(0, 0.12, count) * rng.uniform(0, 1)
+        slopes, texture = rng.normal(0, rng.uniform(0, 0.25), (2, count)), rng.integers(0, 3, count)
+        image = levels[tissues] + slopes[0][tissues] * (x - 0.5) + slopes[1][tissues] * (y - 0.5)
+        image += strength[tissues] * np.take_along_axis(textures, texture[tissues][None], axis=0)[0]
+        image += rng.uniform(0, 0.08) * textures[0]  # crosses edges
+        if rng.random() < 0.5:  # partial volume: a neighboring slice
+            shift = rng.integers(-2, 3, 2)
+            image += rng.uniform(0, 0.5) * (np.roll(image, shift, axis=(0, 1)) - image)
 
-    image = (image - image.min()) / max(np.ptp(image), 1e-6)
-    bias = _smooth(rng.normal(0, 1, labels.shape), 0.25 * size)
-    image = image ** rng.uniform(0.7, 1.4) * np.exp(rng.uniform(0, 0.3) * bias / bias.std())
-    image = _smooth(image, rng.uniform(0.2, 1.3) * size / 128)
-    noise = rng.uniform(0, 0.08) * rng.normal(0, 1, (2, *labels.shape))
-    image = np.hypot(image + noise[0], noise[1]) if rng.random() < 0.5 else image + noise[0]
-    low, high = np.percentile(image, [rng.uniform(0, 1), rng.uniform(98, 100)])
-    image = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-    return (image * rng.uniform(0.4, 1.0)).astype(np.float32)  # slices rarely contain a volume's brightest voxel
+        image = (image - image.min()) / max(np.ptp(image), 1e-6)
+        bias = _smooth(rng.normal(0, 1, tissues.shape), rng.uniform(0.15, 0.4) * self.size)
+        image = image ** rng.uniform(0.7, 1.6) * np.exp(rng.uniform(0, 0.7) * bias / bias.std())
+        image = _smooth(image, rng.uniform(0.2, 1.2) * self.size / 128)
+        noise = rng.uniform(0, 0.08) * rng.uniform(0, 1) * rng.normal(0, 1, (2, *tissues.shape))
+        image = np.hypot(image + noise[0], noise[1]) if rng.random() < 0.5 else image + noise[0]
+        low, high = np.percentile(image, [rng.uniform(0, 1), rng.uniform(98, 100)])
+        image = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+        return (image * rng.uniform(0.4, 1.0)).astype(np.float32)  # slices rarely contain a volume's brightest voxel
 
 
 def _smooth(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 
 from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.teachers.sam_checkpoint import resize_positions
+from knowsam_monai.teachers.stand_in import WEIGHTS
 from pretraining import pretrain_stand_in
 from pretraining.pretrain_stand_in import (
     ProceduralDataset,
@@ -47,6 +48,14 @@ def test_the_file_is_a_plain_state_dict_with_a_record_of_what_made_it(weights):
     assert set(record["held_out_iou"]) == {"box", "point"}
 
 
+def test_the_packages_weights_are_those_of_the_record_and_of_these_sources():
+    record = json.loads(WEIGHTS.with_suffix(".json").read_text())
+    sources = sorted(Path(pretrain_stand_in.__file__).parent.glob("*.py"))
+    assert record["weights_sha256"] == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert record["sources_sha256"] == hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    assert WEIGHTS.stat().st_size < 10e6
+
+
 @pytest.mark.parametrize("image_size", [64, 128])
 def test_a_teacher_loads_every_tensor_and_freezes_all_but_adapters(weights, image_size):
     teacher = SAMTeacher(num_classes=4, image_size=image_size, variant="stand_in", checkpoint=weights)
@@ -72,6 +81,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(weights, tmp_path):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stand_in.pt.log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_from_initial_weights_starts_there_and_records_them(weights, tmp_path):
+    record = run(tmp_path / "stand_in.pt", f"--steps 1 --lr 1e-12 --initial {weights}")
+    state, initial = (torch.load(path, weights_only=True) for path in (tmp_path / "stand_in.pt", weights))
+    assert all(torch.allclose(state[name], initial[name], atol=1e-6) for name in initial)
+    assert record["initialized_from"] == json.loads(weights.with_suffix(".json").read_text())
 
 
 def test_a_resume_with_other_options_is_an_error(tmp_path):
