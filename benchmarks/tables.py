@@ -1,7 +1,7 @@
 """
 Make the tables and pictures of the results from benchmarks/results/*.csv.
 
-    python benchmarks/tables.py            # the tables in benchmarks/accuracy.md and README.md, and the pictures
+    python benchmarks/tables.py            # the tables in accuracy.md, results.md and README.md, and pictures
     python benchmarks/tables.py --check    # changes nothing; exit code 1 if a table is not what the CSV files give
 
 A table stands in a Markdown file between `<!-- table NAME -->` and `<!-- end NAME -->`.
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "source" / "images"
-PAGES = (ROOT / "benchmarks" / "accuracy.md", ROOT / "README.md")
+PAGES = (ROOT / "benchmarks" / "accuracy.md", ROOT / "docs" / "source" / "results.md", ROOT / "README.md")
 SKD, WITHOUT = " + SKD", "without SKD"  # the rows of `hosts.py` are compared in pairs, those of `choices.py` with one
 Line = dict[str, str]
 
@@ -100,6 +100,21 @@ def hosts_table(name: str) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
+def summary_table(name: str) -> str:
+    """One line for each host: Dice without SKD and with it, and the gain."""
+    name = name.removesuffix("_summary")
+    lines = by(read(name), lambda line: line["row"])
+    classes = classes_of(next(iter(lines.values())))
+    table = [["method", "without SKD", "with SKD", "gain", "seeds"], ["---"] * 5]
+    for row in lines:
+        if row.endswith(SKD):
+            both = [lines[row.removesuffix(SKD)], lines[row]]
+            dice = [f"{mean_of(one, 'dice', classes):.1f}" for one in both]
+            seeds = len({line["seed"] for line in lines[row]})
+            table.append([row.removesuffix(SKD), *dice, gain_text(*gain(*reversed(both), classes)), str(seeds)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
 def dose_points() -> list[tuple[str, str, float, float, float, float]]:
     """(teacher, gate, the teacher's Dice, its lead over the student without it, gain, error of the gain)."""
     lines = by(read("dose"), lambda line: line["row"])
@@ -132,6 +147,7 @@ def dose_table(name: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "acdc_3_cpu": hosts_table,
     "acdc_7_cpu": hosts_table,
+    "acdc_3_cpu_summary": summary_table,
     "choices": hosts_table,
     "la_8_cpu": hosts_table,
     "dose": dose_table,
