@@ -84,7 +84,7 @@ def hosts_table(name: str) -> str:
     classes = classes_of(next(iter(lines.values())))
     head = ["row", "Dice", "gain", *classes, "HD95", "ASD", "teacher", "seeds", "minutes a run"]
     table = [head, ["---"] * len(head)]
-    for row, own in lines.items():
+    for row, own in sorted(lines.items(), key=lambda item: item[0] != WITHOUT):
         base = lines.get(row.removesuffix(SKD) if row.endswith(SKD) else WITHOUT) if row != WITHOUT else None
         cells = [row, f"{mean_of(own, 'dice', classes):.1f}", gain_text(*gain(own, base, classes)) if base else "-"]
         for one in classes:
@@ -225,7 +225,8 @@ def main() -> None:
     for host in ("supervised", "Mean Teacher", "UA-MT", "BCP"):
         if any(line["row"] == host + SKD for line in read("acdc_3_cpu_curves")):
             draw_curves("acdc_3_cpu", host)
-    draw_dose()
+    if (RESULTS / "dose.csv").is_file():
+        draw_dose()
 
 
 if __name__ == "__main__":
