@@ -127,7 +127,9 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
 
 def _warn_left_out(paths: Collection[str], reason: str) -> None:
     if paths:
-        logger.warning("%d files match but are not segmented, since they %s: %s ...", len(paths), reason, min(paths))
+        logger.warning(
+            "%d files match but are not segmented, since they %s: %s", len(paths), reason, ", ".join(sorted(paths))
+        )
 
 
 def _is_below(path: str | None, folder: str) -> bool:

@@ -74,7 +74,7 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
     if isinstance(images, str) and images.endswith(".json"):
         images = _listed(Path(images))
     elif isinstance(images, str):
-        images = sorted(glob.glob(os.path.expanduser(images), recursive=True))
+        images = sorted(glob.glob(os.path.expandvars(os.path.expanduser(images)), recursive=True))
     if len(images) == 0:
         raise KnowSAMFileNotFoundError(
             f"`unlabeled` must name at least one image but there is none for {given!r}; give a file pattern in "
@@ -112,7 +112,7 @@ def _beside(path: Path, file: Any, where: str) -> Any:
         return [_beside(path, part, where) for part in file]
     if not isinstance(file, str):
         raise KnowSAMValueError(f"`image` must be a path or a list of paths but {where} has {file!r}.")
-    return str(path.parent / os.path.expanduser(file))
+    return str(path.parent / os.path.expandvars(os.path.expanduser(file)))
 
 
 @kept_random_state()

@@ -86,14 +86,14 @@ class UncertaintyGuidedMixing:
 
     def ask_for_teacher(self, engine: Engine) -> None:
         """Ask `SAMDistillation` for the teacher's logits of the unlabeled rows."""
-        if self.pseudo_label == "teacher" and self._weight_at(engine.state.iteration):
+        if self.pseudo_label == "teacher" and engine.state.iteration >= self.start and self.weight != 0:
             engine.state.output["teacher_logits"] = None
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
-        weight = self._weight_at(engine.state.iteration)
+        weight = weight_at(self.weight, engine.state.iteration) if engine.state.iteration >= self.start else 0.0
         if not weight:
             return
         views = unstack_views(output[Keys.PRED], image)
@@ -114,9 +114,6 @@ class UncertaintyGuidedMixing:
         output["mixing_loss"] = loss.detach()
         loss = loss / engine.accumulation_steps
         (loss if scaler is None else scaler.scale(loss)).backward()
-
-    def _weight_at(self, iteration: int) -> float:
-        return weight_at(self.weight, iteration) if iteration >= self.start else 0.0
 
     @torch.no_grad()
     def mix(self, image: Tensor, label: Tensor, logits: Tensor, pseudo_logits: Tensor) -> tuple[Tensor, Tensor]:

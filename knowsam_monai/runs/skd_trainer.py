@@ -140,6 +140,7 @@ def skd_trainer(
     num_workers = train_data_loader.num_workers
     unlabeled = unlabeled_dataset(labeled, skd.unlabeled, skd.cache_rate, num_workers)
     images, label = _first_images(labeled, unlabeled)
+    images, label = images[:2], label[:2]  # a pass of more could need more memory than the training
     logits = _first_logits(network, images)
     overlapping = logits.shape[1] > 1 and _overlapping(skd.overlapping, label, loss_function, postprocessing)
     check_label(logits, label, getattr(loss_function, "ignore_index", None), overlapping)

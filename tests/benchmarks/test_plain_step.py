@@ -120,6 +120,7 @@ def test_plain_student_drops_out_as_the_shipped_one(speed):
     assert rates[0] == rates[1] and len(rates[0]) == 5
 
 
+@pytest.mark.slow
 def test_speed_prints_a_ratio_for_rows_in_processes_of_their_own():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "benchmarks/speed.py", "inference", "--rounds", "2", "--precisions", "fp32"]

@@ -59,7 +59,7 @@ def test_batch_has_patches_and_sam_gets_the_set_number_of_slices_of_each(trainin
         return forward(self, image, prompt_logits)
 
     monkeypatch.setattr(SAMTeacher, "forward", listen)
-    run = training_3d(max_iterations=1).run()
+    run = training_3d(max_iterations=1, distillation_gate="none").run()
     assert isinstance(run["teacher"], SliceTeacher)
     output = run["train#trainer"].state.output
     assert output["image"].shape == (4, 1, 16, 16, 16) and output["label"].shape == (2, 1, 16, 16, 16)

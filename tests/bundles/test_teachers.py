@@ -147,7 +147,7 @@ def test_network_of_slices_is_no_teacher_of_volumes(taught, small_teachers):
     run = taught(CONFIGS_3D, "network", teacher_bundle=bundle, teacher_channels=[0, [1, 2, 3]])
     with pytest.raises(RuntimeError) as error:
         run.run()
-    assert "`network` must take images of shape (4, 1, 16, 16, 16) but UNet does not" in str(root_cause(error.value))
+    assert "`network` must take images of shape (2, 1, 16, 16, 16) but UNet does not" in str(root_cause(error.value))
 
 
 @BUNDLES

@@ -86,8 +86,9 @@ def test_label_maps_are_no_images_and_images_in_the_output_folder_are_named(tmp_
     assert items == [{"image": str(tmp_path / "a.nii.gz")}]
     of_output, of_labels = caplog.messages
     assert of_output.startswith("1 files match but are not segmented, since they lie in `output_dir`; move")
-    assert of_output.endswith("out/b.nii.gz ...")
+    assert of_output.endswith("out/b.nii.gz")
     assert of_labels.startswith("2 files match but are not segmented, since they are label maps by their headers")
+    assert of_labels.endswith(f"{tmp_path}/a_seg.nii.gz, {tmp_path}/earlier/a_seg.nii.gz")
     with pytest.raises(ValueError, match="but .*earlier only has 1 that are segmentations; set"):
         inference_items(tmp_path / "earlier")
 

@@ -27,6 +27,7 @@ def shell(command, folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, data", [("knowsam_acdc", "list"), ("knowsam_la", "phantom")])
 def test_commands_on_the_screen_and_on_the_page_work_as_they_are_pasted(
     small_phantom, small_volumes, tmp_path, name, data  # noqa: F811
