@@ -43,7 +43,7 @@ napoleon_custom_sections = ["Shape"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|monai|ignite|numpy|np|collections|os|pathlib|typing)\b.*"),
-    (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Inferer|CheckpointSaver|KeysCollection|RemovableHandle"),
+    (r"py:.*", r"Tensor|Optimizer|Engine|Dataset|Evaluator|Inferer|CheckpointSaver|KeysCollection|RemovableHandle"),
     (r"py:.*", r"Spacing|Scaler|Selection|Rows|Weight"),  # our own names for unions of types
 ]
 suppress_warnings = ["myst.header"]  # the Model Zoo's README template leaves heading levels out

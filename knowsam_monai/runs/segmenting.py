@@ -23,7 +23,7 @@ def segment(evaluator: Evaluator) -> None:
 
     Raises:
         ValueError: after all others are segmented, listing the images that could not be, with their reasons. In an
-            evaluator that has a :class:`SkippingLoader`, reporting is left to whoever put it there.
+            evaluator that already skips (as `predict` prepares it), reporting is left to whoever put it there.
 
     Example::
 
