@@ -53,7 +53,9 @@ def test_a_class_that_is_absent_from_a_volume_is_left_out_of_its_mean(benchmarks
     assert benchmarks[2].mean_of(volumes, "dice", ["left", "right"]) == pytest.approx((80 + 30) / 2)
 
 
-def test_the_tables_in_the_pages_are_those_of_the_result_files():
+def test_the_tables_in_the_pages_are_those_of_the_result_files(benchmarks):
+    pages = [page.read_text(encoding="utf-8") for page in benchmarks[2].PAGES]
+    assert all("<!-- table acdc_3_cpu" in page and "| Mean Teacher |" in page for page in pages)
     done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
