@@ -104,7 +104,7 @@ def skd_trainer(
 
     Unlabeled images get the transforms of the labeled ones, see :func:`knowsam_monai.data.unlabeled_dataset`. Number of
     classes, channels and dimensions come from the first images and the network. A few images of both streams are
-    compared before training. An epoch is one pass over the unlabeled images, unless `epoch_length` is given.
+    compared before training. An epoch has as many steps as before: those of the bundle's own loader, or `epoch_length`.
 
     Args:
         skd: the settings of SKD.
@@ -153,6 +153,8 @@ def skd_trainer(
         num_workers=num_workers,
         pin_memory=train_data_loader.pin_memory,
     )
+    if arguments.get("epoch_length") is None:
+        arguments["epoch_length"] = len(train_data_loader)
     handlers = [] if train_handlers is None else list(ensure_tuple(train_handlers))
     if skd.use_sam:
         handlers.insert(0, SAMDistillation(_distiller(skd, images, logits.shape[1], overlapping), weight=skd.weight))
