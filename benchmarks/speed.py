@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import plain_step
 import torch
-from hosts import HOSTS, SCHEDULES
+from hosts import HOSTS
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
@@ -117,6 +117,8 @@ def acdc(options: Options, *overlays: str, **keys: Any) -> Any:
         "image_size": 256,
         "validate#dataset#data": "$@datalist['validation'][:1]",
     }
+    if not overlays:  # KnowSAM as published, not as on the phantom
+        shared |= {"distillation_dice_weight": 0.0, "taught_rows": "all"}
     if not options.recipe:
         shared |= {
             "num_workers": 0,
@@ -175,9 +177,8 @@ def volume_knowsam(options: Options, **keys: Any) -> Step:
 
 def host(options: Options, name: str, teacher: tuple[str, ...] = (), **keys: Any) -> Step:
     """A late step of a semi-supervised method of the bundle's overlays, with every delayed term started."""
-    begun = dict.fromkeys(SCHEDULES.get(name, {}), 0)
     overlays = (f"{overlay}.json" for overlay in (*HOSTS[name], *teacher))
-    return step_of(acdc(options, *overlays, **begun, **keys))
+    return step_of(acdc(options, *overlays, **keys))
 
 
 def volume_host(options: Options, overlay: str, **keys: Any) -> Step:
