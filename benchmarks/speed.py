@@ -45,7 +45,7 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from knowsam_monai.runs import start_run
+from knowsam_monai.runs import keep_freed_memory, start_run
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "output"
@@ -187,6 +187,7 @@ def volume_host(options: Options, overlay: str, **keys: Any) -> Step:
 
 def inference(options: Options) -> Step:
     """Inference of the deployed student on a volume of nine slices."""
+    keep_freed_memory()  # as the bundle's inference does first
     parser = parser_of("knowsam_acdc", "inference.json", (), {}, options)
     return inference_step(parser.get_parsed_content("network"), options)
 
