@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import torch
-from grid import ADAMW, OUTPUT, WITHOUT_SAM, Row, acdc_lists, folder_of, run_all
+from grid import ADAMW, OUTPUT, WITHOUT_SAM, Row, acdc_lists, folder_of, last_weights, run_all
 
 from knowsam_monai.networks import UNet
 
@@ -52,8 +52,7 @@ def torchscript_of(row: Row | None) -> Path:
     path = OUTPUT / "dose" / "random.ts"
     if row is not None:
         folder = folder_of("dose", row, 0)
-        last = max(folder.glob("last_model_epoch=*.pt"), key=lambda file: file.stat().st_mtime)
-        state = torch.load(last, weights_only=True, map_location="cpu")
+        state = torch.load(last_weights(folder), weights_only=True, map_location="cpu")
         network.load_state_dict(state["model"] if "model" in state else state)
         path = folder / "teacher.ts"
     path.parent.mkdir(parents=True, exist_ok=True)

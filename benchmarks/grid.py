@@ -102,6 +102,11 @@ def folder_of(table: str, row: Row, seed: int) -> Path:
     return OUTPUT / table / f"{re.sub('[^a-z0-9]+', '_', row.name.lower()).strip('_')}_seed{seed}"
 
 
+def last_weights(folder: Path) -> Path:
+    """The student of a run's last iteration."""
+    return max(folder.glob("last_model_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
+
+
 def command_of(row: Row, overlays: Sequence[str], keys: Mapping[str, object]) -> list[str]:
     files = [f"bundles/{row.bundle}/configs/{name}.json" for name in ("train", *overlays)]
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
@@ -125,11 +130,15 @@ def train_and_evaluate(
     _run(command_of(row, row.overlays, keys), folder / "log.txt", gpu)
     minutes = (time.perf_counter() - start) / 60
 
-    last = max(folder.glob("last_model_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
     network = [name for name in row.overlays if name.startswith("network_")]
-    same = {key: value for key, value in row.keys.items() if key == "image_size" or key.endswith("channels")}
-    same |= {key: value for key, value in row.keys.items() if key.startswith(("network_def", "validate#preprocessing"))}
-    same |= {"dataset_dir": evaluated, "ckpt_path": last, "output_dir": folder / "evaluation", "split": split}
+    needed = ("network_def", "validate#preprocessing", "image_size", "channels", "aggregation_channels")
+    same = {key: value for key, value in row.keys.items() if key.startswith(needed)}
+    same |= {
+        "dataset_dir": evaluated,
+        "ckpt_path": last_weights(folder),
+        "output_dir": folder / "evaluation",
+        "split": split,
+    }
     _run(command_of(row, (*network, "evaluate"), same), folder / "evaluation.txt", gpu)
     finished.write_text(json.dumps({"minutes": minutes, "settings": settings}, indent=1))
     return folder
