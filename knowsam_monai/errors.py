@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class KnowSAMError(Exception):
@@ -78,6 +80,30 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise KnowSAMValueError(f"`{name}` must be at least 1 but is {count}.")
+
+
+@contextmanager
+def named_as_set(keys: Mapping[str, str]) -> Iterator[None]:
+    """
+    Call arguments by the keys of a config that set them, in the errors of this package.
+
+    Args:
+        keys: the key by argument.
+
+    Example::
+
+        >>> with named_as_set({"checkpoint": "sam_checkpoint"}):
+        ...     raise KnowSAMValueError("`checkpoint` must be a file.")
+        Traceback (most recent call last):
+        knowsam_monai.errors.KnowSAMValueError: `sam_checkpoint` must be a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        root = root_cause(error)
+        if isinstance(root, KnowSAMError):
+            root.args = (re.sub(r"`(\w+)`", lambda name: f"`{keys.get(name[1], name[1])}`", str(root)),)
+        raise
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import monai.bundle
 import pytest
@@ -39,6 +40,16 @@ def test_sam_2_without_transformers(monkeypatch):
         import_transformers()
     requirements, extra = installed_by(str(error.value))
     assert requirements == required(extra)
+
+
+def test_sam_2_with_a_broken_torchvision_says_what_is_broken(monkeypatch):
+    class Broken(ModuleType):
+        def __getattr__(self, name):
+            raise ModuleNotFoundError("Could not import module") from RuntimeError("operator nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken("transformers"))
+    with pytest.raises(KnowSAMImportError, match=r"cannot be imported \(operator nms does not exist\); get it"):
+        import_transformers()
 
 
 def test_safetensors_file_without_safetensors(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@ from .case_metrics import CaseMetrics as CaseMetrics
 from .checkpoint_saver import WholeCheckpointSaver as WholeCheckpointSaver
 from .checks import check_data as check_data
 from .checks import check_student as check_student
+from .checks import check_teacher_input as check_teacher_input
 from .checks import check_writable as check_writable
 from .config_check import check_config as check_config
 from .cpu import keep_freed_memory as keep_freed_memory

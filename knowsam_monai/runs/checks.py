@@ -95,6 +95,44 @@ def check_student(
         )
 
 
+@torch.no_grad()
+def check_teacher_input(
+    teacher: nn.Module, in_channels: int, num_classes: int, image_size: int | Sequence[int]
+) -> None:
+    """
+    Let the teacher look at one empty slice or patch before any data is read, to check sizes, channels and classes.
+
+    Args:
+        teacher: the teacher; of one that sees slices, one slice along each of its axes.
+        in_channels: channels of an image.
+        num_classes: C, background included.
+        image_size: height and width of a slice as one number, or the size of a patch along each axis.
+
+    Raises:
+        ValueError: if the teacher does not take such images, or returns other logits.
+
+    Example::
+
+        check_teacher_input(NetworkTeacher(network, channels=4), in_channels=1, num_classes=4, image_size=256)
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    device = next((parameter.device for parameter in teacher.parameters()), None)
+    for axis in getattr(teacher, "axes", [None]):
+        spatial = tuple(1 if index == axis else side for index, side in enumerate(size))
+        image, prompt_logits = (torch.zeros(1, count, *spatial, device=device) for count in (in_channels, num_classes))
+        options = {} if axis is None else {"axes": axis}
+        try:
+            logits = teacher(image, prompt_logits, **options)
+            found = f"returns {tuple(logits.shape)}" if logits.shape != prompt_logits.shape else None
+        except Exception as error:  # every network refuses in its own way
+            found = f"fails: {' '.join(str(error).split()) or type(error).__name__}"
+        if found is not None:
+            raise KnowSAMValueError(
+                f"`teacher` must take images of `in_channels` and `image_size`, {tuple(image.shape)}, and return "
+                f"logits {tuple(prompt_logits.shape)}, but {type(teacher).__name__} {found}"
+            )
+
+
 def check_data(
     datalist: Mapping[str, Sequence[dict]],
     num_classes: int,

@@ -96,6 +96,31 @@ def referred_keys(part: Any) -> set[str]:
     return {ReferenceResolver.split_id(reference)[0] for reference in ReferenceResolver.match_refs_pattern(part)}
 
 
+def keys_of_arguments(part: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """
+    The top-level key that each argument of a component is, and of the components that it is made of.
+
+    Args:
+        part: a component of a config.
+        config: the config.
+
+    Example:
+        >>> teacher = {"_target_": "SAMTeacher", "checkpoint": "@sam_checkpoint"}
+        >>> config = {"teacher": teacher, "sam_checkpoint": "sam.pth"}
+        >>> keys_of_arguments({"_target_": "SAMDistiller", "teacher": "@teacher", "gate": "none"}, config)
+        {'checkpoint': 'sam_checkpoint', 'teacher': 'teacher'}
+    """
+    of_parts: dict[str, str] = {}
+    own = {}
+    for argument, value in part.items():
+        if isinstance(value, str) and value.startswith("@") and value[1:] in config:
+            own[argument] = value[1:]
+            value = config[value[1:]]
+        if ConfigComponent.is_instantiable(value):
+            of_parts |= keys_of_arguments(value, config)
+    return of_parts | own
+
+
 def _holds_component(part: Any) -> bool:
     if isinstance(part, Mapping):
         return ConfigComponent.is_instantiable(part) or any(map(_holds_component, part.values()))

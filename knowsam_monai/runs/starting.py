@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from knowsam_monai import ranks
-from knowsam_monai.errors import KnowSAMRuntimeError
+from knowsam_monai.errors import KnowSAMRuntimeError, named_as_set
 from knowsam_monai.runs.checks import check_writable
-from knowsam_monai.runs.config import running_parser
+from knowsam_monai.runs.config import keys_of_arguments, running_parser
 from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
 from knowsam_monai.runs.messages import ignore_known_warnings
@@ -74,7 +74,8 @@ def start_run(
             fast_cpu_matmul()
         parser = running_parser()
         for name in build:
-            parser.get_parsed_content(name)
+            with named_as_set(keys_of_arguments(parser[name], parser.config)):
+                parser.get_parsed_content(name)
     except BaseException:
         release()
         raise

@@ -12,14 +12,24 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
+from knowsam_monai.teachers.sam import SIZE_DIVISOR
 from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
+from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR as SAM2_SIZE_DIVISOR
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
 PARTS = (
     *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
-    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "student_check", "teacher"),
+    *(
+        "postprocessing",
+        "preprocessing",
+        "sam_lr_scheduler",
+        "sam_optimizer",
+        "student_check",
+        "teacher",
+        "teacher_check",
+    ),
     *("train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
@@ -538,12 +548,19 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
                 "leave it out."
             )
         return
-    for name, variants, others, remedy in (
-        ("sam", SAM_VARIANTS, SAM2_VARIANTS, "a SAM 2; add the overlay teacher_sam2.json"),
-        ("sam2", SAM2_VARIANTS, SAM_VARIANTS, "a SAM 1; leave out the overlay teacher_sam2.json"),
+    size_key = "sam_image_size" if "sam_image_size" in values else "image_size"
+    size = values.get(size_key)
+    for name, variants, others, remedy, divisor in (
+        ("sam", SAM_VARIANTS, SAM2_VARIANTS, "a SAM 2; add the overlay teacher_sam2.json", SIZE_DIVISOR),
+        ("sam2", SAM2_VARIANTS, SAM_VARIANTS, "a SAM 1; leave out the overlay teacher_sam2.json", SAM2_SIZE_DIVISOR),
     ):
-        if values.get("teacher_name") == name and variant in others:
+        if values.get("teacher_name") != name:
+            continue
+        if variant in others:
             yield f"`sam_variant` must be one of {', '.join(map(repr, variants))} but is {variant!r}, {remedy}."
+        if isinstance(size, int) and size % divisor:
+            nearest = max(1, round(size / divisor)) * divisor
+            yield f"`{size_key}` must be a multiple of {divisor} for this teacher but is {size}; try {nearest}."
     if values.get("sam_checkpoint", "") is None and (values.get("sam_trainable") == "adapters" or is_cached):
         yield (
             "`sam_checkpoint` must be a file of SAM's weights if they are frozen but is None; set it, or train random "

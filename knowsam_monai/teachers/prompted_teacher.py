@@ -16,6 +16,27 @@ from knowsam_monai.tensors import without_meta
 logger = logging.getLogger(__name__)
 
 
+def check_image_size(image_size: int | Sequence[int], divisor: int) -> tuple[int, int]:
+    """
+    Return (height, width) of an encoder's input after checking it.
+
+    Raises:
+        ValueError: if they are not positive multiples of `divisor`.
+
+    Example::
+
+        >>> check_image_size(256, divisor=16)
+        (256, 256)
+    """
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(size) != 2 or any(type(side) is not int or side <= 0 or side % divisor for side in size):
+        raise KnowSAMValueError(
+            f"`image_size` must be a positive multiple of {divisor}, or two of them, but is {image_size!r}; "
+            "images are resized to it, so choose the nearest multiple."
+        )
+    return size
+
+
 class PromptedTeacher(nn.Module):
     """
     ``decode(encode(image), prompt_logits)``, always in eval mode.
@@ -74,7 +95,6 @@ class PromptedTeacher(nn.Module):
         """Encode images (B, channels, H, W) to embeddings (B, D, h, w) on the token grid."""
         rgb = self._convert_to_rgb(without_meta(image))
         if not self._checked_range and not rgb.is_meta:
-            self._checked_range = True
             self._warn_about_range(rgb)
         if self.cache is None:
             return self._resize_and_encode(rgb)
@@ -122,6 +142,7 @@ class PromptedTeacher(nn.Module):
     def _warn_about_range(self, rgb: Tensor) -> None:
         """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
+        self._checked_range = bool(low < high)  # a blank image tells nothing
         if low < -1 or high > 2:
             logger.warning(
                 "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to a callable "

@@ -11,13 +11,14 @@ import torch.nn as nn
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.prompted_teacher import check_image_size
 from knowsam_monai.teachers.sam_checkpoint import load_checkpoint, read_checkpoint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T, SAMVariant
 from knowsam_monai.teachers.segment_anything_import import import_segment_anything
 from knowsam_monai.teachers.stand_in import STAND_IN, stand_in_checkpoint
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 
-SIZE_DIVISOR = 16
+SIZE_DIVISOR = 16  # a token stands for 16 x 16 pixels, or for 8 x 8 in `stand_in`
 
 
 @kept_random_state()
@@ -59,7 +60,7 @@ def build_sam(
         remedy = f"; {VIT_T}" if variant == "vit_t" else ""
         raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM_VARIANTS)} but is {variant!r}{remedy}.")
     numbers = SAM_VARIANTS[variant]
-    size = check_image_size(image_size)
+    size = check_image_size(image_size, SIZE_DIVISOR)
     grid = (size[0] // numbers.patch_size, size[1] // numbers.patch_size)
     if checkpoint == STAND_IN:
         checkpoint = stand_in_checkpoint(variant)
@@ -85,23 +86,6 @@ def build_sam(
     if state is not None:
         load_checkpoint(sam, state, checkpoint, variant)
     return sam.eval()
-
-
-def check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (height, width) of SAM's input after checking it.
-
-    Example::
-
-        >>> check_image_size(256)
-        (256, 256)
-    """
-    size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-    if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
-        raise KnowSAMValueError(
-            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "
-            "images are resized to it, so choose the nearest multiple."
-        )
-    return size
 
 
 def _image_encoder(numbers: SAMVariant, size: tuple[int, int], grid: tuple[int, int]) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError, root_cause
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
 from knowsam_monai.teachers.sam_checkpoint import which_model
@@ -148,8 +148,9 @@ def import_transformers() -> ModuleType:
         transformers.Sam2Model  # noqa: B018  # imported lazily
     except (ImportError, AttributeError) as error:
         raise KnowSAMImportError(
-            "SAM 2 needs `transformers` with Sam2Model, which is not installed; install it with "
-            "`pip install 'transformers>=4.57' 'safetensors>=0.4'` (the extra `sam2`)."
+            f"SAM 2 needs `transformers` with Sam2Model, which cannot be imported ({root_cause(error)}); get it with "
+            "`pip install 'transformers>=4.57' 'safetensors>=0.4'` (the extra `sam2`), and if torchvision is installed, "
+            "the one that belongs to your torch."
         ) from error
     return transformers
 
@@ -187,27 +188,6 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         if name not in state and twin in state:
             state[name] = state[twin]
     return state
-
-
-def check_sam2_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """
-    Return (height, width) of SAM 2's input after checking it.
-
-    Raises:
-        ValueError: if they are not multiples of 32.
-
-    Example::
-
-        >>> check_sam2_size(256)
-        (256, 256)
-    """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or any(not isinstance(n, int) or n <= 0 or n % SIZE_DIVISOR for n in size):
-        raise KnowSAMValueError(
-            f"`image_size` must be a positive multiple of {SIZE_DIVISOR}, or two of them, but is {image_size!r}; "
-            "images are resized to it, so choose the nearest multiple."
-        )
-    return size
 
 
 class AdaptedPairAttention(AdaptedAttention):

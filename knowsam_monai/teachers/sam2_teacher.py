@@ -16,10 +16,10 @@ from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.prompt import LearnablePrompt
-from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
-from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2, check_sam2_size
+from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, build_sam2
 from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Sam2Teacher(PromptedTeacher):
         cache_dtype: torch.dtype = torch.float16,
         pretrained_on: str | None = None,
     ) -> None:
-        super().__init__(num_classes, check_sam2_size(image_size), to_rgb)
+        super().__init__(num_classes, check_image_size(image_size, SIZE_DIVISOR), to_rgb)
         if trainable not in ("adapters", "all"):
             raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
         if encoder not in ("adapted", "cached"):

@@ -14,8 +14,8 @@ from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter, add_adapters
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.prompt import LearnablePrompt
-from knowsam_monai.teachers.prompted_teacher import PromptedTeacher
-from knowsam_monai.teachers.sam import build_sam, check_image_size
+from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
+from knowsam_monai.teachers.sam import SIZE_DIVISOR, build_sam
 from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.teachers.sam_encoder import encode_image
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
@@ -111,7 +111,7 @@ class SAMTeacher(PromptedTeacher):
             raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
         if encoder not in ("adapted", "cached"):
             raise KnowSAMValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
-        super().__init__(num_classes, check_image_size(image_size), to_rgb)
+        super().__init__(num_classes, check_image_size(image_size, SIZE_DIVISOR), to_rgb)
         if encoder == "cached" and self.image_size[0] != self.image_size[1]:
             raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder = encoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def taught(small_phantom, small_volumes, small_teachers, tmp_path):
 
     def build(configs, teacher, *overlays, folder="output", **override):
         options = {"dataset_dir": str(small_phantom if configs == CONFIGS else small_volumes), "sam_variant": None}
-        options |= small_teachers(configs, teacher) | override
-        overlays = (f"teacher_{teacher}.json", *overlays)
+        options |= ({} if teacher == "sam" else small_teachers(configs, teacher)) | override
+        overlays = (*([] if teacher == "sam" else [f"teacher_{teacher}.json"]), *overlays)
         return Training(tmp_path / folder, configs=configs, overlays=overlays, **options)
 
     return build
@@ -65,7 +66,7 @@ def test_every_method_trains_with_the_teacher(taught, configs, teacher, method):
 
 def test_embeddings_of_sam2_are_kept(taught):
     run = taught(CONFIGS, "sam2", sam_encoder="cached", max_iterations=2, distillation_gate="none").run()
-    assert len(run["teacher"].cache) > 0 and run.history[-1]["distillation_loss"] > 0
+    assert len(run["teacher"].cache) > 1 and run.history[-1]["distillation_loss"] > 0
 
 
 @BUNDLES
@@ -142,12 +143,40 @@ def test_path_of_the_network_is_expanded(taught, small_teachers, monkeypatch):
     assert run["teacher"].checkpoint == f"/{folder}"
 
 
-def test_network_of_slices_is_no_teacher_of_volumes(taught, small_teachers):
+@BUNDLES
+@pytest.mark.parametrize(
+    "teacher, override, message",
+    [
+        (
+            "sam",
+            {"sam_variant": "vit_b"},
+            "`sam_checkpoint` must be a file with the weights of SAM's vit_b but .* does",
+        ),
+        ("sam2", {}, "`sam_checkpoint` must hold the weights of a SAM 2 .* does not exist"),
+        ("network", {"teacher_channels": [[0, 1], "no such"]}, "`teacher_channels` must be among background, "),
+        ("network", {"teacher_channels": [0, 9]}, "`teacher` must take .*: `teacher_channels` must name each of the"),
+    ],
+)
+def test_what_does_not_fit_is_called_by_its_key_before_any_data_is_read(
+    taught, monkeypatch, tmp_path, configs, teacher, override, message
+):
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
+    if teacher != "network":
+        override = {"sam_checkpoint": str(tmp_path / "missing"), **override}
+    elif configs == CONFIGS:
+        override = {key: [*value, [2, 3], 1] for key, value in override.items()}
+    with pytest.raises(RuntimeError) as error:
+        taught(configs, teacher, **override).run()
+    assert re.match(message, str(root_cause(error.value)))
+
+
+def test_network_of_slices_is_no_teacher_of_volumes(taught, small_teachers, monkeypatch):
+    monkeypatch.setattr("knowsam_monai.data.load_datalist", lambda *args, **kwargs: pytest.fail("data was read"))
     bundle = small_teachers(CONFIGS, "network")["teacher_bundle"]
     run = taught(CONFIGS_3D, "network", teacher_bundle=bundle, teacher_channels=[0, [1, 2, 3]])
     with pytest.raises(RuntimeError) as error:
         run.run()
-    assert "`network` must take images of shape (2, 1, 16, 16, 16) but UNet does not" in str(root_cause(error.value))
+    assert "`network` must take images of shape (1, 1, 16, 16, 16) but UNet does not" in str(root_cause(error.value))
 
 
 @BUNDLES

@@ -39,7 +39,9 @@ def test_student_with_weight_0_and_preflight_is_the_one_without_either(
         if not use_sam:
             training.workflow.parser["train#all_handlers#_target_"] = f"{__name__}.without_preflight"
         build = training.workflow.parser["run"][0]["build"]
-        build.insert(0, build.pop(build.index("teacher")))  # before the student, whose first weights must not notice
+        build.insert(
+            0, build.pop(build.index("teacher_check"))
+        )  # before the student, whose first weights must not notice
         training.run()
         averaged = training["ema_student"]
         students.append((training["network"].state_dict(), averaged and averaged.state_dict()))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.networks.nets import UNet
 from torch import nn
 
-from knowsam_monai.runs.checks import check_student, check_writable
+from knowsam_monai.runs.checks import check_student, check_teacher_input, check_writable
+from knowsam_monai.teachers import NetworkTeacher, SAMTeacher, SliceTeacher
 from tests.full_disk import full_disk
 
 
@@ -70,3 +72,56 @@ def test_student_that_does_not_fit_the_config_is_one_clear_error(student, change
     with pytest.raises(ValueError, match=message):
         check_student(student, **options)
     assert student.training
+
+
+def network(spatial_dims=2, out_channels=3):
+    options = {"channels": (4, 8, 8), "strides": (2, 2), "in_channels": 1, "out_channels": out_channels}
+    return UNet(spatial_dims=spatial_dims, **options)
+
+
+def sam(**options):
+    return SAMTeacher(num_classes=3, image_size=32, variant="stand_in", trainable="all", **options)
+
+
+@pytest.mark.parametrize(
+    "teacher, size",
+    [
+        (lambda: NetworkTeacher(network(), channels=3), 24),
+        (lambda: NetworkTeacher(network(), channels=3, patch_size=(16, 16)), 42),
+        (lambda: NetworkTeacher(network(3), channels=3), (16, 16, 8)),
+        (lambda: SliceTeacher(NetworkTeacher(network(), channels=3), axes=(0, -1)), (16, 24, 8)),
+        (sam, 42),
+        (lambda: SliceTeacher(sam(), axes=(0, -1), slices=4), (16, 24, 6)),
+    ],
+)
+def test_teacher_that_fits_is_left_as_it_was(teacher, size, caplog):
+    teacher = teacher()
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    check_teacher_input(teacher, in_channels=1, num_classes=3, image_size=size)
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    if isinstance(teacher, SAMTeacher):  # its warning about the first images is still to come
+        teacher(torch.full((1, 1, 8, 8), 9.0) * torch.rand(8), torch.zeros(1, 3, 8, 8))
+        assert "expects images in 0..1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "teacher, size, message",
+    [
+        (
+            lambda: NetworkTeacher(network(), channels=3),
+            30,
+            r"`in_channels` and `image_size`, \(1, 1, 30, 30\), .* but NetworkTeacher fails: `network` must take",
+        ),
+        (lambda: SliceTeacher(NetworkTeacher(network(), channels=3), axes=(0, -1)), (16, 24, 6), r"\(1, 1, 1, 24, 6\)"),
+        (lambda: NetworkTeacher(network(out_channels=4), channels=3), 32, "must name each of the network's 4 channels"),
+        (
+            lambda: NetworkTeacher(network(out_channels=4), channels=4),
+            32,
+            r"but NetworkTeacher returns \(1, 4, 32, 32\)",
+        ),
+        (lambda: sam(to_rgb=1), 32, "`to_rgb` must be the index of one of the image's 1 channels"),
+    ],
+)
+def test_teacher_that_does_not_fit_the_config_is_one_clear_error(teacher, size, message):
+    with pytest.raises(ValueError, match=f"`teacher` must take images.*{message}"):
+        check_teacher_input(teacher(), in_channels=1, num_classes=3, image_size=size)

@@ -247,6 +247,23 @@ def test_cache_folder_without_a_cached_encoder_is_an_error():
     assert check_values(merged(ACDC, TRAIN, sam_cache_dir="/cache", sam_encoder="cached")) == {}
 
 
+@pytest.mark.parametrize(
+    "bundle, names, key, size, message",
+    [
+        (ACDC, TRAIN, "image_size", 100, "must be a multiple of 16 for this teacher but is 100; try 96."),
+        (LA, TRAIN, "sam_image_size", 8, "must be a multiple of 16 for this teacher but is 8; try 16."),
+        (ACDC, SAM2, "image_size", 112, "must be a multiple of 32 for this teacher but is 112; try 128."),
+        (LA, SAM2, "sam_image_size", 80, "must be a multiple of 32 for this teacher but is 80; try 64."),
+    ],
+)
+def test_size_that_the_teacher_cannot_take_is_an_error(bundle, names, key, size, message):
+    override = {key: size, "sam_trainable": "all"}
+    with pytest.raises(ValueError) as error:
+        check_values(merged(bundle, names, **override))
+    assert str(error.value) == f"`{key}` {message}"
+    assert check_values(merged(bundle, names, **override, use_sam=False)) == {}
+
+
 def test_network_keeps_no_embeddings():
     with pytest.raises(ValueError, match="`sam_encoder` must be 'adapted' if a network teaches"):
         check_values(merged(ACDC, NETWORK, teacher_bundle="/bundle", sam_encoder="cached"))
