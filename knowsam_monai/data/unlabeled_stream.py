@@ -140,9 +140,11 @@ def without_label(labeled: Any, item: dict) -> Compose:
     kept: list[Callable] = []
     left_out: list[str] = []
     rows = [item]
+    of_label = {str(Keys.LABEL)}  # the label and its copies
     for step in transform_steps(whole):
         name = type(step).__name__
-        if _reads_label(step) or set(getattr(step, "keys", [""])) == {Keys.LABEL}:
+        if _reads(of_label, step) or of_label >= set(getattr(step, "keys", [""])):
+            of_label.update(getattr(step, "names", ()))  # CopyItemsd
             crop = _crop_of_same_size(step)
             left_out.append(f"{name} (a random crop of the same size takes its place)" if crop else name)
             steps = crop
@@ -193,12 +195,12 @@ def smooths_labels(transform: Any) -> bool:
     return mode in SMOOTH_MODES if isinstance(mode, str) else isinstance(mode, int) and mode > 0  # order of a spline
 
 
-def _reads_label(step: Any) -> bool:
-    """Does a transform take something from the label, beside changing it: ``label_key``, ``source_key``, ..."""
+def _reads(keys: set[str], step: Any) -> bool:
+    """Does a transform take something from these, beside changing them: ``label_key``, ``source_key``, ..."""
     inner = getattr(step, "transforms", ())
     read = [value for name, value in vars(step).items() if name != "keys"] if hasattr(step, "__dict__") else []
     texts = [text for value in read for text in (value if isinstance(value, (list, tuple)) else [value])]
-    return any(isinstance(text, str) and text == Keys.LABEL for text in texts) or any(map(_reads_label, inner))
+    return any(isinstance(text, str) and text in keys for text in texts) or any(_reads(keys, part) for part in inner)
 
 
 def _tolerant(step: Any) -> Any:

@@ -262,7 +262,7 @@ def _to_rgb(images: Tensor) -> int | str | IntensityWindow:
         return "rgb"
     channel = images[:, 0].float()
     low, high = channel.min().item(), channel.max().item()
-    if -1 <= low and high <= 2 or low == high:
+    if -0.5 <= low and high <= 1.5 or low == high:  # 0 to 1, and what random intensities may add
         return 0
     logger.info("SAM gets the intensities %.4g to %.4g, those of the first images, as 0..1; see `to_rgb`.", low, high)
     return IntensityWindow(low, high)

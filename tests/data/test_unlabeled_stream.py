@@ -7,6 +7,7 @@ import torch
 from monai.data import Dataset
 from monai.transforms import (
     Compose,
+    CopyItemsd,
     CropForegroundd,
     LabelToMaskd,
     Lambdad,
@@ -52,9 +53,11 @@ def test_transforms_that_need_a_label_are_left_out_and_named(caplog):
     assert set(transform(ITEM)) == {"image"}
 
 
-def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller():
-    crop = RandCropByLabelClassesd(BOTH, label_key="label", spatial_size=[8, 16], num_classes=2, allow_smaller=True)
-    transform = without_label(labeled(crop), ITEM)
+@pytest.mark.parametrize("key", ["label", "label4crop"])
+def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller(key):
+    """In the Model Zoo's DiNTS bundles it is around a copy of the label."""
+    crop = RandCropByLabelClassesd(BOTH, label_key=key, spatial_size=[8, 16], num_classes=2, allow_smaller=True)
+    transform = without_label(labeled(CopyItemsd("label", names="label4crop"), crop), ITEM)
     assert names(transform) == ["RandSpatialCropd", "ResizeWithPadOrCropd"]
     assert transform(ITEM)["image"].shape == (1, 8, 16)
 

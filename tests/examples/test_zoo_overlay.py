@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import yaml
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.engines import IterationEvents
@@ -221,6 +222,45 @@ def flat():
     return json.loads(text.replace("@train#", "@train_").replace("@validate#", "@validate_"))
 
 
+def ventricular(folder):
+    """Arrays in a file, a sampler, and a loader that repeats its batches, as in ventricular_short_axis_3label."""
+    config = flat()
+    labels = np.zeros((6, 32, 32), np.uint8)
+    labels[:, 8:20, 10:22] = 1
+    images = labels * 100 + np.random.default_rng(0).normal(0, 10, labels.shape)
+    np.savez(folder / "labeled.npz", images=images[:4], segs=labels[:4])
+    np.savez(folder / "unlabeled.npz", images=images[4:])
+    config["imports"] += ["$import numpy as np", "$import torch"]
+    keys = {"images": "image", "segs": "label"}
+    config["npz"] = {"_target_": "NPZDictItemDataset", "npzfile": str(folder / "labeled.npz"), "keys": keys}
+    transforms = [
+        {"_target_": "CastToTyped", "keys": BOTH, "dtype": "$(np.float32, np.int32)"},
+        {"_target_": "ScaleIntensityd", "keys": "image"},
+        {"_target_": "EnsureChannelFirstd", "keys": BOTH, "channel_dim": "no_channel"},
+        {"_target_": "EnsureTyped", "keys": BOTH},
+    ]
+    for name, rows in (("train", [0, 1]), ("validate", [2, 3])):
+        config[f"{name}_preprocessing"]["transforms"] = transforms
+        config[f"{name}_dataset"]["data"] = f"$torch.utils.data.Subset(@npz, {rows})"
+    sampler = {"_target_": "torch.utils.data.WeightedRandomSampler", "weights": "$torch.ones(2)", "num_samples": 4}
+    loader = {"_target_": "ThreadDataLoader", "repeats": 2, "num_workers": 0, "sampler": sampler}
+    config["train_dataloader"] |= loader
+    return config
+
+
+def multi_organ():
+    """Crops around a copy of the label, as in multi_organ_segmentation and pancreas_ct_dints_segmentation."""
+    config = spleen()
+    copied = {"_target_": "CopyItemsd", "keys": "label", "times": 1, "names": ["label4crop"]}
+    dilate = {"_target_": "Lambdad", "keys": "label4crop", "func": "$lambda x: x", "overwrite": True}
+    pad = {"_target_": "SpatialPadd", "keys": [*BOTH, "label4crop"], "spatial_size": [32, 32, 8]}
+    crop = {"_target_": "RandCropByLabelClassesd", "keys": BOTH, "label_key": "label4crop", "num_classes": 2}
+    forget = {"_target_": "Lambdad", "keys": "label4crop", "func": "$lambda x: 0"}
+    transforms = config["train"]["preprocessing"]["transforms"]
+    transforms[5:6] = [copied, dilate, pad, {**crop, "spatial_size": [32, 32, 8], "num_samples": 1}, forget]
+    return config
+
+
 def surgery():
     """RGB pictures and one sigmoid channel, as in endoscopic_tool_segmentation."""
     config = copy.deepcopy(SUPERVISED)
@@ -305,7 +345,7 @@ def brats(folder):
     return config
 
 
-def write_bundle(folder, config, shape, affine=None, suffix=".nii.gz"):
+def write_bundle(folder, config, shape, affine=None, suffix=".nii.gz", ending="json"):
     random = np.random.default_rng(0)
     for kind, count in (("imagesTr", 4), ("unlabeled", 3)):
         for index in range(count):
@@ -324,7 +364,8 @@ def write_bundle(folder, config, shape, affine=None, suffix=".nii.gz"):
                         affine = np.eye(4) if affine is None else affine
                         nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), affine), path)
     (folder / "configs").mkdir()
-    (folder / "configs" / "train.json").write_text(json.dumps(config))
+    dump = {"json": json.dumps, "yaml": yaml.safe_dump}[ending]
+    (folder / "configs" / f"train.{ending}").write_text(dump(config))
     return folder
 
 
@@ -342,7 +383,7 @@ def bundle_of_volumes(tmp_path_factory):
 
 def run(bundle, *overlays, trainer="train#trainer", run_id="run", **override):
     workflow = ConfigWorkflow(
-        config_file=[str(bundle / "configs" / "train.json"), *map(str, overlays)],
+        config_file=[*map(str, (bundle / "configs").glob("train.*")), *map(str, overlays)],
         meta_file=None,
         logging_file=False,
         workflow_type="train",
@@ -514,19 +555,40 @@ def test_smoothly_resampled_labels_are_named(bundle, caplog):
 
 
 @pytest.mark.slow
-def test_overlay_runs_over_a_bundle_with_keys_of_its_own_and_z_scores(tmp_path, caplog):
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_overlay_runs_over_a_bundle_with_keys_of_its_own_and_z_scores(tmp_path, ending, caplog):
     caplog.set_level("INFO")
-    folder = write_bundle(tmp_path, prostate(tmp_path), shape=(48, 40))
+    folder = write_bundle(tmp_path, prostate(tmp_path), shape=(48, 40), ending=ending)
     get, history = run(folder, OVERLAY, run_id="training", **TINY)
     assert history and all("distillation_loss" in step for step in history)
     assert any("SAM gets the intensities" in line for line in caplog.messages)
 
 
 @pytest.mark.slow
-def test_flat_overlay_runs_over_a_bundle_without_sections(tmp_path):
-    folder = write_bundle(tmp_path, flat(), shape=(48, 40))
+@pytest.mark.parametrize("ending", ["json", "yaml"])  # the Zoo's own template is flat YAML
+def test_flat_overlay_runs_over_a_bundle_without_sections(tmp_path, ending):
+    folder = write_bundle(tmp_path, flat(), shape=(48, 40), ending=ending)
     _, history = run(folder, FLAT, trainer="trainer", **TINY)
     assert history and all("distillation_loss" in step for step in history)
+
+
+@pytest.mark.slow
+def test_unlabeled_images_may_be_arrays(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    folder = write_bundle(tmp_path / "bundle", ventricular(tmp_path), shape=(48, 40))
+    unlabeled = f"$list(np.load('{tmp_path}/unlabeled.npz')['images'])"
+    get, history = run(folder, FLAT, trainer="trainer", skd_unlabeled=unlabeled, **TINY)
+    assert len(history) == 8 and all("distillation_loss" in step for step in history)  # 2 epochs of 4 drawn items
+    assert get("trainer").state.output["image"].shape == (3, 1, 32, 32)
+
+
+@pytest.mark.slow
+def test_overlay_runs_over_a_bundle_that_crops_around_a_copy_of_the_label(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = write_bundle(tmp_path, multi_organ(), shape=(48, 40, 10), affine=np.diag([-2.0, -2.0, 2.0, 1.0]))
+    get, history = run(folder, OVERLAY, **TINY, skd_slices=2)
+    assert history and get("train#trainer").state.output["image"].shape == (3, 1, 32, 32, 8)
+    assert any("RandCropByLabelClassesd (a random crop of the same size" in line for line in caplog.messages)
 
 
 @pytest.mark.slow
