@@ -55,7 +55,7 @@ def build(bundle: Path, output_dir: Path) -> Path:
     scripts = copies(name for text in texts.values() for name in DOTTED_NAME.findall(text))
     texts = {path: rename(text) for path, text in texts.items()}
     texts |= {f"scripts/{path}": text for path, text in scripts.items()}
-    texts["configs/train.json"] = _json(training_config(bundle / "configs"))
+    texts["configs/train.json"] = _json(training_config(bundle / "configs", training.student))
     texts |= {"configs/metadata.json": _metadata(bundle, training), "docs/README.md": _readme(bundle, training)}
     texts[f"models/{RECORD}"] = _json(training.record)
     files = {path.relative_to(bundle).as_posix(): path.read_bytes() for name in COPIED for path in bundle.glob(name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -33,15 +34,27 @@ def standalone_configs(configs: Path, student: dict[str, Any]) -> dict[str, dict
     }
 
 
-def training_config(configs: Path) -> dict[str, Any]:
+def training_config(configs: Path, student: dict[str, Any]) -> dict[str, Any]:
     """
-    ``train.json`` with the copied network, so that ``monai.bundle.load`` can build it without the package.
+    ``train.json`` with the copied network in the sizes of the weights, which ``monai.bundle.load`` builds without the
+    package.
+
+    A size that is the config's own without a data set, as the phantom's are, stays an expression, so that a training on
+    a data set has the published one.
 
     Args:
         configs: the bundle's folder of configs.
+        student: network, classes and sizes of the weights.
     """
     config = ConfigParser.load_config_file(configs / "train.json")
-    return _initialized_in_run({**config, "network_def": json.loads(rename(json.dumps(config["network_def"])))})
+    config["network_def"] = student.get("network_def", config["network_def"])
+    sizes = _needed(ConfigParser(config), ["network_def"]).keys() & student.keys()
+    for key in sorted(sizes, key=lambda key: key != "class_names"):  # the number of classes follows from the names
+        parser = ConfigParser(copy.deepcopy(config))  # which changes its config
+        if parser.get_parsed_content(key) != student[key]:
+            config[key] = student[key]
+    config["network_def"] = json.loads(rename(json.dumps(config["network_def"])))
+    return _initialized_in_run(config)
 
 
 def _evaluation(configs: Path, student: dict[str, Any]) -> dict[str, Any]:

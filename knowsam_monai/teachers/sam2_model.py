@@ -149,8 +149,8 @@ def import_transformers() -> ModuleType:
     except (ImportError, AttributeError) as error:
         raise KnowSAMImportError(
             f"SAM 2 needs `transformers` with Sam2Model, which cannot be imported ({root_cause(error)}); get it with "
-            "`pip install 'transformers>=4.57' 'safetensors>=0.4'` (the extra `sam2`), and if torchvision is installed, "
-            "the one that belongs to your torch."
+            "`pip install 'transformers>=4.57' 'safetensors>=0.4'` (the extra `sam2`). A torchvision that is installed "
+            "must belong to your torch."
         ) from error
     return transformers
 

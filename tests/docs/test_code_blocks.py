@@ -170,7 +170,10 @@ class Reader:
         return {"network": BasicUNet(spatial_dims=2, out_channels=4, features=(8, 8, 8, 8, 8, 8))}
 
     def before_teachers_5(self):
-        class Predictor:
+        class Predictor:  # tests/examples/test_nnunet.py runs this block with the real one
+            def __init__(self, device):
+                self.label_manager = SimpleNamespace(num_segmentation_heads=4)
+
             def initialize_from_trained_model_folder(self, folder, use_folds, checkpoint_name):
                 self.network = BasicUNet(spatial_dims=2, out_channels=4, features=(8, 8, 8, 8, 8, 8))
                 self.configuration_manager = SimpleNamespace(patch_size=[32, 32])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -202,6 +204,34 @@ def test_a_run_goes_on_where_it_was_and_so_does_its_teacher(folder, trained, tmp
     _, optimizer = torch.load(model / "fold_0" / "checkpoint_final.pth.sam", map_location="cpu")
     assert checkpoint_of(model)["current_epoch"] == 2
     assert {int(state["step"]) for state in optimizer["state"].values()} == {2 * NUM_STEPS}
+
+
+TEACH = """
+import sys
+folder = sys.argv[1]
+exec(sys.argv[2])
+from knowsam_monai import check_teacher
+image = torch.rand(2, 1, *patch_size)
+facts = check_teacher(teacher, image)
+assert facts.frozen and facts.num_classes == 2
+predictor.use_mirroring = False
+for row, logits in zip(image, teacher(image, image)):
+    deviation, mean = torch.std_mean(row)
+    row = (row - mean) / deviation  # (1, *spatial); a slice is a volume of one
+    whole = row if len(patch_size) == 3 else row[:, None]
+    expected = predictor.predict_logits_from_preprocessed_data(whole).view_as(logits)
+    assert (logits - expected).abs().max() < 0.01 * expected.abs().max()  # nnU-Net returns half precision
+"""
+
+
+@pytest.mark.parametrize("configuration, name", [("2d", "Tiny"), ("3d_fullres", "Flat")])
+def test_a_folder_of_results_teaches_as_the_documentation_shows(configuration, name, folder, trained):
+    _, model = trained(f"{name}SKD", configuration)
+    page = (EXAMPLES.parent / "docs" / "source" / "teachers.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall("```python\n(.*?)```", page, re.DOTALL) if "nnUNetPredictor" in block)
+    command = [sys.executable, "-W", "ignore", "-c", TEACH, str(model), textwrap.dedent(f"  {block.strip()}")]
+    run = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_a_data_set_without_ignore_label_is_refused(folder, tmp_path):

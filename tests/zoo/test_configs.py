@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from monai.bundle import ConfigParser
 
 from knowsam_monai.runs.trained_student import student_options
 from tests.bundles.conftest import BUNDLES, CONFIGS_3D
-from zoo.configs import standalone_configs
+from zoo.configs import standalone_configs, training_config
 
 # other than any default of the configs, as a run has them
 STUDENTS = {
@@ -58,7 +59,33 @@ def test_another_network_of_the_run_is_the_zip_s_without_an_overlay():
     student = {"network_def": {"_target_": "VNet", "spatial_dims": 3}, "in_channels": 1, "channels": [8, 8]}
     configs = standalone_configs(CONFIGS_3D, student)
     assert [config["network_def"] for config in configs.values()] == [student["network_def"]] * 2
+    assert training_config(CONFIGS_3D, student)["network_def"] == student["network_def"]
     assert "channels" not in configs["evaluate.json"]  # of the other network
+
+
+OF_THE_NETWORK = ("class_names", "in_channels", "num_classes", "channels", "aggregation_channels")
+
+
+def test_training_s_network_is_that_of_the_weights_which_monai_loads(bundle, student):
+    configs = BUNDLES / bundle / "configs"
+    config, own = training_config(configs, student), ConfigParser.load_config_file(configs / "train.json")
+    parser = ConfigParser(copy.deepcopy(config))
+    assert all(parser.get_parsed_content(key) == student[key] for key in OF_THE_NETWORK if key in student)
+    changed = {key for key in own if config[key] != own[key]}
+    assert changed == {
+        "initialize",
+        "run",
+        "network_def",
+        {"knowsam_acdc": "class_names", "knowsam_la": "channels"}[bundle],
+    }
+
+
+def test_training_of_the_zip_has_the_published_sizes_if_its_weights_are_the_phantom_s(bundle):
+    configs = BUNDLES / bundle / "configs"
+    own = ConfigParser.load_config_file(configs / "train.json")
+    inference = ConfigParser.load_config_file(configs / "inference.json")
+    config = training_config(configs, student_options(configs / "train.json", [*inference, "class_names"]))
+    assert {key for key in own if config[key] != own[key]} == {"initialize", "run", "network_def"}
 
 
 def test_evaluation_leaves_nothing_of_the_package_to_training_s_config(bundle, student):
