@@ -20,7 +20,7 @@ from knowsam_monai.data.loader import SemiSupervisedLoader
 from knowsam_monai.data.stream_comparison import compare_streams
 from knowsam_monai.data.unlabeled_stream import smooths_labels, transform_steps, unlabeled_dataset
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, named_as_set
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses.distillation import DistillationLoss
 from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label, has_sigmoid
@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 
 INSPECTED_ITEMS = 4  # of each stream, before training
 LARGEST_SAM_IMAGE = 256  # by default
+# the overlay's key of an argument, for errors
+KEYS = {
+    **{name: f"skd_{name}" for name in ("gate", "slices", "temperature", "to_rgb", "unlabeled")},
+    **{name: f"skd_sam_{name}" for name in ("checkpoint", "image_size", "variant")},
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ def skd_trainer(
         )
     labeled = train_data_loader.dataset
     num_workers = train_data_loader.num_workers
-    unlabeled = unlabeled_dataset(labeled, skd.unlabeled, skd.cache_rate, num_workers)
+    with named_as_set(KEYS):
+        unlabeled = unlabeled_dataset(labeled, skd.unlabeled, skd.cache_rate, num_workers)
     images, label = _first_images(labeled, unlabeled)
     images, label = images[:2], label[:2]  # a pass of more could need more memory than the training
     logits = _first_logits(network, images)
@@ -240,6 +246,7 @@ def _overlapping(given: bool | None, label: Tensor, loss_function: Any, postproc
     return bool(told)
 
 
+@named_as_set(KEYS)
 def _distiller(skd: SKDSettings, images: Tensor, num_classes: int, overlapping: bool) -> SAMDistiller:
     side = max(images.shape[2:4])  # of a slice along the last axis
     teacher: nn.Module = SAMTeacher(

@@ -262,7 +262,7 @@ def multi_organ():
 
 
 def surgery():
-    """RGB pictures and one sigmoid channel, as in endoscopic_tool_segmentation."""
+    """RGB pictures, as in endoscopic_tool_segmentation, and one sigmoid channel."""
     config = copy.deepcopy(SUPERVISED)
     config["network_def"].update(in_channels=3, out_channels=1)
     config["loss"] = {"_target_": "DiceLoss", "sigmoid": True}
@@ -484,7 +484,7 @@ def test_unlabeled_images_come_from_a_json_list(bundle, tmp_path):
     assert [item["image"] for item in get("train#trainer").data_loader.datasets[1].data] == list(map(str, files[:2]))
     with pytest.raises(RuntimeError) as error:
         run(bundle, OVERLAY, skd_unlabeled=f"{tmp_path}/*.nii.gz", **TINY)
-    assert "`unlabeled` must name at least one image" in cause_of(error)
+    assert "`skd_unlabeled` must name at least one image" in cause_of(error)
 
 
 def test_sam_teaches_slices_of_volumes(bundle_of_volumes):
@@ -520,6 +520,12 @@ REFUSED = {
         {**ONE_HOT, "loss": {"_target_": "DiceLoss"}, "train#postprocessing": "$lambda data: data"},
         "`skd_overlapping` must be true or false",
     ),
+    "size of SAM's input": ({"skd_sam_image_size": 40}, "`skd_sam_image_size` must be a positive multiple of 16"),
+    "variant": ({"skd_sam_variant": "vit_t"}, "`skd_sam_variant` must be one of vit_b"),
+    "missing weights": (
+        {"skd_sam_variant": "vit_b", "skd_sam_checkpoint": "/nowhere/sam.pth"},
+        "`skd_sam_checkpoint` must be a file with the weights of SAM's vit_b but /nowhere/sam.pth does not exist",
+    ),
     "sizes": (
         {"train#preprocessing#transforms#3": {"_target_": "SpatialPadd", "keys": BOTH, "spatial_size": [33, 1]}},
         "end the bundle's training transforms with a crop",
@@ -543,7 +549,7 @@ def test_what_cannot_work_is_one_sentence_at_the_start(bundle, case, tmp_path):
         nibabel.save(nibabel.Nifti1Image(np.zeros((50, 40), np.float32), np.eye(4)), odd)
         override = {**override, "skd_unlabeled": [str(odd)], "skd_unlabeled_batch_size": 1}
     with pytest.raises(RuntimeError) as error:
-        run(bundle, OVERLAY, **override, **TINY)
+        run(bundle, OVERLAY, **{**TINY, **override})
     assert message in cause_of(error)
     assert isinstance(root_cause(error.value), KnowSAMError)
 
@@ -585,7 +591,8 @@ def test_unlabeled_images_may_be_arrays(tmp_path):
 @pytest.mark.slow
 def test_overlay_runs_over_a_bundle_that_crops_around_a_copy_of_the_label(tmp_path, caplog):
     caplog.set_level("INFO")
-    folder = write_bundle(tmp_path, multi_organ(), shape=(48, 40, 10), affine=np.diag([-2.0, -2.0, 2.0, 1.0]))
+    affine = np.diag([-2.0, -2.0, 2.0, 1.0])
+    folder = write_bundle(tmp_path, multi_organ(), shape=(48, 40, 10), affine=affine, ending="yaml")
     get, history = run(folder, OVERLAY, **TINY, skd_slices=2)
     assert history and get("train#trainer").state.output["image"].shape == (3, 1, 32, 32, 8)
     assert any("RandCropByLabelClassesd (a random crop of the same size" in line for line in caplog.messages)
