@@ -85,6 +85,10 @@ class NetworkTeacher(nn.Module):
         super().__init__()
         if not (normalize is None or normalize == "z_score" or callable(normalize)):
             raise KnowSAMValueError(f"`normalize` must be 'z_score', a callable or None but is {normalize!r}.")
+        if patch_size is not None and not _is_size(patch_size):
+            raise KnowSAMValueError(
+                f"`patch_size` must be two or three whole numbers above 0, or None, but is {patch_size!r}."
+            )
         self.channels = _groups(channels)
         self.num_classes = len(self.channels)
         if overlapping and any(len(group) > 1 for group in self.channels):
@@ -259,6 +263,10 @@ def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, .
             f"are {channels!r}."
         )
     return groups
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, Sequence) and len(size) in (2, 3) and all(int(side) == side > 0 for side in size)
 
 
 def _as_sequence(entry: Any) -> Sequence[Any]:

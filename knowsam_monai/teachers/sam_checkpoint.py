@@ -47,10 +47,12 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
         remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}`" + (
             f" (md5 {md5})" if md5 else ""
         )
-    if not path.is_file():
+    if path.is_dir():
         raise KnowSAMFileNotFoundError(
-            f"{expectation} {'is a folder' if path.is_dir() else 'does not exist'}; {remedy}."
+            f"{expectation} is a folder; name the file in it, or use Sam2Teacher if it is a folder of SAM 2."
         )
+    if not path.is_file():
+        raise KnowSAMFileNotFoundError(f"{expectation} does not exist; {remedy}.")
     with path.open("rb") as file:
         head = file.read(512).lstrip()
     if head.startswith(b"<"):

@@ -16,14 +16,16 @@ from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 logger = logging.getLogger(__name__)
 
 WRAPPERS = ("model", "state_dict", "network", "net", "network_weights")  # keys under which trainers store the weights
-LORA = ("lora_A", "lora_B", "lora_down", "lora_up")
+PREFIXES = {"module.": "saved from several GPUs", "_orig_mod.": "saved from a compiled model"}  # of all names
+LORA = ("lora_A", "lora_B", "lora_down", "lora_up", "w_a_0", "w_b_0")  # of peft, of diffusers, of SAMed
 
 
 def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str = "copy it again") -> dict[str, Tensor]:
     """
     Read a checkpoint's tensors by name.
 
-    Tensors in half precision are converted to float32, and a "module." prefix of all names is removed; both are logged.
+    Tensors in half precision are converted to float32, and the prefixes "module." and "_orig_mod." of all names are
+    removed; both are logged.
 
     Args:
         path: a file of ``torch.save`` or `safetensors`.
@@ -68,9 +70,9 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
     broken = [name for name, value in content.items() if not torch.isfinite(value).all()]
     if broken:
         raise KnowSAMValueError(f"{expectation} holds NaN or infinite values in {some(broken)}; {remedy}.")
-    if all(name.startswith("module.") for name in content):
-        logger.info("%s was saved from several GPUs: the prefix 'module.' is removed from its names.", path)
-        content = {name.removeprefix("module."): value for name, value in content.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in content)), None):
+        logger.info("%s was %s: the prefix '%s' is removed from its names.", path, PREFIXES[prefix], prefix)
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
     half = {str(x.dtype) for x in content.values() if x.is_floating_point() and x.element_size() < 4}
     if half:
         logger.warning(

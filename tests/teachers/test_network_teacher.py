@@ -139,6 +139,12 @@ def test_softmax_network_does_not_teach_overlapping_regions():
             SAMDistiller(teacher, overlapping=True)
 
 
+@pytest.mark.parametrize("patch_size", [16, (16,), (16, 0), (8, 8.5), (8, 8, 8, 8)])
+def test_patch_size_that_is_no_size_is_refused(patch_size):
+    with pytest.raises(ValueError, match="`patch_size` must be two or three whole numbers above 0, or None, but is "):
+        NetworkTeacher(fixed(0, 0), 2, patch_size=patch_size)
+
+
 @pytest.mark.parametrize("channels", [3, (0, 1, 2, 4), [0, (1, 2)], 5])
 def test_channels_that_do_not_fit_the_network_are_named(channels):
     with pytest.raises(ValueError, match="each of the network's 4 channels once but are"):

@@ -103,7 +103,7 @@ def test_at_1024_nothing_is_resized(saved):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 def test_medsams_training_file_loads_as_vit_b(saved, tmp_path, prefix):
     state, _ = saved
     path = tmp_path / "medsam_model_best.pth"
@@ -165,7 +165,7 @@ def test_a_missing_file_names_the_command_that_gets_it(tmp_path):
     assert "(md5 01ec64d29a2fca3f0661936605ae66f8)" in message
     with pytest.raises(FileNotFoundError, match="stand_in but .* does not exist; leave `checkpoint` out"):
         load(path, variant="stand_in")
-    with pytest.raises(FileNotFoundError, match="is a folder; get it with `curl"):
+    with pytest.raises(FileNotFoundError, match="is a folder; name the file in it, or use Sam2Teacher"):
         load(tmp_path)
 
 
@@ -209,6 +209,7 @@ def test_a_web_page_and_a_file_that_is_no_checkpoint_are_named(tmp_path, content
         ({"conv1.weight": torch.zeros(3)}, r"another model \(its tensors are `conv1.weight`\)"),
         ({}, "holds a dict of nothing; save"),
         ({"blocks.0.attn.qkv.lora_A.weight": torch.zeros(3)}, r"holds a LoRA, .*; merge it into its base model"),
+        ({"w_a_000": torch.zeros(3)}, r"holds a LoRA, .*; merge it into its base model"),
         ({0: torch.zeros(3)}, "holds a dict of `0`; save"),
         (torch.zeros(3), "holds a Tensor; save"),
         ({"epoch": 3, "optimizer": {}}, "holds a dict of `epoch`, `optimizer`; save"),
