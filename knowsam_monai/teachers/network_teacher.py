@@ -266,7 +266,7 @@ def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, .
 
 
 def _is_size(size: Any) -> bool:
-    return isinstance(size, Sequence) and len(size) in (2, 3) and all(int(side) == side > 0 for side in size)
+    return isinstance(size, Sequence) and len(size) in (2, 3) and all(type(side) is int and side > 0 for side in size)
 
 
 def _as_sequence(entry: Any) -> Sequence[Any]:

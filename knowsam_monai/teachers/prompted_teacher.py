@@ -142,7 +142,8 @@ class PromptedTeacher(nn.Module):
     def _warn_about_range(self, rgb: Tensor) -> None:
         """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
-        self._checked_range = bool(low < high)  # a blank image tells nothing
+        if low < high:  # a blank image tells nothing
+            self._checked_range = True
         if low < -1 or high > 2:
             logger.warning(
                 "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to a callable "
