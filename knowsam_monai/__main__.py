@@ -79,10 +79,9 @@ lies there already is not segmented.
 
 def phantom(options: argparse.Namespace) -> int:
     from knowsam_monai.data import write_phantom
-    from knowsam_monai.runs.config_check import expand_path
 
     path = write_phantom(
-        expand_path(options.folder, "folder"),
+        options.folder,
         num_labeled=options.labeled,
         num_unlabeled=options.unlabeled,
         num_validation=options.validation,
@@ -97,13 +96,11 @@ def phantom(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     from knowsam_monai.data.check import check_dataset
-    from knowsam_monai.runs.config_check import expand_path
 
     rules = {} if options.bundle is None else rules_of_bundle(options.bundle)
     given = {"num_classes": options.num_classes, "num_channels": options.num_channels}
     rules |= {name: value for name, value in given.items() if value is not None}
-    dataset_dir = expand_path(options.dataset_dir, "dataset_dir")
-    found = check_dataset(dataset_dir, labeled_patients=options.labeled_patients, **rules)
+    found = check_dataset(options.dataset_dir, labeled_patients=options.labeled_patients, **rules)
     return 1 if found.errors else 0
 
 
@@ -134,11 +131,9 @@ def train(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from knowsam_monai.runs.config_check import expand_path
     from knowsam_monai.runs.report import write_report
 
-    folders = [expand_path(folder, "folder") for folder in options.folders]
-    write_report(*folders, output=options.output and expand_path(options.output, "output"))
+    write_report(*options.folders, output=options.output)
     return 0
 
 

@@ -14,6 +14,7 @@ from knowsam_monai.data.overlap import labels_as_images, shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.split import read_json, unknown_folder
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["load_datalist"]
 
@@ -63,7 +64,7 @@ def load_datalist(
             len(datalist["unlabeled"]),
         )
         return datalist
-    path = Path(os.path.expanduser(dataset_dir))
+    path = Path(expand_path(dataset_dir, "dataset_dir"))
     if path.suffix == ".json":
         return _read_json(path, required)
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
@@ -153,7 +154,10 @@ def _resolve(path: Path, key: str, value, where: str):
         return [_resolve(path, key, element, where) for element in value]
     if not isinstance(value, str):
         raise KnowSAMValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
-    file = os.path.join(path.parent, os.path.expanduser(value))
+    try:
+        file = expand_path(value, key, path.parent)
+    except KnowSAMValueError as error:
+        raise KnowSAMValueError(f"{str(error).removesuffix('.')} ({where}).") from error
     if not os.path.exists(file):
         raise KnowSAMFileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
     return file

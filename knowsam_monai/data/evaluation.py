@@ -14,6 +14,7 @@ from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.nifti_writer import is_label_map
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["images_root", "inference_items", "split_items"]
 
@@ -59,7 +60,7 @@ def inference_items(
         )
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
         return [{"image": item["image"]} for item in datalist["test"]]
-    folder = os.path.expanduser(dataset_dir)
+    folder = expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
         images = [item["image"] for item in load_datalist(folder, phantom_dir, required=("test",))["test"]]
         _refuse_same_names(images)
@@ -76,7 +77,7 @@ def inference_items(
             "the parent folder."
         )
     root = os.path.realpath(folder)
-    output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))
+    output = None if output_dir is None else os.path.realpath(expand_path(output_dir, "output_dir"))
     if output == root:
         raise KnowSAMValueError(
             f"`output_dir` must not be the folder of the images but is {folder}, where the next run would read "
@@ -119,7 +120,7 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
         >>> images_root("list.json", [{"image": "/data/a/mri.nrrd"}, {"image": "/data/b/mri.nrrd"}])
         '/data'
     """
-    folder = "" if dataset_dir is None else os.path.expanduser(dataset_dir)
+    folder = "" if dataset_dir is None else expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
         return os.path.commonpath([os.path.dirname(os.path.abspath(_first_file(item["image"]))) for item in items])
     return folder if os.path.isdir(folder) else ""

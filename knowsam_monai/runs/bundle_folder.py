@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: when there is no such bundle.
     """
-    folder = Path(bundle).expanduser()
+    folder = Path(expand_path(bundle, "bundle"))
     if folder.name not in ("", "..") and len(folder.parts) == 1:
         name = f"knowsam_{folder.name.removeprefix('knowsam_')}"
         candidates = [folder, Path("bundles", name), Path(name), SHIPPED / name]
@@ -52,8 +53,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     if found is None:
         names = ", ".join(shipped_names())
         raise KnowSAMFileNotFoundError(
-            f"`bundle` must be one of {names}, or the folder of a bundle, but {os.fspath(bundle)} has no "
-            f"{METADATA}."
+            f"`bundle` must be one of {names}, or the folder of a bundle, but {folder} has no " f"{METADATA}."
         )
     return found
 
@@ -113,7 +113,7 @@ def config_file(bundle: Path, name: str) -> Path:
     configs = {stem: path for stem, path in configs.items() if path.suffix in (".json", ".yaml", ".yml")}
     if name in configs:
         return configs[name]
-    file = Path(name).expanduser()
+    file = Path(expand_path(name, "--with"))
     if file.is_file():
         return file
     near = difflib.get_close_matches(name, configs, n=1)

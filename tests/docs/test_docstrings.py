@@ -24,7 +24,7 @@ PUBLIC = {
     "runs.report": ("read_run", "write_report"),
     "runs.run_record": ("open_log",),
     "runs.comparison": ("configured", "digests", "other_data", "other_settings"),
-    "runs.config_check": ("check_config", "expand_path"),
+    "runs.config_check": ("check_config",),
     "runs.finishing": ("finish_run",),
     "runs.lock": ("lock_folder", "unlock_folder"),
     "runs.run_handlers": ("training_handlers", "validation_handlers"),
