@@ -99,8 +99,8 @@ def test_paths_in_lists_and_names_of_configs_are_expanded(tmp_path, monkeypatch,
     first = [{"image": [f"{tmp_path}/a.nii", f"{folder}/$STUDIES.nii"], "label": f"{tmp_path}/b.nii"}]
     assert load_datalist(folder / "list.json", "", required=["labeled"])["labeled"] == first
     images = [{"image": f"{tmp_path}/a.nii"}]
-    for given in (f"{home}/list.json", f"{home}/a*.nii", [f"{home}/a.nii"]):
-        assert unlabeled_items(given) == images
+    for written in (f"{home}/list.json", f"{home}/a*.nii", [f"{home}/a.nii"]):
+        assert unlabeled_items(written) == images
     assert config_file(Path("bundles/knowsam_acdc"), f"{home}/a.nii") == tmp_path / "a.nii"
     cache = SAMTeacher(2, 32, "stand_in", "procedural", encoder="cached", cache_dir=f"{home}/cache").cache
     assert cache.folder == tmp_path / "cache"
