@@ -1,4 +1,4 @@
-"""``knowsam``, also ``python -m knowsam_monai``: check data, write a phantom, train, segment scans, report on runs."""
+"""``knowsam``, also ``python -m knowsam_monai``: check data, write a phantom, train, segment scans, report, zip."""
 
 from __future__ import annotations
 
@@ -74,6 +74,14 @@ lies there already is not segmented.
   knowsam predict /data/scans --bundle acdc --output segmentations
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations
   knowsam predict /data --image_pattern '*/*.nii' --bundle acdc --set image_size=192
+"""
+ZIP = """\
+Zip a bundle with its trained student, for another machine that has this package. Data and SAM stay out; the config in
+it has the paths of the training data. There, `unzip` it and give the folder to `knowsam predict --bundle`. In a clone,
+`make zip` writes the zip that the Model Zoo hosts.
+
+  knowsam zip acdc
+  knowsam zip acdc --run output/my_run
 """
 
 
@@ -154,6 +162,13 @@ def predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def zip_(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.bundle_folder import zip_bundle
+
+    zip_bundle(options.bundle, options.run)
+    return 0
+
+
 def key_value(text: str) -> str:
     """A pair KEY=VALUE of the command line, as it is."""
     if not text.partition("=")[0] or "=" not in text:
@@ -226,6 +241,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("folders", nargs="+", metavar="FOLDER", help="`output_dir` of a training")
     verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
     verb.set_defaults(call=report)
+
+    verb = verbs.add_parser("zip", help="zip a bundle with its student", description=ZIP, **form)
+    verb.add_argument("bundle", metavar="BUNDLE", help="acdc, la, or the folder of a bundle")
+    verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
+    verb.set_defaults(call=zip_)
 
     form["epilog"] = EXIT_CODES_OF_PREDICT
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)

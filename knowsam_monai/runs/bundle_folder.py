@@ -7,10 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
+from typing import IO
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMPermissionError, KnowSAMValueError
-from knowsam_monai.files import expand_path
+from knowsam_monai.files import expand_path, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "bundles"
 METADATA = "configs/metadata.json"
 WRITTEN = ("models", "output", "data", "eval")  # by runs, and no part of what is shipped
+ZIPPED = ("LICENSE", "large_files.yml", "configs/*", "docs/*")
+STUDENT = ("model.pt", "config.json", "model.json")  # of a run's folder, or of `models`
 
 
 def shipped_names() -> list[str]:
@@ -85,6 +89,42 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
         ) from error
     logger.info("The bundle is in ./%s now: configs, and what a run writes (models, output).", copy)
     return copy
+
+
+def zip_bundle(bundle: str | os.PathLike, run: str | os.PathLike | None = None) -> Path:
+    """
+    Zip a bundle with a trained student, for another machine with this package. Data and other weights stay out.
+
+    Args:
+        bundle: see :func:`find_bundle`.
+        run: `output_dir` of the student's training; None for the bundle's own ``models``.
+
+    Returns:
+        The zip, named after the bundle, in the working folder.
+
+    Raises:
+        FileNotFoundError: when there is no such bundle, or no student.
+    """
+    folder = find_bundle(bundle)
+    student = folder / "models" if run is None else Path(expand_path(run, "run"))
+    for name in STUDENT[:2]:
+        if not (student / name).is_file():
+            raise KnowSAMFileNotFoundError(
+                f"`run` must be the `output_dir` of a training but {student} has no {name}; train the bundle first."
+            )
+    files = {file: file.relative_to(folder) for pattern in ZIPPED for file in sorted(folder.glob(pattern))}
+    files |= {student / name: Path("models", name) for name in STUDENT if (student / name).is_file()}
+    name = folder.resolve().name
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, place in files.items():
+                archive.write(path, Path(name, place))
+
+    path = Path(f"{name}.zip")
+    write_whole(path, write)
+    logger.info("%s, %.1f MB. Its config contains the paths of the training data.", path, path.stat().st_size / 2**20)
+    return path
 
 
 def _move(whole: Path, copy: Path) -> None:
