@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import nibabel
 import numpy as np
@@ -40,6 +41,7 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
         (["phantom", "{}", "--labeled", "0"], "`num_labeled` must be at least 1"),
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
         (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be one of acdc, la, or the"),
+        (["zip", "la", "--run", "{}"], "`run` must be the `output_dir` of a training but "),
         (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )
@@ -140,6 +142,20 @@ def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_gi
     main(["train", "./mine", "--with", "network_plain,own.yaml", "--bundle_root", "elsewhere"])
     configs = "['mine/configs/train.json', 'mine/configs/network_plain.json', 'own.yaml']"
     assert started[0][1][4:] == ["monai.bundle", "run", "--config_file", configs, "--bundle_root", "elsewhere"]
+
+
+def test_zip_has_the_bundle_and_the_student_of_a_run_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "knowsam_mine")
+    for folder in ("run", "knowsam_mine/models", "knowsam_mine/data"):
+        (tmp_path / folder).mkdir()
+    for file in ("run/model.pt", "run/config.json", "run/checkpoint.pt", "knowsam_mine/models/sam_vit_b_01ec64.pth"):
+        (tmp_path / file).touch()
+    (tmp_path / "knowsam_mine" / "data" / "scan.nii").touch()
+    assert main(["zip", "./knowsam_mine", "--run", "run"]) == 0
+    with zipfile.ZipFile("knowsam_mine.zip") as archive:
+        files = ("configs/metadata.json", "configs/train.json", "models/config.json", "models/model.pt")
+        assert sorted(archive.namelist()) == [f"knowsam_mine/{file}" for file in files]
 
 
 def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(tmp_path, monkeypatch, started, capsys):
