@@ -1,6 +1,6 @@
 """SKD on an unchanged Lightning module: a callback attaches it and removes it after training.
 
-Only lines that end in `# SKD` and the marked block belong to SKD. Needs `pip install lightning`.
+Only lines that end in `# SKD` and the marked block belong to SKD. Needs `pip install 'lightning>=2'`.
 """
 
 import torch

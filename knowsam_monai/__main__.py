@@ -1,4 +1,4 @@
-"""``knowsam``, also ``python -m knowsam_monai``: check data, write a phantom, train, segment scans, report on runs."""
+"""``knowsam``, also ``python -m knowsam_monai``: check data, write a phantom, train, segment scans, report, zip."""
 
 from __future__ import annotations
 
@@ -75,14 +75,21 @@ lies there already is not segmented.
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations
   knowsam predict /data --image_pattern '*/*.nii' --bundle acdc --set image_size=192
 """
+ZIP = """\
+Zip a bundle with its trained student, for another machine that has this package. Data and SAM stay out; the config in
+it has the paths of the training data. There, `unzip` it and give the folder to `knowsam predict --bundle`. In a clone,
+`make zip` writes the zip that the Model Zoo hosts.
+
+  knowsam zip acdc
+  knowsam zip acdc --run output/my_run
+"""
 
 
 def phantom(options: argparse.Namespace) -> int:
     from knowsam_monai.data import write_phantom
-    from knowsam_monai.runs.config_check import expand_path
 
     path = write_phantom(
-        expand_path(options.folder, "folder"),
+        options.folder,
         num_labeled=options.labeled,
         num_unlabeled=options.unlabeled,
         num_validation=options.validation,
@@ -97,13 +104,11 @@ def phantom(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     from knowsam_monai.data.check import check_dataset
-    from knowsam_monai.runs.config_check import expand_path
 
     rules = {} if options.bundle is None else rules_of_bundle(options.bundle)
     given = {"num_classes": options.num_classes, "num_channels": options.num_channels}
     rules |= {name: value for name, value in given.items() if value is not None}
-    dataset_dir = expand_path(options.dataset_dir, "dataset_dir")
-    found = check_dataset(dataset_dir, labeled_patients=options.labeled_patients, **rules)
+    found = check_dataset(options.dataset_dir, labeled_patients=options.labeled_patients, **rules)
     return 1 if found.errors else 0
 
 
@@ -134,11 +139,9 @@ def train(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from knowsam_monai.runs.config_check import expand_path
     from knowsam_monai.runs.report import write_report
 
-    folders = [expand_path(folder, "folder") for folder in options.folders]
-    write_report(*folders, output=options.output and expand_path(options.output, "output"))
+    write_report(*options.folders, output=options.output)
     return 0
 
 
@@ -156,6 +159,13 @@ def predict(options: argparse.Namespace) -> int:
         device=options.device,
         overrides=dict(pair.split("=", 1) for pair in options.set),
     )
+    return 0
+
+
+def zip_(options: argparse.Namespace) -> int:
+    from knowsam_monai.runs.bundle_folder import zip_bundle
+
+    zip_bundle(options.bundle, options.run)
     return 0
 
 
@@ -231,6 +241,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("folders", nargs="+", metavar="FOLDER", help="`output_dir` of a training")
     verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
     verb.set_defaults(call=report)
+
+    verb = verbs.add_parser("zip", help="zip a bundle with its student", description=ZIP, **form)
+    verb.add_argument("bundle", metavar="BUNDLE", help="acdc, la, or the folder of a bundle")
+    verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")
+    verb.set_defaults(call=zip_)
 
     form["epilog"] = EXIT_CODES_OF_PREDICT
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and checkpoints that are read without running code."""
+"""Paths in full, files that are written completely or not at all, and checkpoints read without running code."""
 
 from __future__ import annotations
 
@@ -24,6 +24,40 @@ PART_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
 LOCK = ".lock"  # marks the folder of a run
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet computes cells that begin with one of these
 CHECKSUM_MARK, CHECKSUM_LENGTH = b"knowsam sha256 ", 64
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")  # of the environment
+
+
+def expand_path(path: str | os.PathLike, argument: str, folder: str | os.PathLike = "") -> str:
+    """
+    Expand ``~``, ``~user`` and environment variables in a path.
+
+    Args:
+        path: the path to expand. A path that exists as written keeps its dollar signs.
+        argument: name of the argument, for the error.
+        folder: the folder that a relative path starts from, as it is.
+
+    Raises:
+        ValueError: if there is no such user, or a variable is not set.
+
+    Example:
+        >>> expand_path("/data/run", "output_dir"), expand_path("a.nii.gz", "image", folder="/data")
+        ('/data/run', '/data/a.nii.gz')
+    """
+    path = os.path.expanduser(os.fspath(path))
+    if path.startswith("~"):
+        user = path.split("/")[0]
+        raise KnowSAMValueError(
+            f"`{argument}` must be a path on this machine but {path} begins with {user!r}, and there is no such user; "
+            f"write the path in full, or ./{user} for a folder of that name."
+        )
+    if not os.path.lexists(os.path.join(folder, path)):
+        path = os.path.expandvars(path)
+        if unknown := VARIABLE.search(path):
+            raise KnowSAMValueError(
+                f"`{argument}` must use environment variables that are set but {unknown.group()} in {path} is not; set "
+                "it, or write the path in full."
+            )
+    return os.path.join(folder, path)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[IO[bytes]], Any], sync: bool = True) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from knowsam_monai.errors import KnowSAMImportError, root_cause
 from knowsam_monai.teachers.sam2_model import import_transformers
+from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 from knowsam_monai.teachers.weights import read_state_dict
 from tests.bundles.conftest import BUNDLES
 from zoo.__main__ import main
@@ -50,6 +51,20 @@ def test_sam_2_with_a_broken_torchvision_says_what_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", Broken("transformers"))
     with pytest.raises(KnowSAMImportError, match=r"cannot be imported \(operator nms does not exist\); get it"):
         import_transformers()
+
+
+def test_mobile_sam_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models.tiny_vit", None)
+    with pytest.raises(KnowSAMImportError) as error:
+        TinyViTEncoder()
+    requirements, extra = installed_by(str(error.value))
+    assert requirements == required(extra)
+
+
+def test_nnunet_page_installs_what_the_extra_does():
+    page = (Path(__file__).parents[1] / "docs" / "source" / "nnunet.md").read_text(encoding="utf-8")
+    line = re.search(r"^pip install '\.\[nnunet\]'.*: pip install (.+)$", page, re.MULTILINE)
+    assert set(shlex.split(line[1])) == required("nnunet")
 
 
 def test_safetensors_file_without_safetensors(monkeypatch, tmp_path):

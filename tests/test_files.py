@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
+import re
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knowsam_monai.data import inference_items, load_datalist, unlabeled_items
+from knowsam_monai.data.check import check_dataset
 from knowsam_monai.files import (
     LOCK,
     PART,
@@ -25,6 +30,13 @@ from knowsam_monai.files import (
     write_tensor_file,
     write_whole,
 )
+from knowsam_monai.runs import SKDSettings, StudentLoader
+from knowsam_monai.runs.bundle_folder import config_file, find_bundle
+from knowsam_monai.runs.prediction import predict_folder
+from knowsam_monai.runs.report import write_report
+from knowsam_monai.runs.skd_trainer import _distiller
+from knowsam_monai.teachers import NetworkTeacher, SAMTeacher
+from knowsam_monai.teachers.sam2_model import read_sam2_checkpoint
 from tests.full_disk import full_disk
 from tests.same_bits import assert_same_bits
 
@@ -41,6 +53,57 @@ def test_texts_come_back_as_they_were_and_none_is_a_formula(tmp_path_factory, ro
         for cell in (cell for row in csv.reader(file) for cell in row):
             if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
                 float(cell)
+
+
+def teacher_of_zoo_overlay(path):
+    return _distiller(SKDSettings("*.nii", sam_checkpoint=path), torch.rand(1, 1, 32, 32), 2, overlapping=False)
+
+
+ENTRIES = {
+    "SAM": lambda path: SAMTeacher(num_classes=2, image_size=32, checkpoint=path),
+    "SAM of a Zoo overlay": teacher_of_zoo_overlay,
+    "SAM 2": lambda path: read_sam2_checkpoint(path, "tiny", config=None),
+    "TorchScript": lambda path: NetworkTeacher.from_torchscript(path, 2),
+    "bundle as a teacher": lambda path: NetworkTeacher.from_bundle(path, 2),
+    "student": lambda path: StudentLoader(path, torch.nn.Identity()).check(),
+    "data list": lambda path: load_datalist(f"{path}.json", ""),
+    "data folder": lambda path: load_datalist(path, ""),
+    "data check": check_dataset,
+    "images": inference_items,
+    "report": write_report,
+    "--bundle": find_bundle,
+    "predict --bundle": lambda path: predict_folder("scans", path, "out"),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("written", ["~/no such", "$STUDIES/no such", "${STUDIES}/no such"])
+def test_home_folder_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch, written, entry):
+    for variable in ("HOME", "STUDIES"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    with pytest.raises((OSError, ValueError), match=re.escape(f"{tmp_path}/no such")):
+        ENTRIES[entry](written)
+
+
+@pytest.mark.parametrize("home", ["~", "$STUDIES"])
+def test_paths_in_lists_and_names_of_configs_are_expanded(tmp_path, monkeypatch, home):
+    folder = tmp_path / "US$HOME"  # of the list: as it is
+    folder.mkdir()
+    for variable in ("HOME", "STUDIES"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    for path in (tmp_path / "a.nii", tmp_path / "b.nii", folder / "$STUDIES.nii"):
+        path.touch()
+    section = [{"image": [f"{home}/a.nii", "$STUDIES.nii"], "label": f"{home}/b.nii"}]
+    (folder / "list.json").write_text(json.dumps({"labeled": section}))
+    (tmp_path / "list.json").write_text(json.dumps([f"{home}/a.nii"]))
+    first = [{"image": [f"{tmp_path}/a.nii", f"{folder}/$STUDIES.nii"], "label": f"{tmp_path}/b.nii"}]
+    assert load_datalist(folder / "list.json", "", required=["labeled"])["labeled"] == first
+    images = [{"image": f"{tmp_path}/a.nii"}]
+    for written in (f"{home}/list.json", f"{home}/a*.nii", [f"{home}/a.nii"]):
+        assert unlabeled_items(written) == images
+    assert config_file(Path("bundles/knowsam_acdc"), f"{home}/a.nii") == tmp_path / "a.nii"
+    cache = SAMTeacher(2, 32, "stand_in", "procedural", encoder="cached", cache_dir=f"{home}/cache").cache
+    assert cache.folder == tmp_path / "cache"
 
 
 def test_numbers_stay_numbers(tmp_path):

@@ -86,6 +86,7 @@ ALLOWED = {  # (module, function): reason
         "image_and_label",
     ): "a host that cannot be edited: a label of another image must "
     "never be used; `select` avoids the comparison",
+    ("teachers/intensity_window.py", "is_sam_range"): "once, on the first images",
     ("distillation/wiring.py", "are_probabilities"): "at calls 1 and 50",
     ("distillation/wiring.py", "has_each_row_twice"): "at calls 1 and 50",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.pseudo_label"): "connected components",

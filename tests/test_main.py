@@ -6,15 +6,16 @@ import json
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import nibabel
 import numpy as np
 import pytest
 
 import knowsam_monai
-from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, TRAIN, main, parser
+from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, TRAIN, ZIP, main, parser
 
-VERBS = {"phantom": PHANTOM, "check": CHECK, "train": TRAIN, "report": REPORT, "predict": PREDICT}
+VERBS = {"phantom": PHANTOM, "check": CHECK, "train": TRAIN, "report": REPORT, "predict": PREDICT, "zip": ZIP}
 
 pytestmark = pytest.mark.usefixtures("root_logging_as_it_was")
 
@@ -40,6 +41,7 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
         (["phantom", "{}", "--labeled", "0"], "`num_labeled` must be at least 1"),
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
         (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be one of acdc, la, or the"),
+        (["zip", "la", "--run", "{}"], "`run` must be the `output_dir` of a training but "),
         (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )
@@ -96,6 +98,7 @@ def test_fault_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
         ["check", "x", "--max_iterations", "3"],
         ["report"],
         ["predict", "x"],
+        ["zip"],
         ["predict", "x", "--bundle", "b", "--output", "o", "--set", "a"],
         ["phantom", "x", "--seed", "-1"],
     ],
@@ -139,6 +142,20 @@ def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_gi
     main(["train", "./mine", "--with", "network_plain,own.yaml", "--bundle_root", "elsewhere"])
     configs = "['mine/configs/train.json', 'mine/configs/network_plain.json', 'own.yaml']"
     assert started[0][1][4:] == ["monai.bundle", "run", "--config_file", configs, "--bundle_root", "elsewhere"]
+
+
+def test_zip_has_the_bundle_and_the_student_of_a_run_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "knowsam_mine")
+    for folder in ("run", "knowsam_mine/models", "knowsam_mine/data"):
+        (tmp_path / folder).mkdir()
+    for file in ("run/model.pt", "run/config.json", "run/checkpoint.pt", "knowsam_mine/models/sam_vit_b_01ec64.pth"):
+        (tmp_path / file).touch()
+    (tmp_path / "knowsam_mine" / "data" / "scan.nii").touch()
+    assert main(["zip", "./knowsam_mine", "--run", "run"]) == 0
+    with zipfile.ZipFile("knowsam_mine.zip") as archive:
+        files = ("configs/metadata.json", "configs/train.json", "models/config.json", "models/model.pt")
+        assert sorted(archive.namelist()) == [f"knowsam_mine/{file}" for file in files]
 
 
 def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(tmp_path, monkeypatch, started, capsys):
@@ -194,7 +211,7 @@ def test_examples_of_the_help_are_commands_that_are_understood(verb, capsys):
         words = shlex.split(example)
         assert words[:2] == ["knowsam", verb]
         options, keys = parser().parse_known_args(words[1:])
-        assert options.call.__name__ == verb and (verb == "train" or not keys)
+        assert options.call.__name__.rstrip("_") == verb and (verb == "train" or not keys)
     with pytest.raises(SystemExit) as error:
         main([verb, "--help"])
     shown = capsys.readouterr().out

@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        from knowsam_monai.files import expand_path
         from zoo.build import build
     except ModuleNotFoundError as error:
         if error.name not in ("black", "isort"):
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     try:
-        path = build(options.bundle, options.output_dir)
+        path = build(*(Path(expand_path(getattr(options, name), name)) for name in ("bundle", "output_dir")))
     except ValueError as error:
         logger.error("%s", error)
         return 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder, without_labels
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = [
     "ACDC_FORMS",
@@ -114,7 +115,7 @@ def acdc_datalist(
 
 def find_acdc(dataset_dir: str | Path) -> tuple[str, Path] | None:
     """The format of an ACDC folder, "official" or "pack", and the folder of its patients or lists; None if unknown."""
-    root = Path(os.path.expanduser(dataset_dir))
+    root = Path(expand_path(dataset_dir, "dataset_dir"))
     if not os.path.isdir(root):
         return None
     for folder in (root, root / "training", root / "database" / "training"):

@@ -39,10 +39,10 @@ def cached_dataset(
 
     Example:
         >>> from monai.transforms import RandFlipd
-        >>> from knowsam_monai.data import LoadCased, SplitSlicesd, cached_dataset
+        >>> from knowsam_monai.data import LoadCased, SplitSlicesd, TurnSlicesd, cached_dataset
         >>> dataset = cached_dataset(
         ...     [{"image": "patient001_frame01.nii.gz"}],
-        ...     [LoadCased("image", ensure_channel_first=True), SplitSlicesd("image")],
+        ...     [LoadCased("image", ensure_channel_first=True), TurnSlicesd("image"), SplitSlicesd("image")],
         ...     [RandFlipd("image", prob=0.5)],
         ... )     # doctest: +SKIP
     """

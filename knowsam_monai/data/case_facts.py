@@ -21,7 +21,7 @@ from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.slice_axis import slice_axis
 from knowsam_monai.data.transforms import CheckDatad
-from knowsam_monai.files import write_whole
+from knowsam_monai.files import expand_path, write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 
@@ -118,7 +118,7 @@ def read_cases(
         >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="facts")     # doctest: +SKIP
     """
     keys, states = zip(*(_key_and_state(item, read.settings) for item in items)) if items else ((), ())
-    path = None if cache_dir is None or not items else _cache_file(items, Path(cache_dir).expanduser())
+    path = None if cache_dir is None or not items else _cache_file(items, Path(expand_path(cache_dir, "cache_dir")))
     cached = {} if path is None else _read_cache(path)
     facts = [_cached_facts(cached, key, state) for key, state in zip(keys, states)]
     unread = [index for index, fact in enumerate(facts) if fact is None]

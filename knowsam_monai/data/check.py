@@ -18,6 +18,7 @@ from knowsam_monai.data.overlap import image_paths, labels_as_images, patient_ke
 from knowsam_monai.data.slice_axis import find_slice_axis
 from knowsam_monai.data.transforms import check_slice_range
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["DatalistReport", "check_datalist", "check_dataset"]
 
@@ -175,7 +176,7 @@ def check_dataset(
     Example:
         >>> print(check_dataset("/data/ACDC", num_classes=4))     # doctest: +SKIP
     """
-    path = Path(os.path.expanduser(dataset_dir))
+    path = Path(expand_path(dataset_dir, "dataset_dir"))
     if path.suffix == ".json" and labeled_patients is not None:
         raise KnowSAMValueError(
             f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; {path} lists the "

@@ -14,6 +14,7 @@ from knowsam_monai.data.overlap import labels_as_images, shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.split import read_json, unknown_folder
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["load_datalist"]
 
@@ -30,6 +31,7 @@ def load_datalist(
     holdout_patients: int = 0,
     phantom: dict | None = None,
     required: Sequence[str] = ("labeled", "validation"),
+    existing: bool = True,
 ) -> dict[str, list[dict]]:
     """Return the `labeled`, `unlabeled`, `validation` and `test` items of a run.
 
@@ -45,6 +47,7 @@ def load_datalist(
         holdout_patients: number of training patients to validate on instead, see the two functions above.
         phantom: further arguments of `write_phantom`, such as its `anatomy`.
         required: lists that a JSON must have.
+        existing: whether the files in a JSON must exist.
 
     Raises:
         ValueError: if the folder has no known format, or if the data list is not valid.
@@ -63,9 +66,9 @@ def load_datalist(
             len(datalist["unlabeled"]),
         )
         return datalist
-    path = Path(os.path.expanduser(dataset_dir))
+    path = Path(expand_path(dataset_dir, "dataset_dir"))
     if path.suffix == ".json":
-        return _read_json(path, required)
+        return _read_json(path, required, existing)
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
     for name, (find, datalist_of) in known.items():
         if find(path):
@@ -77,7 +80,7 @@ def load_datalist(
     raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))
 
 
-def _read_json(path: Path, required: Sequence[str]) -> dict[str, list[dict]]:
+def _read_json(path: Path, required: Sequence[str], existing: bool) -> dict[str, list[dict]]:
     if not os.path.isfile(path):
         raise KnowSAMFileNotFoundError(f"`dataset_dir` must be an existing data-list JSON but {path} does not exist.")
     try:
@@ -87,7 +90,7 @@ def _read_json(path: Path, required: Sequence[str]) -> dict[str, list[dict]]:
     if not isinstance(content, dict):
         raise KnowSAMValueError(f"`dataset_dir` must be a JSON object with the lists {SECTIONS} but {path} is not.")
     _refuse_unknown_sections(path, content)
-    datalist = {name: _read_section(path, name, content.get(name, [])) for name in SECTIONS}
+    datalist = {name: _read_section(path, name, content.get(name, []), existing) for name in SECTIONS}
     for name in required:
         if not datalist[name]:
             raise KnowSAMValueError(
@@ -119,7 +122,7 @@ def _closest(name: str, known: Sequence[str], cutoff: float = 0.85) -> str:
     return same_letters or next(iter(difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=cutoff)), "")
 
 
-def _read_section(path: Path, name: str, items: object) -> list[dict]:
+def _read_section(path: Path, name: str, items: object, existing: bool) -> list[dict]:
     if not isinstance(items, list):
         raise KnowSAMValueError(f"`{name}` must be a list of items but is {type(items).__name__} in {path}.")
     section = []
@@ -142,18 +145,21 @@ def _read_section(path: Path, name: str, items: object) -> list[dict]:
             )
         if name in ("labeled", "validation") and not item.get("label"):
             raise KnowSAMValueError(f"`label` must be a path but {where} has none.")
-        section.append({key: _resolve(path, key, value, where) for key, value in item.items()})
+        section.append({key: _resolve(path, key, value, where, existing) for key, value in item.items()})
     return section
 
 
-def _resolve(path: Path, key: str, value, where: str):
+def _resolve(path: Path, key: str, value, where: str, existing: bool):
     if key not in ("image", "label"):
         return value
     if isinstance(value, list) and value:
-        return [_resolve(path, key, element, where) for element in value]
+        return [_resolve(path, key, element, where, existing) for element in value]
     if not isinstance(value, str):
         raise KnowSAMValueError(f"`{key}` must be a path or a list of paths but {where} has {value!r}.")
-    file = os.path.join(path.parent, os.path.expanduser(value))
-    if not os.path.exists(file):
+    try:
+        file = expand_path(value, key, path.parent)
+    except KnowSAMValueError as error:
+        raise KnowSAMValueError(f"{str(error).removesuffix('.')} ({where}).") from error
+    if existing and not os.path.exists(file):
         raise KnowSAMFileNotFoundError(f"`{key}` must exist but {file} does not ({where}).")
     return file

@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
 
@@ -14,6 +14,7 @@ from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.nifti_writer import is_label_map
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["images_root", "inference_items", "split_items"]
 
@@ -38,15 +39,16 @@ def inference_items(
             Links are followed.
         phantom_dir: folder of the phantom, which is written if it is missing.
         phantom: further arguments of `write_phantom`, as in training.
-        output_dir: folder of the segmentations. Its files are not listed as images, nor are NIfTI files elsewhere whose
-            header declares labels, as those of `NiftiGeometryWriter` do. A warning names images that are left out.
+        output_dir: folder of the segmentations, which are not listed.
 
     Returns:
-        [{"image": path}, ...], sorted by path.
+        [{"image": path}, ...], sorted by path. An image that must not be segmented has the reason under "left_out":
+        another one would write the same output file, it lies in `output_dir`, or its header declares labels, as those
+        of `NiftiGeometryWriter` do. `LoadCased` refuses it with that reason.
 
     Raises:
-        ValueError: if `dataset_dir` does not exist, if no file matches `pattern`, if the pattern leaves the folder, if
-            two images would write the same output file, or if `output_dir` is the folder itself.
+        ValueError: if `dataset_dir` does not exist, if no image matches `pattern`, if the pattern leaves the folder, or
+            if `output_dir` is the folder itself.
 
     Example:
         >>> inference_items("/data/scans", "*.nii.gz")     # doctest: +SKIP
@@ -59,11 +61,10 @@ def inference_items(
         )
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
         return [{"image": item["image"]} for item in datalist["test"]]
-    folder = os.path.expanduser(dataset_dir)
+    folder = expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
-        images = [item["image"] for item in load_datalist(folder, phantom_dir, required=("test",))["test"]]
-        _refuse_same_names(images)
-        return [{"image": image} for image in images]
+        datalist = load_datalist(folder, phantom_dir, required=("test",), existing=False)
+        return _items([item["image"] for item in datalist["test"]], {})
     if os.path.isfile(folder):
         return [{"image": folder}]
     if not os.path.isdir(folder):
@@ -76,7 +77,7 @@ def inference_items(
             "the parent folder."
         )
     root = os.path.realpath(folder)
-    output = None if output_dir is None else os.path.realpath(os.path.expanduser(output_dir))
+    output = None if output_dir is None else os.path.realpath(expand_path(output_dir, "output_dir"))
     if output == root:
         raise KnowSAMValueError(
             f"`output_dir` must not be the folder of the images but is {folder}, where the next run would read "
@@ -91,17 +92,19 @@ def inference_items(
         if _is_below(output, root) and _is_below(os.path.realpath(os.path.dirname(path)), output)
     }
     label_maps = {path for path in images if is_label_map(path)}
-    paths = [path for path in images if path not in written | label_maps]
-    _warn_left_out(written - label_maps, "lie in `output_dir`; move images to another folder")
-    _warn_left_out(label_maps - written, "are label maps by their headers, such as earlier segmentations")
-    if not paths:
+    if written | label_maps == set(images):
         found = f"only has {len(images)} that are segmentations" if images else "has none"
         raise KnowSAMValueError(
             f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; set `image_pattern`, "
             "for example --image_pattern '**/*.nii.gz'."
         )
-    _refuse_same_names(paths)
-    return [{"image": path} for path in paths]
+    left_out = {path: f"`image` must not lie in `output_dir` but {path} does; move it." for path in written}
+    for path in label_maps:
+        left_out[path] = (
+            f"`image` must be a scan but {path} is a label map by its header, such as an earlier segmentation; move "
+            "it, or select the scans with `image_pattern`."
+        )
+    return _items([path for path in images if path not in written & label_maps], left_out)
 
 
 def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) -> str:
@@ -119,34 +122,40 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
         >>> images_root("list.json", [{"image": "/data/a/mri.nrrd"}, {"image": "/data/b/mri.nrrd"}])
         '/data'
     """
-    folder = "" if dataset_dir is None else os.path.expanduser(dataset_dir)
+    folder = "" if dataset_dir is None else expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
         return os.path.commonpath([os.path.dirname(os.path.abspath(_first_file(item["image"]))) for item in items])
     return folder if os.path.isdir(folder) else ""
-
-
-def _warn_left_out(paths: Collection[str], reason: str) -> None:
-    if paths:
-        logger.warning(
-            "%d files match but are not segmented, since they %s: %s", len(paths), reason, ", ".join(sorted(paths))
-        )
 
 
 def _is_below(path: str | None, folder: str) -> bool:
     return path is not None and Path(path).is_relative_to(folder)
 
 
-def _refuse_same_names(images: Sequence[str | Sequence[str]]) -> None:
-    """A segmentation has the name of its image's first file, except for the extension."""
-    firsts: dict[str, str] = {}
-    for image in map(_first_file, images):
-        stem = os.path.splitext(image.removesuffix(".gz"))[0]  # as in MONAI's SaveImage
-        if stem in firsts:
-            raise KnowSAMValueError(
-                f"Two images would write the same output file: {firsts[stem]}, {image}; rename one, or select one with "
-                "`image_pattern`."
+def _items(images: Sequence[str | Sequence[str]], left_out: Mapping[str, str]) -> list[dict]:
+    """The items of images, with the reasons for those that are left out."""
+    outputs: dict[str, list[str]] = {}
+    files = list(map(_first_file, images))
+    for file in files:
+        if file not in left_out:
+            outputs.setdefault(_output_stem(file), []).append(file)
+    reasons = dict(left_out)
+    for same in outputs.values():
+        if len(same) > 1:
+            reasons |= dict.fromkeys(
+                same,
+                f"`image` must have a name of its own but {' and '.join(same)} would write the same output file; "
+                "rename one, or select one with `image_pattern`.",
             )
-        firsts[stem] = image
+    return [
+        {"image": image, "left_out": reasons[file]} if file in reasons else {"image": image}
+        for image, file in zip(images, files)
+    ]
+
+
+def _output_stem(file: str) -> str:
+    """A segmentation has the name of its image's first file, except for the extension, as in MONAI's SaveImage."""
+    return os.path.splitext(file.removesuffix(".gz"))[0]
 
 
 def _first_file(image: str | Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from knowsam_monai.data.split import existing_file, listed_names, split_training, unknown_folder
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = [
     "LEFT_ATRIUM_FORMS",
@@ -136,7 +137,7 @@ def left_atrium_datalist(
 
 def find_left_atrium(dataset_dir: str | Path) -> tuple[str, Path] | None:
     """The format of a left-atrium folder, "official" or "pack", and the folder of its cases; None if unknown."""
-    root = Path(os.path.expanduser(dataset_dir))
+    root = Path(expand_path(dataset_dir, "dataset_dir"))
     if not os.path.isdir(root):
         return None
     for form, (image, _) in FILES.items():

@@ -14,7 +14,8 @@ from monai.data.utils import list_data_collate, set_rnd
 from torch.utils.data import DataLoader, Dataset
 
 from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.data.transforms import image_name
+from knowsam_monai.errors import KnowSAMError, KnowSAMValueError
 from knowsam_monai.seeds import derive_seed
 
 __all__ = ["SemiSupervisedLoader"]
@@ -50,7 +51,8 @@ class SemiSupervisedLoader:
 
     Raises:
         ValueError: if a batch size is less than 1, larger than its dataset, or not a multiple of `world_size`; if the
-            labeled dataset is empty; if an unlabeled item has a label or a labeled one has none.
+            labeled dataset is empty; if an unlabeled item has a label or a labeled one has none; if the rows of a batch
+            differ in shape.
 
     Example:
         >>> labeled = [{"image": torch.rand(1, 8, 8), "label": torch.zeros(1, 8, 8)} for _ in range(4)]
@@ -120,6 +122,8 @@ class SemiSupervisedLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:
+            if isinstance(batch, KnowSAMError):
+                raise batch
             self._sampler.next_iteration += 1
             yield batch
 
@@ -166,7 +170,18 @@ class _Collate:
     def __init__(self, label_key: str) -> None:
         self.label_key = label_key
 
-    def __call__(self, items: list[tuple[int, list[dict]]]) -> dict[str, Any]:
+    def __call__(self, items: list[tuple[int, list[dict]]]) -> dict[str, Any] | KnowSAMError:
+        """A batch, or the error to raise: torch would add the traceback of a worker to its message."""
+        try:
+            return self._batch(items)
+        except RuntimeError:
+            rows = [row for _, rows in items for row in rows]
+            unequal = next(filter(None, (_unequal_shapes(key, rows) for key in rows[0])), None)
+            if unequal is None:
+                raise
+            return unequal
+
+    def _batch(self, items: list[tuple[int, list[dict]]]) -> dict[str, Any]:
         labeled = [row for stream, rows in items if stream == LABELED for row in rows]
         all_rows = labeled + [row for stream, rows in items if stream == UNLABELED for row in rows]
         shared = [key for key in all_rows[0] if key != self.label_key and all(key in row for row in all_rows)]
@@ -176,6 +191,18 @@ class _Collate:
             if own:
                 batch.update(list_data_collate([{key: row[key] for key in own} for row in rows]))
         return batch
+
+
+def _unequal_shapes(key: str, rows: Sequence[dict]) -> KnowSAMValueError | None:
+    values = [row[key] for row in rows if isinstance(row.get(key), torch.Tensor)]
+    files = {tuple(value.shape): image_name(value) for value in values}
+    if len(files) < 2:
+        return None
+    one, other, *_ = (f"{shape} in {file}" for shape, file in files.items())
+    return KnowSAMValueError(
+        f"`{key}` must have one shape in all rows of a batch but has {one} and {other}; end the training transforms "
+        "with a crop (RandSpatialCropd) or a resize (Resized) to a fixed size."
+    )
 
 
 @contextmanager

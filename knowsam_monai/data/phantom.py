@@ -14,6 +14,7 @@ import numpy as np
 from knowsam_monai.data.phantom_image import draw_patient
 from knowsam_monai.data.phantom_left_atrium import draw_left_atrium
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def write_phantom(
         "max_size": max_size,
         "patients": counts,
     }
-    folder = Path(folder).expanduser()
+    folder = Path(expand_path(folder, "folder"))
     if _is_complete(folder, arguments):
         return folder / LIST_NAME
     _check_no_foreign_files(folder)

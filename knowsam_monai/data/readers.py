@@ -211,7 +211,7 @@ class LoadCased(MapTransform):
 
     Raises:
         ValueError: if a file is missing, corrupt or of unknown format, or if it has no voxels or an invalid affine; the
-            message names the file.
+            message names the file. Also if the case has a reason under "left_out".
 
     Example:
         >>> load = LoadCased(keys=["image", "label"], allow_missing_keys=True)
@@ -233,6 +233,8 @@ class LoadCased(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
+        if "left_out" in case:  # see `inference_items`
+            raise KnowSAMValueError(case["left_out"])
         for key in self.key_iterator(case):
             path = case[key]
             try:

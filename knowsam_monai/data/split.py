@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 
 __all__ = ["existing_file", "listed_names", "read_json", "split_training", "unknown_folder", "without_labels"]
 
@@ -106,7 +107,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def unknown_folder(dataset_dir: str | Path, forms: Sequence[str], or_phantom: bool = False) -> KnowSAMValueError:
     """The error for a `dataset_dir` without a known format; `forms` describe the supported ones."""
-    root = Path(os.path.expanduser(dataset_dir))
+    root = Path(expand_path(dataset_dir, "dataset_dir"))
     lists: list[Path] = []
     if not os.path.exists(root):
         found = "does not exist"

@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from monai.utils import CommonKeys as Keys
 
 from knowsam_monai.data.split import read_json
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,12 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
         >>> unlabeled_items(["a.nii.gz", {"image": ["b_t1.nii.gz", "b_t2.nii.gz"], "label": "b_seg.nii.gz"}])
         [{'image': 'a.nii.gz'}, {'image': ['b_t1.nii.gz', 'b_t2.nii.gz']}]
     """
-    given = images
+    given, expand = images, partial(_in_full, folder="")
     if isinstance(images, str) and images.endswith(".json"):
-        images = _listed(Path(images))
+        path = Path(expand_path(images, "unlabeled"))
+        images, expand = _listed(path), partial(_in_full, folder=path.parent)
     elif isinstance(images, str):
-        images = sorted(glob.glob(os.path.expandvars(os.path.expanduser(images)), recursive=True))
+        images, expand = sorted(glob.glob(expand_path(images, "unlabeled"), recursive=True)), str
     if len(images) == 0:
         raise KnowSAMFileNotFoundError(
             f"`unlabeled` must name at least one image but there is none for {given!r}; give a file pattern in "
@@ -84,7 +87,7 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
     for number, item in enumerate(items):
         if Keys.IMAGE not in item:
             raise KnowSAMValueError(f"`image` must be a key of each unlabeled item but item {number} has {list(item)}.")
-    return [{str(Keys.IMAGE): item[Keys.IMAGE]} for item in items]
+    return [{str(Keys.IMAGE): expand(item[Keys.IMAGE])} for item in items]
 
 
 def _listed(path: Path) -> list[Any]:
@@ -97,22 +100,19 @@ def _listed(path: Path) -> list[Any]:
         raise KnowSAMValueError(
             f"`unlabeled` must be a list in {path}, or a list under its key 'unlabeled', but there is none."
         )
-    return [
-        {
-            Keys.IMAGE: _beside(
-                path, item.get(Keys.IMAGE) if isinstance(item, dict) else item, f"item {number} in {path}"
+    files = [item.get(Keys.IMAGE) if isinstance(item, dict) else item for item in listed]
+    for number, file in enumerate(files):
+        if not all(isinstance(part, str) for part in (file if isinstance(file, list) else [file])):
+            raise KnowSAMValueError(
+                f"`image` must be a path or a list of paths but item {number} in {path} has {file!r}."
             )
-        }
-        for number, item in enumerate(listed)
-    ]
+    return files
 
 
-def _beside(path: Path, file: Any, where: str) -> Any:
-    if isinstance(file, list):
-        return [_beside(path, part, where) for part in file]
-    if not isinstance(file, str):
-        raise KnowSAMValueError(f"`image` must be a path or a list of paths but {where} has {file!r}.")
-    return str(path.parent / os.path.expandvars(os.path.expanduser(file)))
+def _in_full(file: Any, folder: str | Path) -> Any:
+    if isinstance(file, (list, tuple)):
+        return [_in_full(part, folder) for part in file]
+    return expand_path(file, "image", folder) if isinstance(file, (str, os.PathLike)) else file
 
 
 @kept_random_state()

@@ -7,9 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
+from typing import IO
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.files import expand_path, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +20,8 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "bundles"
 METADATA = "configs/metadata.json"
 WRITTEN = ("models", "output", "data", "eval")  # by runs, and no part of what is shipped
+ZIPPED = ("LICENSE", "large_files.yml", "configs/*", "docs/*")
+STUDENT = ("model.pt", "config.json", "model.json")  # of a run's folder, or of `models`
 
 
 def shipped_names() -> list[str]:
@@ -42,7 +47,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: when there is no such bundle.
     """
-    folder = Path(bundle).expanduser()
+    folder = Path(expand_path(bundle, "bundle"))
     if folder.name not in ("", "..") and len(folder.parts) == 1:
         name = f"knowsam_{folder.name.removeprefix('knowsam_')}"
         candidates = [folder, Path("bundles", name), Path(name), SHIPPED / name]
@@ -52,8 +57,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     if found is None:
         names = ", ".join(shipped_names())
         raise KnowSAMFileNotFoundError(
-            f"`bundle` must be one of {names}, or the folder of a bundle, but {os.fspath(bundle)} has no "
-            f"{METADATA}."
+            f"`bundle` must be one of {names}, or the folder of a bundle, but {folder} has no " f"{METADATA}."
         )
     return found
 
@@ -87,6 +91,42 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
     return copy
 
 
+def zip_bundle(bundle: str | os.PathLike, run: str | os.PathLike | None = None) -> Path:
+    """
+    Zip a bundle with a trained student, for another machine with this package. Data and other weights stay out.
+
+    Args:
+        bundle: see :func:`find_bundle`.
+        run: `output_dir` of the student's training; None for the bundle's own ``models``.
+
+    Returns:
+        The zip, named after the bundle, in the working folder.
+
+    Raises:
+        FileNotFoundError: when there is no such bundle, or no student.
+    """
+    folder = find_bundle(bundle)
+    student = folder / "models" if run is None else Path(expand_path(run, "run"))
+    for name in STUDENT[:2]:
+        if not (student / name).is_file():
+            raise KnowSAMFileNotFoundError(
+                f"`run` must be the `output_dir` of a training but {student} has no {name}; train the bundle first."
+            )
+    files = {file: file.relative_to(folder) for pattern in ZIPPED for file in sorted(folder.glob(pattern))}
+    files |= {student / name: Path("models", name) for name in STUDENT if (student / name).is_file()}
+    name = folder.resolve().name
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, place in files.items():
+                archive.write(path, Path(name, place))
+
+    path = Path(f"{name}.zip")
+    write_whole(path, write)
+    logger.info("%s, %.1f MB. Its config contains the paths of the training data.", path, path.stat().st_size / 2**20)
+    return path
+
+
 def _move(whole: Path, copy: Path) -> None:
     try:
         whole.rename(copy)
@@ -113,7 +153,7 @@ def config_file(bundle: Path, name: str) -> Path:
     configs = {stem: path for stem, path in configs.items() if path.suffix in (".json", ".yaml", ".yml")}
     if name in configs:
         return configs[name]
-    file = Path(name).expanduser()
+    file = Path(expand_path(name, "--with"))
     if file.is_file():
         return file
     near = difflib.get_close_matches(name, configs, n=1)

@@ -137,9 +137,9 @@ def _watches(part: Any) -> bool:
 
 def _content(weights: Any) -> Any:
     """The hashes of a file or folder, independent of its place; a value that is neither is returned as it is."""
-    if not isinstance(weights, (str, os.PathLike)) or not Path(weights).expanduser().exists():
+    if not isinstance(weights, (str, os.PathLike)) or not Path(weights).exists():
         return weights
-    path = Path(weights).expanduser()
+    path = Path(weights)
     if path.is_file():
         return f"a file of {_hash(path)}"
     files = sorted(file for pattern in OF_A_MODEL for file in path.glob(pattern))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from monai.bundle import ConfigExpression
 
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.files import VARIABLE, expand_path
 from knowsam_monai.runs.config import plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -23,7 +23,6 @@ PATHS = (
 )
 # components of MONAI, the package that each imports when it is built, and what installs it: requirement and extra
 NEEDED_PACKAGES = {"MLFlowHandler": ("mlflow", "mlflow>=3", "mlflow")}
-VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 
 def check_config() -> None:
@@ -102,39 +101,6 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
             raise KnowSAMValueError(
                 f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
             )
-
-
-def expand_path(path: str | os.PathLike, argument: str) -> str:
-    """
-    Expand ``~``, ``~user`` and environment variables in a path.
-
-    Args:
-        path: the path to expand. A path that exists as written keeps its dollar signs.
-        argument: name of the argument, for the error.
-
-    Raises:
-        ValueError: if there is no such user, or a variable is not set.
-
-    Example:
-        >>> expand_path("/data/run", "output_dir")
-        '/data/run'
-    """
-    path = os.path.expanduser(os.fspath(path))
-    if path.startswith("~"):
-        user = path.split("/")[0]
-        raise KnowSAMValueError(
-            f"`{argument}` must be a path on this machine but {path} begins with {user!r}, and there is no such user; "
-            f"write the path in full, or ./{user} for a folder of that name."
-        )
-    if os.path.exists(path):
-        return path
-    path = os.path.expandvars(path)
-    if unknown := VARIABLE.search(path):
-        raise KnowSAMValueError(
-            f"`{argument}` must use environment variables that are set but {unknown.group()} in {path} is not; set it, "
-            "or write the path in full."
-        )
-    return path
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:

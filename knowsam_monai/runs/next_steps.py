@@ -13,13 +13,18 @@ from typing import Any
 
 __all__ = ["next_steps"]
 
-TITLES = {"segment": "segment a scan", "evaluate": "evaluate the student", "export": "export it as TorchScript"}
+TITLES = {
+    "segment": "segment a scan",
+    "evaluate": "evaluate the student",
+    "zip": "zip it with its bundle",
+    "export": "export it as TorchScript",
+}
 READABLE = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")  # by `knowsam predict`
 
 
 def next_steps(output_dir: str | os.PathLike, start: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """
-    Commands that segment a scan with a run's student, evaluate it and export it, for the folder the run was started in.
+    Commands that segment a scan with a run's student, evaluate, zip and export it, for the folder the run started in.
 
     Args:
         output_dir: the run's folder.
@@ -45,6 +50,7 @@ def next_steps(output_dir: str | os.PathLike, start: Mapping[str, Any], config: 
         overlays = f"{files['config.json']},evaluate"
         steps["evaluate"] = [*program, "train", bundle, "--with", overlays]
         steps["evaluate"] += ["--ckpt_path", files["model.pt"], "--split", start["split"]]
+    steps["zip"] = [*program, "zip", bundle, "--run", run]
     steps["export"] = [python, "-m", "monai.bundle", "ckpt_export", "--net_id", "network_def"]
     steps["export"] += ["--filepath", files["model.ts"], "--ckpt_file", files["model.pt"]]
     steps["export"] += ["--meta_file", os.path.join(bundle, "configs", "metadata.json")]

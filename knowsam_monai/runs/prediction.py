@@ -12,8 +12,8 @@ from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
 
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.files import expand_path
 from knowsam_monai.runs.checks import check_writable
-from knowsam_monai.runs.config_check import expand_path
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
 

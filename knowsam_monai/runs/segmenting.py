@@ -105,10 +105,10 @@ class SkippingLoader:
         if not self.broken:
             return
         reasons = [(str(image), reason(root)) for image, root in self.broken]
-        lines = "".join(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in reasons)
+        lines = dict.fromkeys(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in reasons)
         raise KnowSAMValueError(
             f"`{argument}` must be images that can be segmented but {len(self.broken)} of {len(self.loader.dataset)} "
-            f"could not be; repair or remove:{lines}"
+            f"could not be; repair or remove:{''.join(lines)}"
         )
 
     def _skip(self, error: BaseException) -> None:

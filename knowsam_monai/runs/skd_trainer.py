@@ -26,7 +26,7 @@ from knowsam_monai.losses.distillation import DistillationLoss
 from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label, has_sigmoid
 from knowsam_monai.runs.run_handlers import track_terms
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.intensity_window import IntensityWindow
+from knowsam_monai.teachers.intensity_window import IntensityWindow, is_sam_range
 from knowsam_monai.teachers.sam_teacher import SAMTeacher
 from knowsam_monai.teachers.slice_teacher import SliceTeacher
 from knowsam_monai.tensors import without_meta
@@ -269,7 +269,7 @@ def _to_rgb(images: Tensor) -> int | str | IntensityWindow:
         return "rgb"
     channel = images[:, 0].float()
     low, high = channel.min().item(), channel.max().item()
-    if -0.5 <= low and high <= 1.5 or low == high:  # 0 to 1, and what random intensities may add
+    if is_sam_range(channel) or low == high:
         return 0
     logger.info("SAM gets the intensities %.4g to %.4g, those of the first images, as 0..1; see `to_rgb`.", low, high)
     return IntensityWindow(low, high)

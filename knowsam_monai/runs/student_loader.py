@@ -9,7 +9,7 @@ from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
+from knowsam_monai.files import InvalidCheckpointError, expand_path, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class StudentLoader(CheckpointLoader):
     """
 
     def __init__(self, load_path: str | os.PathLike, network: nn.Module, num_classes: int | None = None) -> None:
-        super().__init__(load_path=str(load_path), load_dict={"model": network}, map_location="cpu")
+        load_path = expand_path(load_path, "load_path")
+        super().__init__(load_path=load_path, load_dict={"model": network}, map_location="cpu")
         self.network = network
         self.num_classes = num_classes
 

@@ -110,7 +110,7 @@ def warn_of_phantom(
     path = Path(ckpt_path)
     if dataset_dir is None and len(items) > 0:
         dataset_dir = image_paths(items[0])[0]
-    if dataset_dir is None or path.name != MODEL or _are_of_a_phantom(Path(dataset_dir).expanduser().resolve()):
+    if dataset_dir is None or path.name != MODEL or _are_of_a_phantom(Path(dataset_dir).resolve()):
         return
     try:
         record = read_record(path.parent)
@@ -201,9 +201,9 @@ def _trained_on(config: Path) -> str:
     dataset_dir = parser.get_parsed_content("dataset_dir")
     if dataset_dir is None and "load_datalist" not in json.dumps(parser.config.get("datalist", "load_datalist")):
         return "the data list in its config"
-    if dataset_dir is None or is_phantom(Path(dataset_dir).expanduser()):
+    if dataset_dir is None or is_phantom(Path(dataset_dir)):
         return PHANTOM
-    return Path(dataset_dir).expanduser().resolve().name
+    return Path(dataset_dir).resolve().name
 
 
 def _hashes(folder: Path, names: Iterable[str] = (MODEL, CONFIG)) -> dict[str, str]:

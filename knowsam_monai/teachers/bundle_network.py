@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
 
@@ -88,7 +89,7 @@ def check_bundle(path: str | os.PathLike[str], argument: str = "path") -> Path:
 
         folder = check_bundle("ventricular_short_axis_3label")
     """
-    folder = Path(path)
+    folder = Path(expand_path(path, argument))
     if not folder.is_dir():
         raise KnowSAMFileNotFoundError(
             f"`{argument}` must be a bundle's folder but {folder} is not; unpack zip files first."

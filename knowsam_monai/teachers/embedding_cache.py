@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from knowsam_monai.errors import KnowSAMNotADirectoryError, KnowSAMPermissionError, KnowSAMValueError
-from knowsam_monai.files import write_whole
+from knowsam_monai.files import expand_path, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class EmbeddingCache:
         self.encoder = encoder
         self.facts = facts
         self.shape = tuple(shape)
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(expand_path(folder, "cache_dir"))
         self.dtype = dtype
         self._record = np.dtype([("key", "S40"), ("checksum", "<u4"), ("embedding", DTYPES[dtype], self.shape)])
         self._entries: dict[str, torch.Tensor] = {}

@@ -7,6 +7,19 @@ import torch
 from knowsam_monai.errors import KnowSAMValueError
 
 
+def is_sam_range(image: torch.Tensor) -> bool:
+    """
+    Whether intensities are in 0..1, apart from what augmentation adds. It waits for the device.
+
+    Example::
+
+        >>> is_sam_range(torch.linspace(-0.1, 1.2, 100)), is_sam_range(torch.linspace(-1, 1, 100))
+        (True, False)
+    """
+    outside = ((image < -0.5) | (image > 1.5)).float().mean()
+    return bool((outside < 0.01) & (image.min() >= -1) & (image.max() <= 2))
+
+
 class IntensityWindow:
     """
     Scale a window of intensities to 0..1, clamp the rest, and repeat the channel three times: a ``to_rgb`` for

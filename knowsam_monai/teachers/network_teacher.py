@@ -12,6 +12,7 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 from knowsam_monai.teachers.bundle_network import (
     MODEL,
     TORCHSCRIPT,
@@ -132,7 +133,8 @@ class NetworkTeacher(nn.Module):
 
             teacher = NetworkTeacher.from_torchscript("models/model.ts", channels=(0, 3, 2, 1))
         """
-        if not Path(path).is_file():
+        path = expand_path(path, "path")
+        if not os.path.isfile(path):
             raise KnowSAMFileNotFoundError(f"`path` must be a TorchScript file but {path} does not exist.")
         try:
             network = torch.jit.load(path, map_location="cpu")
@@ -142,7 +144,7 @@ class NetworkTeacher(nn.Module):
                 "(.pt) use `NetworkTeacher(network, ...)` or `from_bundle`."
             ) from error
         teacher = cls(network, channels, **options)
-        teacher.checkpoint = os.fspath(path)
+        teacher.checkpoint = path
         return teacher
 
     @classmethod

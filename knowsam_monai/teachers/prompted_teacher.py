@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.intensity_window import is_sam_range
 from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
@@ -142,13 +143,12 @@ class PromptedTeacher(nn.Module):
     def _warn_about_range(self, rgb: Tensor) -> None:
         """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
-        if low < high:  # a blank image tells nothing
-            self._checked_range = True
-        if low < -1 or high > 2:
+        if low == high:  # a blank image tells nothing
+            return
+        self._checked_range = True
+        if not is_sam_range(rgb):
             logger.warning(
-                "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to a callable "
-                "that does (IntensityWindow for CT).",
-                self.display_name,
-                low,
-                high,
+                "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to your range, "
+                "such as IntensityWindow(%.2g, %.2g), for CT to the window of an organ.",
+                *(self.display_name, low, high, low, high),
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError, root_cause
+from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
 from knowsam_monai.teachers.sam_checkpoint import which_model
@@ -163,7 +164,8 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         ValueError: if the checkpoint is damaged or belongs to another model or variant.
         FileNotFoundError: if it is missing.
     """
-    path, expectation = Path(checkpoint), _expectation(checkpoint, variant)
+    path = Path(expand_path(checkpoint, "checkpoint"))
+    expectation = _expectation(path, variant)
     if not path.exists():
         raise KnowSAMFileNotFoundError(
             f"{expectation} does not exist; it is not downloaded automatically, so get it with "

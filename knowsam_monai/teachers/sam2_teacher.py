@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -119,7 +120,7 @@ class Sam2Teacher(PromptedTeacher):
             raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder, self.trainable = encoder, trainable
         self.variant = variant if isinstance(variant, str) else "custom config"
-        self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
+        self.checkpoint = None if checkpoint is None else expand_path(checkpoint, "checkpoint")
         self.pretrained_on, self.license = pretrained_on, None
         self.pretrained_on, self.license = origin(self)
         self.sam = build_sam2(variant, checkpoint)

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.files import expand_path
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS
 from knowsam_monai.teachers.tiny_vit import from_mobile_sam, is_of_mobile_sam
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
@@ -40,7 +41,8 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
 
         state = read_checkpoint("models/sam_vit_b_01ec64.pth", variant="vit_b")
     """
-    path, expectation = Path(checkpoint), _expectation(checkpoint, variant)
+    path = Path(expand_path(checkpoint, "checkpoint"))
+    expectation = _expectation(path, variant)
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
     remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
     if url is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter, add_adapters
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -116,7 +117,7 @@ class SAMTeacher(PromptedTeacher):
             raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
         self.encoder = encoder
         self.variant = variant
-        self.checkpoint = checkpoint if checkpoint is None else os.fspath(checkpoint)
+        self.checkpoint = None if checkpoint is None else expand_path(checkpoint, "checkpoint")
         self.trainable = trainable
         self.sam = build_sam(variant, self.image_size, checkpoint)
         add_adapters(self.sam, encoder=encoder == "adapted")

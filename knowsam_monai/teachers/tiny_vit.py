@@ -55,7 +55,7 @@ class TinyViTEncoder(nn.Module):
         except Exception as error:  # a torchvision that does not fit torch raises RuntimeError, OSError ...
             raise KnowSAMImportError(
                 f"MobileSAM needs `timm`, which cannot be imported ({error}); get it with "
-                "`pip install knowsam-monai[mobilesam]`, and the torchvision that belongs to your torch."
+                "`pip install 'timm>=1.0'` (the extra `mobilesam`), and the torchvision that belongs to your torch."
             ) from error
         norm = import_segment_anything().modeling.common.LayerNorm2d
         self.vit = TinyVit(embed_dims=(64, 128, 160, 320), num_heads=(2, 4, 5, 10), drop_path_rate=0.0)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -48,10 +49,16 @@ def test_a_data_list_gives_its_test_images_without_labels(tmp_path):
         inference_items(tmp_path / "list.json")
 
 
+def left_out(items):
+    return {Path(str(item["image"])).name: item["left_out"] for item in items if "left_out" in item}
+
+
 def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     touch(tmp_path, "a.nii.gz", "a.nrrd", "b.nii")
-    with pytest.raises(ValueError, match=r"same output file: .*a\.nii\.gz, .*a\.nrrd; rename one"):
-        inference_items(tmp_path, "*.n*")
+    items = inference_items(tmp_path, "*.n*")
+    assert len(items) == 3 and set(left_out(items)) == {"a.nii.gz", "a.nrrd"}
+    pair = f"{tmp_path}/a.nii.gz and {tmp_path}/a.nrrd"
+    assert f"but {pair} would write the same output file; rename one" in left_out(items)["a.nrrd"]
     (tmp_path / "c").mkdir()
     touch(tmp_path / "c", "b.nii")
     assert len(inference_items(tmp_path, "**/*.nii")) == 2  # its segmentation is in the folder c
@@ -64,18 +71,24 @@ def test_two_images_of_one_name_would_be_one_segmentation(tmp_path):
     assert len(items) == 2 and images_root(tmp_path / "list.json", items) == str(tmp_path)
     lists["test"] = [{"image": ["c/b.nii", "b.nii"]}, {"image": ["c/b.h5", "c/d.nii"]}]  # images of two channels
     (tmp_path / "list.json").write_text(json.dumps(lists))
-    with pytest.raises(ValueError, match="would write the same output file"):
-        inference_items(tmp_path / "list.json")
+    assert ["left_out" in item for item in inference_items(tmp_path / "list.json")] == [True, True]
+
+
+def test_images_of_a_list_that_do_not_exist_are_left_to_their_reader(tmp_path):
+    touch(tmp_path, "b.nii")
+    lists = {"labeled": [{"image": "gone.nii", "label": "gone_too.nii"}], "test": ["a.nii", "b.nii"]}
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    items = inference_items(tmp_path / "list.json")
+    assert items == [{"image": f"{tmp_path}/{name}.nii"} for name in "ab"]
 
 
 @pytest.mark.parametrize("names", [("a.bmp", "a.png"), ("a.npy", "a.npz"), ("a.b.nii", "a.b.nii.gz")])
 def test_one_segmentation_is_of_one_image_in_every_format(tmp_path, names):
-    touch(tmp_path, *names)
-    with pytest.raises(ValueError, match="Two images would write the same output file: "):
-        inference_items(tmp_path, "*")
+    touch(tmp_path, *names, "b.nii")
+    assert set(left_out(inference_items(tmp_path, "*"))) == set(names)
 
 
-def test_label_maps_are_no_images_and_images_in_the_output_folder_are_named(tmp_path, caplog):
+def test_label_maps_are_no_images_and_images_in_the_output_folder_are_left_out(tmp_path):
     touch(tmp_path, "a.nii.gz", "out/b.nii.gz", "out/d.txt")
     segmentation = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
     segmentation.header.set_intent("label")
@@ -83,12 +96,14 @@ def test_label_maps_are_no_images_and_images_in_the_output_folder_are_named(tmp_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         nibabel.save(segmentation, tmp_path / name)
     items = inference_items(tmp_path, "**/*.nii*", output_dir=tmp_path / "out")
-    assert items == [{"image": str(tmp_path / "a.nii.gz")}]
-    of_output, of_labels = caplog.messages
-    assert of_output.startswith("1 files match but are not segmented, since they lie in `output_dir`; move")
-    assert of_output.endswith("out/b.nii.gz")
-    assert of_labels.startswith("2 files match but are not segmented, since they are label maps by their headers")
-    assert of_labels.endswith(f"{tmp_path}/a_seg.nii.gz, {tmp_path}/earlier/a_seg.nii.gz")
+    assert [item["image"] for item in items if "left_out" not in item] == [str(tmp_path / "a.nii.gz")]
+    reasons = {item["image"].removeprefix(f"{tmp_path}/"): item["left_out"] for item in items if "left_out" in item}
+    assert set(reasons) == {"a_seg.nii.gz", "earlier/a_seg.nii.gz", "out/b.nii.gz"}
+    assert (
+        reasons.pop("out/b.nii.gz")
+        == f"`image` must not lie in `output_dir` but {tmp_path}/out/b.nii.gz does; move it."
+    )
+    assert all("is a label map by its header, such as" in reason for reason in reasons.values())
     with pytest.raises(ValueError, match="but .*earlier only has 1 that are segmentations; set"):
         inference_items(tmp_path / "earlier")
 

@@ -319,7 +319,8 @@ def spoiled_item(section, **keys):
 LONG = "x" * 5000
 LISTS = {
     "long path": (spoiled(unlabeled=[LONG]), "`image` must exist but .*xxx does not"),
-    "home of nobody": (spoiled(unlabeled=["~nosuch/x.nii"]), "`image` must exist but .*~nosuch/x.nii does not"),
+    "home of nobody": (spoiled(unlabeled=["~nosuch/x.nii"]), "`image` must be .* no such user; .*list.json"),
+    "variable that is not set": (spoiled(unlabeled=["$NO_SUCH/x.nii"]), "`image` must use .* \\$NO_SUCH .*list.json"),
     "NUL": (spoiled(unlabeled=["a\0b.nii"]), "`image` must exist but .* does not"),
     "half a surrogate": (spoiled(unlabeled=["\ud800.nii"]), "`image` must exist but .* does not"),
     "a number": (spoiled(unlabeled=[{"image": 3}]), "`image` must be a path .* item 0 of `unlabeled` in .*list.json"),

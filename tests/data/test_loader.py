@@ -300,6 +300,19 @@ def test_label_on_an_unlabeled_item_and_none_on_a_labeled_one_are_errors():
         take(SemiSupervisedLoader(unlabeled, unlabeled, 2, 2), 1)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("key", KEYS)
+def test_another_shape_later_in_the_data_is_one_sentence(key, num_workers):
+    labeled = list(dataset("l", 6, True))
+    labeled[5][key] = MetaTensor(torch.zeros(1, 6, 8), meta={"filename_or_obj": "late.nii"})
+    batches = SemiSupervisedLoader(labeled, dataset("u", 6, False), 3, 1, num_workers=num_workers)
+    with pytest.raises(ValueError) as error:
+        take(batches, 2)
+    message = str(error.value)
+    assert message.startswith(f"`{key}` must have one shape in all rows of a batch but has (1, ")
+    assert "(1, 6, 8) in late.nii" in message and "a resize (Resized)" in message and "\n" not in message
+
+
 def test_other_keys_of_labeled_items_are_collated_with_the_labels():
     labeled = dataset("l", 4, True, Compose([Lambdad("label", lambda label: label.amax(), overwrite="highest")]))
     batch = take(SemiSupervisedLoader(labeled, dataset("u", 4, False), 2, 2), 1)[0]

@@ -15,7 +15,8 @@ import yaml
 from monai.bundle import ConfigWorkflow
 
 from knowsam_monai.errors import root_cause
-from knowsam_monai.runs.config_check import PATHS, check_config, expand_path
+from knowsam_monai.files import expand_path
+from knowsam_monai.runs.config_check import PATHS, check_config
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_resolution import files
 from tests.processes import finish, start_ranks

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,8 +49,8 @@ def test_commands_on_the_screen_and_on_the_page_work_as_they_are_pasted(
     command = [sys.executable, "-m", "knowsam_monai", "train", f"./{name}", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = re.findall(r"To (?:segment|evaluate|export) [\w ]+: (.*)", done.stdout + done.stderr)
-    assert len(commands) == 3
+    commands = re.findall(r"To (?:segment|evaluate|zip|export) [\w ]+: (.*)", done.stdout + done.stderr)
+    assert len(commands) == 4
     (report,) = folder.rglob("report.html")
     page = html.unescape(re.search('Next steps</h2>\n<pre class="card">(.*?)</pre>', report.read_text(), re.S)[1])
     assert [line for line in page.splitlines() if line[0] != "#"] == [f"cd '{folder}'", *commands]
@@ -56,10 +58,17 @@ def test_commands_on_the_screen_and_on_the_page_work_as_they_are_pasted(
     assert done.returncode == 0, done.stderr
     (segmentation,) = (folder / "segmentations").rglob("*_seg.nii.gz")
     assert list(folder.rglob("metrics_raw.csv")) and list(folder.rglob("model.ts"))
+    with zipfile.ZipFile(folder / f"{name}.zip") as archive:  # on another machine
+        archive.extractall(tmp_path / "there")
+    scan = next(word for word in shlex.split(commands[0]) if word.endswith(".nii.gz"))
+    done = shell(f"{sys.executable} -m knowsam_monai predict '{folder / scan}' --bundle ./{name}", tmp_path / "there")
+    assert done.returncode == 0, done.stderr
+    (there,) = (tmp_path / "there" / "segmentations").iterdir()
+    assert there.read_bytes() == segmentation.read_bytes()
 
 
 def test_scan_that_cannot_be_read_again_and_a_run_of_torchrun(tmp_path):
     start = {"folder": str(tmp_path), "bundle_root": str(tmp_path / "b"), "split": "test", "scan": "/data/a.h5"}
     steps = next_steps(tmp_path / "output", start, {"device": "$int(os.environ['LOCAL_RANK'])"})
-    assert set(steps) == {"segment", "export"} and "predict path/to/scans --bundle ./b" in steps["segment"]
+    assert set(steps) == {"segment", "zip", "export"} and "predict path/to/scans --bundle ./b" in steps["segment"]
     assert next_steps(tmp_path / "output", {"seed": 1}, {}) == {}

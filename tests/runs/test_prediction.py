@@ -340,6 +340,14 @@ def in_place_of(path, make):
     make(path)
 
 
+def a_second_time(path):
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+
+
+def with_labels(path):
+    spoiled(path, intent_code=1002)
+
+
 BROKEN = {
     "b": (cut, "must be a readable image"),
     "c": (with_two_channels, "must have 1 channels"),
@@ -350,7 +358,10 @@ BROKEN = {
     "h": (lambda path: in_place_of(path, Path.mkdir), "is not: "),
     "i": (lambda path: in_place_of(path, os.mkfifo), "it is a pipe"),
     "j": (lambda path: (path.parents[1] / "out" / "j_seg.nii.gz").mkdir(parents=True), "Is a directory"),
+    "k": (a_second_time, "k.nii.gz would write the same output file; rename one"),
+    "l": (with_labels, "is a label map by its header"),
 }
+NUM_BROKEN = len(BROKEN) + 1  # k is two images
 
 
 @pytest.fixture
@@ -374,7 +385,7 @@ def test_scans_that_cannot_be_segmented_are_listed_and_all_others_are_segmented(
         predict_folder(mixed, bundle, tmp_path / "out", **options)
     assert capsys.readouterr().err.endswith("\n")  # of the bar, before the error
     first, *lines = str(error.value).splitlines()
-    assert first.startswith("`scans` must be images that can be segmented but 9 of 11 could not be; ")
+    assert first.startswith(f"`scans` must be images that can be segmented but {NUM_BROKEN} of 14 could")
     assert len(lines) == len(BROKEN)
     for (broken, (_, reason)), line in zip(BROKEN.items(), lines):
         assert str(mixed / f"{broken}.nii.gz") in line and reason in line
@@ -402,7 +413,8 @@ def test_bundle_line_segments_all_others_too_and_exits_with_1(mixed, tmp_path, n
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", bundle / "configs/inference.json", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     *_, first = (line for line in done.stderr.splitlines() if line.startswith("ValueError: "))
-    assert first.startswith("ValueError: `dataset_dir` must be images that can be segmented but 9 of 11 could not be; ")
+    said = f"ValueError: `dataset_dir` must be images that can be segmented but {NUM_BROKEN} of 14 could not be; "
+    assert first.startswith(said)
     assert done.returncode == 1 and len(done.stderr.partition(first)[2].strip().splitlines()) == len(BROKEN)
     written = [path.name for path in sorted((tmp_path / "out").rglob("*.nii.gz")) if path.is_file()]
     assert written == ["a_seg.nii.gz", "z_seg.nii.gz"]
@@ -411,7 +423,7 @@ def test_bundle_line_segments_all_others_too_and_exits_with_1(mixed, tmp_path, n
 def test_folder_of_broken_images_alone_is_listed(mixed, run, tmp_path):
     for name in "az":
         (mixed / f"{name}.nii.gz").unlink()
-    with pytest.raises(ValueError, match="but 9 of 9 could not be; "):
+    with pytest.raises(ValueError, match=f"but {NUM_BROKEN} of {NUM_BROKEN} could not be; "):
         predict_folder(mixed, BUNDLE, tmp_path / "out", run=run, device="cpu")
 
 

@@ -343,10 +343,14 @@ def test_cached_encoder_of_unequal_sides_is_an_error(weights):
         toy_teacher(encoder="frozen")
 
 
-@pytest.mark.parametrize(("low", "high", "is_warned"), [(0, 1, False), (-0.4, 1.5, False), (-1000, 1200, True)])
+@pytest.mark.parametrize(
+    ("low", "high", "is_warned"),
+    [(0, 1, False), (-0.4, 1.5, False), (-1, 1, True), (-0.9, 1.9, True), (0, 255, True), (-1000, 1200, True)],
+)
 def test_images_far_out_of_range_are_warned_of_once(caplog, low, high, is_warned):
     teacher = toy_teacher()
     image, logits = toy_batch()
     for _ in range(2):
         teacher(low + (high - low) * (image - image.min()) / (image.max() - image.min()), logits)
-    assert sum("SAM expects images in 0..1" in message for message in caplog.messages) == is_warned
+    said = [message for message in caplog.messages if "SAM expects images in 0..1" in message]
+    assert len(said) == is_warned and all(f"IntensityWindow({low:.2g}, {high:.2g})" in message for message in said)

@@ -13,7 +13,7 @@ from typing import Any
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
-from knowsam_monai.files import write_whole
+from knowsam_monai.files import expand_path, write_whole
 from knowsam_monai.runs.next_steps import TITLES, next_steps
 from knowsam_monai.runs.report.figures import NUM_SERIES, Line, case_chart, line_chart
 from knowsam_monai.runs.report.run_folder import RunFolder, read_run
@@ -54,7 +54,8 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
     if not 1 <= len(folders) <= NUM_SERIES:
         raise KnowSAMValueError(f"`folders` must be 1 to {NUM_SERIES} folders of runs but has {len(folders)}.")
     runs = [read_run(folder) for folder in folders]
-    path = Path(output) if output else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    default = (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    path = Path(expand_path(output, "output")) if output else default
     page = render(runs).encode("utf-8", "replace")
     try:
         write_whole(path, lambda file: file.write(page))

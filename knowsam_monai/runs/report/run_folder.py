@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
-from knowsam_monai.files import read_csv
+from knowsam_monai.files import expand_path, read_csv
 from knowsam_monai.runs.run_record import CONFIG, STARTS, read_starts
 
 __all__ = ["RunFolder", "SliceImage", "read_run"]
@@ -77,7 +77,7 @@ def read_run(folder: str | os.PathLike) -> RunFolder:
     Example:
         >>> read_run("output/knowsam_phantom_seed0").terms["loss"]     # doctest: +SKIP
     """
-    path = Path(folder).expanduser()
+    path = Path(expand_path(folder, "folder"))
     if not path.is_dir():
         raise KnowSAMFileNotFoundError(f"`folder` must be a run's folder but {path} does not exist.")
     if not (path / "results.csv").is_file() and not (path / "tensorboard").is_dir():
