@@ -29,8 +29,8 @@ def cached_dataset(
     is one entry. Put random crops into `augmentation`: with `SemiSupervisedLoader` each patch is then a function of the
     seed, the stream, the epoch and the index.
 
-    With `augmentation` the entries are plain tensors, since copying and updating metadata would take a third of its
-    time. Put transforms that need spacing or orientation into `preprocessing`.
+    With `augmentation` the entries are plain tensors, since copying and updating metadata would take a quarter to a
+    half of its time. Put transforms that need spacing or orientation into `preprocessing`.
 
     Args:
         data: data-list items.
