@@ -65,7 +65,7 @@ def views_step(options: speed.Options) -> speed.Step:
     parser = speed.left_atrium(options, use_sam=False)
     trainer = parser.get_parsed_content("train#trainer")
     batch = next(iter(trainer.data_loader))
-    image, label = (batch[key].as_tensor().to(options.device) for key in ("image", "label"))
+    image, label = (batch[key].to(options.device) for key in ("image", "label"))
 
     def step() -> None:
         trainer.network.train().zero_grad()

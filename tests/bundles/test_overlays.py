@@ -82,8 +82,8 @@ def test_strong_images_differ_from_the_weak_ones_in_intensities_alone(training):
     run = training(overlays=("network_plain.json", "fixmatch.json"), **QUICK)
     for batch in zip(range(3), run["train#dataloader"]):
         weak, strong = batch[1]["image"][2:], batch[1]["image_strong"]
-        assert weak.shape == strong.shape and not torch.equal(weak.as_tensor(), strong.as_tensor())
-        for one, other in zip(weak.as_tensor(), strong.as_tensor()):
+        assert weak.shape == strong.shape and not torch.equal(weak, strong)
+        for one, other in zip(weak, strong):
             stacked = torch.stack([one.flatten(), other.flatten()])
             assert torch.corrcoef(stacked)[0, 1] > 0.6  # another geometry would leave little of it
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, Lambdad, RandShiftIntensityd
+from monai.data import MetaTensor, get_track_meta
+from monai.transforms import Compose, Lambdad, RandFlipd, RandShiftIntensityd
 
 from knowsam_monai.data import CheckDatad, SplitSlicesd, cached_dataset
 
@@ -71,3 +71,18 @@ def test_other_errors_pass_as_they_are():
     with pytest.raises(RuntimeError) as caught:
         cached_dataset(ITEMS, [Load(depths=())], progress=False)
     assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_augmented_entries_carry_no_metadata_but_others_do():
+    augmentation = [RandFlipd("image", prob=1.0, spatial_axis=0)]  # makes a MetaTensor of a tensor, as a rule
+    dataset = cached_dataset(ITEMS, [Load(), SplitSlicesd()], augmentation, progress=False)
+    assert type(dataset[0]["image"]) is torch.Tensor and get_track_meta()
+    assert type(cached_dataset(ITEMS, [Load(), SplitSlicesd()], progress=False)[0]["image"]) is MetaTensor
+
+
+def test_tracking_of_metadata_is_as_before_after_a_failed_transform():
+    augmentation = [RandFlipd("image"), Lambdad("image", lambda image: image.missing)]
+    dataset = cached_dataset(ITEMS, [Load()], augmentation, progress=False)
+    with pytest.raises(RuntimeError):
+        dataset[0]
+    assert get_track_meta()

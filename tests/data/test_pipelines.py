@@ -77,8 +77,8 @@ def test_augmentation_is_deterministic_with_workers_and_keeps_labels_whole_numbe
 
     straight = batches(0)
     for one, other in zip(straight, batches(2), strict=True):
-        assert torch.equal(one["image"].as_tensor(), other["image"].as_tensor())
-        assert torch.equal(one["label"].as_tensor(), other["label"].as_tensor())
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["label"], other["label"])
         assert one["image"].shape == (8, 1, SIZE, SIZE) and one["label"].shape == (4, 1, SIZE, SIZE)
         assert one["image"].isfinite().all()
         assert set(one["label"].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}

@@ -59,17 +59,17 @@ def test_patches_of_volumes_make_a_batch_with_labels_of_the_labeled_rows_alone(d
 def test_patches_depend_on_the_seed_and_the_iteration_alone(data):
     straight = batches(data)
     for one, other in zip(straight, batches(data, num_workers=2), strict=True):
-        assert torch.equal(one["image"].as_tensor(), other["image"].as_tensor())
-        assert torch.equal(one["label"].as_tensor(), other["label"].as_tensor())
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["label"], other["label"])
     resumed = batches(data, first=2)
-    assert torch.equal(straight[2]["image"].as_tensor(), resumed[0]["image"].as_tensor())
-    assert not torch.equal(straight[0]["image"].as_tensor(), batches(data, seed=1)[0]["image"].as_tensor())
+    assert torch.equal(straight[2]["image"], resumed[0]["image"])
+    assert not torch.equal(straight[0]["image"], batches(data, seed=1)[0]["image"])
 
 
 def test_each_epoch_cuts_another_patch_of_the_same_volume(data):
     patches: dict[str, list[torch.Tensor]] = {}
     for batch in batches(data):
-        for patient, patch in zip(batch["patient"], batch["image"].as_tensor()):
+        for patient, patch in zip(batch["patient"], batch["image"]):
             patches.setdefault(patient, []).append(patch)
     assert all(len(cut) > 1 for cut in patches.values())
     for first, *others in patches.values():
@@ -81,7 +81,7 @@ def test_image_and_label_of_a_patch_are_cut_at_the_same_place(data):
     items = [{**item, "image": item["label"].clone()} for item in data["volumes"]]
     masks = {"labeled": cached_dataset(items, [], build("patches"), progress=False), "unlabeled": data["unlabeled"]}
     for batch in batches(masks):
-        assert torch.equal(batch["image"][:2].as_tensor(), batch["label"].as_tensor())
+        assert torch.equal(batch["image"][:2], batch["label"])
         assert 0 < batch["label"].sum()
 
 
