@@ -3,6 +3,7 @@ Seconds, memory and floating-point operations of training steps and of inference
 
     python benchmarks/speed.py                                        # the default comparisons, on CPU or GPU
     python benchmarks/speed.py supervised ua_mt cps --rounds 3        # methods, with SKD, and with cached embeddings
+    python benchmarks/speed.py sam2_tiny sam2_tiny_alone              # with another teacher, and that teacher alone
     python benchmarks/speed.py knowsam --threads 1 --cpu_time         # CPU seconds: a fair ratio on a busy machine
     python benchmarks/speed.py knowsam knowsam_mixing --batch 12 --precisions tf32 bf16 fp16 [--compile]   # a GPU
     python benchmarks/speed.py --recipe 300 --batch 12 --precisions tf32      # iterations per second with the loader
@@ -181,6 +182,22 @@ def host(options: Options, name: str, teacher: tuple[str, ...] = (), **keys: Any
     return step_of(acdc(options, *overlays, **keys))
 
 
+def teacher_alone(options: Options, backward: bool, teacher: tuple[str, ...] = (), **keys: Any) -> Step:
+    """A pass of the teacher of Mean Teacher, for one image."""
+    overlays = (f"{overlay}.json" for overlay in (*HOSTS["Mean Teacher"], *teacher))
+    sam = acdc(options, *overlays, **keys).get_parsed_content("teacher")
+    image, prompt_logits = torch.rand(1, 1, 256, 256), torch.zeros(1, 4, 256, 256)
+    image, prompt_logits = image.to(options.device), prompt_logits.to(options.device)
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            logits = sam(image, prompt_logits)
+        if backward:
+            logits.sum().backward()
+
+    return step
+
+
 def volume_host(options: Options, overlay: str, **keys: Any) -> Step:
     return step_of(left_atrium(options, "network_plain.json", overlay, **keys))
 
@@ -265,12 +282,19 @@ for method, method_overlays in HOSTS.items():
     if method != "BCP":  # it mixes images, and no mixed image recurs
         ROWS[f"{key}_cached"] = f"{method} + SKD, cached", partial(host, name=method, sam_encoder="cached")
         COMPARISONS[key] += (f"{key}_cached",)
-for variant in ("tiny", "base_plus"):
-    sam2 = partial(host, name="Mean Teacher", teacher=("teacher_sam2",), sam_variant=variant)
-    key, sam2_label = f"mean_teacher_sam2_{variant}", f"Mean Teacher + SKD of SAM 2.1 {variant}"
-    ROWS[key] = sam2_label, sam2
-    ROWS[f"{key}_cached"] = f"{sam2_label}, cached", partial(sam2, sam_encoder="cached")
+for family, variant in (
+    *(("sam", variant) for variant in ("vit_b", "vit_l", "mobile_sam")),
+    *(("sam2", variant) for variant in ("tiny", "small", "base_plus", "large")),
+):
+    sam_keys = {"teacher": ("teacher_sam2",) if family == "sam2" else (), "sam_variant": variant}
+    label = f"SAM 2.1 {variant}" if family == "sam2" else variant
+    key, taught = f"{family}_{variant}", partial(host, name="Mean Teacher", **sam_keys)
+    ROWS[key] = f"Mean Teacher + SKD of {label}", taught
+    ROWS[f"{key}_cached"] = f"Mean Teacher + SKD of {label}, cached", partial(taught, sam_encoder="cached")
+    ROWS[f"{key}_forward"] = f"{label}, forward", partial(teacher_alone, backward=False, **sam_keys)
+    ROWS[f"{key}_backward"] = f"{label}, forward and backward", partial(teacher_alone, backward=True, **sam_keys)
     COMPARISONS[key] = ("mean_teacher", key, f"{key}_cached")
+    COMPARISONS[f"{key}_alone"] = (f"{key}_forward", f"{key}_backward")
 for overlay, method in (("mean_teacher", "3D Mean Teacher of a V-Net"), ("ua_mt", "3D UA-MT of a V-Net")):
     key = f"la_{overlay}"
     ROWS[key] = method, partial(volume_host, overlay=f"{overlay}.json", use_sam=False)
