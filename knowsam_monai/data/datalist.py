@@ -94,7 +94,8 @@ def _read_json(path: Path, required: Sequence[str], existing: bool) -> dict[str,
     for name in required:
         if not datalist[name]:
             raise KnowSAMValueError(
-                f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}."
+                f"`{name}` must list at least one item but is empty or missing in {path}, which has {sorted(content)}"
+                f"{'; a list of `test` alone is for prediction' if set(content) == {'test'} else ''}."
             )
     for shared in shared_names(datalist):
         raise KnowSAMValueError(f"{shared} (in {path}); remove it from one of them.")

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Directions of in-plane axes: as on a radiologist's screen, columns run left or back and rows back or down.
 IN_PLANE = "LPI"
 THICK = 1.5  # Slices are at least this much thicker than their pixels are wide.
+FEW = 3  # A volume has at least this many times as many rows and columns as slices, if its size is to show them.
 EQUAL = 0.01  # largest relative difference of spacings that count as equal
 
 
@@ -98,15 +99,18 @@ def find_slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int | Non
     """The axis that a volume was acquired along, slice by slice; None if its geometry does not show it.
 
     It is the only axis of length 1, else the axis of the largest spacing if that is 1.5 times the others or more, else
-    the axis whose spacing differs if the other two are equal.
+    the axis whose spacing differs if the other two are equal, else, since a header may have lost its spacing, the axis
+    that is at most a third as long as the others.
 
     Args:
         spacing: along each of the three axes, mm.
         shape: number of voxels along each axis.
 
     Example:
-        >>> find_slice_axis((8.0, 1.5, 1.2), (10, 200, 256)), find_slice_axis((1.0, 1.0, 1.0), (200, 200, 200))
-        (0, None)
+        >>> find_slice_axis((8.0, 1.5, 1.2), (10, 200, 256)), find_slice_axis((1.0, 1.0, 1.0), (200, 10, 256))
+        (0, 1)
+        >>> find_slice_axis((1.0, 1.0, 1.0), (200, 200, 200)) is None
+        True
     """
     if list(shape).count(1) == 1:
         return list(shape).index(1)
@@ -117,7 +121,8 @@ def find_slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int | Non
         return list(spacing).index(high)
     if middle - low > EQUAL * middle and high - middle <= EQUAL * high:
         return list(spacing).index(low)
-    return None
+    short, next_longer, _ = sorted(shape)
+    return list(shape).index(short) if FEW * short <= next_longer else None
 
 
 def slice_axis(image: torch.Tensor) -> int:

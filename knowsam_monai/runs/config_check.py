@@ -55,6 +55,7 @@ def check_config() -> None:
             "`check_config` must be called by a config but none is running; put it into a config's `initialize`."
         )
     _refuse_none_on_the_command_line(parser.config)
+    _refuse_words_of_json(parser.config)
     _refuse_missing_packages(parser.config)
     paths = {key: (value, expand_path(value, key)) for key, value in _given_paths(parser.config).items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value}
@@ -101,6 +102,20 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
             raise KnowSAMValueError(
                 f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
             )
+
+
+def _refuse_words_of_json(part: Any, name: str = "") -> None:
+    """MONAI reads a dictionary on the command line as Python, where the `true` of JSON is a text, which counts as true."""
+    if isinstance(part, (list, tuple)):
+        part = dict(enumerate(part))
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            _refuse_words_of_json(value, f"{name}#{key}" if name else str(key))
+    elif part in ("true", "false", "null"):
+        raise KnowSAMValueError(
+            f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these words as in "
+            "Python."
+        )
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:

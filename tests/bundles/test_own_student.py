@@ -83,6 +83,11 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
             {"train#method#_disabled_": False},
             "DynUNet stacks heads of its deep supervision; leave co-training",
         ),
+        (
+            DYN_UNET.replace("True,", "true,"),
+            {},
+            "`network_def#deep_supervision` must be True, False or None but is the",
+        ),
         (DYN_UNET, {"taught_views": [1, 2]}, r"`taught_views` must be \[0\], the output of DynUNet, but is \[1, 2\]"),
     ],
     ids=[
@@ -91,6 +96,7 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
         "weights of a plain network",
         "co-training",
         "co-trained heads",
+        "a word of JSON",
         "taught heads",
     ],
 )

@@ -105,6 +105,13 @@ def test_several_files_of_one_image_and_further_keys_are_kept(tmp_path):
     assert labeled[0]["patient"] == "a"
 
 
+def test_list_of_test_alone_is_said_to_be_for_prediction(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match=r"has \['test'\]; a list of `test` alone is for prediction\."):
+        load_datalist(tmp_path / "list.json", tmp_path / "phantom")
+
+
 @pytest.mark.parametrize(
     "sections, error, message",
     [
