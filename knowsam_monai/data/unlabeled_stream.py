@@ -61,8 +61,9 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
 
     Args:
         images: a glob pattern (``**`` for any depth of folders); the path of a JSON file with a list, or with a list
-            under the key "unlabeled"; or the list itself. An element is a path or a dict with the key "image"; other
-            keys are left out. Paths in a JSON file are relative to its folder.
+            under the key "unlabeled"; or the list itself. An element is a path, or a dict with the key "image", whose
+            other keys are left out, or a dict of the keys of which the transforms make "image". Paths in a JSON file
+            are relative to its folder.
 
     Raises:
         ValueError: if the JSON is not as described.
@@ -83,11 +84,16 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
             f"`unlabeled` must name at least one image but there is none for {given!r}; give a file pattern in "
             "quotation marks, or a JSON list."
         )
-    items = [image if isinstance(image, dict) else {Keys.IMAGE: image} for image in images]
-    for number, item in enumerate(items):
-        if Keys.IMAGE not in item:
-            raise KnowSAMValueError(f"`image` must be a key of each unlabeled item but item {number} has {list(item)}.")
-    return [{str(Keys.IMAGE): expand(item[Keys.IMAGE])} for item in items]
+    return [{key: expand(value) for key, value in _images_of(item).items()} for item in images]
+
+
+def _images_of(item: Any) -> dict[str, Any]:
+    """The image of an element of the list, or the parts of which the transforms make one."""
+    if not isinstance(item, dict):
+        return {str(Keys.IMAGE): item}
+    if Keys.IMAGE in item:
+        return {str(Keys.IMAGE): item[Keys.IMAGE]}
+    return {str(key): value for key, value in item.items() if key != Keys.LABEL}
 
 
 def _listed(path: Path) -> list[Any]:
@@ -100,13 +106,13 @@ def _listed(path: Path) -> list[Any]:
         raise KnowSAMValueError(
             f"`unlabeled` must be a list in {path}, or a list under its key 'unlabeled', but there is none."
         )
-    files = [item.get(Keys.IMAGE) if isinstance(item, dict) else item for item in listed]
-    for number, file in enumerate(files):
-        if not all(isinstance(part, str) for part in (file if isinstance(file, list) else [file])):
-            raise KnowSAMValueError(
-                f"`image` must be a path or a list of paths but item {number} in {path} has {file!r}."
-            )
-    return files
+    for number, item in enumerate(listed):
+        for key, file in _images_of(item).items():
+            if not all(isinstance(part, str) for part in (file if isinstance(file, list) else [file])):
+                raise KnowSAMValueError(
+                    f"`{key}` must be a path or a list of paths but item {number} in {path} has {file!r}."
+                )
+    return listed
 
 
 def _in_full(file: Any, folder: str | Path) -> Any:
@@ -157,12 +163,18 @@ def without_label(labeled: Any, item: dict) -> Compose:
             left_out.append(name)
             continue
         except Exception as error:  # each transform fails in its own way
-            file = item[Keys.IMAGE] if isinstance(item[Keys.IMAGE], (str, os.PathLike)) else "the first image"
+            first = next(iter(item.values()), None)
+            file = first if isinstance(first, (str, os.PathLike)) else "the first image"
             raise KnowSAMValueError(
                 f"`unlabeled` images must fit the transforms of the labeled ones but {name} fails on {file}: "
                 f"{root_cause(error)}"
             ) from error
         kept += steps
+    if Keys.IMAGE not in rows[0]:
+        raise KnowSAMValueError(
+            "`unlabeled` items must have `image`, or keys of which the transforms make it, but the first has "
+            f"{list(item)}."
+        )
     logger.info(
         "Unlabeled images get the transforms of the labeled ones; left out, because they need a label: %s.",
         ", ".join(left_out) or "none",

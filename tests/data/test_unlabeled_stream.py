@@ -7,6 +7,7 @@ import torch
 from monai.data import Dataset
 from monai.transforms import (
     Compose,
+    ConcatItemsd,
     CopyItemsd,
     CropForegroundd,
     LabelToMaskd,
@@ -96,3 +97,15 @@ def test_json_of_another_form_is_one_sentence(tmp_path, content, message):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         unlabeled_items(str(tmp_path / "list.json"))
+
+
+def test_parts_of_an_image_may_have_keys_of_their_own(tmp_path):
+    """As in the Model Zoo's renalStructures_CECT_segmentation, whose phases are three files."""
+    parts = {"artery": torch.zeros(1, 12, 10), "vein": torch.ones(1, 12, 10)}
+    dataset = Dataset([{**parts, "label": ITEM["image"]}], Compose([ConcatItemsd(list(parts), name="image")]))
+    unlabeled = unlabeled_dataset(dataset, [{**parts, "label": ITEM["image"]}])
+    assert torch.equal(unlabeled[0]["image"].mean((1, 2)), torch.tensor([0.0, 1.0]))
+    (tmp_path / "list.json").write_text(json.dumps([{"artery": "a.nii", "vein": "b.nii"}]))
+    assert unlabeled_items(f"{tmp_path}/list.json") == [{"artery": f"{tmp_path}/a.nii", "vein": f"{tmp_path}/b.nii"}]
+    with pytest.raises(ValueError, match=r"must have `image`, or keys .* but the first has \['img'\]"):
+        unlabeled_dataset(dataset, [{"img": ITEM["image"]}])
