@@ -139,3 +139,10 @@ def test_every_name_of_the_package_can_be_imported():
 
 if __name__ == "__main__":
     print(drawing())
+
+
+def test_no_name_that_a_folder_offers_is_that_of_a_module_in_it():
+    """A config's `_target_` would find the module, since Python 3.13."""
+    stubs = {path.parent: path.read_text(encoding="utf-8") for path in (ROOT / PACKAGE).rglob("__init__.pyi")}
+    for folder, stub in stubs.items():
+        assert not set(re.findall(r" as (\w+)$", stub, re.MULTILINE)) & {path.stem for path in folder.iterdir()}

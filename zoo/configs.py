@@ -48,8 +48,8 @@ def training_config(configs: Path, student: dict[str, Any]) -> dict[str, Any]:
     """
     config = ConfigParser.load_config_file(configs / "train.json")
     config["network_def"] = student.get("network_def", config["network_def"])
-    sizes = _needed(ConfigParser(config), ["network_def"]).keys() & student.keys()
-    for key in sorted(sizes, key=lambda key: key != "class_names"):  # the number of classes follows from the names
+    sizes = (_needed(ConfigParser(config), ["network_def"]).keys() & student.keys()) - {"is_phantom"}
+    for key in sorted(sizes, key=lambda key: (key != "class_names", key)):  # the number of classes follows from them
         parser = ConfigParser(copy.deepcopy(config))  # which changes its config
         if parser.get_parsed_content(key) != student[key]:
             config[key] = student[key]

@@ -17,8 +17,8 @@ from .run_handlers import training_handlers as training_handlers
 from .run_handlers import validation_handlers as validation_handlers
 from .run_record import RunRecord as RunRecord
 from .segmenting import segment as segment
-from .skd_trainer import SKDSettings as SKDSettings
-from .skd_trainer import skd_trainer as skd_trainer
+from .host_trainer import SKDSettings as SKDSettings
+from .host_trainer import skd_trainer as skd_trainer
 from .starting import end_run as end_run
 from .starting import seed_ranks as seed_ranks
 from .starting import start_run as start_run

@@ -124,7 +124,8 @@ folder, name = os.path.split(sys.argv[1])
 weights = torch.load(sys.argv[1] + "/models/model.pt", weights_only=True)
 for workflow_type in sys.argv[2:]:
     network = monai.bundle.load(name, bundle_dir=folder, workflow_type=workflow_type, device="cpu")
-    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    wrong = [key for key, value in network.state_dict().items() if not torch.equal(value, weights[key])]
+    assert not wrong, (workflow_type, wrong)
 assert state() == before and "knowsam_monai" not in sys.modules
 """
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knowsam_monai.runs.skd_trainer import _to_rgb
+from knowsam_monai.runs.host_trainer import _to_rgb
 
 
 @pytest.mark.parametrize(
