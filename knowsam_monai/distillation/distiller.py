@@ -468,7 +468,7 @@ def _view(views: Sequence[Tensor], index: int) -> Tensor:
         return views[0]
     if not -len(views) <= index < len(views):
         raise KnowSAMValueError(
-            f"`taught_views` and `prompt_view` must be below {len(views)}, the number of views, but one is {index}; set "
-            "`taught_views` to [0] to teach the network's output alone."
+            f"`taught_views` and `prompt_view` must be below {len(views)}, the number of views, but one is {index}; "
+            "set `taught_views` to [0] to teach the network's output alone."
         )
     return views[index]

@@ -105,7 +105,7 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_words_of_json(part: Any, name: str = "") -> None:
-    """MONAI reads a dictionary on the command line as Python, where the `true` of JSON is a text, which counts as true."""
+    """MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true."""
     if isinstance(part, (list, tuple)):
         part = dict(enumerate(part))
     if isinstance(part, Mapping):
@@ -113,8 +113,8 @@ def _refuse_words_of_json(part: Any, name: str = "") -> None:
             _refuse_words_of_json(value, f"{name}#{key}" if name else str(key))
     elif part in ("true", "false", "null"):
         raise KnowSAMValueError(
-            f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these words as in "
-            "Python."
+            f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these words as "
+            "in Python."
         )
 
 
