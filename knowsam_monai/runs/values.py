@@ -106,6 +106,7 @@ BelowOne = _number(float, "a number, 0 or more and below 1", ge=0, lt=1)
 Between = _number(float, "a number between 0 and 1", gt=0, lt=1)
 Probability = _number(float, "a number, 0 to 1", ge=0, le=1)
 Text = Annotated[str, Field(min_length=1), "text"]
+TextOrNone = Annotated[Text | None, "text, or None"]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not only dots"]
 Path = Annotated[str, Field(min_length=1), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
@@ -178,6 +179,9 @@ class Training(Everywhere):
     use_sam: Switch = _about("whether a teacher teaches; if False, no part of it is built")
     teacher_name: FileName = _about(
         "name of the teacher in run_name, unless it is 'sam'; the overlays teacher_* set it"
+    )
+    teacher_pretrained_on: TextOrNone = _about(
+        "what the teacher's weights were trained on, for preflight and report; None: as far as it is known"
     )
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")

@@ -46,7 +46,7 @@ class TeacherFacts:
         num_classes: number of channels C of its logits.
         num_parameters: number of all parameters.
         trainable: names of the trainable parameters; empty for a frozen teacher.
-        pretrained, pretrained_on, license: provenance of the weights, from the teacher or from the name of its
+        pretrained, pretrained_on, license: provenance of the weights, from the teacher or from the path of its
             checkpoint (:func:`knowsam_monai.teachers.origin`); None if unknown.
 
     Example::

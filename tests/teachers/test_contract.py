@@ -83,6 +83,22 @@ def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
     assert origin(stand_in).pretrained_on == "procedural images: a stand-in, not SAM"
 
 
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("models/sam2.1-hiera-tiny/model.safetensors", "SA-V"),
+        ("hub/models--facebook--sam2.1-hiera-tiny/snapshots/4f2a", "SA-V"),
+        ("sam2.1-hiera-tiny/medsam_vit_b.pth", "10 modalities"),
+        ("models/own.pth", None),
+    ],
+)
+def test_the_whole_path_of_a_checkpoint_is_compared_and_the_files_name_first(path, found):
+    teacher = nn.Identity()
+    teacher.checkpoint = path
+    pretrained_on = origin(teacher).pretrained_on
+    assert pretrained_on is None if found is None else found in pretrained_on
+
+
 @pytest.mark.parametrize("name", ["SAM 1, adapters alone", "network", "SAM 2"])
 def test_other_sizes_go_in_and_come_out(name):
     teacher, image = TEACHERS[name][0](), torch.rand(2, 1, 48, 40)
