@@ -109,6 +109,19 @@ def named_as_set(keys: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+def error_line(error: BaseException) -> str:
+    """
+    The line of a foreign error that says the most: the last of TorchScript's, the first of others.
+
+    Example::
+
+        >>> error_line(ValueError("no such norm.")), error_line(KeyError())
+        ('no such norm', 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if "TorchScript" in str(error) else 0].rstrip(".")
+
+
 def root_cause(error: BaseException) -> BaseException:
     """
     The first error of this package in the chain of causes, or else the last cause.

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
 from knowsam_monai.teachers.sam import SIZE_DIVISOR
-from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
+from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS, sam2_variant_hint
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR as SAM2_SIZE_DIVISOR
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
@@ -33,6 +33,7 @@ PARTS = (
     *("train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
+CACHE = ("sam_encoder", "sam_cache_dir")  # of embeddings
 LARGEST_SEED = 2**32 - 1
 
 
@@ -407,6 +408,8 @@ def _sentence(key: str, field: Any, value: Any) -> str:
     remedy = "correct it, or leave it out for the bundle's own value"
     if key == "sam_variant" and value == "vit_t":
         remedy = VIT_T
+    elif key == "sam_variant" and sam2_variant_hint(value):
+        remedy = sam2_variant_hint(value).removeprefix("; ")
     elif field.annotation is bool:
         remedy = "write True or False, without quotes"
     elif close := difflib.get_close_matches(str(value), choices, n=1):
@@ -431,6 +434,10 @@ def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]
             continue
         if key in known:
             yield key, f"`{key}` must be left out but is set: nothing here uses it; add the overlay that does."
+            continue
+        if key in SliceTraining.model_fields and "train" in config:
+            reason = "slices of random patches do not repeat" if key in CACHE else "it is a key of the 2D bundle"
+            yield key, f"`{key}` must be left out in the 3D bundle but is set: {reason}."
             continue
         close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1, cutoff=0.75)
         remedy = f"did you mean `{close[0]}`?" if close else "leave it out."
@@ -550,6 +557,11 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 "`sam_encoder` must be 'adapted' if a network teaches, since it has no embeddings, but is 'cached'; "
                 "leave it out."
+            )
+        if values.get("sam_checkpoint") is not None:
+            yield (
+                "`sam_checkpoint` must be left out if a network teaches but is "
+                f"{values['sam_checkpoint']!r}; its weights are in `teacher_bundle`."
             )
         return
     size_key = "sam_image_size" if "sam_image_size" in values else "image_size"

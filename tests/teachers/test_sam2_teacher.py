@@ -327,7 +327,7 @@ def encoder_names(dim, num_blocks):
         (
             {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)},
             "tiny",
-            "holds SAM 1, for SAMTeacher (in the bundles: without the overlay teacher_sam2.json) with `variant` 'vit_b'",
+            "SAM 1, for SAMTeacher (in the bundles: without the overlay teacher_sam2.json) with `variant` 'vit_b'",
         ),
         (
             {"vision_encoder.patch_embed.projection.weight": torch.zeros(768, 3, 16, 16)},
