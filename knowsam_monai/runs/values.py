@@ -435,8 +435,8 @@ def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]
         if key in known:
             yield key, f"`{key}` must be left out but is set: nothing here uses it; add the overlay that does."
             continue
-        if key in SliceTraining.model_fields and "train" in config:
-            reason = "slices of random patches do not repeat" if key in CACHE else "it is a key of the 2D bundle"
+        if key in CACHE and "train" in config:
+            reason = "slices of random patches do not repeat, so no embeddings are kept"
             yield key, f"`{key}` must be left out in the 3D bundle but is set: {reason}."
             continue
         close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1, cutoff=0.75)

@@ -236,7 +236,7 @@ class NetworkTeacher(nn.Module):
     def _remedy(self, spatial_dims: int) -> str:
         own = next((weight.ndim - 2 for weight in self.network.parameters() if weight.ndim in (4, 5)), spatial_dims)
         if own < spatial_dims:
-            return "put this 2D network into SliceTeacher, in a config by `teacher`, so that it teaches volumes"
+            return "put this 2D network into SliceTeacher (in a config: `teacher`), so that it teaches volumes"
         if own > spatial_dims:
             return "use a 2D network, since this one takes volumes, or a 3D student"
         return "give its `patch_size`, and check its input channels"

@@ -137,7 +137,7 @@ def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] |
     config = _config(transformers, variant) if isinstance(variant, str) else variant
     state = None if checkpoint is None else read_sam2_checkpoint(checkpoint, variant, config)
     sam2 = transformers.Sam2Model(config)
-    # always the first mask, as in training: the fallback to another mask is discontinuous
+    # always the first mask, as upstream does in training: the others do not learn
     sam2.mask_decoder.dynamic_multimask_via_stability = False
     if state is not None:
         expectation = _expectation(checkpoint, variant)

@@ -10,7 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from knowsam_monai.runs import values as models
-from knowsam_monai.runs.config import SECTIONS
+from knowsam_monai.runs.config import SECTIONS, plain_values
 from knowsam_monai.runs.values import PARTS, Inference, Overlays, Slices, Volumes, check_values
 from tests.bundles.test_resolution import RUNS, files
 
@@ -304,6 +304,22 @@ def test_unknown_key_is_an_error(bundle, names, key, message):
 def test_key_of_the_other_bundle_is_an_error(bundle, key):
     with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is not"):
         check_values(merged(bundle, TRAIN, **{key: 1}))
+
+
+@pytest.mark.parametrize("names", [TRAIN, SAM2])
+@pytest.mark.parametrize("key", ["sam_encoder", "sam_cache_dir"])
+def test_cached_encoder_of_volumes_is_an_error_with_its_reason(names, key):
+    with pytest.raises(ValueError, match=f"`{key}` must be left out in the 3D bundle but is set: slices of random"):
+        check_values(merged(LA, names, **{key: "cached"}))
+
+
+@pytest.mark.parametrize("bundle", [ACDC, LA])
+def test_weights_of_sam2_are_random_on_the_phantom_alone(bundle):
+    values = plain_values(merged(bundle, SAM2))
+    assert (values["sam_checkpoint"], values["sam_trainable"]) == (None, "all")
+    values = plain_values(merged(bundle, SAM2, dataset_dir=LIST, sam_variant="base_plus"))
+    assert values["sam_checkpoint"].endswith("models/sam2.1-hiera-base-plus")
+    assert values["sam_trainable"] == "adapters"
 
 
 def test_all_mistakes_are_reported_together():
