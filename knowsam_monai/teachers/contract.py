@@ -142,7 +142,7 @@ def _check_modes(teacher: nn.Module) -> None:
     try:
         teacher.train()
     except Exception as error:  # its code may raise anything
-        raise _broken("have a method `train()`", f"raises {_reason(error)}") from error
+        raise _broken("accept `train()`", f"raises {_reason(error)}") from error
     training = [name or "itself" for name, module in teacher.named_modules() if module.training]
     if training:
         raise _broken(

@@ -214,7 +214,7 @@ BREAKS = {
         lambda: Kept(lambda net, image, prompt: net(image) if len(image) > 1 else net(image)[..., :4]),
         r"logits of shape \(1, 3, 8, 8\)",
     ),
-    "fails to train": (FailsToTrain, r"have a method `train\(\)` but raises KeyError"),
+    "fails to train": (FailsToTrain, r"accept `train\(\)` but raises KeyError"),
     "says a text": (lambda: Kept(num_classes="3"), "a whole number, 1 or more, as `num_classes` but has '3'"),
     "says a truth": (lambda: Kept(num_classes=True), "a whole number, 1 or more, as `num_classes` but has True"),
     "ends with a dot": (
