@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred_keys
 from knowsam_monai.teachers.sam import SIZE_DIVISOR
-from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS, sam2_variant_hint
+from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR as SAM2_SIZE_DIVISOR
+from knowsam_monai.teachers.sam2_model import sam2_variant_hint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
