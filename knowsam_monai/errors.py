@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 
 class KnowSAMError(Exception):
@@ -68,7 +69,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_counts(**counts: int) -> None:
     """
-    Raise a ValueError if an argument is below 1.
+    Raise a ValueError if an argument is not a whole number or is below 1.
 
     Args:
         counts: the arguments by name.
@@ -78,6 +79,8 @@ def check_counts(**counts: int) -> None:
         >>> check_counts(every=1, log_interval=50)
     """
     for name, count in counts.items():
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise KnowSAMValueError(f"`{name}` must be a whole number but is {count!r}.")
         if count < 1:
             raise KnowSAMValueError(f"`{name}` must be at least 1 but is {count}.")
 
@@ -104,6 +107,19 @@ def named_as_set(keys: Mapping[str, str]) -> Iterator[None]:
         if isinstance(root, KnowSAMError):
             root.args = (re.sub(r"`(\w+)`", lambda name: f"`{keys.get(name[1], name[1])}`", str(root)),)
         raise
+
+
+def error_line(error: BaseException) -> str:
+    """
+    The line of a foreign error that says the most: the last of TorchScript's, the first of others.
+
+    Example::
+
+        >>> error_line(ValueError("no such norm.")), error_line(KeyError())
+        ('no such norm', 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1 if "TorchScript" in str(error) else 0].rstrip(".")
 
 
 def root_cause(error: BaseException) -> BaseException:

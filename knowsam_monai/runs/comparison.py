@@ -15,6 +15,7 @@ from knowsam_monai.runs.config import SECTIONS, plain_values
 LEFT_OUT = {
     # paths: the content is compared instead, see `DATA` and `WEIGHTS`
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "run_name", "sam_cache_dir", "cache_dir", "log_dir"),
+    "teacher_pretrained_on",  # a note for the report
     # machine, processes and threads
     *("device", "sync_batchnorm", "process_timeout", "num_workers", "cache_workers", "pin_memory", "fast_cpu_matmul"),
     # starting and logging

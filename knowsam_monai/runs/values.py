@@ -15,6 +15,7 @@ from knowsam_monai.runs.config import SECTIONS, is_plain, plain_values, referred
 from knowsam_monai.teachers.sam import SIZE_DIVISOR
 from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR as SAM2_SIZE_DIVISOR
+from knowsam_monai.teachers.sam2_model import sam2_variant_hint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
@@ -33,6 +34,7 @@ PARTS = (
     *("train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
+CACHE = ("sam_encoder", "sam_cache_dir")  # of embeddings
 LARGEST_SEED = 2**32 - 1
 
 
@@ -106,6 +108,7 @@ BelowOne = _number(float, "a number, 0 or more and below 1", ge=0, lt=1)
 Between = _number(float, "a number between 0 and 1", gt=0, lt=1)
 Probability = _number(float, "a number, 0 to 1", ge=0, le=1)
 Text = Annotated[str, Field(min_length=1), "text"]
+TextOrNone = Annotated[Text | None, "text, or None"]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not only dots"]
 Path = Annotated[str, Field(min_length=1), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
@@ -178,6 +181,9 @@ class Training(Everywhere):
     use_sam: Switch = _about("whether a teacher teaches; if False, no part of it is built")
     teacher_name: FileName = _about(
         "name of the teacher in run_name, unless it is 'sam'; the overlays teacher_* set it"
+    )
+    teacher_pretrained_on: TextOrNone = _about(
+        "what the teacher's weights were trained on, for preflight and report; None: as far as it is known"
     )
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")
@@ -403,6 +409,8 @@ def _sentence(key: str, field: Any, value: Any) -> str:
     remedy = "correct it, or leave it out for the bundle's own value"
     if key == "sam_variant" and value == "vit_t":
         remedy = VIT_T
+    elif key == "sam_variant" and sam2_variant_hint(value):
+        remedy = sam2_variant_hint(value).removeprefix("; ")
     elif field.annotation is bool:
         remedy = "write True or False, without quotes"
     elif close := difflib.get_close_matches(str(value), choices, n=1):
@@ -427,6 +435,10 @@ def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]
             continue
         if key in known:
             yield key, f"`{key}` must be left out but is set: nothing here uses it; add the overlay that does."
+            continue
+        if key in CACHE and "train" in config:
+            reason = "slices of random patches do not repeat, so no embeddings are kept"
+            yield key, f"`{key}` must be left out in the 3D bundle but is set: {reason}."
             continue
         close = difflib.get_close_matches(key, [*known, *(set(config) - {key})], n=1, cutoff=0.75)
         remedy = f"did you mean `{close[0]}`?" if close else "leave it out."
@@ -546,6 +558,11 @@ def _teacher_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 "`sam_encoder` must be 'adapted' if a network teaches, since it has no embeddings, but is 'cached'; "
                 "leave it out."
+            )
+        if values.get("sam_checkpoint") is not None:
+            yield (
+                "`sam_checkpoint` must be left out if a network teaches but is "
+                f"{values['sam_checkpoint']!r}; its weights are in `teacher_bundle`."
             )
         return
     size_key = "sam_image_size" if "sam_image_size" in values else "image_size"

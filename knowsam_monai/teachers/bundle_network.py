@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigParser
 from torch import nn
 
-from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, error_line
 from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
@@ -106,27 +106,38 @@ def read_bundle_facts(folder: Path) -> BundleFacts:
     """
     Read ``metadata.json`` and LICENSE. Missing entries are None or empty.
 
+    Raises:
+        ValueError: if an entry of ``metadata.json`` is not in the Model Zoo's format.
+
     Example::
 
         names = read_bundle_facts(Path("ventricular_short_axis_3label")).channel_names     # {'background': 0, ...
     """
+    file, license_file = folder / METADATA, folder / "LICENSE"
     try:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        metadata = {}
-    formats = metadata.get("network_data_format", {})
-    image = next(iter(formats.get("inputs", {}).values()), {})
-    output = next(iter(formats.get("outputs", {}).values()), {})
-    shape = image.get("spatial_shape", [])
-    whole_numbers = bool(shape) and all(isinstance(size, int) for size in shape)
-    license_file = folder / "LICENSE"
-    lines = license_file.read_text(encoding="utf-8").splitlines() if license_file.is_file() else []
-    return BundleFacts(
-        channel_names={name: int(index) for index, name in output.get("channel_def", {}).items()},
-        patch_size=tuple(shape) if whole_numbers and image.get("is_patch_data") else None,
-        data_source=metadata.get("data_source") or None,
-        license=next((line.strip() for line in lines if line.strip()), None),
-    )
+        metadata = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        formats = metadata.get("network_data_format", {})
+        image = next(iter(formats.get("inputs", {}).values()), {})
+        output = next(iter(formats.get("outputs", {}).values()), {})
+        shape, names = image.get("spatial_shape", []), output.get("channel_def", {})
+        is_patch = bool(image.get("is_patch_data") and shape and all(type(side) is int for side in shape))
+        source = metadata.get("data_source") or None
+        facts = BundleFacts(
+            channel_names={str(name): int(index) for index, name in names.items()},
+            patch_size=tuple(shape) if is_patch else None,
+            data_source=source if source is None else ", ".join([source] if isinstance(source, str) else source),
+            license=None,
+        )
+        if len(facts.channel_names) < len(names):
+            raise KnowSAMValueError("two channels have one name")
+    except Exception as error:  # of JSON, or of an entry of another type
+        reason = f" ({error_line(error)})" if isinstance(error, ValueError) else ""
+        raise KnowSAMValueError(
+            f"`path` must be a bundle whose {METADATA} has the Model Zoo's format but {file} does not{reason}; correct "
+            "it, or remove it and give `channels` as numbers."
+        ) from error
+    text = license_file.read_text(encoding="utf-8", errors="replace") if license_file.is_file() else ""
+    return facts._replace(license=next((line.strip() for line in text.splitlines() if line.strip()), None))
 
 
 def _resolved(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, ...] = ()) -> Any:
@@ -139,7 +150,7 @@ def _resolved(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, .
         found: Any = config
         keys = value[1:].replace("#", "::").split("::")
         for key in keys:
-            found = found[int(key)] if isinstance(found, list) and key.isdigit() else _item(found, key)
+            found = _item(found, key)
         if value in seen or found is None:
             raise _refused(file, f"the reference {value}, which has no plain value")
         return _resolved(found, config, file, (*seen, value))
@@ -149,6 +160,8 @@ def _resolved(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, .
 
 
 def _item(container: Any, key: str) -> Any:
+    if isinstance(container, list):
+        container = {str(index): item for index, item in enumerate(container)}
     return container.get(key) if isinstance(container, dict) else None
 
 
@@ -165,10 +178,14 @@ def _built(value: Any, file: Path) -> Any:
         raise _refused(file, some(special))
     if arguments.get("pretrained"):
         raise _refused(file, "`pretrained`, which would download weights")
+    network_class = _network_class(value["_target_"], file)
     try:
-        return _network_class(value["_target_"], file)(**arguments)
-    except TypeError as error:
-        raise KnowSAMValueError(f"`network_def` of {file} does not fit its class: {error}.") from error
+        return network_class(**arguments)
+    except Exception as error:  # every network refuses in its own way
+        raise KnowSAMValueError(
+            f"`network_def` of {file} must have valid arguments but {network_class.__name__} refuses them "
+            f"({error_line(error)}); correct it, or build the network yourself and pass it to `NetworkTeacher`."
+        ) from error
 
 
 def _network_class(target: Any, file: Path) -> type[nn.Module]:

@@ -4,10 +4,11 @@ The contract of every teacher, and a check of it.
 A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are (B, channels, *spatial):
 
 - **Rows.** Rows are independent, so labeled rows with a graph and unlabeled rows without one can run separately.
-- **Sizes and classes.** It accepts any size that the student accepts and returns logits of that size, with one channel
-  for each class of the student, or for each region if regions overlap. `num_classes` is their number.
-- **Values.** The image is in 0..1, and the teacher does not change it. The logits are float32 (float64 for a float64
-  teacher) and finite.
+- **Sizes and classes.** It accepts the sizes of the student's training and validation and returns logits of the image's
+  size, with one channel for each class of the student, or for each region if regions overlap. `num_classes` is their
+  number. A check is for one size: call it with each size that you use.
+- **Values.** The image is in 0..1, and the teacher changes neither the image nor the prompt. The logits are float32
+  (float64 for a float64 teacher) and finite.
 - **Eval mode.** Its logits are targets and must not depend on dropout or batch statistics. ``teacher.train()`` leaves
   every module in eval mode, equal calls return equal logits, and a call changes no weight and no buffer.
 - **Prompts.** The student's logits are only a prompt: no gradient flows back into them.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.teachers.provenance import origin
+from knowsam_monai.tensors import without_meta
 
 TOLERANCE = 1e-3  # relative to the largest logit: a batch and its single rows are computed in different orders
 
@@ -46,7 +48,7 @@ class TeacherFacts:
         num_classes: number of channels C of its logits.
         num_parameters: number of all parameters.
         trainable: names of the trainable parameters; empty for a frozen teacher.
-        pretrained, pretrained_on, license: provenance of the weights, from the teacher or from the name of its
+        pretrained, pretrained_on, license: provenance of the weights, from the teacher or from the path of its
             checkpoint (:func:`knowsam_monai.teachers.origin`); None if unknown.
 
     Example::
@@ -71,10 +73,10 @@ class TeacherFacts:
 
 def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = None) -> TeacherFacts:
     """
-    Call a teacher a few times and check that it fulfills the contract above.
+    Call a teacher a few times and check that it fulfills the contract above, for images of this size.
 
-    The check restores the teacher's weights, gradients and modes and the global random states. A cached encoder keeps
-    the embeddings of these images.
+    Every other image is inverted and darkened, so that rows differ. The check restores the teacher's weights, gradients
+    and modes and the global random states. A cached encoder keeps the embeddings of these images.
 
     Args:
         teacher: ``f(image, prompt_logits) -> logits``.
@@ -85,7 +87,7 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         Facts about the teacher.
 
     Raises:
-        TypeError: if `teacher` is not a module.
+        TypeError: if `teacher` is not a module or `image` is not a tensor.
         ValueError: if the image is unsuitable, or if the teacher breaks the contract.
 
     Example::
@@ -98,10 +100,12 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     """
     if not isinstance(teacher, nn.Module):
         raise KnowSAMTypeError(f"`teacher` must be a torch module but is a {type(teacher).__name__}.")
-    if image.ndim not in (4, 5) or len(image) < 2 or not image.is_floating_point():
+    if not isinstance(image, Tensor):
+        raise KnowSAMTypeError(f"`image` must be a tensor but is a {type(image).__name__}; use `torch.as_tensor`.")
+    if image.ndim not in (4, 5) or len(image) < 2 or not image.numel() or not image.is_floating_point():
         raise KnowSAMValueError(
-            f"`image` must be two or more images (B, channels, *spatial) of floats but is {image.dtype} of shape "
-            f"{tuple(image.shape)}."
+            "`image` must be two or more images (B, channels, *spatial) of floats, none of them empty, but is "
+            f"{image.dtype} of shape {tuple(image.shape)}."
         )
     if not (0 <= image.min() and image.max() <= 1):
         raise KnowSAMValueError(f"`image` must be in 0..1 but is in {image.min():.4g}..{image.max():.4g}; scale it.")
@@ -109,6 +113,8 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     num_classes = own_num_classes if num_classes is None else num_classes
     if num_classes is None:
         raise _broken("have `num_classes`", "does not", "set that attribute, or pass `num_classes` here")
+    if type(num_classes) is not int or num_classes < 1:
+        raise _broken("have a whole number, 1 or more, as `num_classes`", f"has {num_classes!r}")
     if own_num_classes not in (None, num_classes):
         raise _broken(f"have the student's {num_classes} classes", f"has {own_num_classes}")
     for name, kind in (("overlapping", bool), ("pretrained", bool), ("pretrained_on", str), ("license", str)):
@@ -126,13 +132,17 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     )
     with _restored_state(teacher, image):
         _check_modes(teacher)
+        image = _different_rows(without_meta(image))
         _check_calls(teacher, image, num_classes)
         _check_graph(teacher, image, num_classes)
     return facts
 
 
 def _check_modes(teacher: nn.Module) -> None:
-    teacher.train()
+    try:
+        teacher.train()
+    except Exception as error:  # its code may raise anything
+        raise _broken("accept `train()`", f"raises {_reason(error)}") from error
     training = [name or "itself" for name, module in teacher.named_modules() if module.training]
     if training:
         raise _broken(
@@ -144,47 +154,24 @@ def _check_modes(teacher: nn.Module) -> None:
 
 def _check_calls(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
     prompt_logits = _prompt(image, num_classes)
-    image, before, values = image.clone(), image.clone(), _versions(teacher)
-    try:
-        logits = _call(teacher, image, prompt_logits)
-    except Exception as error:  # its code may raise anything
-        reason = " ".join(str(error).split())
-        raise _broken(
-            f"accept images of shape {tuple(image.shape)} and prompts of shape {tuple(prompt_logits.shape)}",
-            f"raises {type(error).__name__}: {reason}",
-        ) from error
-    expected = prompt_logits.shape
-    if not isinstance(logits, Tensor) or logits.shape != expected:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise _broken(
-            f"return logits of shape {tuple(expected)} for images of shape {tuple(image.shape)}",
-            f"returns {found}",
-            "map its output to the student's classes and size",
-        )
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise _broken("return logits in float32", f"returns {logits.dtype}")
-    if not logits.isfinite().all():
-        raise _broken("return finite logits", "returns NaN or infinity", "check its weights, and clamp logarithms")
-    if not torch.equal(image, before):
-        raise _broken("not change the image", "changes it in place", "work on a copy")
+    with torch.no_grad():
+        logits, again = (_call(teacher, image, prompt_logits) for _ in range(2))
+        rows = [_call(teacher, image[i : i + 1], prompt_logits[i : i + 1]) for i in range(len(image))]
     tolerance = TOLERANCE * logits.abs().max().clamp(min=1)
-    if (_call(teacher, image, prompt_logits) - logits).abs().max() > tolerance:
+    if (again - logits).abs().max() > tolerance:
         raise _broken("return the same logits for the same image", "does not", "remove dropout and random draws")
-    rows = [_call(teacher, image[i : i + 1], prompt_logits[i : i + 1]) for i in range(len(image))]
     if (torch.cat(rows) - logits).abs().max() > tolerance:
         raise _broken(
             "return the same logits for a row alone and in a batch",
             "does not",
             "remove batch statistics and other operations across rows",
         )
-    if _versions(teacher) != values:
-        raise _broken("not change its weights and buffers in a call", "does", "keep all its modules in eval mode")
 
 
 def _check_graph(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
     prompt_logits = _prompt(image, num_classes).requires_grad_()
     with torch.enable_grad():
-        logits = teacher(image, prompt_logits)
+        logits = _call(teacher, image, prompt_logits)
     trainable = {name: parameter for name, parameter in teacher.named_parameters() if parameter.requires_grad}
     if not logits.requires_grad:
         if trainable:
@@ -211,27 +198,73 @@ def _check_graph(teacher: nn.Module, image: Tensor, num_classes: int) -> None:
         )
 
 
-@torch.no_grad()
 def _call(teacher: nn.Module, image: Tensor, prompt_logits: Tensor) -> Tensor:
-    return teacher(image, prompt_logits)
+    """Call the teacher on copies, and check what holds for every call."""
+    given = {"image": (image.clone(), image), "prompt": (prompt_logits.clone(), prompt_logits)}
+    values = _values(teacher)
+    try:
+        logits = teacher(*(copy for copy, _ in given.values()))
+    except Exception as error:  # its code may raise anything
+        raise _broken(
+            f"accept images of shape {tuple(image.shape)} and prompts of shape {tuple(prompt_logits.shape)}",
+            f"raises {_reason(error)}",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != prompt_logits.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise _broken(
+            f"return logits of shape {tuple(prompt_logits.shape)} for images of shape {tuple(image.shape)}",
+            f"returns {found}",
+            "map its output to the student's classes and size",
+        )
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise _broken("return logits in float32", f"returns {logits.dtype}")
+    if not logits.isfinite().all():
+        raise _broken("return finite logits", "returns NaN or infinity", "check its weights, and clamp logarithms")
+    for name, (copy, original) in given.items():
+        if not torch.equal(copy, original):
+            raise _broken(f"not change the {name}", "changes it in place", "work on a copy")
+    changed = [name for name, value in _values(teacher).items() if not _equal(value, values.get(name))]
+    if changed:
+        raise _broken(
+            "not change its weights and buffers in a call",
+            f"changes {changed[0]}",
+            "keep all its modules in eval mode",
+        )
+    return logits
+
+
+def _different_rows(image: Tensor) -> Tensor:
+    """Every other image inverted and darkened, so that rows differ in mean, contrast and pattern whatever the image."""
+    image = image.clone()
+    image[1::2] = (1 - image[1::2]) / 4
+    return image
 
 
 def _prompt(image: Tensor, num_classes: int) -> Tensor:
     """Logits that differ between pixels, rows and classes, without a random draw."""
     shape = (len(image), num_classes, *image.shape[2:])
     ramp = torch.arange(shape[0] * num_classes * image[0, 0].numel(), dtype=image.dtype, device=image.device)
-    return (ramp * 0.37).sin().view(shape) * 3
+    return (ramp * 0.37).sin().view(shape) * 12  # beyond the range that a teacher may clamp to
 
 
-def _versions(teacher: nn.Module) -> list[tuple[int, int]]:
-    """An in-place change increments a tensor's version."""
-    return [(x.data_ptr(), x._version) for x in (*teacher.parameters(), *teacher.buffers())]
+def _tensors(teacher: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach() for name, x in (*teacher.named_parameters(), *teacher.named_buffers())}
+
+
+def _values(teacher: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in _tensors(teacher).items()}
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return bool(((a == b) | (a != a) & (b != b)).all())  # NaN equals NaN
 
 
 @contextmanager
 def _restored_state(teacher: nn.Module, image: Tensor) -> Iterator[None]:
     modes = {module: module.training for module in teacher.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in teacher.buffers()]
+    values = _values(teacher)
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
@@ -241,10 +274,15 @@ def _restored_state(teacher: nn.Module, image: Tensor) -> Iterator[None]:
         np.random.set_state(numpy)
         for module, mode in modes.items():
             module.training = mode
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        for name, x in _tensors(teacher).items():
+            if name in values and x.shape == values[name].shape and not _equal(x, values[name]):
+                x.copy_(values[name])
 
 
 def _broken(expected: str, actual: str, remedy: str = "") -> KnowSAMValueError:
     return KnowSAMValueError(f"`teacher` must {expected} but {actual}{'; ' + remedy if remedy else ''}.")
+
+
+def _reason(error: Exception) -> str:
+    """An error as the end of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(" .:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMTypeError, KnowSAMValueError, check_counts, error_line
 from knowsam_monai.files import expand_path
 from knowsam_monai.teachers.bundle_network import (
     MODEL,
@@ -21,6 +22,8 @@ from knowsam_monai.teachers.bundle_network import (
     read_bundle_facts,
 )
 from knowsam_monai.tensors import at_least_float32, class_logits, without_meta
+
+logger = logging.getLogger(__name__)
 
 
 class NetworkTeacher(nn.Module):
@@ -58,6 +61,7 @@ class NetworkTeacher(nn.Module):
         - output: (B, C, *spatial), float32 (float64 for a float64 network)
 
     Raises:
+        TypeError: if `network` is not a module.
         ValueError: if an argument is invalid, the network does not take the image, or its channels or output size do
             not fit.
 
@@ -84,12 +88,20 @@ class NetworkTeacher(nn.Module):
         overlapping: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise KnowSAMTypeError(
+                f"`network` must be a torch module but is a {type(network).__name__}; for a file use "
+                "`from_torchscript`, for a bundle's folder `from_bundle`."
+            )
         if not (normalize is None or normalize == "z_score" or callable(normalize)):
             raise KnowSAMValueError(f"`normalize` must be 'z_score', a callable or None but is {normalize!r}.")
         if patch_size is not None and not _is_size(patch_size):
             raise KnowSAMValueError(
                 f"`patch_size` must be two or three whole numbers above 0, or None, but is {patch_size!r}."
             )
+        if not isinstance(overlap, (int, float)) or not 0 <= overlap < 1:
+            raise KnowSAMValueError(f"`overlap` must be a number, 0 or more and below 1, but is {overlap!r}.")
+        check_counts(windows_per_call=windows_per_call)
         self.channels = _groups(channels)
         self.num_classes = len(self.channels)
         if overlapping and any(len(group) > 1 for group in self.channels):
@@ -106,6 +118,7 @@ class NetworkTeacher(nn.Module):
         self.pretrained, self.pretrained_on, self.license = pretrained, pretrained_on, license
         self.variant = type(network).__name__
         self.checkpoint: str | None = None
+        self._checked_values = False
         self.inferer: Inferer = SimpleInferer()
         if patch_size is not None:
             self.inferer = SlidingWindowInferer(self.patch_size, windows_per_call, overlap, mode="gaussian")
@@ -176,15 +189,12 @@ class NetworkTeacher(nn.Module):
         """
         folder = check_bundle(path)
         facts = read_bundle_facts(folder)
-        if not isinstance(channels, int):
-            channels = [
-                [_index(name, facts.channel_names, folder) for name in _as_sequence(entry)] for entry in channels
-            ]
-        options = {
-            "patch_size": facts.patch_size,
-            "pretrained_on": facts.data_source,
-            "license": facts.license,
-        } | options
+        channels = [
+            [_index(name, facts.channel_names, folder) for name in _as_sequence(entry)] for entry in _entries(channels)
+        ]
+        options = {"patch_size": facts.patch_size} | options
+        for name, stated in (("pretrained_on", facts.data_source), ("license", facts.license)):
+            options[name] = stated if options.get(name) is None else options[name]
         if (folder / MODEL).is_file():
             teacher = cls(build_bundle_network(folder), channels, **options)
         else:
@@ -204,10 +214,9 @@ class NetworkTeacher(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # every network refuses in its own way
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise KnowSAMValueError(
-                f"`network` must take images of shape {tuple(image.shape)} but {self.variant} does not ({reason}); "
-                "give its `patch_size`, and put a 2D network that teaches volumes into SliceTeacher."
+                f"`network` must take images of shape {tuple(image.shape)} but {self.variant} does not "
+                f"({error_line(error)}); {self._remedy(image.ndim - 2)}."
             ) from error
         if not isinstance(logits, Tensor):
             raise KnowSAMValueError(
@@ -215,12 +224,32 @@ class NetworkTeacher(nn.Module):
                 "returns its finest logits."
             )
         logits = at_least_float32(logits)
+        if not self._checked_values and not logits.is_meta:
+            self._warn_about_probabilities(logits)
         if len(logits) != len(image) or logits.shape[2:] != image.shape[2:]:
             raise KnowSAMValueError(
                 f"`network` must return logits of the image's batch and spatial size, {tuple(image.shape)}, but "
                 f"returns {tuple(logits.shape)}; set `patch_size`, or wrap it in a module that resizes."
             )
         return self._student_regions(logits) if self.overlapping else self._student_classes(class_logits(logits))
+
+    def _remedy(self, spatial_dims: int) -> str:
+        own = next((weight.ndim - 2 for weight in self.network.parameters() if weight.ndim in (4, 5)), spatial_dims)
+        if own < spatial_dims:
+            return "put this 2D network into SliceTeacher (in a config: `teacher`), so that it teaches volumes"
+        if own > spatial_dims:
+            return "use a 2D network, since this one takes volumes, or a 3D student"
+        return "give its `patch_size`, and check its input channels"
+
+    def _warn_about_probabilities(self, logits: Tensor) -> None:
+        """A softmax of probabilities is almost uniform, so they would teach next to nothing."""
+        self._checked_values = True
+        if logits.shape[1] > 1 and logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
+            logger.warning(
+                "`network` must return logits but %s returns probabilities, which sum to 1; remove its last softmax, "
+                "or take their logarithm.",
+                self.variant,
+            )
 
     def _student_regions(self, logits: Tensor) -> Tensor:
         if max(self.channels)[0] >= logits.shape[1]:
@@ -255,16 +284,29 @@ def _merged(logits: Tensor, group: Sequence[int]) -> Tensor:
 
 
 def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    groups = [(channel,) for channel in range(channels)] if isinstance(channels, int) else map(_as_sequence, channels)
-    groups = tuple(tuple(group) for group in groups)
+    groups = tuple(tuple(_as_sequence(entry)) for entry in _entries(channels))
     used = [channel for group in groups for channel in group]
     valid = all(type(channel) is int and channel >= 0 for channel in used)
     if not groups or not all(groups) or not valid or len(set(used)) < len(used):
-        raise KnowSAMValueError(
-            "`channels` must have one or more channels of the network for each class, 0 or above, each only once, but "
-            f"are {channels!r}."
-        )
+        raise _no_map(channels)
     return groups
+
+
+def _no_map(channels: Any) -> KnowSAMValueError:
+    return KnowSAMValueError(
+        "`channels` must have one or more channels of the network for each class, 0 or above, each only once, but are "
+        f"{channels!r}."
+    )
+
+
+def _entries(channels: Any) -> list[Any]:
+    """One entry for each class."""
+    channels = channels.tolist() if hasattr(channels, "tolist") else channels  # of numpy and torch
+    if type(channels) is int:
+        return list(range(channels))
+    if not isinstance(channels, Sequence) or isinstance(channels, str):
+        raise _no_map(channels)
+    return list(channels)
 
 
 def _is_size(size: Any) -> bool:

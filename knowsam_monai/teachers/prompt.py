@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import check_counts
 
 
 class LearnablePrompt(nn.Module):
@@ -26,7 +26,7 @@ class LearnablePrompt(nn.Module):
         - output: (B, C, num_tokens, D)
 
     Raises:
-        ValueError: if a count is below 1.
+        ValueError: if a count is not a whole number or is below 1.
 
     Example::
 
@@ -40,9 +40,7 @@ class LearnablePrompt(nn.Module):
 
     def __init__(self, num_classes: int, embed_dim: int = 256, num_tokens: int = 2) -> None:
         super().__init__()
-        for name, count in (("num_classes", num_classes), ("num_tokens", num_tokens)):
-            if count < 1:
-                raise KnowSAMValueError(f"`{name}` must be at least 1 but is {count}.")
+        check_counts(num_classes=num_classes, num_tokens=num_tokens)
         self.shape = (num_classes, num_tokens, embed_dim)
         width = embed_dim // 2
         self.trunk = nn.Sequential(*_halve(embed_dim, width), *_halve(width, width))

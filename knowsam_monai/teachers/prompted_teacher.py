@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, check_counts
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import is_sam_range
+from knowsam_monai.teachers.provenance import origin
+from knowsam_monai.teachers.weights import checkpoint_path
 from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
@@ -47,22 +50,54 @@ class PromptedTeacher(nn.Module):
 
     Args:
         num_classes: C, background included; for a sigmoid student its channels, one for each region.
+        num_prompt_tokens: prompt tokens of each class.
         image_size: (height, width) of the encoder's input.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
             with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W).
+        trainable: "adapters" or "all".
+        encoder: "adapted" or "cached".
+        checkpoint: path of the weights, None for random ones.
+        cache_dir: folder for the embeddings of a "cached" encoder.
+        pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
     """
 
     display_name = "The teacher"  # for warnings
 
     def __init__(
-        self, num_classes: int, image_size: tuple[int, int], to_rgb: int | str | Callable[[Tensor], Tensor]
+        self,
+        num_classes: int,
+        num_prompt_tokens: int,
+        image_size: tuple[int, int],
+        to_rgb: int | str | Callable[[Tensor], Tensor],
+        trainable: str,
+        encoder: str,
+        checkpoint: str | os.PathLike[str] | None,
+        cache_dir: str | os.PathLike[str] | None,
+        pretrained_on: str | None,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, num_prompt_tokens=num_prompt_tokens)
+        check_choice("trainable", trainable, ("adapters", "all"))
+        check_choice("encoder", encoder, ("adapted", "cached"))
+        if encoder == "cached" and image_size[0] != image_size[1]:
+            raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {image_size}.")
+        if cache_dir is not None and encoder != "cached":
+            raise KnowSAMValueError(
+                f"`cache_dir` must be left out unless `encoder` is 'cached' but is {os.fspath(cache_dir)!r}; leave it "
+                "out, or set `encoder` to 'cached'."
+            )
+        if not (pretrained_on is None or isinstance(pretrained_on, str)):
+            raise KnowSAMTypeError(f"`pretrained_on` must be text or None but is {pretrained_on!r}.")
         if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
             raise KnowSAMValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
         self.num_classes = num_classes
         self.image_size = image_size
         self.to_rgb = to_rgb
+        self.trainable = trainable
+        self.encoder = encoder
+        self.checkpoint = None if checkpoint is None else checkpoint_path(checkpoint)
+        self.pretrained_on, self.license = pretrained_on, None
+        self.pretrained_on, self.license = origin(self)
         self.cache: EmbeddingCache | None = None
         self._checked_range = False
 

@@ -1,4 +1,4 @@
-"""Training data and licenses of published weights, recognized by file name."""
+"""Training data and licenses of published weights, recognized by their path."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Origin(NamedTuple):
 
 # sources: the papers, and the README or model card of the weights
 PUBLISHED = {
-    r"^sam_vit_[blh]_": Origin("SA-1B, natural images (arXiv:2304.02643)", "Apache-2.0"),
-    r"^sam2(\.1)?[-_]hiera[-_]": Origin(
+    r"^sam_vit_[blh](_|$)": Origin("SA-1B, natural images (arXiv:2304.02643)", "Apache-2.0"),
+    r"(^|--)sam2(\.1)?[-_]hiera[-_]": Origin(
         "SA-1B, SA-V and Meta's internal videos, natural images (arXiv:2408.00714)", "Apache-2.0"
     ),
-    r"^medsam_vit_b": Origin(
+    r"(^|--)medsam[-_]vit[-_]b": Origin(
         "public medical sets of 10 modalities (arXiv:2304.12306); check its list for your test patients", "Apache-2.0"
     ),
-    r"^medsam2": Origin(
+    r"(^|--)medsam2": Origin(
         "public medical sets and videos (arXiv:2504.03600); check its list for your test patients", "CC-BY-SA-4.0"
     ),
     r"^mobile_sam": Origin("a hundredth of SA-1B, from SAM's vit_h (arXiv:2306.14289)", "Apache-2.0"),
@@ -46,9 +46,10 @@ PUBLISHED = {
 
 def origin(teacher: nn.Module) -> Origin:
     """
-    Provenance of a teacher's weights: from its attributes, or else from the file name of its checkpoint.
+    Provenance of a teacher's weights: from its attributes, or else from the path of its checkpoint.
 
-    A file name proves nothing, since fine-tuned weights often keep it. Set `pretrained_on` if you know more.
+    The names of the file and of its folders are compared, the file's first, so that a file in a folder of the hub is
+    recognized too. A name proves nothing, since fine-tuned weights often keep it. Set `pretrained_on` if you know more.
 
     Args:
         teacher: with the attributes `pretrained_on` and `license`, with the path `checkpoint`, or with none of them.
@@ -60,8 +61,10 @@ def origin(teacher: nn.Module) -> Origin:
         Origin(pretrained_on=None, license=None)
     """
     checkpoint = getattr(teacher, "checkpoint", None)
-    name = "" if checkpoint is None else Path(checkpoint).name.lower()
-    known = next((found for pattern, found in PUBLISHED.items() if re.search(pattern, name)), Origin())
+    names = [] if checkpoint is None else [part.lower() for part in reversed(Path(checkpoint).parts)]
+    known = next(
+        (known for name in names for pattern, known in PUBLISHED.items() if re.search(pattern, name)), Origin()
+    )
     stated = (getattr(teacher, "pretrained_on", None), getattr(teacher, "license", None))
     return Origin(*(known_value if value is None else value for value, known_value in zip(stated, known)))
 

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError, root_cause
-from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
-from knowsam_monai.teachers.sam_checkpoint import which_model
-from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
+from knowsam_monai.teachers.sam_checkpoint import SAM1_TEACHER, which_model
+from knowsam_monai.teachers.weights import (
+    PREFIXES,
+    TRAINERS_PREFIXES,
+    checkpoint_path,
+    load_strictly,
+    read_state_dict,
+    refuse_changes,
+    some,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +129,15 @@ def build_sam2(variant: str | Any = "tiny", checkpoint: str | os.PathLike[str] |
         Ravi et al., SAM 2: Segment Anything in Images and Videos, arXiv:2408.00714.
     """
     transformers = import_transformers()
-    if not isinstance(variant, transformers.Sam2Config) and variant not in SAM2_VARIANTS:
-        raise KnowSAMValueError(f"`variant` must be one of {', '.join(SAM2_VARIANTS)} but is {variant!r}.")
+    if not isinstance(variant, transformers.Sam2Config) and variant not in list(SAM2_VARIANTS):
+        raise KnowSAMValueError(
+            f"`variant` must be one of {', '.join(SAM2_VARIANTS)} but is {variant!r}"
+            f"{sam2_variant_hint(variant) or '.'}"
+        )
     config = _config(transformers, variant) if isinstance(variant, str) else variant
     state = None if checkpoint is None else read_sam2_checkpoint(checkpoint, variant, config)
     sam2 = transformers.Sam2Model(config)
-    # always the first mask, as in training: the fallback to another mask is discontinuous
+    # always the first mask, as upstream does in training: the others do not learn
     sam2.mask_decoder.dynamic_multimask_via_stability = False
     if state is not None:
         expectation = _expectation(checkpoint, variant)
@@ -164,21 +174,23 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         ValueError: if the checkpoint is damaged or belongs to another model or variant.
         FileNotFoundError: if it is missing.
     """
-    path = Path(expand_path(checkpoint, "checkpoint"))
+    path = Path(checkpoint_path(checkpoint))
     expectation = _expectation(path, variant)
     if not path.exists():
         raise KnowSAMFileNotFoundError(
-            f"{expectation} does not exist; it is not downloaded automatically, so get it with "
-            f"`hf download facebook/sam2.1-hiera-{_name(variant).replace('_', '-')} --local-dir {path}`."
+            f"{expectation} does not exist; it is not downloaded automatically, so {_command(path, variant)}."
         )
     files = [path]
     if path.is_dir():
+        refuse_changes(path, expectation)
         _check_config(path, variant, config, expectation)
         files = _weight_files(path, expectation)
-    state = {name: value for file in files for name, value in read_state_dict(file, expectation).items()}
+    prefixes = PREFIXES | TRAINERS_PREFIXES
+    tensors = (read_state_dict(file, expectation, prefixes=prefixes) for file in files)
+    state = {name: value for part in tensors for name, value in part.items()}
     if any(name.startswith("image_encoder.trunk.") for name in state):
         state = _transformers_names(state)
-    if PATCH_PROJECTION not in state:
+    if PATCH_PROJECTION not in state or any("decoder.hf_" in name for name in state):  # of HQ-SAM 2
         raise KnowSAMValueError(f"{expectation} holds {which_model(state)}; use a file of SAM 2 {_name(variant)}.")
     found = _variant_of(state)
     if isinstance(variant, str) and found is not None and found != variant:
@@ -258,28 +270,38 @@ def _variant_of(state: dict[str, Tensor]) -> str | None:
 
 def _check_config(folder: Path, variant: str | Any, config: Any, expectation: str) -> None:
     """Compare the backbone configs: window sizes and global attention do not show in tensor shapes."""
+    single = sorted(file.name for file in folder.glob("*.pt"))
+    if single and not (folder / "config.json").is_file():
+        raise KnowSAMValueError(
+            f"{expectation} is a folder without config.json but with {some(single)}; name that file instead."
+        )
+    expected, found = _numbers(config.vision_config.backbone_config), {}
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = found["model_type"]
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = content["model_type"]
+        if model in ("sam2", "sam2_video"):
+            backbone = (content.get("vision_config") or {}).get("backbone_config") or {}
+            found = _numbers(import_transformers().Sam2HieraDetConfig.from_dict(backbone))
     except FileNotFoundError:
         raise KnowSAMValueError(f"{expectation} has no config.json; download the complete folder.") from None
-    except (ValueError, KeyError, TypeError):
-        raise KnowSAMValueError(f"{expectation} has a damaged config.json; download it again.") from None
-    if model not in ("sam2", "sam2_video"):
-        remedy = "use SAMTeacher and Meta's .pth for SAM 1" if model == "sam" else "use the folder of a SAM 2"
+    except Exception as error:  # of JSON and of transformers' own checks
+        raise KnowSAMValueError(f"{expectation} has a damaged config.json; download it again.") from error
+    if not found:
+        remedy = f"use {SAM1_TEACHER} and Meta's .pth for SAM 1" if model == "sam" else "use the folder of a SAM 2"
         raise KnowSAMValueError(f"{expectation} holds a {model!r}; {remedy}.")
-    vision = found.get("vision_config") or {}
-    backbone = import_transformers().Sam2HieraDetConfig.from_dict(vision.get("backbone_config") or {})
-    expected = config.vision_config.backbone_config
     blocks = {name: numbers["blocks_per_stage"] for name, numbers in SAM2_VARIANTS.items()}
-    variant_found = next((name for name, stages in blocks.items() if list(backbone.blocks_per_stage) == stages), None)
-    for key in SAM2_VARIANTS["tiny"]:
-        if list(getattr(backbone, key)) != list(getattr(expected, key)):
+    variant_found = next((name for name, stages in blocks.items() if found["blocks_per_stage"] == stages), None)
+    for key in expected:
+        if found[key] != expected[key]:
             remedy = f"set `variant` to {variant_found!r}" if variant_found else "pass its Sam2Config as `variant`"
             raise KnowSAMValueError(
-                f"{expectation} has {key} {list(getattr(backbone, key))} instead of {list(getattr(expected, key))}; "
-                f"{remedy}, or use a folder of {_name(variant)}."
+                f"{expectation} has {key} {found[key]} instead of {expected[key]}; {remedy}, or use a folder of "
+                f"{_name(variant)}."
             )
+
+
+def _numbers(backbone: Any) -> dict[str, list[int]]:
+    return {key: list(getattr(backbone, key)) for key in SAM2_VARIANTS["tiny"]}
 
 
 def _weight_files(folder: Path, expectation: str) -> list[Path]:
@@ -287,13 +309,45 @@ def _weight_files(folder: Path, expectation: str) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / Path(shard).name for shard in shards]
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / Path(shard).name for shard in shards]
+            files[0]
+        except Exception as error:  # of JSON, or of a file that is something else
+            raise KnowSAMValueError(f"{expectation} has a damaged {index.name}; download it again.") from error
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the complete folder.")
         return files
     raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the complete folder.")
+
+
+def sam2_variant_hint(variant: Any) -> str:
+    """
+    A question that ends an error about a variant, for names that Meta's files and configs have; else empty.
+
+    Example::
+
+        >>> sam2_variant_hint("base+")
+        "; did you mean 'base_plus'?"
+    """
+    name = re.sub(r"^(sam2(\.1)?[-_])?(hiera[-_])?", "", str(variant).lower())
+    name = name.replace("+", "_plus").replace("-", "_").replace("__", "_")
+    meant = {"t": "tiny", "s": "small", "b": "base_plus", "b_plus": "base_plus", "base": "base_plus", "l": "large"}
+    meant |= {name: name for name in SAM2_VARIANTS}
+    return f"; did you mean {meant[name]!r}?" if name in meant else ""
+
+
+def _command(path: Path, variant: str | Any) -> str:
+    """How to get a missing file or folder."""
+    if not isinstance(variant, str):
+        return "give the path of a folder or file that exists"
+    if "medsam2" in path.name.lower():
+        return f"get it with `hf download wanglab/MedSAM2 {path.name} --local-dir {path.parent}`"
+    if path.suffix in (".pt", ".pth"):
+        url = f"https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{variant}.pt"
+        return f"get it with `curl --fail --location --create-dirs --output {path} {url}`"
+    return f"get it with `hf download facebook/sam2.1-hiera-{variant.replace('_', '-')} --local-dir {path}`"
 
 
 def _name(variant: str | Any) -> str:

@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
-from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, build_sam2
 from knowsam_monai.tensors import without_meta
@@ -68,7 +65,7 @@ class Sam2Teacher(PromptedTeacher):
         encoder: "adapted", or "cached": frozen and without adapters, each image encoded once.
         cache_dir: folder for the embeddings; None keeps them in memory.
         cache_dtype: torch.float16 or torch.float32, the precision of cached embeddings.
-        pretrained_on: training data of the weights; None: recognized by the checkpoint's file name.
+        pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
 
     Attributes:
         num_classes, image_size, variant, checkpoint, pretrained, pretrained_on, license, encoder: as constructed.
@@ -111,18 +108,11 @@ class Sam2Teacher(PromptedTeacher):
         cache_dtype: torch.dtype = torch.float16,
         pretrained_on: str | None = None,
     ) -> None:
-        super().__init__(num_classes, check_image_size(image_size, SIZE_DIVISOR), to_rgb)
-        if trainable not in ("adapters", "all"):
-            raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
-        if encoder not in ("adapted", "cached"):
-            raise KnowSAMValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
-        if encoder == "cached" and self.image_size[0] != self.image_size[1]:
-            raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
-        self.encoder, self.trainable = encoder, trainable
+        size = check_image_size(image_size, SIZE_DIVISOR)
+        super().__init__(
+            *(num_classes, num_prompt_tokens, size, to_rgb, trainable, encoder, checkpoint, cache_dir, pretrained_on)
+        )
         self.variant = variant if isinstance(variant, str) else "custom config"
-        self.checkpoint = None if checkpoint is None else expand_path(checkpoint, "checkpoint")
-        self.pretrained_on, self.license = pretrained_on, None
-        self.pretrained_on, self.license = origin(self)
         self.sam = build_sam2(variant, checkpoint)
         add_sam2_adapters(self.sam, encoder=encoder == "adapted")
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)

@@ -12,14 +12,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
-from knowsam_monai.files import expand_path
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS
 from knowsam_monai.teachers.tiny_vit import from_mobile_sam, is_of_mobile_sam
-from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
+from knowsam_monai.teachers.weights import (
+    PREFIXES,
+    TRAINERS_PREFIXES,
+    checkpoint_path,
+    load_strictly,
+    read_state_dict,
+    refuse_changes,
+    some,
+)
 
 logger = logging.getLogger(__name__)
 
 POSITION_TABLE = "image_encoder.pos_embed"
+SAM1_TEACHER = "SAMTeacher (in the bundles: without the overlay teacher_sam2.json)"
+SAM2_TEACHER = "Sam2Teacher (in the bundles: the overlay teacher_sam2.json)"
 PATCH_PROJECTION = "image_encoder.patch_embed.proj.weight"  # its number of channels identifies the variant
 
 
@@ -41,7 +50,7 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
 
         state = read_checkpoint("models/sam_vit_b_01ec64.pth", variant="vit_b")
     """
-    path = Path(expand_path(checkpoint, "checkpoint"))
+    path = Path(checkpoint_path(checkpoint))
     expectation = _expectation(path, variant)
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
     remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
@@ -50,16 +59,13 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
             f" (md5 {md5})" if md5 else ""
         )
     if path.is_dir():
+        refuse_changes(path, expectation)
         raise KnowSAMFileNotFoundError(
-            f"{expectation} is a folder; name the file in it, or use Sam2Teacher if it is a folder of SAM 2."
+            f"{expectation} is a folder; name the file in it, or use {SAM2_TEACHER} if it is a folder of SAM 2."
         )
     if not path.is_file():
         raise KnowSAMFileNotFoundError(f"{expectation} does not exist; {remedy}.")
-    with path.open("rb") as file:
-        head = file.read(512).lstrip()
-    if head.startswith(b"<"):
-        raise KnowSAMValueError(f"{expectation} is a web page (HTML or XML), saved in place of the download; {remedy}.")
-    return read_state_dict(path, expectation, remedy)
+    return read_state_dict(path, expectation, remedy, PREFIXES | TRAINERS_PREFIXES)
 
 
 def load_checkpoint(
@@ -125,14 +131,18 @@ def which_model(state: dict[str, torch.Tensor]) -> str:
     Example::
 
         >>> which_model({"image_encoder.trunk.pos_embed": torch.zeros(1)})
-        'SAM 2, which Sam2Teacher supports'
+        'SAM 2, for Sam2Teacher (in the bundles: the overlay teacher_sam2.json)'
     """
-    if any(name.startswith(("image_encoder.trunk.", "vision_encoder.backbone.")) for name in state):
-        return "SAM 2, which Sam2Teacher supports"
+    is_sam2 = any(name.startswith(("image_encoder.trunk.", "vision_encoder.backbone.")) for name in state)
     if any("decoder.hf_" in name for name in state):
-        return "HQ-SAM, which has additional decoder layers and is not supported"
+        return f"HQ-SAM{' 2' if is_sam2 else ''}, which has additional decoder layers and is not supported"
+    if is_sam2:
+        return f"SAM 2, for {SAM2_TEACHER}"
     if PATCH_PROJECTION in state or is_of_mobile_sam(state):
-        return f"SAM 1, which SAMTeacher supports with `variant` {_variant_of(state)!r}"
+        found = _variant_of(state)
+        if found is None:
+            return f"a SAM of another width, {state[PATCH_PROJECTION].shape[0]} channels, which is not supported"
+        return f"SAM 1, for {SAM1_TEACHER} with `variant` {found!r}"
     if "vision_encoder.patch_embed.projection.weight" in state:
         return "SAM 1 in the format of `transformers`; SAMTeacher reads Meta's .pth"
     return f"another model (its tensors are {some(state)})"

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter, add_adapters
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -67,9 +65,11 @@ class SAMTeacher(PromptedTeacher):
         encoder: "adapted" (the paper), or "cached": frozen and without adapters, each image encoded once.
         cache_dir: folder for the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
         cache_dtype: torch.float16 or torch.float32, the precision of cached embeddings.
+        pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
 
     Attributes:
-        num_classes, image_size, variant, checkpoint, pretrained, stand_in, encoder: as constructed.
+        num_classes, image_size, variant, checkpoint, pretrained, stand_in, pretrained_on, license, encoder: as
+            constructed.
         cache: the embeddings of a "cached" encoder, else None.
 
     Shape:
@@ -107,18 +107,13 @@ class SAMTeacher(PromptedTeacher):
         encoder: str = "adapted",
         cache_dir: str | os.PathLike[str] | None = None,
         cache_dtype: torch.dtype = torch.float16,
+        pretrained_on: str | None = None,
     ) -> None:
-        if trainable not in ("adapters", "all"):
-            raise KnowSAMValueError(f"`trainable` must be 'adapters' or 'all' but is {trainable!r}.")
-        if encoder not in ("adapted", "cached"):
-            raise KnowSAMValueError(f"`encoder` must be 'adapted' or 'cached' but is {encoder!r}.")
-        super().__init__(num_classes, check_image_size(image_size, SIZE_DIVISOR), to_rgb)
-        if encoder == "cached" and self.image_size[0] != self.image_size[1]:
-            raise KnowSAMValueError(f"`image_size` must be square for the encoder 'cached' but is {self.image_size}.")
-        self.encoder = encoder
+        size = check_image_size(image_size, SIZE_DIVISOR)
+        super().__init__(
+            *(num_classes, num_prompt_tokens, size, to_rgb, trainable, encoder, checkpoint, cache_dir, pretrained_on)
+        )
         self.variant = variant
-        self.checkpoint = None if checkpoint is None else expand_path(checkpoint, "checkpoint")
-        self.trainable = trainable
         self.sam = build_sam(variant, self.image_size, checkpoint)
         add_adapters(self.sam, encoder=encoder == "adapted")
         self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)

@@ -4,43 +4,92 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
-from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.files import InvalidCheckpointError, expand_path, read_tensor_file
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = ("model", "state_dict", "network", "net", "network_weights")  # keys under which trainers store the weights
+# keys under which trainers store the weights
+WRAPPERS = ("model", "state_dict", "model_state_dict", "network", "net", "network_weights")
 PREFIXES = {"module.": "saved from several GPUs", "_orig_mod.": "saved from a compiled model"}  # of all names
-LORA = ("lora_A", "lora_B", "lora_down", "lora_up", "w_a_0", "w_b_0")  # of peft, of diffusers, of SAMed
+TRAINERS_PREFIXES = {"model.": "saved by a trainer", "sam.": "saved by a trainer"}  # no SAM's own names begin so
+# changes of other weights: LoRA of peft, of diffusers and of SAMed; LoHa, LoKr, OFT, BOFT and IA3 of peft
+CHANGES = ("lora_", "w_a_0", "w_b_0", "hada_w", "lokr_w", ".oft_", ".boft_", "ia3_l")
+HEADS = {b"<": "a web page (HTML or XML)", b"version https://git-lfs": "a pointer of git-lfs"}
+PLAIN = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
 
-def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str = "copy it again") -> dict[str, Tensor]:
+def checkpoint_path(checkpoint: str | os.PathLike[str]) -> str:
+    """
+    Expand the path of a checkpoint.
+
+    Raises:
+        TypeError: if it is not a path.
+        ValueError: if it is empty.
+
+    Example::
+
+        >>> checkpoint_path("models/model.pt")
+        'models/model.pt'
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise KnowSAMTypeError(f"`checkpoint` must be a path or None but is {checkpoint!r}; name the file of weights.")
+    if not os.fspath(checkpoint):
+        raise KnowSAMValueError("`checkpoint` must be a path or None but is ''; name the file of weights.")
+    return expand_path(checkpoint, "checkpoint")
+
+
+def refuse_changes(folder: Path, expectation: str) -> None:
+    """
+    Refuse a folder that peft wrote.
+
+    Raises:
+        ValueError: if it has peft's config.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise _changes(expectation, ["adapter_config.json"])
+
+
+def read_state_dict(
+    path: str | os.PathLike[str],
+    expectation: str,
+    remedy: str = "copy it again",
+    prefixes: Mapping[str, str] = MappingProxyType(PREFIXES),
+) -> dict[str, Tensor]:
     """
     Read a checkpoint's tensors by name.
 
-    Tensors in half precision are converted to float32, and the prefixes "module." and "_orig_mod." of all names are
-    removed; both are logged.
+    Other floating-point types are converted to float32, and prefixes of all names are removed; both are logged.
 
     Args:
         path: a file of ``torch.save`` or `safetensors`.
         expectation: beginning of error messages, "`checkpoint` must be ... but <path>".
         remedy: end of the message for a damaged file.
+        prefixes: prefixes to remove, each with its explanation for the log.
 
     Raises:
+        OSError: if it cannot be opened.
         ImportError: if it is a `safetensors` file and that package is not installed.
-        ValueError: if it is damaged or another file, if it has only low-rank changes (LoRA) of other weights, or if a
-            tensor has NaN or infinite values.
+        ValueError: if it is damaged or another file, if it has only changes (LoRA) of other weights, if a tensor is
+            quantized, complex or sparse, or if it has NaN or infinite values.
 
     Example::
 
         state = read_state_dict("models/model.pt", "`path` must hold weights but models/model.pt")
     """
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip()
+    for start, found in HEADS.items():
+        if head.startswith(start):
+            raise KnowSAMValueError(f"{expectation} is {found}, saved in place of the download; {remedy}.")
     if os.fspath(path).endswith(".safetensors"):
         content: Any = _read_safetensors(path, expectation, remedy)
     else:
@@ -50,10 +99,10 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
             if error.runs_code:
                 remedy = f"if you trust the file, save its plain `state_dict()`; else {remedy}"
             raise KnowSAMValueError(f"{expectation} {error}; {remedy}.") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
+    while isinstance(content, dict) and (
+        wrapped := next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    ):
+        content = wrapped
     if (
         not isinstance(content, dict)
         or not content
@@ -61,23 +110,30 @@ def read_state_dict(path: str | os.PathLike[str], expectation: str, remedy: str 
     ):
         kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise KnowSAMValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
-    low_rank = [name for name in content if any(part in name for part in LORA)]
-    if low_rank:
+    changes = [name for name in content if any(part in name for part in CHANGES)]
+    if changes:
+        raise _changes(expectation, changes)
+    odd = {
+        str(value.dtype if value.layout == torch.strided else value.layout)
+        for value in content.values()
+        if value.dtype not in PLAIN or value.layout != torch.strided or value.is_meta
+    }
+    if odd:
         raise KnowSAMValueError(
-            f"{expectation} holds a LoRA, low-rank changes of other weights ({some(low_rank)}); merge it into its base "
-            "model (`merge_and_unload` of peft) and use the merged file."
+            f"{expectation} holds tensors of {' and '.join(sorted(odd))}, quantized or of another unsupported type; "
+            "use the file in float32 or half precision."
         )
     broken = [name for name, value in content.items() if not torch.isfinite(value).all()]
     if broken:
         raise KnowSAMValueError(f"{expectation} holds NaN or infinite values in {some(broken)}; {remedy}.")
-    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in content)), None):
-        logger.info("%s was %s: the prefix '%s' is removed from its names.", path, PREFIXES[prefix], prefix)
+    while prefix := next((prefix for prefix in prefixes if all(name.startswith(prefix) for name in content)), None):
+        logger.info("%s was %s: the prefix '%s' is removed from its names.", path, prefixes[prefix], prefix)
         content = {name.removeprefix(prefix): value for name, value in content.items()}
-    half = {str(x.dtype) for x in content.values() if x.is_floating_point() and x.element_size() < 4}
-    if half:
-        logger.warning(
-            "%s holds %s, which is converted to float32; its values remain rounded.", path, " and ".join(half)
-        )
+    others = {x.dtype for x in content.values() if x.is_floating_point()} - {torch.float32}
+    if others:
+        names = " and ".join(sorted(map(str, others)))
+        rounded = "" if others == {torch.float64} else "; its values remain rounded"
+        logger.warning("%s holds %s, which is converted to float32%s.", path, names, rounded)
         content = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
     return content
 
@@ -87,7 +143,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
     Load a state dict that must match the module exactly.
 
     Raises:
-        ValueError: if a tensor is missing, unexpected, or has another shape.
+        ValueError: if a tensor is missing, unexpected, or has another shape or whole numbers for floats.
 
     Example::
 
@@ -99,10 +155,16 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
+    rounded = [
+        name
+        for name, value in expected.items()
+        if value.is_floating_point() and name in state and not state[name].is_floating_point()
+    ]
     problems = [
         ("lacks", [name for name in expected if name not in state]),
         ("has unexpected", [name for name in state if name not in expected]),
         ("has other shapes in", misshapen),
+        ("has whole numbers in", rounded),
     ]
     found = [f"{verb} {some(names)}" for verb, names in problems if names]
     if found:
@@ -121,6 +183,13 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + rest or "nothing"
+
+
+def _changes(expectation: str, names: Iterable[str]) -> KnowSAMValueError:
+    return KnowSAMValueError(
+        f"{expectation} holds a LoRA or the like, changes of other weights ({some(names)}); merge it into its base "
+        "model (`merge_and_unload` of peft) and use the merged file."
+    )
 
 
 def _read_safetensors(path: str | os.PathLike[str], expectation: str, remedy: str) -> dict[str, Tensor]:

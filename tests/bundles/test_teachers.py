@@ -64,6 +64,14 @@ def test_every_method_trains_with_the_teacher(taught, configs, teacher, method):
     assert [run[name] is not None for name in ("sam_optimizer", "sam_lr_scheduler")] == [learns, learns]
 
 
+@BUNDLES
+@EACH_TEACHER
+def test_what_the_teacher_was_trained_on_can_be_stated(taught, configs, teacher):
+    run = taught(configs, teacher, teacher_pretrained_on="our scans of 2021")
+    run.workflow.initialize()
+    assert run["teacher"].pretrained_on == "our scans of 2021"
+
+
 def test_embeddings_of_sam2_are_kept(taught):
     run = taught(CONFIGS, "sam2", sam_encoder="cached", max_iterations=2, distillation_gate="none").run()
     assert len(run["teacher"].cache) > 1 and run.history[-1]["distillation_loss"] > 0
@@ -151,6 +159,11 @@ def test_path_of_the_network_is_expanded(taught, small_teachers, monkeypatch):
             "sam",
             {"sam_variant": "vit_b"},
             "`sam_checkpoint` must be a file with the weights of SAM's vit_b but .* does",
+        ),
+        (
+            "sam2",
+            {"sam_checkpoint": None, "teacher#variant": None, "teacher#sam_teacher#variant": None},
+            "`sam_checkpoint` must hold .*models/sam2.1-hiera-tiny does not exist; .* get it with `hf download ",
         ),
         ("sam2", {}, "`sam_checkpoint` must hold the weights of a SAM 2 .* does not exist"),
         ("network", {"teacher_channels": [[0, 1], "no such"]}, "`teacher_channels` must be among background, "),

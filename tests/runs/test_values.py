@@ -10,7 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from knowsam_monai.runs import values as models
-from knowsam_monai.runs.config import SECTIONS
+from knowsam_monai.runs.config import SECTIONS, plain_values
 from knowsam_monai.runs.values import PARTS, Inference, Overlays, Slices, Volumes, check_values
 from tests.bundles.test_resolution import RUNS, files
 
@@ -132,6 +132,8 @@ WRONG = [
     *((overlay("fixmatch"), "pseudo_label_threshold", value, "a number, 0 to 1") for value in (95, -0.1)),
     *((overlay("bcp"), "box_fraction", value, "between 0 and 1") for value in (0, 1, 2)),
     (overlay("bcp"), "unlabeled_pixel_weight", -0.5, "0 or more"),
+    (SAM2, "sam_variant", "base+", "did you mean 'base_plus'?"),
+    *((TRAIN, "teacher_pretrained_on", value, "text, or None") for value in ("", 7)),
     *((NETWORK, "teacher_bundle", value, "a path, or None") for value in ("", 1)),
     *((NETWORK, "teacher_channels", value, "a number of channels, or a list") for value in (0, [], "lv", [-1], [[]])),
     *((NETWORK, "teacher_normalize", value, "z_score or None") for value in ("minmax", True)),
@@ -225,6 +227,11 @@ CONTRADICTIONS = [
         {"teacher_bundle": "/b", "teacher_channels": 9},
         "classes, background included, but has 9; name the network's",
     ),
+    (
+        NETWORK,
+        {"teacher_bundle": "/b", "sam_checkpoint": "/models/sam.pth"},
+        "`sam_checkpoint` must be left out if a network teaches but is '/models/sam.pth'; its weights are in `teacher_",
+    ),
     (TRAIN, {"labeled_patients": 7}, "`labeled_patients` must be left out with the synthetic phantom but is 7"),
     (TRAIN, {"dataset_dir": LIST, "labeled_patients": 7}, f"must be left out with the data list {LIST} but is 7"),
     (TRAIN, {"dataset_dir": LIST, "holdout_patients": 2}, "`holdout_patients` must be left out"),
@@ -297,6 +304,22 @@ def test_unknown_key_is_an_error(bundle, names, key, message):
 def test_key_of_the_other_bundle_is_an_error(bundle, key):
     with pytest.raises(ValueError, match=f"`{key}` must be a key of this config but is not"):
         check_values(merged(bundle, TRAIN, **{key: 1}))
+
+
+@pytest.mark.parametrize("names", [TRAIN, SAM2])
+@pytest.mark.parametrize("key", ["sam_encoder", "sam_cache_dir"])
+def test_cached_encoder_of_volumes_is_an_error_with_its_reason(names, key):
+    with pytest.raises(ValueError, match=f"`{key}` must be left out in the 3D bundle but is set: slices of random"):
+        check_values(merged(LA, names, **{key: "cached"}))
+
+
+@pytest.mark.parametrize("bundle", [ACDC, LA])
+def test_weights_of_sam2_are_random_on_the_phantom_alone(bundle):
+    values = plain_values(merged(bundle, SAM2))
+    assert (values["sam_checkpoint"], values["sam_trainable"]) == (None, "all")
+    values = plain_values(merged(bundle, SAM2, dataset_dir=LIST, sam_variant="base_plus"))
+    assert values["sam_checkpoint"].endswith("models/sam2.1-hiera-base-plus")
+    assert values["sam_trainable"] == "adapters"
 
 
 def test_all_mistakes_are_reported_together():

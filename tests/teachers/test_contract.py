@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -83,6 +84,22 @@ def test_what_sams_weights_were_trained_on_is_known_by_the_files_name():
     assert origin(stand_in).pretrained_on == "procedural images: a stand-in, not SAM"
 
 
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("models/sam2.1-hiera-tiny/model.safetensors", "SA-V"),
+        ("hub/models--facebook--sam2.1-hiera-tiny/snapshots/4f2a", "SA-V"),
+        ("sam2.1-hiera-tiny/medsam_vit_b.pth", "10 modalities"),
+        ("models/own.pth", None),
+    ],
+)
+def test_the_whole_path_of_a_checkpoint_is_compared_and_the_files_name_first(path, found):
+    teacher = nn.Identity()
+    teacher.checkpoint = path
+    pretrained_on = origin(teacher).pretrained_on
+    assert pretrained_on is None if found is None else found in pretrained_on
+
+
 @pytest.mark.parametrize("name", ["SAM 1, adapters alone", "network", "SAM 2"])
 def test_other_sizes_go_in_and_come_out(name):
     teacher, image = TEACHERS[name][0](), torch.rand(2, 1, 48, 40)
@@ -140,9 +157,26 @@ class CountsCalls(Kept):
         return self.net(image)
 
 
+class FailsToTrain(Kept):
+    def train(self, mode=True):
+        return {}["mode"] if mode else super().train(False)
+
+
 BREAKS = {
     "trains": (Trains, r"stay in eval mode after `train\(\)`.*itself"),
     "draws": (lambda: Kept(lambda net, image, prompt: net(image) + torch.rand(())), "same logits for the same image"),
+    "turns rows around": (
+        lambda: Kept(lambda net, image, prompt: net(image.flip(0))),
+        "same logits for a row alone and in a batch",
+    ),
+    "subtracts the batch's mean": (
+        lambda: Kept(lambda net, image, prompt: net(image) - image.mean()),
+        "same logits for a row alone and in a batch",
+    ),
+    "normalizes by the batch": (
+        lambda: Kept(lambda net, image, prompt: nn.functional.batch_norm(net(image), None, None, training=True)),
+        "same logits for a row alone and in a batch",
+    ),
     "mixes rows": (
         lambda: Kept(lambda net, image, prompt: net(image - image.mean())),
         "same logits for a row alone and in a batch",
@@ -155,7 +189,38 @@ BREAKS = {
     "halves": (lambda: Kept(lambda net, image, prompt: net(image).half()), "float32 but returns torch.float16"),
     "takes logarithms": (lambda: Kept(lambda net, image, prompt: net(image).relu().log()), "finite logits"),
     "writes into the image": (lambda: Kept(lambda net, image, prompt: net(image.sub_(0.5))), "not change the image"),
-    "counts calls": (CountsCalls, "not change its weights and buffers"),
+    "writes into the prompt": (
+        lambda: Kept(torch.no_grad()(lambda net, image, prompt: net(image) + 0 * prompt.clamp_(-10, 10))),
+        "not change the prompt but changes it in place",
+    ),
+    "counts calls": (CountsCalls, "not change its weights and buffers in a call but changes calls"),
+    "moves its weights": (
+        lambda: Kept(lambda net, image, prompt: (net.weight.data.add_(1), net(image))[1]),
+        "not change its weights and buffers in a call but changes net.weight",
+    ),
+    "fails with a graph": (
+        lambda: Kept(lambda net, image, prompt: net(image) if not torch.is_grad_enabled() else 1 / 0),
+        "but raises ZeroDivisionError: division by zero",
+    ),
+    "gives two with a graph": (
+        lambda: Kept(lambda net, image, prompt: net(image) if not torch.is_grad_enabled() else (image, prompt)),
+        "returns a tuple",
+    ),
+    "fails for one row": (
+        lambda: Kept(lambda net, image, prompt: net(image if len(image) > 1 else None)),
+        r"accept images of shape \(1, 1, 8, 8\)",
+    ),
+    "cuts one row": (
+        lambda: Kept(lambda net, image, prompt: net(image) if len(image) > 1 else net(image)[..., :4]),
+        r"logits of shape \(1, 3, 8, 8\)",
+    ),
+    "fails to train": (FailsToTrain, r"accept `train\(\)` but raises KeyError"),
+    "says a text": (lambda: Kept(num_classes="3"), "a whole number, 1 or more, as `num_classes` but has '3'"),
+    "says a truth": (lambda: Kept(num_classes=True), "a whole number, 1 or more, as `num_classes` but has True"),
+    "ends with a dot": (
+        lambda: Kept(lambda net, image, prompt: exec("raise OSError('gone.')")),
+        r"but raises OSError: gone\.$",
+    ),
     "leads to the prompt": (lambda: Kept(lambda net, image, prompt: net(image) + prompt), "no gradient to the prompt"),
     "has no graph": (
         lambda: Kept(torch.no_grad()(lambda net, image, prompt: net(image))),
@@ -182,10 +247,15 @@ def test_a_teacher_that_keeps_the_contract_passes():
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_contract_is_one_sentence(name):
     build, message = BREAKS[name]
-    with pytest.raises(ValueError, match=message) as error:
-        check_teacher(build(), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert str(error.value).startswith("`teacher` must ") and str(error.value).endswith(".")
-    assert "\n" not in str(error.value)
+    torch.manual_seed(0)
+    teacher = build()
+    values = {key: value.clone() for key, value in teacher.state_dict().items()}
+    for image in (torch.rand(2, 1, 8, 8), torch.full((2, 1, 8, 8), 0.5)):
+        with pytest.raises(ValueError, match=message) as error:
+            check_teacher(teacher, image)
+        assert str(error.value).startswith("`teacher` must ") and re.search(r"[^.]\.$", str(error.value))
+        assert "\n" not in str(error.value)
+        assert all(torch.equal(value, values[key]) for key, value in teacher.state_dict().items())
 
 
 def test_classes_of_teacher_and_student_agree():
@@ -198,6 +268,7 @@ def test_classes_of_teacher_and_student_agree():
     [
         (torch.rand(1, 1, 8, 8), "two or more images"),
         (torch.rand(2, 8, 8), "two or more images"),
+        (torch.rand(2, 1, 8, 0), "none of them empty"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.long), "of floats"),
         (torch.full((2, 1, 8, 8), 300.0), r"in 0\.\.1 but is in 300\.\.300"),
     ],
@@ -205,6 +276,11 @@ def test_classes_of_teacher_and_student_agree():
 def test_an_image_that_serves_no_check_is_refused(image, message):
     with pytest.raises(ValueError, match=message):
         check_teacher(Kept(), image)
+
+
+def test_an_array_is_no_image():
+    with pytest.raises(TypeError, match="`image` must be a tensor but is a ndarray"):
+        check_teacher(Kept(), np.zeros((2, 1, 8, 8)))
 
 
 def test_a_function_is_no_teacher():

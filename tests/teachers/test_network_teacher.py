@@ -151,10 +151,63 @@ def test_channels_that_do_not_fit_the_network_are_named(channels):
         NetworkTeacher(fixed(0, 0, 0, 0), channels)(torch.zeros(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("channels", [0, (), [0, ()], (0, 1, 1), (0, -1), (0, True), [0, "heart"], (0, 1.0)])
+@pytest.mark.parametrize(
+    "channels", [0, (), [0, ()], (0, 1, 1), (0, -1), (0, True), [0, "heart"], (0, 1.0), None, 2.0, True, "background"]
+)
 def test_channels_that_are_no_map_are_refused(channels):
     with pytest.raises(ValueError, match="`channels` must have one or more channels of the network for each class"):
         NetworkTeacher(fixed(0, 0), channels)
+
+
+@pytest.mark.parametrize("channels", [None, 2.0, True, "background"])
+def test_channels_of_a_bundle_that_are_no_map_are_refused(bundle, channels):
+    with pytest.raises(ValueError, match="for each class, 0 or above, each only once, but are " + repr(channels)):
+        NetworkTeacher.from_bundle(bundle()[0], channels)
+
+
+def test_channels_may_be_an_array():
+    assert NetworkTeacher(fixed(0, 0), torch.tensor([1, 0])).channels == ((1,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"overlap": value}, "`overlap` must be a number, 0 or more and below 1") for value in (1.0, -1, "x")),
+        ({"windows_per_call": 0}, "`windows_per_call` must be at least 1 but is 0"),
+        ({"windows_per_call": 1.5}, "`windows_per_call` must be a whole number but is 1.5"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NetworkTeacher(fixed(0, 0), 2, patch_size=(16, 16), **options)
+
+
+def test_what_is_no_network_is_refused():
+    with pytest.raises(TypeError, match="`network` must be a torch module but is a str; for a file use"):
+        NetworkTeacher("model.ts", 2)
+
+
+@pytest.mark.parametrize(
+    ("network", "image", "message"),
+    [
+        (small_unet(3), (1, 1, 16, 16), "use a 2D network, since this one takes volumes, or a 3D student"),
+        (small_unet(2), (1, 1, 16, 16, 16), "put this 2D network into SliceTeacher"),
+        (small_unet(2), (1, 2, 16, 16), "give its `patch_size`, and check its input channels"),
+        (torch.jit.script(nn.Conv2d(2, 3, 1)), (1, 1, 16, 16), r"\(RuntimeError: Given groups=1, .*\); give"),
+    ],
+)
+def test_network_for_other_images_is_named_with_a_remedy(network, image, message):
+    with pytest.raises(ValueError, match=f"`network` must take images of shape .*{message}"):
+        NetworkTeacher(network, 3)(torch.rand(image))
+
+
+def test_network_that_returns_probabilities_is_warned_of_once(caplog):
+    teacher, image = NetworkTeacher(nn.Sequential(small_unet(), nn.Softmax(1)), 3), torch.rand(1, 1, 16, 16)
+    teacher(image), teacher(image)
+    assert caplog.text.count("returns probabilities, which sum to 1; remove its last softmax") == 1
+    caplog.clear()
+    NetworkTeacher(small_unet(), 3)(image)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("spatial_dims", "size", "patch"), [(2, (40, 24), (16, 16)), (3, (24, 16, 12), (16, 16, 8))])
@@ -385,7 +438,18 @@ def test_weights_of_another_network_are_named(bundle):
     [
         ({"network": 3}, "inference.json has no `network_def`; build the network yourself"),
         (VENTRICULAR | {"network_def": 7}, "must be a network but is 7"),
-        (VENTRICULAR | {"network_def": {"_target_": "UNet", "width": 3}}, "does not fit its class"),
+        (
+            VENTRICULAR | {"network_def": {"_target_": "UNet", "width": 3}},
+            "must have valid arguments but UNet refuses them",
+        ),
+        (
+            VENTRICULAR | {"network_def": VENTRICULAR["network_def"] | {"strides": [2]}},
+            r"inference.json must have valid arguments but UNet refuses them \(.*\); correct it, or build",
+        ),
+        (
+            VENTRICULAR | {"sizes": [4], "network_def": VENTRICULAR["network_def"] | {"out_channels": "@sizes#1"}},
+            "the reference @sizes#1, which has no plain value",
+        ),
     ],
 )
 def test_a_bundle_without_a_network_is_named(bundle, config, message):
@@ -403,3 +467,34 @@ def test_folders_that_are_no_bundle_are_named(tmp_path, bundle):
     (folder / "configs" / "inference.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no configs/inference.json"):
         NetworkTeacher.from_bundle(folder, channels=4)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        {"network_data_format": None},
+        {"network_data_format": []},
+        {"network_data_format": {"inputs": []}},
+        {"network_data_format": {"inputs": {"image": {"spatial_shape": 96, "is_patch_data": True}}}},
+        {"network_data_format": {"outputs": {"pred": {"channel_def": ["a", "b"]}}}},
+        {"network_data_format": {"outputs": {"pred": {"channel_def": {"zero": "background"}}}}},
+        {"network_data_format": {"outputs": {"pred": {"channel_def": {"0": "tumor", "1": "tumor"}}}}},
+        {"data_source": 7},
+    ],
+)
+def test_metadata_of_another_format_is_one_sentence(bundle, metadata):
+    folder, _ = bundle(metadata=metadata)
+    with pytest.raises(ValueError) as error:
+        NetworkTeacher.from_bundle(folder, channels=4)
+    start = "`path` must be a bundle whose configs/metadata.json has the Model Zoo's format but "
+    assert str(error.value).startswith(f"{start}{folder / 'configs' / 'metadata.json'} does not")
+    assert str(error.value).endswith("; correct it, or remove it and give `channels` as numbers.")
+
+
+def test_several_sources_are_listed_and_a_license_in_any_encoding_is_read(bundle):
+    folder, _ = bundle(metadata={"data_source": ["ACDC", "M&Ms"]})
+    (folder / "LICENSE").write_bytes("Lizenz für alle".encode("latin-1"))
+    teacher = NetworkTeacher.from_bundle(folder, channels=4, pretrained_on=None)
+    assert teacher.pretrained_on == "ACDC, M&Ms" and teacher.license.startswith("Lizenz f")
+    assert NetworkTeacher.from_bundle(folder, channels=4, pretrained_on="ours").pretrained_on == "ours"

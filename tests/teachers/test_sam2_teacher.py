@@ -178,7 +178,10 @@ def test_the_cache_is_another_when_the_high_resolution_projections_change():
     ("options", "message"),
     [
         ({"variant": "huge"}, "`variant` must be one of tiny, small, base_plus, large but is 'huge'"),
-        ({"variant": "vit_b"}, "`variant` must be one of tiny, small, base_plus, large but is 'vit_b'"),
+        ({"variant": "vit_b"}, "`variant` must be one of tiny, small, base_plus, large but is 'vit_b'."),
+        ({"variant": ["tiny"]}, "`variant` must be one of tiny, small, base_plus, large but is ['tiny']."),
+        ({"variant": "hiera_b+"}, "but is 'hiera_b+'; did you mean 'base_plus'?"),
+        ({"cache_dir": "cache"}, "`cache_dir` must be left out unless `encoder` is 'cached' but is 'cache'"),
         ({"image_size": 48}, "`image_size` must be a positive multiple of 32"),
         ({"image_size": (64, 64, 64)}, "`image_size` must be a positive multiple of 32"),
         ({"trainable": "some"}, "`trainable` must be 'adapters' or 'all'"),
@@ -324,7 +327,7 @@ def encoder_names(dim, num_blocks):
         (
             {"image_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16)},
             "tiny",
-            "holds SAM 1, which SAMTeacher supports with `variant` 'vit_b'; use a file of SAM 2 tiny",
+            "SAM 1, for SAMTeacher (in the bundles: without the overlay teacher_sam2.json) with `variant` 'vit_b'",
         ),
         (
             {"vision_encoder.patch_embed.projection.weight": torch.zeros(768, 3, 16, 16)},
@@ -336,9 +339,19 @@ def encoder_names(dim, num_blocks):
             "tiny",
             "holds HQ-SAM, which has additional decoder layers",
         ),
-        ({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, "tiny", "supports with `variant` 'mobile_sam'"),
+        (
+            {"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)},
+            "tiny",
+            "teacher_sam2.json) with `variant` 'mobile_sam'",
+        ),
         ({"conv.weight": torch.zeros(1)}, "tiny", "holds another model (its tensors are `conv.weight`)"),
-        ({"trunk.blocks.0.attn.qkv.lora_A.weight": torch.zeros(1)}, "tiny", "holds a LoRA, low-rank changes"),
+        ({"trunk.blocks.0.attn.qkv.lora_A.weight": torch.zeros(1)}, "tiny", "holds a LoRA or the like, changes"),
+        ({"blocks.0.hada_w1_a": torch.zeros(1)}, "tiny", "holds a LoRA or the like, changes"),
+        (
+            {"image_encoder.patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)},
+            "tiny",
+            "holds a SAM of another width, 384 channels, which is not supported; use a file of SAM 2 tiny",
+        ),
         ({"epoch": 3}, "tiny", "holds a dict of `epoch`; save the model's plain `state_dict()`"),
         ({}, "tiny", "holds a dict of nothing"),
         ([1], "tiny", "holds a list; save"),
@@ -356,13 +369,15 @@ def test_another_models_file_is_named_with_the_right_variant(tmp_path, state, va
 def test_hq_sam2s_file_has_no_place(tmp_path):
     state = meta_state() | {"sam_mask_decoder.hf_token.weight": torch.zeros(1, DIM)}
     torch.save(state, tmp_path / "sam2.1_hq.pt")
-    with pytest.raises(ValueError, match=r"has unexpected `mask_decoder.hf_token.weight`"):
+    with pytest.raises(ValueError, match="holds HQ-SAM 2, which has additional decoder layers"):
         build_sam2(toy_config(), tmp_path / "sam2.1_hq.pt")
 
 
 def test_sam2_given_to_sam1_is_named(tmp_path):
     torch.save({"model": encoder_names(96, 12)}, tmp_path / "sam2.1_hiera_tiny.pt")
-    with pytest.raises(ValueError, match="sam2.1_hiera_tiny.pt holds SAM 2, which Sam2Teacher supports; use a file of"):
+    with pytest.raises(
+        ValueError, match=r"tiny.pt holds SAM 2, for Sam2Teacher \(in the bundles: the overlay teacher_sam2.json\)"
+    ):
         SAMTeacher(num_classes=2, checkpoint=tmp_path / "sam2.1_hiera_tiny.pt")
     torch.save({"image_encoder.patch_embed.seq.0.c.weight": torch.zeros(1)}, tmp_path / "mobile_sam.pt")
     with pytest.raises(ValueError, match="mobile_sam.pt holds a mobile_sam; set `variant` to 'mobile_sam'"):
@@ -387,14 +402,90 @@ def test_a_folder_of_another_variant_or_model_is_named(tmp_path, folder):
     with pytest.raises(ValueError, match="embed_dim_per_stage .*pass its Sam2Config as `variant`"):
         build_sam2("tiny", folder)
     transformers.SamConfig().save_pretrained(tmp_path / "sam1")
-    with pytest.raises(ValueError, match="holds a 'sam'; use SAMTeacher and Meta's .pth for SAM 1"):
+    with pytest.raises(ValueError, match="holds a 'sam'; use SAMTeacher .* and Meta's .pth for SAM 1"):
         build_sam2("tiny", tmp_path / "sam1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no config.json"):
         build_sam2("tiny", tmp_path / "empty")
-    (tmp_path / "empty" / "config.json").write_text("[")
-    with pytest.raises(ValueError, match="has a damaged config.json"):
+    (tmp_path / "empty" / "sam2.1_hiera_tiny.pt").touch()
+    with pytest.raises(ValueError, match="without config.json but with `sam2.1_hiera_tiny.pt`; name that file"):
         build_sam2("tiny", tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("config.json", content) for content in ("[", "[]", '{"model_type": "sam2", "vision_config": [1]}')),
+        ("config.json", '{"model_type": "sam2", "vision_config": {"backbone_config": "x"}}'),
+        ("config.json", '{"model_type": "sam2", "vision_config": {"backbone_config": {"blocks_per_stage": 7}}}'),
+        *(("model.safetensors.index.json", content) for content in ("{", "{}", '{"weight_map": []}')),
+        *(("model.safetensors.index.json", f'{{"weight_map": {content}}}') for content in ("{}", '{"a": 7}')),
+    ],
+)
+def test_damaged_folder_of_the_hub_is_one_sentence(tmp_path, name, content):
+    toy_config().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        build_sam2(toy_config(), tmp_path)
+    assert str(error.value).endswith(f"but {tmp_path} has a damaged {name}; download it again.")
+
+
+@pytest.mark.parametrize("teacher", [SAMTeacher, Sam2Teacher])
+def test_folder_of_peft_is_named(tmp_path, teacher):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"but {tmp_path} holds a LoRA or the like, .*; merge it"):
+        teacher(num_classes=2, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("convert", "found"),
+    [
+        (lambda x: (x * 100).to(torch.int8), "tensors of torch.int8, quantized"),
+        (lambda x: x.to(torch.float8_e4m3fn), "tensors of torch.float8_e4m3fn, quantized"),
+        (lambda x: x.to(torch.complex64), "tensors of torch.complex64, quantized or of another unsupported type"),
+        (lambda x: x.to_sparse(), "tensors of torch.sparse_coo, quantized"),
+        (lambda x: x.to(torch.int64), "holds another model (has whole numbers in `"),
+    ],
+)
+def test_tensors_that_would_load_wrongly_are_refused(tmp_path, convert, found):
+    torch.save({name: convert(value) for name, value in meta_state().items()}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=re.escape(found)):
+        build_sam2(toy_config(), tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {name: value.double() for name, value in state.items()},
+    ],
+)
+def test_files_of_trainers_and_of_double_precision_are_accepted_and_noted(tmp_path, caplog, wrap):
+    caplog.set_level("INFO")
+    state = meta_state()
+    torch.save(wrap(state), tmp_path / "wrapped.pt")
+    loaded = build_sam2(toy_config(), tmp_path / "wrapped.pt")
+    assert torch.equal(loaded.no_memory_embedding, state["no_mem_embed"])
+    assert "tensors loaded from" in caplog.text
+    if wrap(state).keys() == state.keys():
+        assert "holds torch.float64, which is converted to float32." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "message"),
+    [
+        ("", ValueError, "`checkpoint` must be a path or None but is ''"),
+        (3, TypeError, "`checkpoint` must be a path or None but is 3"),
+        ("m/sam2.1.pt", FileNotFoundError, "--output m/sam2.1.pt https://dl.fbaipublicfiles.com/segment_anything_2/"),
+        ("m/MedSAM2_latest.pt", FileNotFoundError, "`hf download wanglab/MedSAM2 MedSAM2_latest.pt --local-dir m`"),
+        ("m/tiny", FileNotFoundError, "`hf download facebook/sam2.1-hiera-tiny --local-dir m/tiny`"),
+    ],
+)
+def test_checkpoint_that_is_missing_is_named_with_its_command(checkpoint, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Sam2Teacher(num_classes=2, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,10 @@ def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
         ({"trainable": "everything"}, "`trainable` must be 'adapters' or 'all' but is 'everything'"),
         ({"to_rgb": "gray"}, "`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is 'gray'"),
         ({"num_classes": 0}, "`num_classes` must be at least 1 but is 0"),
+        ({"num_classes": "3"}, "`num_classes` must be a whole number but is '3'"),
+        ({"num_classes": True}, "`num_classes` must be a whole number but is True"),
+        ({"num_prompt_tokens": 1.5}, "`num_prompt_tokens` must be a whole number but is 1.5"),
+        ({"cache_dir": "cache"}, "`cache_dir` must be left out unless `encoder` is 'cached' but is 'cache'"),
         ({"image_size": 100}, "`image_size` must be a positive multiple of 16"),
     ],
 )
@@ -228,6 +232,7 @@ def test_it_tells_where_its_weights_are_from(tmp_path):
     teacher = toy_teacher(checkpoint=path, trainable="adapters")
     assert teacher.pretrained and teacher.checkpoint == str(path)
     assert not toy_teacher().pretrained and toy_teacher().checkpoint is None
+    assert toy_teacher(checkpoint=path, pretrained_on="our scans").pretrained_on == "our scans"
 
 
 def test_it_counts_its_parameters():
