@@ -53,7 +53,7 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
     path = Path(checkpoint_path(checkpoint))
     expectation = _expectation(path, variant)
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
-    remedy = "leave `checkpoint` out to start from random weights: none are published for this variant"
+    remedy = "set `checkpoint` to 'procedural', the weights in this package: none are published for this variant"
     if url is not None:
         remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}`" + (
             f" (md5 {md5})" if md5 else ""
