@@ -32,9 +32,9 @@ from knowsam_monai.files import (
 )
 from knowsam_monai.runs import SKDSettings, StudentLoader
 from knowsam_monai.runs.bundle_folder import config_file, find_bundle
+from knowsam_monai.runs.host_trainer import _distiller
 from knowsam_monai.runs.prediction import predict_folder
 from knowsam_monai.runs.report import write_report
-from knowsam_monai.runs.host_trainer import _distiller
 from knowsam_monai.teachers import NetworkTeacher, SAMTeacher
 from knowsam_monai.teachers.sam2_model import read_sam2_checkpoint
 from tests.full_disk import full_disk

@@ -7,6 +7,8 @@ from .checks import check_writable as check_writable
 from .config_check import check_config as check_config
 from .cpu import keep_freed_memory as keep_freed_memory
 from .finishing import finish_run as finish_run
+from .host_trainer import SKDSettings as SKDSettings
+from .host_trainer import skd_trainer as skd_trainer
 from .inferers import AutocastInferer as AutocastInferer
 from .last_iteration import LastIteration as LastIteration
 from .preflight import Preflight as Preflight
@@ -17,8 +19,6 @@ from .run_handlers import training_handlers as training_handlers
 from .run_handlers import validation_handlers as validation_handlers
 from .run_record import RunRecord as RunRecord
 from .segmenting import segment as segment
-from .host_trainer import SKDSettings as SKDSettings
-from .host_trainer import skd_trainer as skd_trainer
 from .starting import end_run as end_run
 from .starting import seed_ranks as seed_ranks
 from .starting import start_run as start_run
