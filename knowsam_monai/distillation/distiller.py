@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from knowsam_monai import ranks
 from knowsam_monai.distillation.attachment import Attachment
-from knowsam_monai.distillation.gate import TeacherGate
+from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
 from knowsam_monai.distillation.wiring import Wiring
@@ -274,10 +274,11 @@ class SAMDistiller(nn.Module):
         sam_image: Tensor | None = None,
     ) -> None:
         """
-        Measure the "agreement" gate once, on the rows from which the teacher does not learn, if there are any.
+        Measure the "agreement" gate once: agreement on the rows from which the teacher does not learn, if there are
+        any, and Dice on the labeled rows.
 
-        These are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the rows
-        with ignored pixels.
+        The first are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the
+        rows with ignored pixels.
 
         Args:
             student: ``f(image) -> logits`` or stacked views; a network is put in eval mode for the call.
@@ -310,7 +311,19 @@ class SAMDistiller(nn.Module):
                     turn,
                     is_counted,
                     sam_image[judged_rows] if is_counted else sam_image[:1],
+                    self._labeled_images(image, sam_image, label, labeled_rows),
                 )
+
+    def _labeled_images(
+        self, image: Tensor, sam_image: Tensor, label: Tensor | None, labeled_rows: Rows
+    ) -> LabeledImages | None:
+        """The rows whose labels the student may see; None if there are none, or all have one and nobody says which."""
+        rows = labeled_slice(labeled_rows, label, len(image))
+        is_unclear = labeled_rows is None and label is not None and len(label) == len(image)
+        if label is None or len(range(len(image))[rows]) == 0 or (is_unclear and self.ignore_index is None):
+            return None
+        label = without_meta(label[rows] if len(label) == len(image) else label)
+        return LabeledImages(image[rows], sam_image[rows], label, self.ignore_index)
 
     @kept_random_state()
     @torch.no_grad()

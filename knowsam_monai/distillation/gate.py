@@ -5,14 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
+from monai.networks import one_hot
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError, check_choice
+from knowsam_monai.losses.supervised import check_label
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
+
+
+class LabeledImages(NamedTuple):
+    """
+    Labeled rows of a batch, for the gate.
+
+    Args:
+        image: (B_l, channels, *spatial).
+        sam_image: (B_l, channels of the teacher, *spatial), what the teacher sees.
+        label: class indices (B_l, 1, *spatial), or 0 and 1 (B_l, C, *spatial) of regions that may overlap.
+        ignore_index: the label value of pixels that do not count; None: all count.
+    """
+
+    image: Tensor
+    sam_image: Tensor
+    label: Tensor
+    ignore_index: int | None = None
 
 
 class TeacherGate(nn.Module):
@@ -23,23 +43,26 @@ class TeacherGate(nn.Module):
 
     g is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
-    The teacher learns from the labeled training rows, so Dice on them cannot judge it. The mode says what d is:
+    The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what d
+    is:
 
     - "none": not measured; g is always 1, as in the paper.
     - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`); g is
       0 before the first one.
     - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
-      an image and its segmentation of the flipped or rotated image, transformed back. It needs no labels. A teacher
-      that has memorized its labeled rows does not agree with itself on other rows; one that is consistently wrong goes
-      unnoticed. g is 0 before the first measurement.
+      an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
+      labeled rows does not agree with itself on other rows. One that is consistently wrong does, such as one with the
+      same answer for every image; but then it is wrong on the labeled rows too. So g has a second factor: 1 if the
+      teacher's Dice on labeled rows is at least 3/4 of the student's there, 0 at half of it or less. g is 0 before the
+      first measurement.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, both scores, and the number of measurements.
+    has g, both scores on unlabeled and on labeled rows, and the number of measurements.
 
     Args:
         mode: "none", "validation" or "agreement".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
-        momentum: weight of the old value in the running mean of agreement scores, per measurement.
+        momentum: weight of the old value in the running means of "agreement", per measurement.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
 
     Raises:
@@ -61,9 +84,11 @@ class TeacherGate(nn.Module):
         self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
         self.weight: Tensor
         self.scores: Tensor
+        self.labeled_scores: Tensor
         self.num_measured: Tensor
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
         self.register_buffer("scores", torch.zeros(2))  # Dice of student, teacher
+        self.register_buffer("labeled_scores", torch.zeros(2))  # only their ratio counts, so the mean may start at 0
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
@@ -99,6 +124,8 @@ class TeacherGate(nn.Module):
         if self.mode != "none":
             difference = self.scores[1] - self.scores[0]
             weight = torch.clamp(1 + difference / self.tolerance, 0, 1) * (self.scores[1] > 0)
+            student, teacher = self.labeled_scores
+            weight = weight * torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
             self.weight.copy_(torch.where(self.num_measured > 0, weight, self.weight))
 
     @torch.no_grad()
@@ -110,9 +137,10 @@ class TeacherGate(nn.Module):
         turn: int,
         is_counted: bool = True,
         sam_image: Tensor | None = None,
+        labeled: LabeledImages | None = None,
     ) -> None:
         """
-        Measure "agreement" on unlabeled images once.
+        Measure "agreement" on unlabeled images once, and Dice on labeled ones.
 
         Args:
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
@@ -121,6 +149,7 @@ class TeacherGate(nn.Module):
             turn: any integer, selects a flip, or a rotation in a square plane.
             is_counted: False on a rank without such rows: its measurement is discarded, but the rank joins the others.
             sam_image: (B, channels of the teacher, *spatial), what the teacher sees instead of `image`; None: `image`.
+            labeled: rows with a label that the student may see.
         """
         sam_image = image if sam_image is None else sam_image
         turns = _turns(image)
@@ -131,22 +160,53 @@ class TeacherGate(nn.Module):
             "teacher": (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
         }
         counts = torch.stack([torch.stack(self._counts(*pairs[role])) for role in ("student", "teacher")])
+        labeled_counts = torch.zeros_like(counts)
+        if labeled is not None:
+            student_logits = student(labeled.image)
+            teacher_logits = teacher(labeled.sam_image, student_logits)
+            truth = self._truth(student_logits, labeled.label, labeled.ignore_index)
+            both = (logits.where(truth.isfinite(), torch.nan) for logits in (student_logits, teacher_logits))
+            labeled_counts = torch.stack([torch.stack(self._counts(logits, truth)) for logits in both])
+        counts = torch.stack([counts * is_counted, labeled_counts])
         if ranks.is_distributed():
-            counts *= is_counted
             torch.distributed.all_reduce(counts)
-        student_counts, teacher_counts = counts
-        # a class that either model finds counts for both: a teacher that finds nothing must not agree perfectly
-        found = (student_counts[1] + teacher_counts[1]) > 0
-        student_dice, teacher_dice = (
-            torch.where(found, 2 * common / total.clamp(min=1), torch.nan).nanmean()
-            for common, total in (student_counts, teacher_counts)
-        )
-        self.update(student_dice, teacher_dice, momentum=self.momentum)
+        agreement, labeled_dice = (_dice(*both) for both in counts)
+        mixed = self.momentum * self.labeled_scores + (1 - self.momentum) * labeled_dice
+        self.labeled_scores.copy_(torch.where(torch.isfinite(labeled_dice).all(), mixed, self.labeled_scores))
+        self.update(*agreement, momentum=self.momentum)
 
     def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
-        is_sigmoid = self.overlapping or logits.shape[1] == 1
-        return _region_counts(logits, other) if is_sigmoid else _class_counts(logits, other)
+        return _region_counts(logits, other) if self._is_sigmoid(logits) else _class_counts(logits, other)
+
+    def _truth(self, logits: Tensor, label: Tensor, ignore_index: int | None) -> Tensor:
+        """A label as logits that give it, (B, C, *spatial); NaN where it is to be ignored."""
+        check_label(logits, label, ignore_index, self.overlapping)
+        ignored = label == (torch.nan if ignore_index is None else ignore_index)
+        label = label.masked_fill(ignored, 0)
+        truth = 2.0 * label - 1 if self._is_sigmoid(logits) else one_hot(label, logits.shape[1], dtype=torch.float32)
+        return truth.masked_fill(ignored, torch.nan)
+
+    def _is_sigmoid(self, logits: Tensor) -> bool:
+        return self.overlapping or logits.shape[1] == 1
+
+
+def _dice(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    Dice of both models from their counts, (2,); NaN if neither finds anything.
+
+    A class that either model finds counts for both: a teacher that finds nothing must not agree perfectly.
+
+    Args:
+        student, teacher: common and total pixels of each class, (2, C).
+    """
+    found = (student[1] + teacher[1]) > 0
+    return torch.stack(
+        [
+            torch.where(found, 2 * common / total.clamp(min=1), torch.nan).nanmean()
+            for common, total in (student, teacher)
+        ]
+    )
 
 
 def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
