@@ -163,10 +163,8 @@ class TeacherGate(nn.Module):
         labeled_counts = torch.zeros_like(counts)
         if labeled is not None:
             student_logits = student(labeled.image)
-            teacher_logits = teacher(labeled.sam_image, student_logits)
-            truth = self._truth(student_logits, labeled.label, labeled.ignore_index)
-            both = (logits.where(truth.isfinite(), torch.nan) for logits in (student_logits, teacher_logits))
-            labeled_counts = torch.stack([torch.stack(self._counts(logits, truth)) for logits in both])
+            both = (student_logits, teacher(labeled.sam_image, student_logits))
+            labeled_counts = torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
         counts = torch.stack([counts * is_counted, labeled_counts])
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
@@ -179,13 +177,13 @@ class TeacherGate(nn.Module):
         """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
         return _region_counts(logits, other) if self._is_sigmoid(logits) else _class_counts(logits, other)
 
-    def _truth(self, logits: Tensor, label: Tensor, ignore_index: int | None) -> Tensor:
-        """A label as logits that give it, (B, C, *spatial); NaN where it is to be ignored."""
-        check_label(logits, label, ignore_index, self.overlapping)
-        ignored = label == (torch.nan if ignore_index is None else ignore_index)
-        label = label.masked_fill(ignored, 0)
+    def _true_counts(self, logits: Tensor, labeled: LabeledImages) -> tuple[Tensor, Tensor]:
+        """The same of a model's map and the label; a pixel to be ignored is background in both."""
+        check_label(logits, labeled.label, labeled.ignore_index, self.overlapping)
+        ignored = labeled.label == (torch.nan if labeled.ignore_index is None else labeled.ignore_index)
+        label = labeled.label.masked_fill(ignored, 0)
         truth = 2.0 * label - 1 if self._is_sigmoid(logits) else one_hot(label, logits.shape[1], dtype=torch.float32)
-        return truth.masked_fill(ignored, torch.nan)
+        return self._counts(logits.masked_fill(ignored, torch.nan), truth)
 
     def _is_sigmoid(self, logits: Tensor) -> bool:
         return self.overlapping or logits.shape[1] == 1

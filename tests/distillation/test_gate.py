@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from knowsam_monai.distillation.gate import TeacherGate
+from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,45 @@ def test_teacher_that_memorized_its_labeled_rows_shuts_the_agreement_gate():
     for turn in range(5):
         gate.measure_agreement(threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn)
     assert gate.weight == 0 and gate.scores[0] == 1
+
+
+def test_teacher_with_one_answer_for_every_image_is_shut_out_by_the_labels():
+    """It agrees with itself perfectly."""
+
+    def constant(x, prompt):
+        return torch.cat([x * 0, x * 0 + 1], 1)
+
+    gate, shapes = TeacherGate("agreement"), images()
+    gate.measure_agreement(threshold_student, constant, shapes, 0)
+    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+    gate.measure_agreement(threshold_student, constant, shapes, 0, labeled=LabeledImages(shapes, shapes, shapes))
+    assert gate.weight == 0 and gate.labeled_scores[0] > 2 * gate.labeled_scores[1] > 0
+
+
+@pytest.mark.parametrize("pixels, weight", [(9, 1.0), (6, 1.0), (5, 6 / 7), (4, 6 / 13), (3, 0.0), (0, 0.0)])
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classes):
+    """The student finds the label's 9 pixels; the teacher finds n of them, so its Dice is 2 n / (9 + n)."""
+    label = torch.zeros(1, 1, 4, 4)
+    label[..., :3, :3] = 1
+    student = torch.where(label > 0, 1.0, -1.0)
+    student[..., 3, :] = 1  # where the label has holes, which do not count
+    teacher = torch.full_like(label, -1.0)
+    teacher.view(-1)[label.flatten().nonzero().flatten()[:pixels]] = 1
+    holes = label.index_fill(2, torch.tensor([3]), 255)
+
+    def as_logits(x):
+        return x if num_classes == 1 else torch.cat([-x, x], 1)
+
+    gate, image = TeacherGate("agreement"), label + 1
+    gate.measure_agreement(
+        lambda x: as_logits(student),
+        lambda x, prompt: as_logits(teacher) if x.max() > 1 else prompt,
+        label,
+        turn=0,
+        labeled=LabeledImages(image, image, holes, ignore_index=255),
+    )
+    assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
 
 def test_agreement_of_not_square_images_uses_flips_only():
