@@ -91,8 +91,8 @@ class SAMDistiller(nn.Module):
         taught_rows: "all" (the paper) or "unlabeled", since labeled rows already learn from their labels. If the SAM
             loss has an `ignore_index`, any row may have unlabeled pixels, so all rows are taught.
         gate: "agreement", "validation" or "none" (the paper: g = 1), see
-            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement", since it needs neither
-            labels nor an evaluator and shuts out a teacher that is worse than its student.
+            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement", since it needs
+            no evaluator and shuts out a teacher that is worse than its student.
         gate_tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g is 0.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
