@@ -131,7 +131,7 @@ def dose_points() -> list[tuple[str, str, float, float, float, float]]:
 
 
 def dose_table(name: str) -> str:
-    gates = list(dict.fromkeys(point[1] for point in dose_points()))
+    gates = sorted({point[1] for point in dose_points()}, key=("none", "agreement", "validation").index)
     groups: dict[str, dict[str, tuple[str, str, float, float, float, float]]] = {}
     for point in dose_points():
         groups.setdefault(point[0], {})[point[1]] = point
