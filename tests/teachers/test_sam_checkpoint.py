@@ -163,7 +163,7 @@ def test_a_missing_file_names_the_command_that_gets_it(tmp_path):
     message = one_sentence_about(path, error)
     assert f"does not exist; get it with `curl --fail --location --create-dirs --output {path} {url}`" in message
     assert "(md5 01ec64d29a2fca3f0661936605ae66f8)" in message
-    with pytest.raises(FileNotFoundError, match="stand_in but .* does not exist; leave `checkpoint` out"):
+    with pytest.raises(FileNotFoundError, match="stand_in but .* does not exist; set `checkpoint` to 'procedural'"):
         load(path, variant="stand_in")
     with pytest.raises(FileNotFoundError, match="is a folder; name the file in it, or use Sam2Teacher"):
         load(tmp_path)
