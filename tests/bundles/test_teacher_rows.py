@@ -14,12 +14,12 @@ BOTH = LABELED + UNLABELED
 OPEN, SHUT = {"gate.weight": 1.0}, {"gate.weight": 0.0}
 OF_UNLABELED = {"taught_rows": "unlabeled"}
 # iteration, settings, rows of each call of a teacher that learns, and of a frozen one; without mixing.
-# Dice of the labeled rows is logged at every second iteration, agreement is measured at 10, on images and turned ones, with
-# Dice of the labeled rows.
+# Dice of the labeled rows is logged at every second iteration. The gate is measured at 10: agreement on images and turned
+# ones, and Dice of the labeled rows.
 SITUATIONS = {
     "gate open": (1, OPEN, [LABELED, UNLABELED], [BOTH]),
     "gate shut": (1, SHUT, [LABELED], []),
-    "gate shut, agreement due": (10, SHUT, [UNLABELED] * 2 + [LABELED] * 2, [BOTH] * 2 + [LABELED] * 2),
+    "gate shut, gate due": (10, SHUT, [UNLABELED] * 2 + [LABELED] * 2, [BOTH] * 2 + [LABELED] * 2),
     "gate shut, Dice due": (2, SHUT, [LABELED], [LABELED]),
     "weight 0": (1, OPEN | {"weight": 0.0}, [LABELED], []),
     "not started": (3, OPEN | {"start": 5}, [LABELED], []),
