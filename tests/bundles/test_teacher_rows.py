@@ -14,8 +14,8 @@ BOTH = LABELED + UNLABELED
 OPEN, SHUT = {"gate.weight": 1.0}, {"gate.weight": 0.0}
 OF_UNLABELED = {"taught_rows": "unlabeled"}
 # iteration, settings, rows of each call of a teacher that learns, and of a frozen one; without mixing.
-# Dice of the labeled rows is logged at every second iteration. The gate is measured at 10: agreement on images and turned
-# ones, and Dice of the labeled rows.
+# Dice of the labeled rows is logged at every second iteration. The gate is measured at 10: agreement on images and
+# turned ones, and Dice of the labeled rows.
 SITUATIONS = {
     "gate open": (1, OPEN, [LABELED, UNLABELED], [BOTH]),
     "gate shut": (1, SHUT, [LABELED], []),
