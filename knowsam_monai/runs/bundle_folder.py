@@ -57,7 +57,7 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     if found is None:
         names = ", ".join(shipped_names())
         raise KnowSAMFileNotFoundError(
-            f"`bundle` must be one of {names}, or the folder of a bundle, but {folder} has no " f"{METADATA}."
+            f"`bundle` must be one of {names}, or the folder of a bundle, but {folder} has no {METADATA}."
         )
     return found
 

@@ -22,16 +22,8 @@ from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 PARTS = (
     *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
-    *(
-        "postprocessing",
-        "preprocessing",
-        "sam_lr_scheduler",
-        "sam_optimizer",
-        "student_check",
-        "teacher",
-        "teacher_check",
-    ),
-    *("train", "validate"),
+    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "student_check"),
+    *("teacher", "teacher_check", "train", "validate"),
     *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
 CACHE = ("sam_encoder", "sam_cache_dir")  # of embeddings
