@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,6 @@ SHARED: dict[str, object] = {
     "unlabeled_batch_size": 4,
     "network_def#channels": CHANNELS,
     "num_workers": 0,
-    "cpu_autocast": True,
     "lr": 0.002,
     "optimizer": ADAMW,
 }
@@ -38,11 +38,11 @@ TEACHERS = {"3 patients": 3, "7 patients": 7, "21 patients": 21, "50 patients": 
 GATES = ("none", "agreement", "validation")
 
 
-def teacher_row(name: str, iterations: int) -> Row:
+def teacher_row(name: str, iterations: int, shared: dict[str, object]) -> Row:
     own: dict[str, object] = {"max_iterations": iterations, "epoch_length": iterations, "unlabeled_batch_size": 0}
     if name == "memorized":
         own["train#dataset#augmentation"] = "$None"
-    return Row(f"teacher: {name}", ("network_plain", "supervised"), {**SHARED, **WITHOUT_SAM, **own})
+    return Row(f"teacher: {name}", ("network_plain", "supervised"), {**shared, **WITHOUT_SAM, **own})
 
 
 def torchscript_of(row: Row | None) -> Path:
@@ -60,14 +60,16 @@ def torchscript_of(row: Row | None) -> Path:
     return path
 
 
-def student_rows(iterations: int, teachers: dict[str, Path]) -> list[Row]:
-    shared = {**SHARED, "max_iterations": iterations, "epoch_length": iterations // 8}
+def student_rows(
+    iterations: int, teachers: dict[str, Path], gates: Sequence[str], shared: dict[str, object]
+) -> list[Row]:
+    shared = {**shared, "max_iterations": iterations, "epoch_length": iterations // 8}
     overlays = ("network_plain", "mean_teacher")
     rows = [Row("Mean Teacher", overlays, {**shared, **WITHOUT_SAM})]
     for name, path in teachers.items():
         target = "knowsam_monai.teachers.NetworkTeacher.from_torchscript"
         teacher = json.dumps({"_target_": target, "path": str(path), "channels": 4})
-        for gate in GATES:
+        for gate in gates:
             keys = {**shared, "teacher": teacher, "teacher_name": "network", "distillation_gate": gate}
             rows.append(Row(f"{name}, gate {gate}", overlays, keys))
     return rows
@@ -78,16 +80,19 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000, help="of the students; the teachers: 2,000")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS, metavar="TEACHER")
+    parser.add_argument("--gates", nargs="+", default=GATES, choices=GATES, metavar="GATE")
+    parser.add_argument("--fp32", action="store_true", help="no bf16, for a CPU without its instructions")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time on a CPU")
     options = parser.parse_args()
+    shared = {**SHARED, "cpu_autocast": not options.fp32}
     scripts: dict[str, Path] = {}
     evaluated = acdc_lists(3)
     for name in options.teachers:
-        row = teacher_row(name, 2000) if TEACHERS[name] else None
+        row = teacher_row(name, 2000, shared) if TEACHERS[name] else None
         if row is not None:
             run_all("dose", [(row, 0)], acdc_lists(TEACHERS[name]), evaluated)
         scripts[name] = torchscript_of(row)
-    rows = [(row, seed) for seed in options.seeds for row in student_rows(options.iterations, scripts)]
+    rows = [(row, seed) for seed in options.seeds for row in student_rows(options.iterations, scripts, options.gates, shared)]
     run_all("dose", rows, acdc_lists(3, "choices"), evaluated, jobs=options.jobs)
 
 

@@ -274,10 +274,10 @@ class SAMDistiller(nn.Module):
         sam_image: Tensor | None = None,
     ) -> None:
         """
-        Measure the "agreement" gate once: agreement on the rows from which the teacher does not learn, if there are
-        any, and Dice on the labeled rows.
+        Measure the gate once on rows of training: Dice on the labeled rows and, unless the gate is "validation",
+        agreement on the rows from which the teacher does not learn.
 
-        The first are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the
+        The latter are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the
         rows with ignored pixels.
 
         Args:
@@ -287,7 +287,8 @@ class SAMDistiller(nn.Module):
             turn: any integer, selects a flip or rotation; count it up by 1 at each measurement.
             sam_image: what the teacher sees, row by row; None: `image`.
         """
-        self.wiring.agreement_requested = True
+        needs_agreement = self.gate.mode != "validation"
+        self.wiring.agreement_requested |= needs_agreement
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image)) if self.learns else slice(0, 0)
@@ -296,13 +297,15 @@ class SAMDistiller(nn.Module):
         if len(judged_rows) == 0 and label is not None and self.ignore_index is not None:
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
-        is_counted = len(judged_rows) > 0
-        if not is_counted and self.ignore_index is None:
+        is_counted = needs_agreement and len(judged_rows) > 0
+        if needs_agreement and not is_counted and self.ignore_index is None:
             self.wiring.warn(
                 "the gate 'agreement' was not measured: every row is labeled. Pass `labeled_rows`, or return it from "
                 "`select`."
             )
-        if is_counted or ranks.is_distributed():
+        labeled = self._labeled_images(image, sam_image, label, labeled_rows)
+        is_needed = is_counted or (labeled is not None and not needs_agreement)
+        if is_needed or ranks.is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
                     lambda x: _view(unstack_views(student(x), x), self.prompt_view),
@@ -311,7 +314,7 @@ class SAMDistiller(nn.Module):
                     turn,
                     is_counted,
                     sam_image[judged_rows] if is_counted else sam_image[:1],
-                    self._labeled_images(image, sam_image, label, labeled_rows),
+                    labeled,
                 )
 
     def _labeled_images(

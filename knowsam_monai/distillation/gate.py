@@ -47,14 +47,15 @@ class TeacherGate(nn.Module):
     is:
 
     - "none": not measured; g is always 1, as in the paper.
-    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`); g is
-      0 before the first one.
+    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`).
     - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
       an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
-      labeled rows does not agree with itself on other rows. One that is consistently wrong does, such as one with the
-      same answer for every image; but then it is wrong on the labeled rows too. So g has a second factor: 1 if the
-      teacher's Dice on labeled rows is at least 3/4 of the student's there, 0 at half of it or less. g is 0 before the
-      first measurement.
+      labeled rows does not agree with itself on other rows.
+
+    g is 0 before the first measurement. Neither d notices every bad teacher: one with the same answer for every image
+    agrees with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on
+    labeled rows can show that a teacher is bad. So g has a second factor, from running means of both models' Dice
+    there: 1 if the teacher's is at least 3/4 of the student's, 0 at half of it or less.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, both scores on unlabeled and on labeled rows, and the number of measurements.
@@ -62,7 +63,7 @@ class TeacherGate(nn.Module):
     Args:
         mode: "none", "validation" or "agreement".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
-        momentum: weight of the old value in the running means of "agreement", per measurement.
+        momentum: weight of the old value in the running means, per measurement.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
 
     Raises:
@@ -103,14 +104,14 @@ class TeacherGate(nn.Module):
 
     def is_due(self, run: int, interval: int) -> bool:
         """
-        Whether agreement is to be measured: first after a few steps of the teacher, then at intervals.
+        Whether training rows are to be measured: first after a few steps of the teacher, then at intervals.
 
         Args:
             run: number of this run of the teacher, 1 or more.
             interval: number of runs between measurements.
         """
         first = min(FIRST_MEASUREMENT, interval)
-        return self.mode == "agreement" and run >= first and (run - first) % interval == 0
+        return self.mode != "none" and run >= first and (run - first) % interval == 0
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
         """Take a new measurement; one that is not finite (nothing to compare) is ignored."""
@@ -145,33 +146,49 @@ class TeacherGate(nn.Module):
         Args:
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
             teacher: ``f(image, student_logits) -> logits``.
-            image: (B, channels, *spatial), rows from which the teacher does not learn.
+            image: (B, channels, *spatial), rows from which the teacher does not learn; any, if not `is_counted`.
             turn: any integer, selects a flip, or a rotation in a square plane.
-            is_counted: False on a rank without such rows: its measurement is discarded, but the rank joins the others.
+            is_counted: whether agreement is measured on `image`; a rank without such rows still joins the others.
             sam_image: (B, channels of the teacher, *spatial), what the teacher sees instead of `image`; None: `image`.
             labeled: rows with a label that the student may see.
         """
         sam_image = image if sam_image is None else sam_image
-        turns = _turns(image)
-        there, back = turns[turn % len(turns)]
-        student_logits, turned_logits = student(image), student(there(image))
-        pairs = {
-            "student": (student_logits, back(turned_logits)),
-            "teacher": (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
-        }
-        counts = torch.stack([torch.stack(self._counts(*pairs[role])) for role in ("student", "teacher")])
-        labeled_counts = torch.zeros_like(counts)
+        measured = [None, None]
+        if is_counted:
+            measured[0] = self._agreement(student, teacher, image, turn, sam_image)
         if labeled is not None:
             student_logits = student(labeled.image)
             both = (student_logits, teacher(labeled.sam_image, student_logits))
-            labeled_counts = torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
-        counts = torch.stack([counts * is_counted, labeled_counts])
+            measured[1] = torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
+        shape = next((counts for counts in measured if counts is not None), None)
+        if shape is None:  # a row tells the number of classes
+            logits = student(image[:1])
+            shape = torch.stack([torch.stack(self._counts(logits, logits))] * 2)
+        counts = torch.stack([torch.zeros_like(shape) if counts is None else counts for counts in measured])
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
         agreement, labeled_dice = (_dice(*both) for both in counts)
         mixed = self.momentum * self.labeled_scores + (1 - self.momentum) * labeled_dice
         self.labeled_scores.copy_(torch.where(torch.isfinite(labeled_dice).all(), mixed, self.labeled_scores))
         self.update(*agreement, momentum=self.momentum)
+
+    def _agreement(
+        self,
+        student: Callable[[Tensor], Tensor],
+        teacher: Callable[[Tensor, Tensor], Tensor],
+        image: Tensor,
+        turn: int,
+        sam_image: Tensor,
+    ) -> Tensor:
+        """Common and total pixels of what student and teacher find in images and in turned images, (2, 2, C)."""
+        turns = _turns(image)
+        there, back = turns[turn % len(turns)]
+        student_logits, turned_logits = student(image), student(there(image))
+        pairs = (
+            (student_logits, back(turned_logits)),
+            (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
+        )
+        return torch.stack([torch.stack(self._counts(*pair)) for pair in pairs])
 
     def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each region or foreground class, the pixels that both maps share and the pixels of both together."""

@@ -121,6 +121,16 @@ def test_without_unlabeled_rows_nothing_is_distilled_and_a_warning_says_so_once(
     assert "the gate 'agreement' was not measured" in caplog.messages[1]
 
 
+@pytest.mark.parametrize("has_label", [True, False])
+def test_validation_gate_measures_labeled_rows_alone(student, teacher, has_label, caplog):
+    batch = toy_batches(1)[0]  # 2 labeled rows, 2 unlabeled ones
+    distiller, asked = distiller_of(teacher, gate="validation"), []
+    teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(output)))
+    distiller.measure_agreement(student, batch["image"], batch["label"] if has_label else None)
+    assert asked == [2] * has_label and distiller.gate.num_measured == 0 and distiller.gate.weight == 0
+    assert (distiller.gate.labeled_scores[0] > 0) == has_label and not caplog.messages
+
+
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
     """Bidirectional copy-paste has a label for every row, with pixels that nobody labeled."""
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
@@ -370,6 +380,8 @@ def test_gate_that_nobody_measures_is_warned_of_once(student, teacher, monkeypat
     image, label, logits = batch["image"], batch["label"], student(batch["image"]).detach()
     unmeasured, measured = (distiller_of(teacher, gate=gate) for _ in range(2))
     measured.measure_agreement(student.eval(), image, label)
+    if gate == "validation":  # the labeled rows alone do not say that somebody validates
+        measured.gate.update(0.5, 0.5)
     for distiller in (unmeasured, measured):
         for _ in range(5):
             distiller(image, logits, label)

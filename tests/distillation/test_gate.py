@@ -45,10 +45,11 @@ def test_unknown_mode_and_tolerance_are_errors():
 
 
 @pytest.mark.parametrize("interval,due", [(1, [1, 2, 3, 4]), (3, [3, 6, 9, 12]), (50, [10, 60, 110, 160])])
-def test_agreement_is_measured_soon_and_then_at_intervals(interval, due):
+def test_training_rows_are_measured_soon_and_then_at_intervals(interval, due):
     runs = range(1, 161)
-    assert [run for run in runs if TeacherGate("agreement").is_due(run, interval)][:4] == due
-    assert not any(TeacherGate(mode).is_due(run, interval) for run in runs for mode in ("none", "validation"))
+    for gate in ("agreement", "validation"):
+        assert [run for run in runs if TeacherGate(gate).is_due(run, interval)][:4] == due
+    assert not any(TeacherGate("none").is_due(run, interval) for run in runs)
 
 
 def images():
@@ -153,6 +154,22 @@ def test_teacher_with_one_answer_for_every_image_is_shut_out_by_the_labels():
     assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
     gate.measure_agreement(threshold_student, constant, shapes, 0, labeled=LabeledImages(shapes, shapes, shapes))
     assert gate.weight == 0 and gate.labeled_scores[0] > 2 * gate.labeled_scores[1] > 0
+
+
+def test_labels_shut_the_validation_gate_and_open_it_again():
+    """A student that has learned nothing yet is no better in validation than a random teacher."""
+    gate, shapes = TeacherGate("validation", momentum=0.0), images()
+    labeled = LabeledImages(shapes, shapes, shapes)
+    for update in (True, False):  # whichever is measured first
+        gate.update(0.01, 0.02) if update else None
+        gate.measure_agreement(
+            threshold_student, lambda x, prompt: -prompt, images()[:0], 0, is_counted=False, labeled=labeled
+        )
+        assert gate.weight == 0 and gate.num_measured == 1
+    gate.update(0.01, 0.02)
+    assert gate.weight == 0
+    gate.measure_agreement(threshold_student, lambda x, prompt: prompt, shapes, 0, is_counted=False, labeled=labeled)
+    assert gate.weight == 1 and gate.num_measured == 2
 
 
 @pytest.mark.parametrize("pixels, weight", [(9, 1.0), (6, 1.0), (5, 6 / 7), (4, 6 / 13), (3, 0.0), (0, 0.0)])
