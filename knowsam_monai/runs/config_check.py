@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,21 +76,26 @@ def check_config() -> None:
         parser.parse(reset=True)
 
 
-def _refuse_missing_packages(part: Any) -> None:
-    """MONAI names a missing package only after the data is checked, above many lines of traceback."""
+def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each part of a config with its name, as in ``train#handlers#0``; a part comes before what it contains."""
+    yield name, part
     if isinstance(part, (list, tuple)):
         part = dict(enumerate(part))
-    if not isinstance(part, Mapping):
-        return
-    name = str(part.get("_target_")).rpartition(".")[2]
-    package, requirement, extra = NEEDED_PACKAGES.get(name, ("", "", ""))
-    if package and not importlib.util.find_spec(package):
-        raise KnowSAMImportError(
-            f"{name} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
-            f"`pip install '{requirement}'` (the extra `{extra}`)."
-        )
-    for value in part.values():
-        _refuse_missing_packages(value)
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from _parts(value, f"{name}#{key}" if name else str(key))
+
+
+def _refuse_missing_packages(config: Mapping[str, Any]) -> None:
+    """MONAI names a missing package only after the data is checked, above many lines of traceback."""
+    for _, part in _parts(config):
+        name = str(part.get("_target_")).rpartition(".")[2] if isinstance(part, Mapping) else ""
+        package, requirement, extra = NEEDED_PACKAGES.get(name, ("", "", ""))
+        if package and not importlib.util.find_spec(package):
+            raise KnowSAMImportError(
+                f"{name} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
+                f"`pip install '{requirement}'` (the extra `{extra}`)."
+            )
 
 
 def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
@@ -104,18 +109,14 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_words_of_json(part: Any, name: str = "") -> None:
+def _refuse_words_of_json(config: Mapping[str, Any]) -> None:
     """MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true."""
-    if isinstance(part, (list, tuple)):
-        part = dict(enumerate(part))
-    if isinstance(part, Mapping):
-        for key, value in part.items():
-            _refuse_words_of_json(value, f"{name}#{key}" if name else str(key))
-    elif part in ("true", "false", "null"):
-        raise KnowSAMValueError(
-            f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these words as "
-            "in Python."
-        )
+    for name, part in _parts(config):
+        if isinstance(part, str) and part in ("true", "false", "null"):
+            raise KnowSAMValueError(
+                f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these "
+                "words as in Python."
+            )
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:

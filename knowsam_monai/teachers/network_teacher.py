@@ -147,7 +147,11 @@ class NetworkTeacher(nn.Module):
             teacher = NetworkTeacher.from_torchscript("models/model.ts", channels=(0, 3, 2, 1))
         """
         path = expand_path(path, "path")
-        if not os.path.isfile(path):
+        if os.path.isdir(path):
+            raise KnowSAMValueError(
+                f"`path` must be a TorchScript file but {path} is a folder; for a bundle use `from_bundle`."
+            )
+        if not os.path.exists(path):
             raise KnowSAMFileNotFoundError(f"`path` must be a TorchScript file but {path} does not exist.")
         try:
             network = torch.jit.load(path, map_location="cpu")

@@ -318,6 +318,8 @@ def test_frozen_torchscript_has_no_parameters_and_teaches():
 def test_a_file_that_is_no_torchscript_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.ts does not exist"):
         NetworkTeacher.from_torchscript(tmp_path / "missing.ts", 3)
+    with pytest.raises(ValueError, match="is a folder; for a bundle use `from_bundle`"):
+        NetworkTeacher.from_torchscript(tmp_path, 3)
     torch.save(small_unet().state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="model.pt is damaged or something else; for a `state_dict`"):
         NetworkTeacher.from_torchscript(tmp_path / "model.pt", 3)
