@@ -92,7 +92,11 @@ def main() -> None:
         if row is not None:
             run_all("dose", [(row, 0)], acdc_lists(TEACHERS[name]), evaluated)
         scripts[name] = torchscript_of(row)
-    rows = [(row, seed) for seed in options.seeds for row in student_rows(options.iterations, scripts, options.gates, shared)]
+    rows = [
+        (row, seed)
+        for seed in options.seeds
+        for row in student_rows(options.iterations, scripts, options.gates, shared)
+    ]
     run_all("dose", rows, acdc_lists(3, "choices"), evaluated, jobs=options.jobs)
 
 

@@ -9,6 +9,7 @@ from .distillation import WatchedLoader as WatchedLoader
 from .errors import KnowSAMError as KnowSAMError
 from .handlers import BidirectionalCopyPaste as BidirectionalCopyPaste
 from .handlers import FixMatch as FixMatch
+from .handlers import GradientClipping as GradientClipping
 from .handlers import LossTerms as LossTerms
 from .handlers import MeanTeacher as MeanTeacher
 from .handlers import MultiViewCoTraining as MultiViewCoTraining

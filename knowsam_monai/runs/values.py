@@ -199,6 +199,7 @@ class Training(Everywhere):
     momentum: BelowOne = _about("momentum of the student's SGD")
     weight_decay: BelowOne = _about("weight decay of the student's SGD")
     lr_power: Factor = _about("exponent of the polynomial decay of both learning rates; 0 keeps them constant")
+    max_grad_norm: PositiveOrNone = _about("largest norm of the student's gradients in a step; None: no limit")
     accumulation_steps: Count = _about("iterations whose gradients are accumulated for one optimizer step")
     view_weights: ViewWeights = _about("weight of each view's supervised loss; None: equal weights")
     mutual_weight: Factor = _about("weight of the consistency between views")
