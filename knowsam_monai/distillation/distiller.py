@@ -326,6 +326,13 @@ class SAMDistiller(nn.Module):
         if label is None or len(range(len(image))[rows]) == 0 or (is_unclear and self.ignore_index is None):
             return None
         label = without_meta(label[rows] if len(label) == len(image) else label)
+        channels = getattr(self.teacher, "num_classes", label.shape[1]) if self.overlapping else 1
+        if label.shape[1:] != (channels, *image.shape[2:]):  # a teacher that learns has an error of its own for this
+            self.wiring.warn(
+                f"the gate compares nothing on the labeled rows: the labels must have shape (rows, {channels}, "
+                f"{', '.join(map(str, image.shape[2:]))}) but have {tuple(label.shape)}."
+            )
+            return None
         return LabeledImages(image[rows], sam_image[rows], label, self.ignore_index)
 
     @kept_random_state()

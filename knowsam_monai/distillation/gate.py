@@ -8,12 +8,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
-from monai.networks import one_hot
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.losses.supervised import check_label
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
 
@@ -25,8 +23,9 @@ class LabeledImages(NamedTuple):
     Args:
         image: (B_l, channels, *spatial).
         sam_image: (B_l, channels of the teacher, *spatial), what the teacher sees.
-        label: class indices (B_l, 1, *spatial), or 0 and 1 (B_l, C, *spatial) of regions that may overlap.
-        ignore_index: the label value of pixels that do not count; None: all count.
+        label: class indices (B_l, 1, *spatial), or 0 and 1 (B_l, C, *spatial) of regions that may overlap. Pixels with
+            other values do not count.
+        ignore_index: one more value of pixels that do not count; None: none.
     """
 
     image: Tensor
@@ -55,7 +54,8 @@ class TeacherGate(nn.Module):
     g is 0 before the first measurement. Neither d notices every bad teacher: one with the same answer for every image
     agrees with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on
     labeled rows can show that a teacher is bad. So g has a second factor, from running means of both models' Dice
-    there: 1 if the teacher's is at least 3/4 of the student's, 0 at half of it or less.
+    there: 1 if the teacher's is at least 3/4 of the student's, 0 at half of it or less. It is 1 as long as the student
+    finds nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, both scores on unlabeled and on labeled rows, and the number of measurements.
@@ -192,15 +192,20 @@ class TeacherGate(nn.Module):
 
     def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
-        return _region_counts(logits, other) if self._is_sigmoid(logits) else _class_counts(logits, other)
+        if self._is_sigmoid(logits):
+            return _region_counts(logits, other)
+        return _class_counts(_labels(logits), _labels(other), logits.shape[1])
 
     def _true_counts(self, logits: Tensor, labeled: LabeledImages) -> tuple[Tensor, Tensor]:
-        """The same of a model's map and the label; a pixel to be ignored is background in both."""
-        check_label(logits, labeled.label, labeled.ignore_index, self.overlapping)
-        ignored = labeled.label == (torch.nan if labeled.ignore_index is None else labeled.ignore_index)
-        label = labeled.label.masked_fill(ignored, 0)
-        truth = 2.0 * label - 1 if self._is_sigmoid(logits) else one_hot(label, logits.shape[1], dtype=torch.float32)
-        return self._counts(logits.masked_fill(ignored, torch.nan), truth)
+        """The same of a model's map and the label; a pixel that is of no class or to be ignored is background in both."""
+        label, is_sigmoid = labeled.label, self._is_sigmoid(logits)
+        is_counted = (label >= 0) & (label <= (1 if is_sigmoid else logits.shape[1] - 1))
+        if labeled.ignore_index is not None:
+            is_counted &= label != labeled.ignore_index
+        logits, label = logits.masked_fill(~is_counted, torch.nan), label.masked_fill(~is_counted, 0)
+        if is_sigmoid:
+            return _region_counts(logits, 2.0 * label - 1)
+        return _class_counts(_labels(logits), label[:, 0].long(), logits.shape[1])
 
     def _is_sigmoid(self, logits: Tensor) -> bool:
         return self.overlapping or logits.shape[1] == 1
@@ -233,10 +238,9 @@ def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Te
     return [(flip, flip) for flip in flips] + quarters
 
 
-def _class_counts(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Common and total pixels of each foreground class, each (C - 1,)."""
-    num_classes = logits.shape[1]
-    labels, others = _labels(logits).flatten(), _labels(other).flatten()
+def _class_counts(labels: Tensor, others: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Common and total pixels of each foreground class, each (C - 1,), of two maps of class indices."""
+    labels, others = labels.flatten(), others.flatten()
     common = torch.bincount(torch.where(labels == others, labels, 0), minlength=num_classes)
     total = torch.bincount(labels, minlength=num_classes) + torch.bincount(others, minlength=num_classes)
     return common[1:].float(), total[1:].float()

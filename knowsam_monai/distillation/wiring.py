@@ -20,7 +20,8 @@ UNTAUGHT_CALLS = 100  # the same for a teacher without labels or steps, and for 
 INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are checked
 MEASURED_BY = {
     "agreement": "call `measure_agreement` about every 50 steps",
-    "validation": "add `TeacherValidation` to the evaluator or call `gate.update` after each validation",
+    "validation": "add `TeacherValidation` to the evaluator, or call `gate.update` after each validation and "
+    "`measure_agreement` about every 50 steps",
 }
 
 

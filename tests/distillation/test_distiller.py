@@ -131,6 +131,26 @@ def test_validation_gate_measures_labeled_rows_alone(student, teacher, has_label
     assert (distiller.gate.labeled_scores[0] > 0) == has_label and not caplog.messages
 
 
+@pytest.mark.parametrize("gate", ["agreement", "validation"])
+@pytest.mark.parametrize(
+    "change,is_compared",
+    [
+        (lambda label: label.masked_fill(label == 2, 255), True),
+        (lambda label: label.masked_fill(label == 2, -1), True),
+        (lambda label: label + 7, True),  # no pixel is of a class
+        (lambda label: label[:, 0], False),
+        (lambda label: torch.cat([label] * 3, 1), False),
+    ],
+    ids=["255", "-1", "classes of another network", "no channel", "one-hot"],
+)
+def test_labels_that_a_frozen_teacher_does_not_need_never_stop_it(student, teacher, caplog, gate, change, is_compared):
+    batch = toy_batches(1)[0]
+    distiller = SAMDistiller(teacher.requires_grad_(False), gate=gate)
+    distiller.measure_agreement(student, batch["image"], change(batch["label"]))
+    warnings = [line for line in caplog.messages if "the gate compares nothing on the labeled rows" in line]
+    assert len(warnings) == (not is_compared) and distiller.gate.num_measured == (gate == "agreement")
+
+
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
     """Bidirectional copy-paste has a label for every row, with pixels that nobody labeled."""
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
