@@ -197,7 +197,7 @@ class TeacherGate(nn.Module):
         return _class_counts(_labels(logits), _labels(other), logits.shape[1])
 
     def _true_counts(self, logits: Tensor, labeled: LabeledImages) -> tuple[Tensor, Tensor]:
-        """The same of a model's map and the label; a pixel that is of no class or to be ignored is background in both."""
+        """The same of a model's map and the label; a pixel that is of no class or ignored is background in both."""
         label, is_sigmoid = labeled.label, self._is_sigmoid(logits)
         is_counted = (label >= 0) & (label <= (1 if is_sigmoid else logits.shape[1] - 1))
         if labeled.ignore_index is not None:
