@@ -162,7 +162,14 @@ def test_overlays_of_network_and_method_set_different_keys(bundle, method):
     assert set(network) & set(method) == own_network
 
 
-PUBLISHED = {"max_iterations": 30000, "lr": 0.01, "lr_power": 0.9, "labeled_batch_size": 12, "view_weights": [0.5]}
+PUBLISHED = {
+    "max_iterations": 30000,
+    "lr": 0.01,
+    "lr_power": 0.9,
+    "max_grad_norm": None,
+    "labeled_batch_size": 12,
+    "view_weights": [0.5],
+}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,13 @@ PUBLISHED = {"max_iterations": 30000, "lr": 0.01, "lr_power": 0.9, "labeled_batc
         ("fixmatch", {**PUBLISHED, "pseudo_label_threshold": 0.95, "pseudo_label_weight": 1.0}),
         (
             "bcp",
-            {"max_iterations": 40000, "pretraining_iterations": 10000, "unlabeled_pixel_weight": 0.5, "lr_power": 0},
+            {
+                "max_iterations": 40000,
+                "pretraining_iterations": 10000,
+                "unlabeled_pixel_weight": 0.5,
+                "lr_power": 0,
+                "max_grad_norm": None,
+            },
         ),
         ("supervised", PUBLISHED),
     ],
@@ -183,3 +196,10 @@ def test_data_set_brings_the_published_numbers(method, published):
     config = parser("train.json", "network_plain.json", f"{method}.json", dataset_dir="/data/ACDC")
     assert {key: config.get_parsed_content(key) for key in published} == published
     assert config.get_parsed_content("run_name") == f"{method}_7_patients_seed0"
+
+
+@pytest.mark.parametrize("bundle", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+def test_gradients_of_the_student_without_normalization_are_clipped(bundle):
+    config = ConfigParser()
+    config.read_config(bundle / "train.json")
+    assert config.get_parsed_content("train#clipping").max_norm == 10
