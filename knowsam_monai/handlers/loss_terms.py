@@ -77,6 +77,6 @@ class LossTerms:
         if bad:
             raise KnowSAMRuntimeError(
                 f"Loss terms must be finite but {', '.join(bad)} is not, between iterations {first} and {last}; "
-                "lower the learning rate or the weight of the term, or set amp to False."
+                "lower the learning rate or the weight of the term, clip gradients harder, or set amp to False."
             )
         engine.state.terms = means
