@@ -3,7 +3,7 @@ What SKD adds to semi-supervised methods on ACDC: each host without SKD and with
 
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --time           # seconds an iteration of each row
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py                  # 3 labeled patients; hours on a CPU
-    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --labeled_patients 7 --hosts "Mean Teacher" --seeds 0 1
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/hosts.py --labeled_patients 3 7 --hosts "Mean Teacher" --seeds 0 1
     KNOWSAM_ACDC_DIR=/data/ACDC make table                                  # the published protocol, for GPUs
 
 Every row uses the bundle's own defaults for SKD. The first three commands are for CPUs: 128 x 128, batch 4 + 4, narrow
@@ -11,17 +11,19 @@ students, AdamW, 2,000 iterations, and the stand-in as the teacher, which is **n
 volumes of 30 patients: the 10 of the validation list, and 20 training patients that are held out of training, images
 included.
 
-`make table` runs `hosts.py --published`: 256 x 256, batch 12 + 12, each method's own optimizer and length, SAM ViT-B,
-all training patients, and at the end the test list, or the validation list if the folder has no test patients. Each
-GPU takes one row at a time; started again, it goes on where it was.
+`make table` runs `hosts.py --published --labeled_patients 3 7`: 256 x 256, batch 12 + 12, each method's own optimizer
+and length, SAM ViT-B, all training patients, and at the end the test list, or the validation list if the folder has no
+test patients. SAM's file is checked first. Each GPU takes one row at a time; started again, it goes on where it was.
 
 Rows of one host and seed share everything but SKD, so their differences are paired. Results go to benchmarks/results as
-CSV, of the last weights, without component filtering; `python benchmarks/tables.py` makes the tables and pictures.
+CSV as each row ends, of the last weights, without component filtering. At the end the tables of the rows that are done
+are printed; `python benchmarks/tables.py` puts them into the pages, and makes the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from grid import ADAMW, WITHOUT_SAM, Row, acdc_lists, data_folder, print_times, run_all
 
@@ -57,19 +59,19 @@ def cpu_keys(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def published_keys(options: argparse.Namespace, host: str) -> dict[str, object]:
+def published_keys(options: argparse.Namespace, host: str, labeled_patients: int) -> dict[str, object]:
     """Keys of the published protocol; all others are the bundle's defaults."""
-    keys: dict[str, object] = {"labeled_patients": options.labeled_patients, "epoch_length": 500}
+    keys: dict[str, object] = {"labeled_patients": labeled_patients, "epoch_length": 500}
     keys["max_iterations"] = LENGTHS.get(host, 30000)
-    return keys | ({"sam_checkpoint": options.sam_checkpoint} if options.sam_checkpoint else {})
+    return keys | ({"sam_checkpoint": os.path.abspath(options.sam_checkpoint)} if options.sam_checkpoint else {})
 
 
-def rows_of(options: argparse.Namespace) -> list[tuple[Row, int]]:
+def rows_of(options: argparse.Namespace, labeled_patients: int) -> list[tuple[Row, int]]:
     """The grid, seeds outermost, so that an interrupted grid has every host for the seeds it reached."""
     grid = []
     for seed in options.seeds:
         for host in options.hosts:
-            own = published_keys(options, host) if options.published else cpu_keys(options)
+            own = published_keys(options, host, labeled_patients) if options.published else cpu_keys(options)
             if host == "CPS" and "network_def#channels" in own:  # it has two networks
                 channels = own.pop("network_def#channels")
                 own |= {f"network_def#networks#{number}#channels": channels for number in (0, 1)}
@@ -83,7 +85,7 @@ def rows_of(options: argparse.Namespace) -> list[tuple[Row, int]]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labeled_patients", type=int, default=3, choices=(3, 7))
+    parser.add_argument("--labeled_patients", type=int, nargs="+", default=[3], choices=(3, 7), help="a table for each")
     parser.add_argument("--hosts", nargs="+", default=["supervised", "Mean Teacher", "UA-MT", "BCP"], metavar="HOST")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--published", action="store_true", help="the published protocol, for GPUs")
@@ -108,14 +110,17 @@ def main() -> None:
     unknown = [host for host in options.hosts if host not in HOSTS]
     if unknown:
         parser().error(f"`--hosts` must be of {', '.join(HOSTS)} but has {unknown[0]!r}")
-    rows = rows_of(options)
-    protocol = "published" if options.published else "cpu"
-    table = options.table or f"acdc_{options.labeled_patients}_{protocol}"
-    data = data_folder("KNOWSAM_ACDC_DIR") if options.published else acdc_lists(options.labeled_patients)
-    if options.time:
-        return print_times(table, rows, data)
-    has_test = options.published and load_datalist(data, "", labeled_patients=options.labeled_patients)["test"]
-    run_all(table, rows, data, jobs=options.jobs, split="test" if has_test else "validation")
+    if options.table and len(options.labeled_patients) > 1:
+        parser().error("`--table` names one table; give one number of `--labeled_patients`")
+    for number in options.labeled_patients:
+        rows = rows_of(options, number)
+        table = options.table or f"acdc_{number}_{'published' if options.published else 'cpu'}"
+        data = data_folder("KNOWSAM_ACDC_DIR") if options.published else acdc_lists(number)
+        if options.time:
+            print_times(table, rows, data)
+            continue
+        has_test = options.published and load_datalist(data, "", labeled_patients=number)["test"]
+        run_all(table, rows, data, jobs=options.jobs, split="test" if has_test else "validation")
 
 
 if __name__ == "__main__":

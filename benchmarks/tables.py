@@ -4,11 +4,13 @@ Make the tables and pictures of the results from benchmarks/results/*.csv.
     python benchmarks/tables.py            # the tables in accuracy.md, results.md and README.md, and pictures
     python benchmarks/tables.py --check    # changes nothing; exit code 1 if a table is not what the CSV files give
 
-A table stands in a Markdown file between `<!-- table NAME -->` and `<!-- end NAME -->`.
+A table stands in a Markdown file between `<!-- table NAME -->` and `<!-- end NAME -->`. NAME is a result file's, alone
+or with "_classes" (the gain in each class) or "_summary". Without such a file nothing stands between the marks.
 
-A gain is the mean over patients of the paired differences of Dice, each patient's mean over volumes, classes and seeds.
-Its standard error is the root of the squared errors over patients and over seeds, if there are several. A gain below
-twice its error is "not distinguishable" from none.
+A gain is the mean over patients of the paired differences of Dice, each patient's mean over volumes, classes and the
+seeds that both rows have. Its standard error is the root of the squared errors over patients and over seeds. With one
+seed it is over patients only, and marked so. A gain of at most twice its error, both as printed, is "not
+distinguishable" from none.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,10 +59,14 @@ def patient(line: Line) -> str:
     return line["volume"].split("_")[0]
 
 
-def gain(lines: list[Line], others: list[Line], classes: Iterable[str]) -> tuple[float, float]:
-    """Mean paired difference of Dice and its standard error, over the seeds that both rows have."""
+def seeds_of(lines: Iterable[Line]) -> set[str]:
+    return {line["seed"] for line in lines}
+
+
+def gain(lines: list[Line], others: list[Line], classes: Iterable[str]) -> tuple[float, float, int]:
+    """Mean paired difference of Dice, its standard error, and the number of seeds that both rows have."""
     classes = list(classes)
-    seeds = sorted({line["seed"] for line in lines} & {line["seed"] for line in others})
+    seeds = sorted(seeds_of(lines) & seeds_of(others))
     differences: dict[tuple[str, str], float] = {}
     for seed in seeds:
         ours, theirs = (by((x for x in rows if x["seed"] == seed), patient) for rows in (lines, others))
@@ -71,94 +78,137 @@ def gain(lines: list[Line], others: list[Line], classes: Iterable[str]) -> tuple
     error = statistics.stdev(over_patients) / len(patients) ** 0.5
     if len(seeds) > 1:
         error = math.hypot(error, statistics.stdev(over_seeds) / len(seeds) ** 0.5)
-    return statistics.mean(over_patients), error
+    return statistics.mean(over_patients), error, len(seeds)
 
 
-def gain_text(value: float, error: float) -> str:
-    return f"{value:+.1f} ± {error:.1f}" + (", not distinguishable" if abs(value) < 2 * error else "")
+def gain_text(value: float, error: float, seeds: int = 1) -> str:
+    value, error = round(value, 1), round(error, 1)
+    text = f"{value:+.1f} ± {error:.1f}" + (" (patients only)" if seeds == 1 else "")
+    return text + (", not distinguishable" if abs(value) <= 2 * error else "")
+
+
+def base_of(rows: dict[str, list[Line]], row: str) -> list[Line] | None:
+    """What a row is compared with: that without SKD; None if there is none with a seed of the row."""
+    name = row.removesuffix(SKD) if row.endswith(SKD) else WITHOUT
+    base = rows.get(name, []) if name != row else []
+    return base if seeds_of(base) & seeds_of(rows[row]) else None
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def hosts_table(name: str) -> str:
-    """Dice of each row, its gain, each class with its own difference, distances, and the teacher's Dice."""
+    """Dice of each row, its gain, each class, distances, and the teacher's Dice."""
     lines, curves = by(read(name), lambda line: line["row"]), by(read(f"{name}_curves"), lambda line: line["row"])
     classes = classes_of(next(iter(lines.values())))
-    head = ["row", "Dice", "gain", *classes, "HD95", "ASD", "teacher", "seeds", "minutes a run"]
-    table = [head, ["---"] * len(head)]
+    head = ["row", "Dice", "gain", *classes, "HD95", "ASD", "undefined", "teacher", "seeds", "minutes a run"]
+    table = []
     for row, own in sorted(lines.items(), key=lambda item: item[0] != WITHOUT):
-        base = lines.get(row.removesuffix(SKD) if row.endswith(SKD) else WITHOUT) if row != WITHOUT else None
+        base = base_of(lines, row)
         cells = [row, f"{mean_of(own, 'dice', classes):.1f}", gain_text(*gain(own, base, classes)) if base else "-"]
-        for one in classes:
-            change = f" ({gain(own, base, [one])[0]:+.1f})" if base else ""
-            cells.append(f"{mean_of(own, 'dice', [one]):.1f}{change}")
+        cells += [f"{mean_of(own, 'dice', [one]):.1f}" for one in classes]
         cells += [f"{mean_of(own, metric, classes):.1f}" for metric in ("hd95", "asd")]
+        undefined = sum(not line[f"hd95 {one}"] for line in own for one in classes)
+        cells.append(f"{undefined} of {len(own) * len(classes)}")
         runs = by(curves[row], lambda line: line["seed"])
         teacher = [float(run[-1]["teacher_dice"]) for run in runs.values() if run[-1].get("teacher_dice")]
         cells.append(f"{statistics.mean(teacher):.1f}" if teacher else "-")
         cells.append(", ".join(sorted(runs)))
         cells.append(f"{statistics.mean(float(run[-1]['minutes']) for run in runs.values()):.0f}")
         table.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown(head, table)
+
+
+def classes_table(name: str) -> str:
+    """One line for each comparison: the gain in each class."""
+    lines = by(read(name), lambda line: line["row"])
+    classes = classes_of(next(iter(lines.values())))
+    table = []
+    for row, own in lines.items():
+        base = base_of(lines, row)
+        if base:
+            gains = [gain_text(*gain(own, base, [one])) for one in classes]
+            table.append([row, *gains, ", ".join(sorted(seeds_of(own) & seeds_of(base)))])
+    return markdown(["gain of", *classes, "seeds"], table)
 
 
 def summary_table(name: str) -> str:
     """One line for each host: Dice without SKD and with it, and the gain."""
-    name = name.removesuffix("_summary")
     lines = by(read(name), lambda line: line["row"])
     classes = classes_of(next(iter(lines.values())))
-    table = [["method", "without SKD", "with SKD", "gain", "seeds"], ["---"] * 5]
-    for row in lines:
-        if row.endswith(SKD):
-            both = [lines[row.removesuffix(SKD)], lines[row]]
-            dice = [f"{mean_of(one, 'dice', classes):.1f}" for one in both]
-            seeds = len({line["seed"] for line in lines[row]})
-            table.append([row.removesuffix(SKD), *dice, gain_text(*gain(*reversed(both), classes)), str(seeds)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    table = []
+    for row, own in lines.items():
+        base = base_of(lines, row)
+        if base:
+            dice = [f"{mean_of(one, 'dice', classes):.1f}" for one in (base, own)]
+            seeds = ", ".join(sorted(seeds_of(own) & seeds_of(base)))
+            table.append([row.removesuffix(SKD), *dice, gain_text(*gain(own, base, classes)), seeds])
+    return markdown(["method", "without SKD", "with SKD", "gain", "seeds"], table)
 
 
-def dose_points() -> list[tuple[str, str, float, float, float, float]]:
-    """(teacher, gate, the teacher's Dice, its lead over the student without it, gain, error of the gain)."""
+class Point(NamedTuple):
+    """A teacher with a gate; Dice in %."""
+
+    teacher: str
+    gate: str
+    dice: float  # of the teacher
+    lead: float  # of the teacher over the student without it
+    gain: float
+    error: float
+    seeds: int
+
+
+def dose_points() -> list[Point]:
+    """All that the result file has; none without the student that has no teacher."""
     lines = by(read("dose"), lambda line: line["row"])
-    classes = classes_of(next(iter(lines.values())))
-    base = lines["Mean Teacher"]
+    base = lines.get("Mean Teacher", [])
     points = []
     for row, own in lines.items():
         teacher, found, gate = row.partition(", gate ")
-        if found:
-            known = lines.get(f"teacher: {teacher}")
+        if found and seeds_of(own) & seeds_of(base):
+            classes, known = classes_of(own), lines.get(f"teacher: {teacher}")
             dice = mean_of(known, "dice", classes) if known else 0.0
-            points.append((teacher, gate, dice, dice - mean_of(base, "dice", classes), *gain(own, base, classes)))
+            points.append(Point(teacher, gate, dice, dice - mean_of(base, "dice", classes), *gain(own, base, classes)))
     return points
 
 
 def dose_table(name: str) -> str:
-    gates = sorted({point[1] for point in dose_points()}, key=("none", "agreement", "validation").index)
-    groups: dict[str, dict[str, tuple[str, str, float, float, float, float]]] = {}
-    for point in dose_points():
-        groups.setdefault(point[0], {})[point[1]] = point
-    head = ["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates)]
-    table = [head, ["---"] * len(head)]
-    for teacher, by_gate in sorted(groups.items(), key=lambda item: -next(iter(item[1].values()))[2]):
+    points = dose_points()
+    gates = sorted({point.gate for point in points}, key=("none", "agreement", "validation").index)
+    groups: dict[str, dict[str, Point]] = {}
+    for point in sorted(points, key=lambda point: -point.dice):
+        groups.setdefault(point.teacher, {})[point.gate] = point
+    table = []
+    for teacher, by_gate in groups.items():
         first = next(iter(by_gate.values()))
-        cells = [teacher, f"{first[2]:.1f}", f"{first[3]:+.1f}"]
-        table.append([*cells, *(gain_text(*by_gate[gate][4:]) if gate in by_gate else "-" for gate in gates)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        gains = [gain_text(*by_gate[gate][4:]) if gate in by_gate else "-" for gate in gates]
+        table.append([teacher, f"{first.dice:.1f}", f"{first.lead:+.1f}", *gains])
+    return markdown(["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates)], table)
 
 
-TABLES: dict[str, Callable[[str], str]] = {
-    "acdc_3_cpu": hosts_table,
-    "acdc_7_cpu": hosts_table,
-    "acdc_3_cpu_summary": summary_table,
-    "choices": hosts_table,
-    "la_8_cpu": hosts_table,
-    "dose": dose_table,
-}
+ENDINGS: dict[str, Callable[[str], str]] = {"_classes": classes_table, "_summary": summary_table}
+
+
+def table_of(name: str) -> str:
+    """A table by the name in its marks; nothing if there is no result file for it."""
+    ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+    file = name.removesuffix(ending)
+    if not (RESULTS / f"{file}.csv").is_file():
+        return ""
+    return (ENDINGS[ending] if ending else dose_table if file == "dose" else hosts_table)(file)
+
+
+def all_tables(name: str) -> str:
+    """What a grid prints of its result file."""
+    return "\n\n".join(table_of(one) for one in ((name,) if name == "dose" else (name, f"{name}_classes")))
 
 
 def with_tables(text: str) -> str:
     """The page with every table between its marks made anew."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{TABLES[match[2]](match[2])}\n{match[3]}"
+        return "\n".join(filter(None, (match[1], table_of(match[2]), match[3])))
 
     return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end \2 -->)", table, text, flags=re.DOTALL)
 
@@ -193,7 +243,7 @@ def draw_dose() -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for gate, points in by_gate().items():
-        lead, value, error = zip(*((p[3], p[4], p[5]) for p in points))
+        lead, value, error = zip(*((point.lead, point.gain, point.error) for point in points))
         axes.errorbar(lead, value, yerr=error, marker="o", capsize=2, linestyle="-", label=f"gate {gate}")
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.axvline(0, color="0.5", linewidth=0.8)
@@ -204,10 +254,10 @@ def draw_dose() -> None:
     plt.close(figure)
 
 
-def by_gate() -> dict[str, list[tuple[str, str, float, float, float, float]]]:
-    groups: dict[str, list[tuple[str, str, float, float, float, float]]] = {}
-    for point in sorted(dose_points(), key=lambda point: point[3]):
-        groups.setdefault(point[1], []).append(point)
+def by_gate() -> dict[str, list[Point]]:
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(dose_points(), key=lambda point: point.lead):
+        groups.setdefault(point.gate, []).append(point)
     return groups
 
 
