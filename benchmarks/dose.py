@@ -8,9 +8,9 @@ patients know labels that the student does not have: an oracle, which stands for
 more has memorized its 3 patients (no augmentation), and one has random weights. Results are of the last weights on the
 60 volumes of 30 patients that `hosts.py` uses, in benchmarks/results/dose.csv.
 
-Students have labels of 3 patients and images of 27 more; one of these, patient074, has the images of patient076, one of
-the 30. 20 other training patients, those of `choices.py`, are left to the gate "validation". All 20 are among the 49 of
-the larger oracle, so with this teacher the gate measures it on its own training data.
+Students have labels of 3 patients and images of 26 more. 20 other training patients, those of `choices.py`, are left to
+the gate "validation". All 20 are among the 49 of the larger oracle, so with this teacher the gate measures it on its
+own training data.
 """
 
 from __future__ import annotations

@@ -76,13 +76,12 @@ def acdc_lists(labeled_patients: int, validation: str = "tables") -> Path:
     Write a data list of ACDC; no table's 60 volumes of 30 patients are in its training parts.
 
     These are the 10 patients of the published validation list and the last 20 of the training list. ACDC has the images
-    of one of them, patient076, also as patient074: with "tables" he is left out of training, which leaves 49 patients;
-    with "choices" he is among the unlabeled ones.
+    of one of them, patient076, also as patient074, who is left out too; 49 patients are left for training.
 
     Args:
         labeled_patients: number of labeled patients, the first of the training list; the others have no label.
         validation: the list's validation part: "tables", those 30 patients, or "choices", the 20 training patients
-            before the last 20, which are then in no training part either, to choose settings on. 30 patients are left.
+            before the last 20, which are then in no training part either, to choose settings on. 29 patients are left.
 
     Raises:
         ValueError: if fewer patients are left for training than are to have labels.
@@ -90,11 +89,11 @@ def acdc_lists(labeled_patients: int, validation: str = "tables") -> Path:
     folder = data_folder("KNOWSAM_ACDC_DIR")
     training = load_datalist(folder, "", labeled_patients=70)["labeled"]
     held_out = load_datalist(folder, "", labeled_patients=3, holdout_patients=40)["validation"]
-    order = list(dict.fromkeys(item["patient"] for item in training))
+    order = [patient for patient in dict.fromkeys(item["patient"] for item in training) if patient != TWIN]
     if validation == "choices":
         kept, volumes = order[:-40], [item for item in held_out if item["patient"] in order[-40:-20]]
     else:
-        kept = [patient for patient in order[:-20] if patient != TWIN]
+        kept = order[:-20]
         volumes = load_datalist(folder, "", labeled_patients=3)["validation"]
         volumes += [item for item in held_out if item["patient"] in order[-20:]]
     if labeled_patients > len(kept):

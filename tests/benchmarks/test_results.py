@@ -215,7 +215,7 @@ def test_no_patient_of_the_tables_is_in_training(benchmarks):
     assert not measured & chosen
     for data in (table, choices):
         trained = {item["patient"] for part in ("labeled", "unlabeled") for item in data[part]}
-        assert not trained & measured
+        assert not trained & (measured | {grid.TWIN})  # his images are those of one of them
     assert not any("label" in item for item in table["unlabeled"])
     most = json.loads(grid.acdc_lists(49).read_text())
     assert len({item["patient"] for item in most["labeled"]}) == 49 and not most["unlabeled"]
