@@ -48,7 +48,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
 
     def step_teacher(*_) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
-        if found_inf is not None and found_inf:
+        if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)
         if ranks.is_distributed():
             _average_over_ranks(parameters)
