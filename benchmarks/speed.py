@@ -5,8 +5,8 @@ Seconds, memory and floating-point operations of training steps and of inference
     python benchmarks/speed.py supervised ua_mt cps --rounds 3        # methods, with SKD, and with cached embeddings
     python benchmarks/speed.py sam2_tiny sam2_tiny_alone              # with another teacher, and that teacher alone
     python benchmarks/speed.py knowsam --threads 1 --cpu_time         # CPU seconds: a fair ratio on a busy machine
-    python benchmarks/speed.py knowsam knowsam_mixing --batch 12 --precisions tf32 bf16 fp16 [--compile]   # a GPU
-    python benchmarks/speed.py --recipe 300 --batch 12 --precisions tf32      # iterations per second with the loader
+    python benchmarks/speed.py knowsam knowsam_mixing --batch 12 --precisions default bf16 fp16 [--compile]   # a GPU
+    python benchmarks/speed.py --recipe 300 --batch 12 --precisions default   # iterations per second with the loader
     KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/speed.py            # on real slices; otherwise on the phantom
 
 The reference of KnowSAM and of inference is `benchmarks/plain_step.py`: the same mathematics, written in the obvious
@@ -16,7 +16,8 @@ row's. The processes take their steps in turns. Ratios are those of the fastest 
 
 Steps are those of the bundle's trainer: SAM ViT-B, or what a row names, with random weights, which cost the same; 256 x
 256, 2 labeled + 2 unlabeled rows, 4 classes. Rows whose names begin with `la_` are of the left-atrium bundle: patches
-of the phantom, SAM ViT-B at 112 with 8 slices of each volume.
+of the phantom, SAM ViT-B at 112 with 8 slices of each volume. On a GPU, the precision "default" leaves torch's settings
+as they are, as a run does; "fp32" and "tf32" turn TensorFloat-32 off and on, for convolutions and matrix products.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from knowsam_monai.runs import keep_freed_memory, start_run
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "output"
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("default", "fp32", "tf32", "bf16", "fp16")
 WINDOW = (-2, 4)  # intensities of the left atrium that SAM sees, as in the bundle
 
 
@@ -370,9 +371,9 @@ def prepare(options: Options) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if options.device != "cpu":
+    if options.device != "cpu" and options.precision in ("fp32", "tf32"):
         torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
 
 
 def now(options: Options) -> float:
@@ -479,7 +480,7 @@ def main() -> None:
     if unknown:
         parser.error(f"`comparison` must be one of {names} but is {unknown[0]}")
     half = ("bf16",) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
-    precisions = args.precisions or (("fp32", *half) if args.device == "cpu" else ("tf32", "bf16", "fp16"))
+    precisions = args.precisions or (("fp32", *half) if args.device == "cpu" else ("default", "bf16", "fp16"))
     shared = {name: getattr(args, name) for name in Options._fields if name not in ("precision", "phantom_size")}
     options = Options(**{**shared, "patch": tuple(args.patch)})
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes below

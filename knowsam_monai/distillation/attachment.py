@@ -17,7 +17,7 @@ from knowsam_monai import ranks
 from knowsam_monai.distillation.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
-from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, image_and_label
+from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 UNTAUGHT_BATCHES = 50  # in a row, after which a warning is due
 
 Selection = tuple[Tensor, Tensor | None, "Rows"]
+Taught = tuple[Tensor, Tensor | None, "Rows", Tensor | None]  # and whether the batch's image is the student's
 
 
 class Attachment:
@@ -212,7 +213,8 @@ class Attachment:
         if selection is None or self.iteration % self.every:
             self._may_step = True
             return
-        gradient, sam_gradients = self._gradients(logits, image, *selection)
+        sam_image, label, rows, is_same = selection
+        gradient, sam_gradients = self._gradients(logits, image, sam_image, label, rows)
         backwards_before = self._num_backwards
         was_reached = False
 
@@ -220,6 +222,7 @@ class Attachment:
             nonlocal was_reached
             if not self._handles:  # the attachment was removed since
                 return None
+            check_same_image(is_same, image)  # only now that the device has the teacher's work to do
             if was_reached:
                 raise KnowSAMRuntimeError(
                     "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum "
@@ -277,7 +280,7 @@ class Attachment:
             if own is not None and parameter.grad is not None:
                 parameter.grad = parameter.grad - own if added else None
 
-    def _selection(self, image: Tensor) -> Selection | None:
+    def _selection(self, image: Tensor) -> Taught | None:
         """SAM's image, label and labeled rows for a call of the student; None to skip the call."""
         num_calls = self._batch.count_call()
         selection: Selection | None = None
@@ -297,13 +300,18 @@ class Attachment:
                 "`student` must be called once for each batch but is called again; pass `select` to choose the calls "
                 "that are taught. With activation checkpointing of the whole student, checkpoint its blocks instead."
             )
-        if selection is None:
-            selection = (*image_and_label(self._batch.batch, image), None)
-        sam_image, label, rows = selection
+        if self.iteration % self.every:  # the teacher does not run
+            return image, None, None, None
+        if selection is not None:
+            (sam_image, label, rows), is_same = selection, None
+        else:
+            sam_image, label, is_same = image_and_label(self._batch.batch, image)
+            rows = None
         if rows is None:
             rows = self.labeled_rows(self._batch.batch) if callable(self.labeled_rows) else self.labeled_rows
         sam_image = sam_image_for(image, None if sam_image is image else sam_image, self.distiller.teacher)
-        return sam_image, label if label is None else torch.as_tensor(label).to(image.device, non_blocking=True), rows
+        label = label if label is None else torch.as_tensor(label).to(image.device, non_blocking=True)
+        return sam_image, label, rows, is_same
 
     def _gradients(
         self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: Rows

@@ -256,9 +256,9 @@ class SAMDistiller(nn.Module):
                 "nothing is distilled: every row is labeled and `taught_rows='unlabeled'`. Pass `labeled_rows`, or "
                 "return it from `select`."
             )
+        elif weight != 0 and not is_teaching:  # 0, but with a graph: the same parameters have a gradient
+            distillation_loss = torch.stack([at_least_float32(view[:0]).sum() for view in taught]).sum()
         elif weight != 0:
-            # behind a closed gate the loss is 0 but keeps its graph: the same parameters have a gradient
-            target = target if is_teaching else torch.zeros_like(target)
             kd_terms = [self._mean_loss(self.distillation_loss, view, target) for view in taught]
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)

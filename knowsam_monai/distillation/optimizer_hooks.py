@@ -48,7 +48,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
 
     def step_teacher(*_) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
-        if found_inf is not None and found_inf:
+        if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)
         if ranks.is_distributed():
             _average_over_ranks(parameters)
@@ -235,17 +235,22 @@ def _average_over_ranks(parameters: Sequence[Tensor]) -> None:
     """
     Average the gradients over the processes, since no DistributedDataParallel wraps the teacher.
 
-    All gradients of one precision go through one buffer, so a step costs one all-reduce instead of one per tensor. A
-    rank without labeled rows has no gradients and contributes zeros. A gradient that no rank has stays None.
+    First the ranks tell each other which gradients they have; a rank without labeled rows has none and contributes
+    zeros. A gradient that no rank has stays None. The others go through one buffer for each precision, not one by one;
+    after a step without the teacher there are none.
     """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        return
+    counts = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32).to(trained[0].device)
+    torch.distributed.all_reduce(counts)
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-    for (dtype, device), group in groups.items():
+    for parameter, count in zip(trained, counts.tolist()):
+        if count > 0:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for group in groups.values():
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-        counts = torch.tensor([p.grad is not None for p in group], dtype=dtype).to(device)
-        buffer = _flatten_dense_tensors([*gradients, counts]).div_(ranks.world_size())
+        buffer = _flatten_dense_tensors(gradients).div_(ranks.world_size())
         torch.distributed.all_reduce(buffer)
-        *averages, shares = _unflatten_dense_tensors(buffer, [*gradients, counts])
-        for p, gradient, average, share in zip(group, gradients, averages, shares.tolist()):
-            p.grad = gradient.copy_(average) if share > 0 else None
+        for p, gradient, average in zip(group, gradients, _unflatten_dense_tensors(buffer, gradients)):
+            p.grad = gradient.copy_(average)

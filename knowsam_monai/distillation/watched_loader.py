@@ -193,7 +193,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
         True
     """
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.to(device, non_blocking=device.type != "cpu")  # a host waits for its copies
     if isinstance(batch, Mapping):
         items: Any = {key: on_device(value, device) for key, value in batch.items()}
         if all(items[key] is value for key, value in batch.items()):
@@ -227,10 +227,11 @@ def _begins_with(image: Tensor, first: Tensor | None) -> bool:
     """Whether the student's input starts with exactly these rows."""
     if first is None or first.shape[1:] != image.shape[1:] or not 0 < len(first) <= len(image):
         return False
-    return torch.equal(without_meta(first).to(image), image[: len(first)])
+    first = without_meta(first).to(image, non_blocking=image.device.type != "cpu")
+    return torch.equal(first, image[: len(first)])
 
 
-def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
+def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """
     SAM's image (the batch's own, or else `image`) and the label of a batch on whose image the student was called.
 
@@ -238,8 +239,13 @@ def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
         batch: a mapping with "image" and optionally "label" and "sam_image", or a pair (image, label).
         image: (B, channels, *spatial), the student's input.
 
+    Returns:
+        SAM's image, the label, and whether the batch's image is exactly `image`: None if both share their memory, else
+        a scalar on the device. Pass it to :func:`check_same_image` before the result has any effect, but only once
+        the device has other work, since the host waits for it.
+
     Raises:
-        ValueError: if `batch` is neither, or its image is not exactly `image`; the label is never guessed.
+        ValueError: if `batch` is neither, or its image has another shape; the label is never guessed.
     """
     if isinstance(batch, Mapping) and "image" in batch:
         batch_image, label, sam_image = batch["image"], batch.get("label"), batch.get(SAM_IMAGE, image)
@@ -256,10 +262,28 @@ def image_and_label(batch: Any, image: Tensor) -> tuple[Tensor, Tensor | None]:
             "step combines several batches, `watch` the loader of the labeled ones and pass `select`."
         )
     batch_image = without_meta(torch.as_tensor(batch_image))
-    if batch_image.shape != image.shape or not torch.equal(batch_image.to(image), image):
-        raise KnowSAMValueError(
-            f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
-            f"{tuple(batch_image.shape)}, but differs; pass `select` if the step changes the image, or call "
-            "`next_batch(batch)` before each step if batches are prefetched."
-        )
-    return sam_image, label
+    if batch_image.shape != image.shape:
+        raise _other_image(image, batch_image.shape)
+    is_same = None
+    if _place(batch_image) != _place(image):
+        is_same = (batch_image.to(image, non_blocking=image.device.type != "cpu") == image).all()
+    return sam_image, label, is_same
+
+
+def check_same_image(is_same: Tensor | None, image: Tensor) -> None:
+    """Raise a ValueError if the batch's image is not the student's, as :func:`image_and_label` found."""
+    if is_same is not None and not bool(is_same):
+        raise _other_image(image, image.shape)
+
+
+def _other_image(image: Tensor, batch_shape: Sequence[int]) -> KnowSAMValueError:
+    return KnowSAMValueError(
+        f"The student's input, of shape {tuple(image.shape)}, must be the image of the watched batch, of shape "
+        f"{tuple(batch_shape)}, but differs; pass `select` if the step changes the image, or call "
+        "`next_batch(batch)` before each step if batches are prefetched."
+    )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors of one shape that are the same elements of the same memory."""
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.stride()

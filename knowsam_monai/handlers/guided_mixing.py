@@ -77,6 +77,7 @@ class UncertaintyGuidedMixing:
         self.num_cells = num_cells
         self.pseudo_label = pseudo_label
         self.view = view
+        self._weight_now = 0.0  # at this iteration
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
@@ -85,16 +86,17 @@ class UncertaintyGuidedMixing:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def ask_for_teacher(self, engine: Engine) -> None:
-        """Ask `SAMDistillation` for the teacher's logits of the unlabeled rows."""
-        if self.pseudo_label == "teacher" and engine.state.iteration >= self.start and self.weight != 0:
+        """Ask `SAMDistillation` for the teacher's logits of the unlabeled rows, if this step mixes."""
+        iteration = engine.state.iteration
+        self._weight_now = weight_at(self.weight, iteration) if iteration >= self.start else 0.0
+        if self.pseudo_label == "teacher" and self._weight_now:
             engine.state.output["teacher_logits"] = None
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
-        weight = weight_at(self.weight, engine.state.iteration) if engine.state.iteration >= self.start else 0.0
-        if not weight:
+        if not self._weight_now:
             return
         views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
@@ -110,7 +112,7 @@ class UncertaintyGuidedMixing:
         autocast = nullcontext() if scaler is None else torch.autocast("cuda", **engine.amp_kwargs)
         with autocast:
             pred = engine.inferer(mixed_image, engine.network)
-            loss = weight * self.loss(pred, mixed_label).mean()
+            loss = self._weight_now * self.loss(pred, mixed_label).mean()
         output["mixing_loss"] = loss.detach()
         loss = loss / engine.accumulation_steps
         (loss if scaler is None else scaler.scale(loss)).backward()

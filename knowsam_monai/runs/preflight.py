@@ -4,11 +4,13 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import CommonKeys as Keys
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,7 +37,7 @@ class Preflight:
     same first batch again; one whose transforms keep their own random generators does not.
 
     With a cached encoder, iterations are timed without the encoding of new images. The report says how many images the
-    run will encode, and how long this takes; a warning follows if the run is too short for the cache to pay.
+    run will encode, and how long this takes; a warning follows if this is more than half of the run.
 
     Args:
         network: the student.
@@ -66,7 +68,7 @@ class Preflight:
         self.num_rows = tuple(num_rows)
         self.stop = stop
         self.ema_student = ema_student
-        self._lookups_per_iteration = 0.0
+        self._lookups_per_iteration = (0.0, 0.0)  # of labeled and of other rows
         self._seconds_per_embedding = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -80,7 +82,7 @@ class Preflight:
         if ranks.rank() == 0:  # every rank runs the trial iterations, because they wait for each other
             for line in self.report(engine, seconds):
                 logger.info(line)
-            self._warn_of_short_run(engine)
+            self._warn_of_encoding(engine, seconds)
         if self.stop:
             engine.terminate()
 
@@ -88,8 +90,7 @@ class Preflight:
         """The lines of the table, given the seconds per iteration."""
         remaining = last_iteration(engine) - engine.state.iteration
         embeddings = self._embeddings(engine)
-        encoding = embeddings.encoded * self._seconds_per_embedding
-        finish = timedelta(seconds=round(seconds * remaining + encoding))
+        finish = timedelta(seconds=round(seconds * remaining + self._encoding_seconds(embeddings)))
         if torch.device(engine.state.device).type == "cuda":
             memory = torch.cuda.max_memory_allocated(engine.state.device) / 2**30
         else:
@@ -130,15 +131,24 @@ class Preflight:
         return None if self.distiller is None else getattr(self.distiller.teacher, "cache", None)
 
     def _embeddings(self, engine: Engine) -> _Embeddings:
-        """What the run will ask of a cached encoder; rows and orientations are drawn with equal probability."""
+        """
+        What the run will ask of a cached encoder.
+
+        Labeled rows fill their share of every batch, however few there are, so they repeat more often than the others.
+        Within each kind, rows and orientations are taken as drawn with equal probability.
+        """
         if self._cache is None or sum(self.num_rows) == 0:
             return _Embeddings(0, 0, 0, 0)
         orientations = num_orientations(engine.data_loader)
-        different = orientations * sum(self.num_rows)
-        asked = self._lookups_per_iteration * (last_iteration(engine) - engine.state.iteration)
-        seen = different * (1 - (1 - 1 / different) ** asked)
-        encoded = seen * max(0.0, 1 - len(self._cache) / different)
-        return _Embeddings(orientations, different, round(asked), round(encoded))
+        remaining = last_iteration(engine) - engine.state.iteration
+        different = [orientations * number for number in self.num_rows]
+        asked = [lookups * remaining for lookups in self._lookups_per_iteration]
+        seen = sum(d * (1 - (1 - 1 / d) ** n) for d, n in zip(different, asked) if d > 0)
+        encoded = seen * max(0.0, 1 - len(self._cache) / sum(different))
+        return _Embeddings(orientations, sum(different), round(sum(asked)), round(encoded))
+
+    def _encoding_seconds(self, embeddings: _Embeddings) -> float:
+        return embeddings.encoded * self._seconds_per_embedding
 
     def _embedding_rows(self, embeddings: _Embeddings) -> list[tuple[str, str]]:
         if embeddings.asked == 0:
@@ -151,16 +161,19 @@ class Preflight:
                 "embeddings",
                 f"{embeddings.different:,} different, {embeddings.orientations} of each row ({memory:.1f} GiB); the "
                 f"run uses {embeddings.asked:,} and encodes about {embeddings.encoded:,} of them, {each:.2f} s each "
-                f"({timedelta(seconds=round(each * embeddings.encoded))} in all)",
+                f"({timedelta(seconds=round(self._encoding_seconds(embeddings)))} in all)",
             )
         ]
 
-    def _warn_of_short_run(self, engine: Engine) -> None:
+    def _warn_of_encoding(self, engine: Engine, seconds: float) -> None:
         embeddings = self._embeddings(engine)
-        if embeddings.encoded > embeddings.asked / 2:
+        encoding = self._encoding_seconds(embeddings)
+        steps = seconds * (last_iteration(engine) - engine.state.iteration)
+        if encoding > steps:
             logger.warning(
-                "The run is too short for a cached encoder: it uses %s embeddings and encodes about %s of them. Train "
-                "longer, keep them for later runs with `sam_cache_dir`, or set `sam_encoder` to 'adapted'.",
+                "Encoding new images takes about %.0f %% of this run: it uses %s embeddings and encodes about %s of "
+                "them. The cached encoder pays in a longer run, or if `sam_cache_dir` keeps them for later runs.",
+                100 * encoding / (encoding + steps),
                 f"{embeddings.asked:,}",
                 f"{embeddings.encoded:,}",
             )
@@ -182,6 +195,7 @@ class Preflight:
         state = engine.state
         before = (state.iteration, state.batch, state.output)
         batch = next(iter(engine.data_loader))
+        num_labeled = len(batch[Keys.LABEL]) if isinstance(batch, Mapping) and Keys.LABEL in batch else 0
         if hasattr(engine.data_loader, "set_iteration"):  # the first batch is drawn again
             engine.data_loader.set_iteration(state.iteration)
         last = last_iteration(engine)
@@ -203,9 +217,15 @@ class Preflight:
                 torch.cuda.synchronize(state.device)
             times.append(clock() - start)
             lookups.append(0 if cache is None else cache.num_lookups - lookups_before)
-        self._lookups_per_iteration = sum(lookups[1:]) / 3
-        if cache is not None and cache.num_encoded > 0:
-            self._seconds_per_embedding = cache.encoding_seconds / cache.num_encoded
+            if number == 0 and cache is not None:
+                warm_up = cache.encoding_seconds, cache.num_encoded
+                cache.num_repeats = 1  # so that at least one encoding is timed
+        if cache is not None:
+            cache.num_repeats = 0
+            of_labeled = sum(min(count, num_labeled) for count in lookups[1:])
+            self._lookups_per_iteration = of_labeled / 3, (sum(lookups[1:]) - of_labeled) / 3
+            num_timed = max(cache.num_encoded - warm_up[1], 1)
+            self._seconds_per_embedding = (cache.encoding_seconds - warm_up[0]) / num_timed
         state.iteration, state.batch, state.output = before
         for item, item_state in zip(self._objects(engine), states):
             item.load_state_dict(item_state)

@@ -45,6 +45,7 @@ class EmbeddingCache:
         num_lookups: number of images asked for so far.
         num_encoded: number of images encoded so far.
         encoding_seconds: time that this took.
+        num_repeats: number of images still to be encoded although they are known, to time it.
 
     Shape:
         - image: (B, 3, H, W)
@@ -82,7 +83,7 @@ class EmbeddingCache:
         self._entries: dict[str, torch.Tensor] = {}
         self._versions: tuple[tuple[int, int], ...] = ()
         self._encoder_hash = ""
-        self.num_lookups = self.num_encoded = 0
+        self.num_lookups = self.num_encoded = self.num_repeats = 0
         self.encoding_seconds = 0.0
         self._update_encoder_hash()
 
@@ -102,6 +103,8 @@ class EmbeddingCache:
     ) -> torch.Tensor:
         key = self._key(pixels)
         kept = self._entries.get(key) if self.folder is None else self._read(key)
+        if kept is not None and self.num_repeats > 0:
+            self.num_repeats, kept = self.num_repeats - 1, None
         self.num_lookups += 1
         self.num_encoded += kept is None
         if self.num_lookups == self.num_encoded == LOOKUPS_WITHOUT_A_HIT:

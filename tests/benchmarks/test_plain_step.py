@@ -120,6 +120,25 @@ def test_plain_student_drops_out_as_the_shipped_one(speed):
     assert rates[0] == rates[1] and len(rates[0]) == 5
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("default", "medium True"), ("fp32", "highest False"), ("tf32", "high True")]
+)
+def test_speed_changes_the_precision_of_a_gpu_only_if_told_to(precision, expected):
+    code = (
+        "import speed, torch; torch.set_float32_matmul_precision('medium'); "
+        f"speed.prepare(speed.Options(device='cuda:0', precision='{precision}')); "
+        "print(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "benchmarks",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == expected, done.stderr
+
+
 @pytest.mark.slow
 def test_speed_prints_a_ratio_for_rows_in_processes_of_their_own():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

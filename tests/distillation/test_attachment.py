@@ -324,7 +324,8 @@ def test_input_that_is_not_the_batch_s_image_is_an_error(change, message):
     skd = distiller.attach(student, optimizer)
     batch = next(skd.watch(batches))
     with pytest.raises(ValueError, match=message):
-        student(change(batch["image"]))
+        student(change(batch["image"])).sum().backward()
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
 
 
 def all_labels(batch, image):

@@ -85,6 +85,31 @@ def test_rows_that_are_no_number_and_no_slice_are_one_clear_error(student, teach
         distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"], labeled_rows=rows)
 
 
+def test_shut_gate_computes_no_loss_but_the_same_parameters_have_a_gradient(student, teacher):
+    batch, losses, trained = toy_batches(1)[0], [], []
+    for gate_weight in (0.0, 1.0):
+        distiller = SAMDistiller(
+            teacher, distillation_loss=lambda view, _: losses.append(view) or view.sum(), taught_views=(1, 2)
+        )
+        distiller.gate.weight.fill_(gate_weight)
+        student.zero_grad()
+        loss = distiller(batch["image"], student(batch["image"])).distillation_loss
+        loss.backward()
+        trained.append([parameter.grad is not None for parameter in student.parameters()])
+        if gate_weight == 0:
+            assert losses == [] and loss == 0
+            assert not any(p.grad.any() for p in student.parameters() if p.grad is not None)
+    assert trained[0] == trained[1] and len(losses) == 2
+
+
+def test_shut_gate_adds_nothing_to_logits_that_are_not_finite(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = torch.full_like(student(batch["image"]), torch.inf).requires_grad_()
+    loss = SAMDistiller(teacher, taught_views=(1, 2))(batch["image"], logits).distillation_loss
+    loss.backward()
+    assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 @pytest.mark.parametrize("shut_by", ["weight", "gate"])
 def test_teacher_that_overflows_leaves_a_student_that_is_not_taught_alone(student, teacher, shut_by):
     batch = toy_batches(1)[0]

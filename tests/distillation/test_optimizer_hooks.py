@@ -153,12 +153,13 @@ def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, 
 
 
 def step_with_gradients_of_one_rank(folder):
-    """Rank 1 has no gradient of the first two parameters, and no rank has one of the last."""
+    """Rank 1 has no gradient of the first two parameters, no rank one of the fourth, and the last one is frozen."""
     rank = torch.distributed.get_rank()
-    shapes = [(2, 3, 4, 4), (5,), (3, 2), (1,)]
-    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    shapes = [(2, 3, 4, 4), (5,), (3, 2), (1,), (7,)]
+    dtypes = [torch.float32, torch.bfloat16, *[torch.float32] * 3]
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes)]
     parameters[0].data = parameters[0].data.to(memory_format=torch.channels_last)
+    parameters[4].requires_grad_(False)
     teacher_optimizer = torch.optim.SGD(parameters, lr=1.0)
     student = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -168,20 +169,27 @@ def step_with_gradients_of_one_rank(folder):
         parameters[index].grad = torch.empty_like(parameters[index]).copy_(values.view(shapes[index]))
     calls = []
     all_reduce = torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda *args, **kwargs: (calls.append(args[0].dtype), all_reduce(*args, **kwargs))
+
+    def counted(tensor):
+        calls.append((tensor.dtype, tensor.numel()))
+        all_reduce(tensor)
+
+    torch.distributed.all_reduce = counted
     optimizer.step()
+    optimizer.step()  # as at steps without the teacher
     torch.distributed.all_reduce = all_reduce
     torch.save({"parameters": parameters, "calls": calls}, f"{folder}/rank{rank}.pt")
 
 
-def test_ranks_step_with_the_mean_gradient_after_one_all_reduce_for_each_precision(tmp_path):
+def test_ranks_step_with_the_mean_gradient_and_exchange_only_what_some_rank_has(tmp_path):
     processes = start_ranks(tmp_path, 2, step_with_gradients_of_one_rank, str(tmp_path))
     first, second, third = (-torch.arange(count, dtype=torch.float32) for count in (96, 5, 6))
     for rank, process in enumerate(processes):
         log = tmp_path / f"rank{rank}.log"
         assert finish(process, log) == 0, log.read_text()
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
-        assert found["calls"] == [torch.float32, torch.bfloat16]
+        flags = (torch.int32, 4)
+        assert found["calls"] == [flags, (torch.float32, 96 + 6), (torch.bfloat16, 5), flags]
         stepped = [parameter.detach() for parameter in found["parameters"]]
         assert torch.equal(stepped[0], first.view(2, 3, 4, 4) / 2)
         assert torch.equal(stepped[1], (second / 2).bfloat16())

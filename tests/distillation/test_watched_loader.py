@@ -11,7 +11,13 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, image_and_label, on_device
+from knowsam_monai.distillation.watched_loader import (
+    CurrentBatch,
+    WatchedLoader,
+    check_same_image,
+    image_and_label,
+    on_device,
+)
 
 
 def test_watched_loader_is_the_loader_in_all_else_and_announces_each_batch_before_it_returns_it():
@@ -158,13 +164,21 @@ IMAGE, LABEL = torch.rand(3, 1, 4, 4), torch.ones(2, 1, 4, 4)
     ],
 )
 def test_image_and_label_of_a_mapping_or_a_pair(batch):
-    image, label = image_and_label(batch, IMAGE)
+    image, label, is_same = image_and_label(batch, IMAGE)
+    check_same_image(is_same, IMAGE)
     assert torch.equal(image, IMAGE) and label is LABEL
+
+
+def test_image_that_is_the_batch_s_own_tensor_is_not_compared():
+    assert image_and_label((IMAGE, LABEL), IMAGE)[2] is None
+    assert image_and_label((MetaTensor(IMAGE), LABEL), IMAGE)[2] is None
+    assert image_and_label((IMAGE, LABEL), IMAGE.clone())[2].item()
+    assert not image_and_label((IMAGE, LABEL), IMAGE.transpose(-1, -2))[2].item()  # the same memory, read otherwise
 
 
 def test_batch_may_have_no_label_and_an_image_of_its_own_for_sam():
     sam_image = IMAGE + 1
-    assert image_and_label({"image": IMAGE, "sam_image": sam_image}, IMAGE) == (sam_image, None)
+    assert image_and_label({"image": IMAGE, "sam_image": sam_image}, IMAGE) == (sam_image, None, None)
 
 
 @pytest.mark.parametrize("batch", [IMAGE, {"volume": IMAGE}, (IMAGE,), (IMAGE, LABEL, LABEL), np.zeros(3)])
@@ -176,4 +190,4 @@ def test_anything_else_is_an_error(batch):
 @pytest.mark.parametrize("image", [IMAGE[:2], IMAGE + 0.01, IMAGE[..., :2]])
 def test_image_that_differs_is_an_error(image):
     with pytest.raises(ValueError, match="must be the image of the watched batch, .* but differs"):
-        image_and_label((IMAGE, LABEL), image)
+        check_same_image(image_and_label((IMAGE, LABEL), image)[2], image)

@@ -102,6 +102,17 @@ def test_first_graph_is_spent_before_the_second_is_built(size):
     assert gradients == [False, True]
 
 
+@pytest.mark.parametrize("weight", [0.0, lambda iteration: float(iteration == 2)])
+def test_teacher_is_asked_for_unlabeled_rows_only_at_steps_that_mix(weight):
+    teacher, rows = ToyTeacher().double(), []
+    teacher.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()), gate="none")
+    handlers = [SAMDistillation(distiller, weight=0.0), UncertaintyGuidedMixing(loss, weight=weight)]
+    toy_trainer(ToyStudent().double(), toy_batches(3), loss, handlers).run()
+    assert rows == ([2, 2, 2, 2] if callable(weight) else [2, 2, 2])  # the second step has the unlabeled rows apart
+
+
 def test_student_labels_where_the_teacher_sees_some_slices_only():
     student = ToyStudent(spatial_dims=3).double()
     teacher = SliceTeacher(ToyTeacher().double(), slices=2)

@@ -112,7 +112,7 @@ def test_report_of_a_teacher_of_slices_names_the_parts_of_sam_that_train():
 
 
 class CachedTeacher(ToyTeacher):
-    """A frozen encoder that takes 10 seconds of `clock` for an image, which it encodes once."""
+    """A frozen encoder that takes 10 seconds of `clock` for an image, which it encodes once, and 60 for its first."""
 
     encoder = "cached"
 
@@ -122,50 +122,73 @@ class CachedTeacher(ToyTeacher):
         self.cache = EmbeddingCache(self.image_conv.requires_grad_(False), {}, shape=(3, 8, 8))
 
     def encode(self, image):
-        self.clock.append(self.clock[-1] + 10)
+        self.clock.append(self.clock[-1] + (10 if self.cache.encoding_seconds else 60))
         return self.image_conv(image.float())
 
     def forward(self, image, prompt_logits):
         return self.cache(image, self.encode) + self.prompt_conv(prompt_logits.float())
 
 
-@pytest.mark.parametrize(("num_iterations", "encoded", "pays"), [(3, 8, False), (400, 44, True)])
-def test_report_says_what_a_cached_encoder_will_encode_and_warns_if_the_run_is_too_short(
-    num_iterations, encoded, pays, caplog, monkeypatch
-):
-    """6 rows in 8 orientations: 48 embeddings. The 10 seconds of each are no part of an iteration."""
+def preflight_of_a_cached_teacher(caplog, monkeypatch, num_iterations, seconds_per_step, is_filled=False):
+    """What preflight logs for 1 labeled row of 2 in a batch and 60 unlabeled ones, each in 8 orientations."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     teacher, student = CachedTeacher(clock), ToyStudent()
-    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.prompt_conv.parameters()), gate="agreement")
     batches = [{key: value.float() for key, value in batch.items()} for batch in toy_batches(1)]
+    if is_filled:
+        teacher.cache(batches[0]["image"], teacher.encode)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.prompt_conv.parameters()), gate="agreement")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    preflight = Preflight(student, optimizer, distiller, num_rows=(2, 4), stop=True)
+    preflight = Preflight(student, optimizer, distiller, num_rows=(1, 60), stop=True)
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     trainer = toy_trainer(student, batches, loss, [], optimizer=optimizer, epoch_length=num_iterations)
-    trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, CachedStep(distiller))
+    trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, CachedStep(distiller, clock, seconds_per_step))
     preflight.attach(trainer)
     with caplog.at_level(logging.INFO, logger="knowsam_monai"):
         trainer.run()
-    # 2, 4 and 4 rows in the trials: those without a label only behind an open gate; 4 are encoded already
-    asked = 10 * num_iterations // 3
+    return caplog.text
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+@pytest.mark.parametrize(("num_iterations", "encoded"), [(3, 8), (480, 359)])
+def test_report_says_what_a_cached_encoder_will_encode(num_iterations, encoded, is_filled, caplog, monkeypatch):
+    """
+    Two labeled rows in every step and two others in two of three, since those need an open gate.
+
+    The labeled row's 8 embeddings are asked for 6 or 960 times, which is 8 (1 - (7/8)^6) = 4.4 or 8 different ones; the
+    480 others 4 or 640 times, 480 (1 - exp(-4/3)) = 353.5. 4 of 488 are encoded already.
+    """
+    text = preflight_of_a_cached_teacher(caplog, monkeypatch, num_iterations, 100, is_filled)
+    seconds = 10 * encoded
     assert (
-        f"48 different, 8 of each row (0.0 GiB); the run uses {asked:,} and encodes about {encoded} of them, 10.00 s "
-        f"each ({timedelta(seconds=10 * encoded)} in all)"
-    ) in caplog.text
-    assert (
-        f"{num_iterations} of 0.00 s each" in caplog.text and f"(in {timedelta(seconds=10 * encoded)}," in caplog.text
-    )
-    assert ("The run is too short for a cached encoder" in caplog.text) != pays
+        f"488 different, 8 of each row (0.0 GiB); the run uses {10 * num_iterations // 3:,} and encodes about {encoded}"
+        f" of them, 10.00 s each ({timedelta(seconds=seconds)} in all)"
+    ) in text
+    assert f"{num_iterations} of 100.00 s each" in text
+    assert f"(in {timedelta(seconds=seconds + 100 * num_iterations)}," in text
+
+
+@pytest.mark.parametrize(
+    ("num_iterations", "seconds_per_step", "share"),
+    [(3, 100, None), (3, 20, 57), (480, 10, None), (480, 5, 60)],  # 80 and 3,590 s of encoding
+)
+def test_a_run_that_mostly_encodes_gets_a_warning(num_iterations, seconds_per_step, share, caplog, monkeypatch):
+    text = preflight_of_a_cached_teacher(caplog, monkeypatch, num_iterations, seconds_per_step)
+    assert (f"takes about {share} % of this run" in text) == (share is not None)
+    assert ("Encoding new images" in text) == (share is not None)
+    assert "adapted" not in text
 
 
 class CachedStep:
-    """What `SAMDistillation` does in a step, for a loader whose transforms nobody knows."""
+    """What `SAMDistillation` does in a step, for a loader whose transforms nobody knows; it takes some seconds."""
 
-    def __init__(self, distiller):
+    def __init__(self, distiller, clock, seconds):
         self.distiller = distiller.train()
+        self.clock = clock
+        self.seconds = seconds
 
     def __call__(self, engine):
         output = engine.state.output
         result = self.distiller(output["image"], output["pred"], output["label"])
         output["loss"] = output["loss"] + result.loss
+        self.clock.append(self.clock[-1] + self.seconds)
