@@ -73,7 +73,7 @@ class Attachment:
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             always learns from the beginning.
         every: the teacher runs at every k-th iteration only, see :class:`knowsam_monai.handlers.SAMDistillation`.
-        gate_interval: number of teacher runs between measurements of the "agreement" gate; the first is after 10 runs.
+        gate_interval: number of teacher runs between measurements of the gate on training rows; the first is after 10.
         loader: a :class:`~knowsam_monai.distillation.WatchedLoader` built before the optimizer; it is watched from now
             on.
 

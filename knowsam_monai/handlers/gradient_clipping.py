@@ -14,10 +14,12 @@ from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 
 class GradientClipping:
     """
-    Scale down the gradients of a step whose norm is above a limit (Pascanu et al., ICML 2013, algorithm 1).
+    Scale down the gradients of a step whose norm is above a limit.
 
     One step with large gradients can ruin a network without normalization, such as the V-Net of KnowSAM's student. The
     norm is that of all parameters of the trainer's optimizer together, with a `GradScaler` after the scale is removed.
+
+    Reference: Pascanu et al., ICML 2013, arXiv:1211.5063, algorithm 1.
 
     Args:
         max_norm: the largest Euclidean norm that stays as it is.

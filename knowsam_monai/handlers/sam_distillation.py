@@ -54,7 +54,7 @@ class SAMDistillation:
             SAM loss has an `ignore_index`.
         every: the teacher runs at every k-th iteration only. At the others it neither learns nor teaches. `weight` is
             not scaled; k times the weight gives the same average.
-        gate_interval: number of teacher runs between measurements of the "agreement" gate; the first is after 10 runs.
+        gate_interval: number of teacher runs between measurements of the gate on training rows; the first is after 10.
         log_interval: number of iterations between logs of the labeled Dice.
         logits_of: picks the logits, (B, C, *spatial) or stacked views, from the network's output, for example
             ``operator.itemgetter(0)``; None: the output is the logits. The trainer's loss gets the whole output.

@@ -27,7 +27,7 @@ class SliceTeacher(nn.Module):
 
     x_{a,i} is slice i of the volume along axis a, z_{a,i} are the student's logits of that slice, and f is the 2D
     teacher. All slices of all rows along an axis form one batch. A plain call processes all slices, as in validation
-    and for the "agreement" gate.
+    and for the gate.
 
     With `slices` = k, :class:`~knowsam_monai.distillation.SAMDistiller` draws k slices of each volume per step with
     :meth:`draw_slices`. The teacher, distillation and SAM's loss then only use these thin volumes. If there are several
