@@ -24,9 +24,6 @@ sources     = $(wildcard knowsam_monai bundles tests examples benchmarks docs pr
 pythons     = $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10)
 packaging   = setup.cfg pyproject.toml constraints.txt
 
-# on a CPU that other work shares, threads that wait for each other by spinning cost several times the run
-export OMP_WAIT_POLICY ?= passive
-
 .DEFAULT_GOAL := help
 .PHONY: help train zip table test check docs lint clean
 

@@ -133,8 +133,6 @@ def train(options: argparse.Namespace) -> int:
         command += ["--bundle_root", str(bundle)]
     command += options.keys
     logging.info("python %s", " ".join(map(quoted, command)))
-    # on a CPU that other work shares, threads that wait for each other by spinning cost several times the run
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # in this process's place: signals and the exit code are the training's own
     trusted = ["-W", "ignore:parsing config_file"]  # MONAI warns that a config is code
     os.execv(sys.executable, [sys.executable, *trusted, *command])
