@@ -153,24 +153,18 @@ class TeacherGate(nn.Module):
             labeled: rows with a label that the student may see.
         """
         sam_image = image if sam_image is None else sam_image
-        measured = [None, None]
-        if is_counted:
-            measured[0] = self._agreement(student, teacher, image, turn, sam_image)
-        if labeled is not None:
-            student_logits = student(labeled.image)
-            both = (student_logits, teacher(labeled.sam_image, student_logits))
-            measured[1] = torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
-        shape = next((counts for counts in measured if counts is not None), None)
-        if shape is None:  # a row tells the number of classes
-            logits = student(image[:1])
-            shape = torch.stack([torch.stack(self._counts(logits, logits))] * 2)
-        counts = torch.stack([torch.zeros_like(shape) if counts is None else counts for counts in measured])
+        agreement = self._agreement(student, teacher, image, turn, sam_image) if is_counted else None
+        truth = None if labeled is None else self._truth(student, teacher, labeled)
+        if agreement is None and truth is None:  # another rank has rows; one row tells the number of classes
+            agreement = 0 * self._agreement(student, teacher, image[:1], turn, sam_image[:1])
+        known = agreement if truth is None else truth
+        counts = torch.stack([torch.zeros_like(known) if part is None else part for part in (agreement, truth)])
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
-        agreement, labeled_dice = (_dice(*both) for both in counts)
+        agreement_dice, labeled_dice = (_dice(*both) for both in counts)
         mixed = self.momentum * self.labeled_scores + (1 - self.momentum) * labeled_dice
         self.labeled_scores.copy_(torch.where(torch.isfinite(labeled_dice).all(), mixed, self.labeled_scores))
-        self.update(*agreement, momentum=self.momentum)
+        self.update(*agreement_dice, momentum=self.momentum)
 
     def _agreement(
         self,
@@ -180,7 +174,7 @@ class TeacherGate(nn.Module):
         turn: int,
         sam_image: Tensor,
     ) -> Tensor:
-        """Common and total pixels of what student and teacher find in images and in turned images, (2, 2, C)."""
+        """Common and total pixels, (2, 2, C), of what student and teacher find in images and in turned images."""
         turns = _turns(image)
         there, back = turns[turn % len(turns)]
         student_logits, turned_logits = student(image), student(there(image))
@@ -189,6 +183,14 @@ class TeacherGate(nn.Module):
             (teacher(sam_image, student_logits), back(teacher(there(sam_image), turned_logits))),
         )
         return torch.stack([torch.stack(self._counts(*pair)) for pair in pairs])
+
+    def _truth(
+        self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor, Tensor], Tensor], labeled: LabeledImages
+    ) -> Tensor:
+        """The same of what both find in labeled images and the labels."""
+        student_logits = student(labeled.image)
+        both = (student_logits, teacher(labeled.sam_image, student_logits))
+        return torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
 
     def _counts(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """For each region or foreground class, the pixels that both maps share and the pixels of both together."""
