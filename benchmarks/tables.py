@@ -21,7 +21,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,30 +120,31 @@ def hosts_table(name: str) -> str:
     return markdown(head, table)
 
 
-def classes_table(name: str) -> str:
-    """One line for each comparison: the gain in each class."""
+def comparisons(name: str) -> Iterator[tuple[str, list[Line], list[Line], list[str], str]]:
+    """Each row that has one without SKD: its name, its lines, those without SKD, the classes, and the seeds of both."""
     lines = by(read(name), lambda line: line["row"])
-    classes = classes_of(next(iter(lines.values())))
-    table = []
     for row, own in lines.items():
         base = base_of(lines, row)
         if base:
-            gains = [gain_text(*gain(own, base, [one])) for one in classes]
-            table.append([row, *gains, ", ".join(sorted(seeds_of(own) & seeds_of(base)))])
+            yield row, own, base, classes_of(own), ", ".join(sorted(seeds_of(own) & seeds_of(base)))
+
+
+def classes_table(name: str) -> str:
+    """One line for each comparison: the gain in each class."""
+    classes = classes_of(read(name))
+    table = [
+        [row, *(gain_text(*gain(own, base, [one])) for one in classes), seeds]
+        for row, own, base, classes, seeds in comparisons(name)
+    ]
     return markdown(["gain of", *classes, "seeds"], table)
 
 
 def summary_table(name: str) -> str:
     """One line for each host: Dice without SKD and with it, and the gain."""
-    lines = by(read(name), lambda line: line["row"])
-    classes = classes_of(next(iter(lines.values())))
     table = []
-    for row, own in lines.items():
-        base = base_of(lines, row)
-        if base:
-            dice = [f"{mean_of(one, 'dice', classes):.1f}" for one in (base, own)]
-            seeds = ", ".join(sorted(seeds_of(own) & seeds_of(base)))
-            table.append([row.removesuffix(SKD), *dice, gain_text(*gain(own, base, classes)), seeds])
+    for row, own, base, classes, seeds in comparisons(name):
+        dice = [f"{mean_of(one, 'dice', classes):.1f}" for one in (base, own)]
+        table.append([row.removesuffix(SKD), *dice, gain_text(*gain(own, base, classes)), seeds])
     return markdown(["method", "without SKD", "with SKD", "gain", "seeds"], table)
 
 
