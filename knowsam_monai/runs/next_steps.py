@@ -64,7 +64,7 @@ def _in_folder(path: str | os.PathLike, folder: str) -> str:
     if not Path(path).is_relative_to(folder):
         return path
     relative = os.path.relpath(path, folder)
-    return relative if os.sep in relative else os.path.join(".", relative)
+    return relative if os.sep in relative or relative == os.curdir else os.path.join(os.curdir, relative)
 
 
 def _programs() -> tuple[str, list[str]]:

@@ -72,3 +72,5 @@ def test_scan_that_cannot_be_read_again_and_a_run_of_torchrun(tmp_path):
     steps = next_steps(tmp_path / "output", start, {"device": "$int(os.environ['LOCAL_RANK'])"})
     assert set(steps) == {"segment", "zip", "export"} and "predict path/to/scans --bundle ./b" in steps["segment"]
     assert next_steps(tmp_path / "output", {"seed": 1}, {}) == {}
+    steps = next_steps(tmp_path / "output", {**start, "bundle_root": str(tmp_path)}, {})
+    assert steps["zip"].endswith("zip . --run ./output")
