@@ -170,7 +170,9 @@ def dose_points() -> list[Point]:
         if found and seeds_of(own) & seeds_of(base):
             classes, known = classes_of(own), lines.get(f"teacher: {teacher}")
             dice = mean_of(known, "dice", classes) if known else 0.0
-            points.append(Point(teacher, gate, dice, dice - mean_of(base, "dice", classes), *gain(own, base, classes)))
+            without = [line for line in base if line["seed"] in seeds_of(own)]
+            lead = dice - mean_of(without, "dice", classes)
+            points.append(Point(teacher, gate, dice, lead, *gain(own, base, classes)))
     return points
 
 
