@@ -303,6 +303,7 @@ class SAMDistiller(nn.Module):
                 "the gate 'agreement' was not measured: every row is labeled. Pass `labeled_rows`, or return it from "
                 "`select`."
             )
+        judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
         is_needed = is_counted or (labeled is not None and not needs_agreement)
         if is_needed or ranks.is_distributed():
@@ -310,10 +311,10 @@ class SAMDistiller(nn.Module):
                 self.gate.measure_agreement(
                     lambda x: _view(unstack_views(student(x), x), self.prompt_view),
                     self.ask_teacher,
-                    image[judged_rows] if is_counted else image[:1],
+                    image[judged_rows],
                     turn,
                     is_counted,
-                    sam_image[judged_rows] if is_counted else sam_image[:1],
+                    sam_image[judged_rows],
                     labeled,
                 )
 

@@ -155,8 +155,8 @@ class TeacherGate(nn.Module):
         sam_image = image if sam_image is None else sam_image
         agreement = self._agreement(student, teacher, image, turn, sam_image) if is_counted else None
         truth = None if labeled is None else self._truth(student, teacher, labeled)
-        if agreement is None and truth is None:  # another rank has rows; one row tells the number of classes
-            agreement = 0 * self._agreement(student, teacher, image[:1], turn, sam_image[:1])
+        if agreement is None and truth is None:  # another rank has rows; this one's tell the number of classes
+            agreement = 0 * self._agreement(student, teacher, image, turn, sam_image)
         known = agreement if truth is None else truth
         counts = torch.stack([torch.zeros_like(known) if part is None else part for part in (agreement, truth)])
         if ranks.is_distributed():
