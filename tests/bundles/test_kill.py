@@ -104,11 +104,29 @@ def kill(run: Run, seconds: float, number: int = signal.SIGKILL, while_saving: b
     """
     process = run.start()
     until = time.monotonic() + seconds
-    running = wait_for(lambda: time.monotonic() > until and (run.parts() or not while_saving), process)
+
+    def due() -> bool:
+        return time.monotonic() > until and (not while_saving or pause_in_save(run, process.pid))
+
+    running = wait_for(due, process)
     with suppress(ProcessLookupError):  # it has just ended
         os.kill(process.pid, number)
+        os.kill(process.pid, signal.SIGCONT)
     finish(process, run.log)
     return running
+
+
+def pause_in_save(run: Run, pid: int) -> bool:
+    """Pause a run that has a half-written file, and return whether it still has one then."""
+    if not run.parts():
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)  # for the signal to arrive
+        if run.parts():
+            return True
+        os.kill(pid, signal.SIGCONT)
+    return False
 
 
 def kill_at_random(run: Run, seconds: float, draw: random.Random, numbers: Sequence[int] = NUMBERS) -> None:
