@@ -17,7 +17,8 @@ row's. The processes take their steps in turns. Ratios are those of the fastest 
 Steps are those of the bundle's trainer: SAM ViT-B, or what a row names, with random weights, which cost the same; 256 x
 256, 2 labeled + 2 unlabeled rows, 4 classes. Rows whose names begin with `la_` are of the left-atrium bundle: patches
 of the phantom, SAM ViT-B at 112 with 8 slices of each volume. On a GPU, the precision "default" leaves torch's settings
-as they are, as a run does; "fp32" and "tf32" turn TensorFloat-32 off and on, for convolutions and matrix products.
+as they are, as a run does; "fp32" and "tf32" turn TensorFloat-32 off and on, for convolutions and matrix products. Each
+row of a GPU also says for what part of a step the GPU is busy.
 """
 
 from __future__ import annotations
@@ -315,7 +316,7 @@ def line_of(rows: tuple[str, str], reference: dict[str, Any], row: dict[str, Any
     ratios = [theirs / ours if is_plain else ours / theirs for ours, theirs in zip(*times)]
     seconds = [" / ".join(f"{value:.3g}" for value in pair) for pair in times]
     cells = [
-        f"{ROWS[rows[1]][0]}, {precision}",
+        f"{ROWS[rows[1]][0]}, {precision}" + ("" if row["busy"] is None else f", GPU busy {row['busy']:.0%}"),
         ROWS[rows[0]][0],
         *seconds,
         f"{' / '.join(f'{ratio:.2f}' for ratio in ratios)} {'times as fast' if is_plain else 'steps'}",
@@ -365,6 +366,15 @@ def count_gflop(step: Step) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def busy_share(step: Step, options: Options) -> float:
+    """The part of a step's time in which the GPU runs kernels or copies."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        start = now(options)
+        step()
+        seconds = now(options) - start
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / seconds
+
+
 def prepare(options: Options) -> None:
     """The settings of a process that every row shares."""
     warnings.simplefilter("ignore")
@@ -384,7 +394,7 @@ def now(options: Options) -> float:
 
 
 def serve(pipe: Connection, row: str, options: Options) -> None:
-    """Answer "step" with the seconds of a step, and "facts" with peak memory and operations."""
+    """Answer "step" with the seconds of a step, and "facts" with peak memory, operations and the GPU's share."""
     prepare(options)
     step = ROWS[row][1](options)
     while True:
@@ -397,7 +407,9 @@ def serve(pipe: Connection, row: str, options: Options) -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         else:
             peak = torch.cuda.max_memory_allocated(options.device)
-        pipe.send({"memory": peak / 2**30, "gflop": None if options.compile else count_gflop(step)})  # no graph breaks
+        busy = None if options.device == "cpu" else busy_share(step, options)
+        gflop = None if options.compile else count_gflop(step)  # no graph breaks
+        pipe.send({"memory": peak / 2**30, "gflop": gflop, "busy": busy})
         return
 
 
