@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import time
@@ -31,6 +32,13 @@ def finish(process: BaseProcess, log: Path, seconds: float = 300) -> int:
         process.kill()
         raise TimeoutError(f"a process did not end in {seconds} s: {log.read_text()[-3000:]}")
     return process.exitcode
+
+
+def run_module(log: Path, module: str, *words: Any) -> tuple[int, str]:
+    """Exit code and output of `python -m module words` where the interpreter's start is not what is tested."""
+    code = finish(start(log, _run_module, module, *map(str, words)), log)
+    assert code >= 0, f"the process died of signal {-code}: {log.read_text()[-3000:]}"
+    return code, log.read_text()
 
 
 def wait_for(condition: Callable[[], Any], process: BaseProcess, seconds: float = 300) -> bool:
@@ -68,6 +76,16 @@ def _call(log: str, folder: str, target: Callable, args: tuple, kwargs: dict) ->
 
     torch.set_num_threads(1)
     target(*args, **kwargs)
+
+
+def _run_module(module: str, *words: str) -> None:
+    sys.argv = [module, *words]
+    sys.stdout.reconfigure(line_buffering=True)  # the error comes last, as on a screen
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as the interpreter does; multiprocessing would print every traceback
+        sys.exit(1)
 
 
 def _in_group(rank: int, world_size: int, port: int, target: Callable, args: tuple, kwargs: dict) -> None:

@@ -112,29 +112,24 @@ def test_only_one_module_asks_for_the_rank():
     assert found == {"ranks.py"}
 
 
-def loaded_by(statement: str) -> set[str]:
-    """The package's modules that a statement loads, in a process of its own."""
-    code = f"{statement}\nimport sys\nprint(*(name for name in sys.modules if name.startswith({PACKAGE!r})))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-
-
-def test_import_of_the_package_loads_nothing_of_it():
-    assert loaded_by(f"import {PACKAGE}") == {PACKAGE}
-
-
-def test_losses_and_methods_load_what_they_need():
-    folders = {folder_of(f"{name}.") for name in loaded_by(f"import {PACKAGE}.losses") if name.count(".") > 1}
-    assert folders == {"losses"}
-    loaded = loaded_by(f"from {PACKAGE} import MeanTeacher, PartiallyLabeledLoss, SAMDistillation, SAMTeacher")
-    assert {name for name in loaded if name.startswith(f"{PACKAGE}.data.")} == {f"{PACKAGE}.data.orientation"}
-    assert not [name for name in loaded if folder_of(f"{name}.") == "runs"]
-
-
-def test_every_name_of_the_package_can_be_imported():
-    code = (
-        f"import {PACKAGE}\nfor name in {PACKAGE}.__all__: getattr({PACKAGE}, name)\nassert len({PACKAGE}.__all__) > 20"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_package_losses_and_methods_load_what_they_need_and_every_name_can_be_imported():
+    """One after the other, in a process of its own."""
+    code = f"""
+import sys
+def loaded(): print(*(name for name in sys.modules if name.startswith({PACKAGE!r})))
+import {PACKAGE}; loaded()
+import {PACKAGE}.losses; loaded()
+from {PACKAGE} import MeanTeacher, PartiallyLabeledLoss, SAMDistillation, SAMTeacher; loaded()
+for name in {PACKAGE}.__all__: getattr({PACKAGE}, name)
+assert len({PACKAGE}.__all__) > 20
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    package, losses, methods = (line.split() for line in done.stdout.splitlines())
+    assert package == [PACKAGE]
+    assert {folder_of(f"{name}.") for name in losses if name.count(".") > 1} == {"losses"}
+    assert [name for name in methods if name.startswith(f"{PACKAGE}.data.")] == [f"{PACKAGE}.data.orientation"]
+    assert not [name for name in methods if folder_of(f"{name}.") == "runs"]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -121,22 +123,20 @@ def test_plain_student_drops_out_as_the_shipped_one(speed):
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("default", "medium True"), ("fp32", "highest False"), ("tf32", "high True")]
+    ("precision", "expected"), [("default", ("medium", True)), ("fp32", ("highest", False)), ("tf32", ("high", True))]
 )
-def test_speed_changes_the_precision_of_a_gpu_only_if_told_to(precision, expected):
-    code = (
-        "import speed, torch; torch.set_float32_matmul_precision('medium'); "
-        f"speed.prepare(speed.Options(device='cuda:0', precision='{precision}')); "
-        "print(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT / "benchmarks",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == expected, done.stderr
+def test_speed_changes_the_precision_of_a_gpu_only_if_told_to(speed, monkeypatch, precision, expected):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with warnings.catch_warnings():
+            speed.prepare(speed.Options(device="cuda:0", precision=precision))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
+        logging.disable(logging.NOTSET)
 
 
 @pytest.mark.slow

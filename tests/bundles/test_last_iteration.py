@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -25,13 +26,15 @@ class SignalBefore:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
-def run(small_phantom, tmp_path):
-    def build(name, **override):
-        options = {"dataset_dir": str(small_phantom), "use_sam": False, "mixing_weight": 0, "max_iterations": 7}
-        return Training(tmp_path / name, whole=True, **{**options, "epoch_length": 3, **override})
+@pytest.fixture(scope="module")
+def run(small_phantom):
+    options = {"dataset_dir": str(small_phantom), "use_sam": False, "mixing_weight": 0, "max_iterations": 7}
+    return lambda folder: Training(folder, whole=True, epoch_length=3, lr=0.01, **options)
 
-    return build
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole") / "run").run()
 
 
 def epochs(folder):
@@ -43,27 +46,24 @@ def resumable(folder, iteration):
     return state["network"], state["trainer"]["iteration"]
 
 
-def test_run_trains_and_validates_exactly_what_was_asked(run):
-    done = run("whole", lr=0.01).run()
-    assert len(done.history) == 7 and len(epochs(done.output_dir)) == 3
-    assert done.rates[-1] == [pytest.approx(0.01 / 7)] and done.learning_rates() == [0]
-    assert {"resume_6.pt", "resume_7.pt", "last_model_epoch=3.pt"} <= set(os.listdir(done.output_dir))
+def test_run_trains_and_validates_exactly_what_was_asked(whole):
+    assert len(whole.history) == 7 and len(epochs(whole.output_dir)) == 3
+    assert whole.rates[-1] == [pytest.approx(0.01 / 7)] and whole.learning_rates() == [0]
+    assert {"resume_6.pt", "resume_7.pt", "last_model_epoch=3.pt"} <= set(os.listdir(whole.output_dir))
 
 
-def test_finished_run_is_not_trained_further(run):
-    run("again").run()
-    again = run("again").run()
+def test_finished_run_is_not_trained_further(run, whole, tmp_path):
+    again = run(shutil.copytree(whole.output_dir, tmp_path / "again")).run()
     assert again.history == [] and len(epochs(again.output_dir)) == 3
 
 
 @pytest.mark.parametrize("at", [2, 7])
-def test_run_that_is_broken_off_goes_on_to_the_same_end(run, at):
-    whole = run("whole").run()
-    stopped = run("stopped")
+def test_run_that_is_broken_off_goes_on_to_the_same_end(run, whole, tmp_path, at):
+    stopped = run(tmp_path / "stopped")
     stopped.workflow.parser["train#handlers"].append(SignalBefore(at))
     with pytest.raises(SystemExit):
         stopped.run()
-    on = run("stopped").run()
+    on = run(tmp_path / "stopped").run()
     assert len(on.history) == 7 - at and epochs(on.output_dir) == epochs(whole.output_dir)
     (one, number), (other, _) = resumable(on.output_dir, 7), resumable(whole.output_dir, 7)
     assert number == 7 and all(torch.equal(one[name], other[name]) for name in other)

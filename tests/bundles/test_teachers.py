@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,21 +20,40 @@ from tests.bundles.test_last_iteration import SignalBefore
 from tests.bundles.test_overlays import METHODS, QUICK, SMALL_UNET_3D
 
 TEACHERS = {"sam2": Sam2Teacher, "network": NetworkTeacher}
-BUNDLES = pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=lambda configs: configs.parent.name)
-EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS)
+BUNDLES = pytest.mark.parametrize(
+    "configs", [CONFIGS, CONFIGS_3D], ids=lambda configs: configs.parent.name, scope="module"
+)
+EACH_TEACHER = pytest.mark.parametrize("teacher", TEACHERS, scope="module")
 
 
-@pytest.fixture
-def taught(small_phantom, small_volumes, small_teachers, tmp_path):
-    """`taught(configs, teacher, *overlays)`: a tiny training with that teacher that has not been run yet."""
+@pytest.fixture(scope="module")
+def taught_in(small_phantom, small_volumes, small_teachers):
+    """`taught_in(folder, configs, teacher, *overlays)`: a tiny training with that teacher that has not been run yet."""
 
-    def build(configs, teacher, *overlays, folder="output", **override):
+    def build(folder, configs, teacher, *overlays, **override):
         options = {"dataset_dir": str(small_phantom if configs == CONFIGS else small_volumes), "sam_variant": None}
         options |= ({} if teacher == "sam" else small_teachers(configs, teacher)) | override
         overlays = (*([] if teacher == "sam" else [f"teacher_{teacher}.json"]), *overlays)
-        return Training(tmp_path / folder, configs=configs, overlays=overlays, **options)
+        return Training(folder, configs=configs, overlays=overlays, **options)
 
     return build
+
+
+@pytest.fixture
+def taught(taught_in, tmp_path):
+    return partial(taught_in, tmp_path / "output")
+
+
+FOUR_STEPS = {"whole": True, "max_iterations": 4, "epoch_length": 2, "distillation_gate": "none"}
+
+
+@pytest.fixture(scope="module")
+def whole(configs, teacher, taught_in, tmp_path_factory):
+    """Two epochs with everything, the preflight in log.txt included."""
+    logger = logging.getLogger("knowsam_monai")
+    logger.setLevel(logging.INFO)
+    yield taught_in(tmp_path_factory.mktemp("whole") / "run", configs, teacher, **FOUR_STEPS).run()
+    logger.setLevel(logging.NOTSET)
 
 
 def of_a_method(configs, method):
@@ -89,10 +110,9 @@ def test_its_overlay_and_those_of_networks_and_methods_set_different_parts(confi
 
 @BUNDLES
 @EACH_TEACHER
-def test_preflight_record_and_report_say_who_teaches(taught, configs, teacher, caplog):
-    caplog.set_level("INFO", logger="knowsam_monai")
-    run = taught(configs, teacher, whole=True).run()
-    (start,) = json.loads((run.output_dir / "run.json").read_text())["starts"]
+def test_preflight_record_and_report_say_who_teaches(whole, configs, teacher):
+    (start,) = json.loads((whole.output_dir / "run.json").read_text())["starts"]
+    log = [" ".join(line.split()) for line in (whole.output_dir / "log.txt").read_text().splitlines()]
     who = {
         ("sam2", CONFIGS): "Sam2Teacher custom config, weights of sam2",
         ("sam2", CONFIGS_3D): "Sam2Teacher custom config on slices, weights of sam2",
@@ -103,20 +123,18 @@ def test_preflight_record_and_report_say_who_teaches(taught, configs, teacher, c
         ): "NetworkTeacher UNet, weights of network_3d, trained on scans of 2019, license unknown",
     }[teacher, configs]
     assert start["teacher"].startswith(who)
-    assert any(message.split() == ["teacher", *start["teacher"].split()] for message in caplog.messages)
-    assert start["teacher"] in (run.output_dir / "report.html").read_text()
-    assert any(message.split()[:2] == ["teacher", "trains"] for message in caplog.messages)
-    assert math.isfinite(run["validate#evaluator"].state.metrics["val_teacher_dice"])
+    assert any(line.endswith(f" teacher {start['teacher']}") for line in log)
+    assert start["teacher"] in (whole.output_dir / "report.html").read_text()
+    assert any(" teacher trains " in line for line in log)
+    assert math.isfinite(whole["validate#evaluator"].state.metrics["val_teacher_dice"])
 
 
 @BUNDLES
 @EACH_TEACHER
 def test_run_that_is_broken_off_goes_on_to_the_same_end_and_not_with_other_weights(
-    taught, configs, teacher, small_teachers, tmp_path
+    whole, taught, configs, teacher, small_teachers, tmp_path
 ):
-    options = {"whole": True, "max_iterations": 4, "epoch_length": 2, "distillation_gate": "none"}
-    whole = taught(configs, teacher, folder="whole", **options).run()
-    stopped = taught(configs, teacher, **options)
+    stopped = taught(configs, teacher, **FOUR_STEPS)
     stopped.workflow.parser["train#handlers"].append(SignalBefore(3))
     with pytest.raises(SystemExit):
         stopped.run()
@@ -126,9 +144,9 @@ def test_run_that_is_broken_off_goes_on_to_the_same_end_and_not_with_other_weigh
     retrained = Path(shutil.copytree(moved, tmp_path / "retrained"))
     change(retrained / file)
     with pytest.raises(RuntimeError) as error:
-        taught(configs, teacher, **options, **{key: str(retrained)}).run()
+        taught(configs, teacher, **FOUR_STEPS, **{key: str(retrained)}).run()
     assert f"`{key}` must be" in str(root_cause(error.value))
-    on = taught(configs, teacher, **options, **{key: str(moved)}).run()
+    on = taught(configs, teacher, **FOUR_STEPS, **{key: str(moved)}).run()
     assert len(on.history) == 1
     ends = [(run["network"].state_dict(), run["teacher"].state_dict()) for run in (whole, on)]
     for one, other in zip(*ends):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.tensors import unstack_views
 from tests.attached import assert_same, build, host, loss_of, plain_loop
+from tests.processes import finish, start_ranks
 from tests.toys import toy_batches
 
 # --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
@@ -328,13 +330,18 @@ def ce_loss(logits, label):
     return sum(nn.functional.cross_entropy(view[: len(label)], label[:, 0].long()) for view in views)
 
 
-def in_a_group(rank, folder, train):
-    """Train on one of two ranks; free everything before the process group, whose end would wait for it."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    train(rank, folder)
+def train_on_two_ranks(folder, train):
+    ranks = start_ranks(folder, 2, in_a_group, str(folder), train)
+    for rank, process in enumerate(ranks):
+        log = folder / f"rank{rank}.log"
+        assert finish(process, log) == 0, log.read_text()
+
+
+def in_a_group(folder, train):
+    """Free everything before the process group, whose end would wait for it."""
+    train(torch.distributed.get_rank(), Path(folder))
     gc.collect()
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def train_on_a_rank(rank, folder):
@@ -350,7 +357,7 @@ def train_on_a_rank(rank, folder):
 
 
 def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(in_a_group, args=(tmp_path, train_on_a_rank), nprocs=2)
+    train_on_two_ranks(tmp_path, train_on_a_rank)
     student, optimizer, distiller, batches = build(sam_loss=ce_loss)
     distiller.follow(optimizer)
     for batch in batches:
@@ -380,7 +387,7 @@ def train_with_labels_on_the_first_rank(rank, folder):
 
 
 def test_rank_without_labels_or_without_unlabeled_rows_meets_the_other(tmp_path):
-    torch.multiprocessing.spawn(in_a_group, args=(tmp_path, train_with_labels_on_the_first_rank), nprocs=2)
+    train_on_two_ranks(tmp_path, train_with_labels_on_the_first_rank)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first[1]["num_measured"] > 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from knowsam_monai.files import expand_path
 from knowsam_monai.runs.config_check import PATHS, check_config
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_resolution import files
-from tests.processes import finish, start_ranks
+from tests.processes import finish, run_module, start_ranks
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
 RUNS = (("train",), ("train", "network_plain", "ua_mt"), ("train", "evaluate"), ("inference",))
 
@@ -81,22 +78,23 @@ def test_wrong_value_ends_before_anything_is_read_or_written(bundle, names, sour
 @pytest.mark.parametrize(
     "bundle, names", [("knowsam_acdc", ("train.json", "multi_gpu_train.json")), ("knowsam_la", ("inference.json",))]
 )
-def test_command_line_ends_with_the_sentence_and_exit_code_1(bundle, names, tmp_path):
+def test_command_line_ends_with_the_sentence_and_exit_code_1(bundle, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     configs = [str(BUNDLES / bundle / "configs" / name) for name in names]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(configs), "--dataset_dri", "/data"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "output").exists()
-    last = done.stderr.strip().splitlines()[-1]
+    words = ["run", "--config_file", configs, "--dataset_dri", "/data"]
+    code, said = run_module(tmp_path / "said.txt", "monai.bundle", *words)
+    assert code == 1 and "Traceback" not in said and not (tmp_path / "output").exists()
+    last = said.strip().splitlines()[-1]
     assert last.startswith("ValueError: `dataset_dri` must be a key") and last.endswith("did you mean `dataset_dir`?")
 
 
 @pytest.mark.parametrize("word", [["--sam_checkpoint", "None"], ["--sam_checkpoint=None"]])
-def test_none_on_the_command_line_which_monai_would_ignore_is_an_error(word, tmp_path):
-    config = str(BUNDLES / "knowsam_acdc" / "configs" / "train.json")
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *word]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-    last = done.stderr.strip().splitlines()[-1]
+def test_none_on_the_command_line_which_monai_would_ignore_is_an_error(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, log = BUNDLES / "knowsam_acdc" / "configs" / "train.json", tmp_path / "said.txt"
+    code, said = run_module(log, "monai.bundle", "run", "--config_file", config, *word)
+    assert code == 1 and "Traceback" not in said and list(tmp_path.iterdir()) == [log]
+    last = said.strip().splitlines()[-1]
     assert last.startswith("ValueError: `sam_checkpoint` must not be None on") and last.endswith("'$None'.")
 
 

@@ -26,12 +26,12 @@ except ValueError as error:
 
 SENTENCE = """
 import logging, sys
-from knowsam_monai.runs.checks import check_writable
+from knowsam_monai.errors import KnowSAMPermissionError
 from knowsam_monai.runs.messages import explain_errors
 explain_errors()
 logging.getLogger().addHandler(logging.FileHandler(sys.argv[1]))
 try:
-    check_writable(output_dir=sys.argv[1] + "/folder")
+    raise KnowSAMPermissionError("`output_dir` must be a writable folder.")
 except PermissionError as error:
     raise RuntimeError("Failed to evaluate") from error
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 import sys
 import zipfile
@@ -9,12 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
+import zoo.scripts
 from knowsam_monai.data import write_phantom
 from tests.bundles.conftest import BUNDLES, CONFIGS, CONFIGS_3D, Training
 from zoo.build import build
 
 RUN = "knowsam_phantom_seed0"
+FORMATTED = functools.cache(zoo.scripts._formatted)
 # the networks are the configs' own: the zip holds its student, not a smaller one
 BRIEF = {
     "network_def": None,
@@ -43,7 +48,20 @@ class Hosted(NamedTuple):
 @pytest.fixture(scope="session", params=["knowsam_acdc", "knowsam_la"])
 def hosted(request, tmp_path_factory) -> Hosted:
     name = request.param
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"hosted_{name}"
+    with FileLock(f"{shared}.lock"):  # built once for all processes and files
+        if not (shared / "dist").is_dir():
+            shutil.rmtree(shared, ignore_errors=True)
+            build_zip(name, shared)
+    (archive,) = (shared / "dist").iterdir()
     folder = tmp_path_factory.mktemp(name)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    return Hosted(name, shared / "repository" / name, archive, folder / name, shared / "phantom" / "dataset.json")
+
+
+def build_zip(name: str, folder: Path) -> None:
     anatomy = {"anatomy": "left_atrium"} if name == "knowsam_la" else {}
     counts = {"num_labeled": 2, "num_unlabeled": 2, "num_validation": 2, "num_test": 1}
     datalist = write_phantom(folder / "phantom", max_size=32, **counts, **anatomy)
@@ -55,10 +73,14 @@ def hosted(request, tmp_path_factory) -> Hosted:
         configs=CONFIGS_3D if name == "knowsam_la" else CONFIGS,
         **{**BRIEF, **BRIEF_OF[name], "dataset_dir": str(datalist), "ckpt_dir": str(bundle / "models")},
     ).run()
-    archive = build(bundle, folder / "dist")
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(folder / "anywhere")
-    return Hosted(name, bundle, archive, folder / "anywhere" / name, datalist)
+    build_formatting_once(bundle, folder / "dist")
+
+
+def build_formatting_once(bundle: Path, output_dir: Path) -> Path:
+    """Black takes seconds for the code, which is that of the zip before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo.scripts, "_formatted", FORMATTED)
+        return build(bundle, output_dir)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
 
 import pytest
@@ -47,7 +48,12 @@ def write_run(folder, names=("a", "b", "c"), teacher_offset=2, started=None, con
     return folder
 
 
+@pytest.fixture(scope="session")
+def written_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("written") / "run")
+
+
 @pytest.fixture
-def run_folder(tmp_path):
+def run_folder(written_run, tmp_path):
     """One finished run."""
-    return write_run(tmp_path / "my run")
+    return shutil.copytree(written_run, tmp_path / "my run")
