@@ -275,9 +275,9 @@ def main() -> None:
         sys.exit(f"made of other results: {', '.join(page.name for page in stale)}" if stale else 0)
     for page in stale:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    for host in ("supervised", "Mean Teacher", "UA-MT", "BCP"):
-        if any(line["row"] == host + SKD for line in read("acdc_3_cpu_curves")):
-            draw_curves("acdc_3_cpu", host)
+    for row in by(read("acdc_3_cpu_curves"), lambda line: line["row"]):
+        if row.endswith(SKD):
+            draw_curves("acdc_3_cpu", row.removesuffix(SKD))
     if (RESULTS / "dose.csv").is_file():
         draw_dose()
 
