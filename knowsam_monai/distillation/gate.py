@@ -46,7 +46,8 @@ class TeacherGate(nn.Module):
     is:
 
     - "none": not measured; g is always 1, as in the paper.
-    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`).
+    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`). A
+      teacher that holds its student back at its own level never looks worse there.
     - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
       an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
       labeled rows does not agree with itself on other rows.
