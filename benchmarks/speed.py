@@ -17,8 +17,8 @@ row's. The processes take their steps in turns. Ratios are those of the fastest 
 Steps are those of the bundle's trainer: SAM ViT-B, or what a row names, with random weights, which cost the same; 256 x
 256, 2 labeled + 2 unlabeled rows, 4 classes. Rows whose names begin with `la_` are of the left-atrium bundle: patches
 of the phantom, SAM ViT-B at 112 with 8 slices of each volume. On a GPU, the precision "default" leaves torch's settings
-as they are, as a run does; "fp32" and "tf32" turn TensorFloat-32 off and on, for convolutions and matrix products. Each
-row of a GPU also says for what part of a step the GPU is busy.
+as they are, as a run does; "fp32" and "tf32" turn TensorFloat-32 off and on, for convolutions and matrix products. A
+GPU's rows also give the share of a step in which it is busy.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -13,13 +12,11 @@ from typing import NamedTuple
 import pytest
 from filelock import FileLock
 
-import zoo.scripts
 from knowsam_monai.data import write_phantom
 from tests.bundles.conftest import BUNDLES, CONFIGS, CONFIGS_3D, Training
 from zoo.build import build
 
 RUN = "knowsam_phantom_seed0"
-FORMATTED = functools.cache(zoo.scripts._formatted)
 # the networks are the configs' own: the zip holds its student, not a smaller one
 BRIEF = {
     "network_def": None,
@@ -73,14 +70,7 @@ def build_zip(name: str, folder: Path) -> None:
         configs=CONFIGS_3D if name == "knowsam_la" else CONFIGS,
         **{**BRIEF, **BRIEF_OF[name], "dataset_dir": str(datalist), "ckpt_dir": str(bundle / "models")},
     ).run()
-    build_formatting_once(bundle, folder / "dist")
-
-
-def build_formatting_once(bundle: Path, output_dir: Path) -> Path:
-    """Black takes seconds for the code, which is that of the zip before."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo.scripts, "_formatted", FORMATTED)
-        return build(bundle, output_dir)
+    build(bundle, folder / "dist")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from knowsam_monai.runs.trained_student import read_record, warn_of_phantom
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
-from tests.zoo.conftest import RUN, build_formatting_once
+from tests.zoo.conftest import RUN
 from zoo.__main__ import main
 from zoo.build import build, write
 
@@ -140,7 +140,7 @@ def listed(tmp_path):
                 f'- path: "models/model.pt"\n  url: "https://example.org/model.pt"\n  hash_val: "{hash_val}"\n'
                 '  hash_type: "sha256"\n'
             )
-        return build_formatting_once(bundle, tmp_path / "dist")
+        return build(bundle, tmp_path / "dist")
 
     return build_with
 
