@@ -131,13 +131,13 @@ def validate(result: str | None = None) -> dict:
 
 def test_metrics_gate_and_table_of_a_validation_are_of_the_volumes_of_all_processes(tmp_path):
     ranks, one = start_ranks(tmp_path, 2, validate, str(tmp_path)), validate()
-    assert one["gate"]["scores"].min() > 0 and one["gate"]["weight"] > 0
+    assert one["gate"]["validation_scores"].min() > 0 and one["gate"]["weight"] > 0
     for rank, process in enumerate(ranks):
         log = tmp_path / f"rank{rank}.log"
         assert finish(process, log) == 0, log.read_text()
         two = torch.load(tmp_path / f"rank{rank}.pt")
         assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-6) and two["table"] == one["table"]
-        for name in ("weight", "scores"):
+        for name in ("weight", "validation_scores"):
             assert torch.allclose(two["gate"][name], one["gate"][name], rtol=0, atol=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(tmp_path, acc
         two = torch.load(tmp_path / f"rank{rank}.pt")
         assert two["rows"] == [4] * 3 * accumulation_steps and one["rows"] == [8] * 3 * accumulation_steps
         assert one["gate"]["weight"] > 0 and one["gate"]["num_measured"] == len(one["rows"])
-        assert torch.allclose(two["gate"]["scores"], one["gate"]["scores"], rtol=0, atol=1e-6)
+        assert torch.allclose(two["gate"]["agreement_scores"], one["gate"]["agreement_scores"], rtol=0, atol=1e-6)
         for part in ("student", "teacher", "ema_student"):
             for name, value in one[part].items():
                 assert torch.allclose(two[part][name], value, rtol=0, atol=1e-10), f"{part} {name} of rank {rank}"

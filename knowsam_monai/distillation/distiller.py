@@ -274,8 +274,8 @@ class SAMDistiller(nn.Module):
         sam_image: Tensor | None = None,
     ) -> None:
         """
-        Measure the gate once on rows of training: Dice on the labeled rows and, unless the gate is "validation",
-        agreement on the rows from which the teacher does not learn.
+        Measure the gate once on rows of training: Dice on the labeled rows, agreement on the rows from which the
+        teacher does not learn.
 
         The latter are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the
         rows with ignored pixels.
@@ -287,8 +287,7 @@ class SAMDistiller(nn.Module):
             turn: any integer, selects a flip or rotation; count it up by 1 at each measurement.
             sam_image: what the teacher sees, row by row; None: `image`.
         """
-        needs_agreement = self.gate.mode != "validation"
-        self.wiring.agreement_requested |= needs_agreement
+        self.wiring.agreement_requested = True
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image)) if self.learns else slice(0, 0)
@@ -297,16 +296,15 @@ class SAMDistiller(nn.Module):
         if len(judged_rows) == 0 and label is not None and self.ignore_index is not None:
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
-        is_counted = needs_agreement and len(judged_rows) > 0
-        if needs_agreement and not is_counted and self.ignore_index is None:
+        is_counted = len(judged_rows) > 0
+        if self.gate.mode == "agreement" and not is_counted and self.ignore_index is None:
             self.wiring.warn(
                 "the gate 'agreement' was not measured: every row is labeled. Pass `labeled_rows`, or return it from "
                 "`select`."
             )
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
-        is_needed = is_counted or (labeled is not None and not needs_agreement)
-        if is_needed or ranks.is_distributed():
+        if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
                     lambda x: _view(unstack_views(student(x), x), self.prompt_view),

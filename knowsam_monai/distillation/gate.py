@@ -38,31 +38,34 @@ class TeacherGate(nn.Module):
     """
     A factor of the distillation loss: 1 if the teacher is as good as its student, 0 if it is clearly worse.
 
-    .. math:: g = \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
+    Both models are measured, the teacher's result d is compared with the student's, and g is the product of the factors
 
-    g is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
+    .. math:: \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
-    The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what d
-    is:
+    A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
-    - "none": not measured; g is always 1, as in the paper.
-    - "validation": d is the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`). A
-      teacher that holds its student back at its own level never looks worse there.
+    The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what
+    is measured:
+
+    - "none": nothing; g is always 1, as in the paper.
     - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
       an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
       labeled rows does not agree with itself on other rows.
+    - "validation": that, and the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`),
+      a second d. Alone it is not enough: a teacher that holds its student back at its own level never looks worse.
 
-    g is 0 before the first measurement. Neither d notices every bad teacher: one with the same answer for every image
-    agrees with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on
-    labeled rows can show that a teacher is bad. So g has a second factor, from running means of both models' Dice
-    there: 1 if the teacher's is at least 3/4 of the student's, 0 at half of it or less. It is 1 as long as the student
-    finds nothing, or no row has a label.
+    g is 0 before the first measurement, in the mode "validation" before the first validation. Neither d notices every
+    bad teacher: one with the same answer for every image agrees with itself, and any teacher is as good in validation
+    as a student that has learned nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has one
+    more factor, from running means of both models' Dice there: 1 if the teacher's is at least 3/4 of the student's, 0
+    at half of it or less. It is 1 as long as the student finds nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, both scores on unlabeled and on labeled rows, and the number of measurements.
+    has g, the scores of student and teacher, NaN where nothing was measured, and the number of measurements:
+    validations in the mode "validation", otherwise those of agreement.
 
     Args:
-        mode: "none", "validation" or "agreement".
+        mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
         momentum: weight of the old value in the running means, per measurement.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
@@ -80,16 +83,18 @@ class TeacherGate(nn.Module):
 
     def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8, overlapping: bool = False) -> None:
         super().__init__()
-        check_choice("gate", mode, ("none", "validation", "agreement"))
+        check_choice("gate", mode, ("none", "agreement", "validation"))
         if tolerance <= 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
         self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
         self.weight: Tensor
-        self.scores: Tensor
+        self.agreement_scores: Tensor
+        self.validation_scores: Tensor
         self.labeled_scores: Tensor
         self.num_measured: Tensor
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
-        self.register_buffer("scores", torch.zeros(2))  # Dice of student, teacher
+        self.register_buffer("agreement_scores", torch.full((2,), torch.nan))  # Dice of student, teacher
+        self.register_buffer("validation_scores", torch.full((2,), torch.nan))
         self.register_buffer("labeled_scores", torch.zeros(2))  # only their ratio counts, so the mean may start at 0
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
@@ -114,21 +119,30 @@ class TeacherGate(nn.Module):
         first = min(FIRST_MEASUREMENT, interval)
         return self.mode != "none" and run >= first and (run - first) % interval == 0
 
-    def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor, momentum: float = 0.0) -> None:
-        """Take a new measurement; one that is not finite (nothing to compare) is ignored."""
-        new = torch.stack(
-            [torch.as_tensor(d, dtype=torch.float32).to(self.scores) for d in (student_dice, teacher_dice)]
-        )
-        mixed = torch.where(self.num_measured > 0, momentum * self.scores + (1 - momentum) * new, new)
-        valid = torch.isfinite(new).all()
-        self.scores.copy_(torch.where(valid, mixed, self.scores))
-        self.num_measured.add_(valid)
+    def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor) -> None:
+        """Take both results of a validation; if one is not finite (nothing to compare), they are ignored."""
+        scores = self.validation_scores
+        new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(scores) for d in (student_dice, teacher_dice)])
+        self._take(scores, new, momentum=0.0)
+
+    def _take(self, scores: Tensor, new: Tensor, momentum: float) -> None:
+        """Mix finite results into the running means `scores`, and set the weight."""
+        is_valid = torch.isfinite(new).all()
+        mixed = torch.where(torch.isfinite(scores), momentum * scores + (1 - momentum) * new, new)
+        scores.copy_(torch.where(is_valid, mixed, scores))
+        if scores is (self.validation_scores if self.mode == "validation" else self.agreement_scores):
+            self.num_measured.add_(is_valid)
         if self.mode != "none":
-            difference = self.scores[1] - self.scores[0]
-            weight = torch.clamp(1 + difference / self.tolerance, 0, 1) * (self.scores[1] > 0)
             student, teacher = self.labeled_scores
-            weight = weight * torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
+            weight = torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
+            weight = weight * self._factor(self.agreement_scores) * self._factor(self.validation_scores)
             self.weight.copy_(torch.where(self.num_measured > 0, weight, self.weight))
+
+    def _factor(self, scores: Tensor) -> Tensor:
+        """1 where nothing was measured."""
+        student, teacher = scores
+        factor = torch.clamp(1 + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
+        return torch.where(torch.isfinite(teacher), factor, 1)
 
     @torch.no_grad()
     def measure_agreement(
@@ -163,9 +177,8 @@ class TeacherGate(nn.Module):
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
         agreement_dice, labeled_dice = (_dice(*both) for both in counts)
-        mixed = self.momentum * self.labeled_scores + (1 - self.momentum) * labeled_dice
-        self.labeled_scores.copy_(torch.where(torch.isfinite(labeled_dice).all(), mixed, self.labeled_scores))
-        self.update(*agreement_dice, momentum=self.momentum)
+        self._take(self.labeled_scores, labeled_dice, self.momentum)
+        self._take(self.agreement_scores, agreement_dice, self.momentum)
 
     def _agreement(
         self,

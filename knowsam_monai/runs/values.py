@@ -228,7 +228,7 @@ class Training(Everywhere):
     distillation_dice_weight: Factor = _about("weight of the Dice term in the distillation loss")
     distillation_start: CountOrZero = _about("first iteration in which SAM teaches; SAM itself learns from the start")
     distillation_every: Count = _about("iterations between two distillation steps")
-    distillation_gate: Literal["none", "validation", "agreement"] = _about(
+    distillation_gate: Literal["none", "agreement", "validation"] = _about(
         "how the weight of the teacher is determined"
     )
     distillation_gate_tolerance: Positive = _about(

@@ -58,7 +58,7 @@ class Counted:
         self.distiller.taught_rows = settings["taught_rows"]
         self.distiller.gate.weight.fill_(settings["gate.weight"])
         self.distiller.gate.num_measured.fill_(1)
-        self.distiller.gate.scores.copy_(torch.tensor([10.0, 0.0]))  # one measurement does not open the gate
+        self.distiller.gate.agreement_scores.copy_(torch.tensor([10.0, 0.0]))  # one measurement does not open the gate
         self.trainer.state.iteration, self.trainer.state.batch = iteration, self.batch
         self.calls.clear()
         self.trainer._process_function(self.trainer, self.batch)

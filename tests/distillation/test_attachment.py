@@ -66,7 +66,7 @@ def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_hand
     toy_trainer(ours[0], skd.watch(batches), loss, [], optimizer=ours[1]).run()
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == expected[2].gate.num_measured == 2
-    assert torch.equal(ours[2].gate.scores, expected[2].gate.scores)
+    assert torch.equal(ours[2].gate.agreement_scores, expected[2].gate.agreement_scores)
 
 
 def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():

@@ -147,13 +147,16 @@ def test_without_unlabeled_rows_nothing_is_distilled_and_a_warning_says_so_once(
 
 
 @pytest.mark.parametrize("has_label", [True, False])
-def test_validation_gate_measures_labeled_rows_alone(student, teacher, has_label, caplog):
+def test_validation_gate_measures_training_rows_too_but_waits_for_a_validation(student, teacher, has_label, caplog):
     batch = toy_batches(1)[0]  # 2 labeled rows, 2 unlabeled ones
     distiller, asked = distiller_of(teacher, gate="validation"), []
     teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(output)))
     distiller.measure_agreement(student, batch["image"], batch["label"] if has_label else None)
-    assert asked == [2] * has_label and distiller.gate.num_measured == 0 and distiller.gate.weight == 0
-    assert (distiller.gate.labeled_scores[0] > 0) == has_label and not caplog.messages
+    rest = 2 if has_label else 4
+    assert asked == [rest, rest] + [2] * has_label  # agreement as they are and turned; the labels once
+    assert torch.isfinite(distiller.gate.agreement_scores).all() and not caplog.messages
+    assert (distiller.gate.labeled_scores[0] > 0) == has_label
+    assert distiller.gate.num_measured == 0 and distiller.gate.weight == 0
 
 
 @pytest.mark.parametrize("gate", ["agreement", "validation"])

@@ -28,7 +28,9 @@ def test_gate_is_shut_until_the_first_measurement_and_open_without_a_gate():
 def test_no_gate_stays_open_whatever_is_measured():
     gate = TeacherGate("none")
     gate.update(0.9, 0.1)
-    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([0.9, 0.1])
+    gate.measure_agreement(threshold_student, lambda x, prompt: 0 * prompt, images(), 0)
+    assert gate.weight == 1 and gate.validation_scores.tolist() == pytest.approx([0.9, 0.1])
+    assert gate.agreement_scores.tolist() == [1, 0]
 
 
 def test_measurement_that_is_not_finite_changes_nothing():
@@ -38,7 +40,7 @@ def test_measurement_that_is_not_finite_changes_nothing():
 
 
 def test_unknown_mode_and_tolerance_are_errors():
-    with pytest.raises(ValueError, match="`gate` must be 'none', 'validation' or 'agreement'"):
+    with pytest.raises(ValueError, match="`gate` must be 'none', 'agreement' or 'validation'"):
         TeacherGate("open")
     with pytest.raises(ValueError, match="`gate_tolerance` must be a positive"):
         TeacherGate("none", tolerance=0)
@@ -67,7 +69,7 @@ def test_equivariant_teacher_opens_the_agreement_gate():
     gate = TeacherGate("agreement")
     for turn in range(5):
         gate.measure_agreement(threshold_student, lambda x, prompt: prompt, images(), turn)
-    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+    assert gate.weight == 1 and gate.agreement_scores.tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_each_model_is_measured_on_its_own_image():
@@ -98,7 +100,7 @@ def test_teacher_that_is_not_finite_does_not_agree_with_itself(num_classes, bad)
             images(),
             turn,
         )
-    assert gate.num_measured == 3 and gate.weight == 0 and gate.scores.tolist() == pytest.approx([1.0, 0.0])
+    assert gate.num_measured == 3 and gate.weight == 0 and gate.agreement_scores.tolist() == pytest.approx([1.0, 0.0])
 
 
 def test_agreement_of_overlapping_regions_is_the_mean_of_their_dice_counted_by_hand():
@@ -111,19 +113,19 @@ def test_agreement_of_overlapping_regions_is_the_mean_of_their_dice_counted_by_h
     gate = TeacherGate("agreement", overlapping=True)
     gate.measure_agreement(lambda x: student, lambda x, prompt: teacher, torch.zeros(1, 1, 2, 2), turn=1)
     first = 2 * 2 / (3 + 3)
-    assert gate.scores.tolist() == pytest.approx([(first + 1 + 0) / 3, (first + 0 + 0) / 3])
+    assert gate.agreement_scores.tolist() == pytest.approx([(first + 1 + 0) / 3, (first + 0 + 0) / 3])
 
 
 def test_sigmoid_student_and_teacher_of_two_classes_are_compared():
     gate = TeacherGate("agreement")
     gate.measure_agreement(lambda x: x - 0.5, lambda x, prompt: torch.cat([0 * prompt, prompt], 1), images(), 0)
-    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+    assert gate.weight == 1 and gate.agreement_scores.tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_teacher_that_finds_nothing_shuts_the_agreement_gate():
     gate = TeacherGate("agreement")
     gate.measure_agreement(threshold_student, lambda x, prompt: torch.cat([x + 1, x * 0], 1), images(), 0)
-    assert gate.weight == 0 and gate.scores[1] == 0
+    assert gate.weight == 0 and gate.agreement_scores[1] == 0
 
 
 def test_teacher_that_memorized_its_labeled_rows_shuts_the_agreement_gate():
@@ -140,7 +142,7 @@ def test_teacher_that_memorized_its_labeled_rows_shuts_the_agreement_gate():
     gate = TeacherGate("agreement", tolerance=0.1)
     for turn in range(5):
         gate.measure_agreement(threshold_student, lambda x, prompt: teacher(x).reshape(-1, 2, 16, 16), shapes[1:], turn)
-    assert gate.weight == 0 and gate.scores[0] == 1
+    assert gate.weight == 0 and gate.agreement_scores[0] == 1
 
 
 def test_teacher_with_one_answer_for_every_image_is_shut_out_by_the_labels():
@@ -151,9 +153,20 @@ def test_teacher_with_one_answer_for_every_image_is_shut_out_by_the_labels():
 
     gate, shapes = TeacherGate("agreement"), images()
     gate.measure_agreement(threshold_student, constant, shapes, 0)
-    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+    assert gate.weight == 1 and gate.agreement_scores.tolist() == pytest.approx([1.0, 1.0])
     gate.measure_agreement(threshold_student, constant, shapes, 0, labeled=LabeledImages(shapes, shapes, shapes))
     assert gate.weight == 0 and gate.labeled_scores[0] > 2 * gate.labeled_scores[1] > 0
+
+
+@pytest.mark.parametrize("validation, weight", [((0.6, 0.6), 1.0), ((0.6, 0.55), 0.5), ((0.6, 0.1), 0.0)])
+@pytest.mark.parametrize("agrees", [True, False])
+def test_validation_gate_is_the_product_of_both_factors(agrees, validation, weight):
+    """A teacher that holds its student back at its own level looks as good as the student in validation."""
+    gate = TeacherGate("validation", tolerance=0.1)
+    gate.measure_agreement(threshold_student, lambda x, prompt: prompt if agrees else 0 * prompt, images(), 0)
+    assert gate.weight == 0 and gate.num_measured == 0  # not validated yet
+    gate.update(*validation)
+    assert gate.weight.item() == pytest.approx(weight * agrees, abs=1e-6) and gate.num_measured == 1
 
 
 def test_labels_shut_the_validation_gate_and_open_it_again():
@@ -233,7 +246,7 @@ def test_equivariant_teacher_of_volumes_opens_the_agreement_gate():
     gate = TeacherGate("agreement")
     for turn in range(9):
         gate.measure_agreement(threshold_student, lambda x, prompt: prompt, volumes(), turn)
-    assert gate.weight == 1 and gate.scores.tolist() == pytest.approx([1.0, 1.0])
+    assert gate.weight == 1 and gate.agreement_scores.tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("axis", [-1, -2, -3])
@@ -248,7 +261,7 @@ def test_teacher_that_looks_at_one_side_of_the_volumes_shuts_the_agreement_gate(
 
     for turn in range(9):
         gate.measure_agreement(threshold_student, teacher, volumes(), turn)
-    assert gate.weight == 0 and gate.scores[0] == 1
+    assert gate.weight == 0 and gate.agreement_scores[0] == 1
 
 
 def test_gate_asks_its_device_once_for_each_written_weight():

@@ -101,8 +101,8 @@ def test_validation_gate_of_overlapping_regions_has_the_mean_dice_of_all_of_them
         val_handlers=[TeacherValidation(distiller)],
     ).run()
     logits = student(batch["image"])
-    for found, score in zip((logits, teacher(batch["image"], logits)), distiller.gate.scores):
+    for found, score in zip((logits, teacher(batch["image"], logits)), distiller.gate.validation_scores):
         mask, label = (found > 0).flatten(2), batch["label"].bool().flatten(2)
         dice = 2 * (mask & label).sum(2) / (mask.sum(2) + label.sum(2))
         assert score.item() == pytest.approx(dice.mean().item(), abs=1e-5)
-    assert 0 < distiller.gate.weight < 1 or distiller.gate.scores[1] >= distiller.gate.scores[0]
+    assert 0 < distiller.gate.weight < 1 or distiller.gate.validation_scores[1] >= distiller.gate.validation_scores[0]

@@ -118,7 +118,7 @@ WRONG = [
     *((TRAIN, "distillation_dice_weight", value, "0 or more") for value in (-1,)),
     *((TRAIN, "distillation_start", value, "0 or more") for value in (-1, 1.5)),
     *((TRAIN, "distillation_every", value, "1 or more") for value in (0, 1.5)),
-    *((TRAIN, "distillation_gate", value, "one of 'none', 'validation', 'agreement'") for value in (None, "off")),
+    *((TRAIN, "distillation_gate", value, "one of 'none', 'agreement', 'validation'") for value in (None, "off")),
     (TRAIN, "distillation_gate", "validaton", "did you mean 'validation'?"),
     *((TRAIN, "distillation_gate_tolerance", value, "above 0") for value in (0, -0.1)),
     *((TRAIN, "prompt_view", value, "the number of a view") for value in (-1, 0.5, "fused")),
