@@ -61,7 +61,7 @@ class TeacherGate(nn.Module):
     at half of it or less. It is 1 as long as the student finds nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher, NaN where nothing was measured, and the number of measurements:
+    has g, the scores of student and teacher, -1 where nothing was measured, and the number of measurements:
     validations in the mode "validation", otherwise those of agreement.
 
     Args:
@@ -93,8 +93,8 @@ class TeacherGate(nn.Module):
         self.labeled_scores: Tensor
         self.num_measured: Tensor
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
-        self.register_buffer("agreement_scores", torch.full((2,), torch.nan))  # Dice of student, teacher
-        self.register_buffer("validation_scores", torch.full((2,), torch.nan))
+        self.register_buffer("agreement_scores", torch.full((2,), -1.0))  # Dice of student, teacher
+        self.register_buffer("validation_scores", torch.full((2,), -1.0))
         self.register_buffer("labeled_scores", torch.zeros(2))  # only their ratio counts, so the mean may start at 0
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
@@ -128,7 +128,7 @@ class TeacherGate(nn.Module):
     def _take(self, scores: Tensor, new: Tensor, momentum: float) -> None:
         """Mix finite results into the running means `scores`, and set the weight."""
         is_valid = torch.isfinite(new).all()
-        mixed = torch.where(torch.isfinite(scores), momentum * scores + (1 - momentum) * new, new)
+        mixed = torch.where(scores >= 0, momentum * scores + (1 - momentum) * new, new)
         scores.copy_(torch.where(is_valid, mixed, scores))
         if scores is (self.validation_scores if self.mode == "validation" else self.agreement_scores):
             self.num_measured.add_(is_valid)
@@ -142,7 +142,7 @@ class TeacherGate(nn.Module):
         """1 where nothing was measured."""
         student, teacher = scores
         factor = torch.clamp(1 + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
-        return torch.where(torch.isfinite(teacher), factor, 1)
+        return torch.where(teacher >= 0, factor, 1)
 
     @torch.no_grad()
     def measure_agreement(

@@ -154,7 +154,7 @@ def test_validation_gate_measures_training_rows_too_but_waits_for_a_validation(s
     distiller.measure_agreement(student, batch["image"], batch["label"] if has_label else None)
     rest = 2 if has_label else 4
     assert asked == [rest, rest] + [2] * has_label  # agreement as they are and turned; the labels once
-    assert torch.isfinite(distiller.gate.agreement_scores).all() and not caplog.messages
+    assert (distiller.gate.agreement_scores >= 0).all() and not caplog.messages
     assert (distiller.gate.labeled_scores[0] > 0) == has_label
     assert distiller.gate.num_measured == 0 and distiller.gate.weight == 0
 

@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -23,6 +21,7 @@ from knowsam_monai.errors import KnowSAMError, root_cause
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.runs.prediction import predict_folder
 from knowsam_monai.runs.trained_student import PHANTOM, read_record
+from tests.processes import run_module
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "knowsam_acdc"
 STUDENT = {
@@ -410,12 +409,12 @@ def test_bundle_line_segments_all_others_too_and_exits_with_1(mixed, tmp_path, n
     bundle = BUNDLE.with_name(name)
     options = {"bundle_root": bundle, "dataset_dir": mixed, "output_dir": tmp_path / "out", **OF_THE_STUDENT[name]}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", bundle / "configs/inference.json", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    *_, first = (line for line in done.stderr.splitlines() if line.startswith("ValueError: "))
+    config = bundle / "configs" / "inference.json"
+    code, log = run_module(tmp_path / "log.txt", "monai.bundle", "run", "--config_file", config, *words)
+    *_, first = (line for line in log.splitlines() if line.startswith("ValueError: "))
     said = f"ValueError: `dataset_dir` must be images that can be segmented but {NUM_BROKEN} of 14 could not be; "
     assert first.startswith(said)
-    assert done.returncode == 1 and len(done.stderr.partition(first)[2].strip().splitlines()) == len(BROKEN)
+    assert code == 1 and len(log.partition(first)[2].strip().splitlines()) == len(BROKEN)
     written = [path.name for path in sorted((tmp_path / "out").rglob("*.nii.gz")) if path.is_file()]
     assert written == ["a_seg.nii.gz", "z_seg.nii.gz"]
 
