@@ -33,7 +33,7 @@ class SigmoidRampUp:
 
     Args:
         num_iterations: the iteration at which the weight reaches its maximum; the length of the run for lambda_m of
-            eq. 12.
+            eq. 14.
         max: the largest weight.
         start: first iteration with a weight, counted from 1; 0 and 1 both mean from the beginning. `start` does not
             shift the curve.
@@ -48,7 +48,7 @@ class SigmoidRampUp:
         [0.0007, 0.0287, 0.1, 0.1]
 
     Reference:
-        Laine and Aila, "Temporal Ensembling", ICLR 2017, arXiv:1610.02242; Huang et al., arXiv:2412.13742, eq. 12.
+        Laine and Aila, "Temporal Ensembling", ICLR 2017, arXiv:1610.02242; Huang et al., arXiv:2412.13742, eq. 14.
     """
 
     def __init__(self, num_iterations: int, max: float = 1.0, start: int = 0) -> None:

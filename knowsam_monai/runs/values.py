@@ -54,6 +54,13 @@ def _different(values: list) -> list:
     return values
 
 
+def _increasing(values: list[float]) -> list[float]:
+    """Each value must be above the one before."""
+    if any(low >= high for low, high in zip(values, values[1:])):
+        raise KnowSAMValueError("not increasing")
+    return values
+
+
 def _some_positive(values: list[float]) -> list[float]:
     """At least one value must be above 0."""
     if not any(values):
@@ -126,6 +133,10 @@ Spacing = _list(_number(float, ge=0, le=1000), "a list of three numbers, 0 to 10
 Width = _number(int, ge=1, le=65536)
 Widths = _list(Width, "a list of whole numbers, 1 or more")
 ThreeWidths = _list(Width, "a list of three whole numbers, 1 or more", length=3)
+Window = Annotated[
+    _list(_number(float, ge=-1e6, le=1e6), AfterValidator(_increasing), length=2) | None,
+    "two numbers, the lower first, or None",
+]
 Overlap = Annotated[BelowOne | _list(BelowOne, length=3), "a number, 0 or more and below 1, or a list of three"]
 Grid = Annotated[
     _number(int, ge=2, le=8192) | _list(_number(int, ge=1, le=8192), Field(max_length=3), at_least=2),
@@ -158,6 +169,9 @@ class Everywhere(BaseModel):
     output_dir: Path = _about("folder of all output")
     device: Device = _about("device to run on")
     in_channels: Channels = _about("channels of an image")
+    intensity_window: Window = _about(
+        "intensities, such as HU, that become 0 and 1, values beyond them clipped; None: the whole range of each volume"
+    )
     num_classes: Classes = _about("classes with the background; in training it follows from class_names")
     prompt_view: View = _about("the view of the student that prompts SAM")
     taught_views: Views = _about("the views of the student that SAM teaches")

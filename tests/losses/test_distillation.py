@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch import nn
 
+from knowsam_monai.distillation import SAMDistiller
 from knowsam_monai.losses import DistillationLoss
-from tests.toys import with_gradient
+from tests.toys import ToyTeacher, with_gradient
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
 
 
 def reference(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> float:
@@ -60,9 +65,11 @@ def test_dice_term_weighs_a_small_structure_as_a_large_one():
     assert small == pytest.approx((1 + 1 - 2 * 49 / 99) / 3, abs=1e-3)
 
 
-def test_default_temperature_is_the_authors():
-    student, teacher = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
-    assert torch.equal(DistillationLoss()(student, teacher), DistillationLoss(10.0)(student, teacher))
+@pytest.mark.parametrize("bundle", ["knowsam_acdc", "knowsam_la"])
+def test_default_temperature_is_that_of_the_bundles_and_results(bundle):
+    config = json.loads((BUNDLES / bundle / "configs" / "train.json").read_text())
+    assert DistillationLoss().temperature == SAMDistiller(ToyTeacher()).distillation_loss.temperature == 2
+    assert config["distillation_temperature"] == 2
 
 
 def test_mean_is_over_pixels_and_rows_and_not_over_classes():

@@ -76,6 +76,11 @@ WRONG = [
     *((TRAIN, "num_workers", value, "a number of processes") for value in (-1, 0.5, "two", 10**6)),
     *((TRAIN, "cache_workers", value, "a number of processes") for value in (-1, 1.5)),
     *((TRAIN, "in_channels", value, "a number of channels") for value in (0, 1.5, "1", HUGE)),
+    *(
+        (config, "intensity_window", value, "two numbers, the lower first, or None")
+        for config in (TRAIN, INFERENCE)
+        for value in ([240, -160], [0, 0], [0], [0, 1, 2], 240, ["low", "high"], [0, INF])
+    ),
     *((TRAIN, "num_classes", value, "a number of classes") for value in (1, -4, "4", 10**9)),
     *((TRAIN, "labeled_patients", value, "a whole number, 1 or more, or None") for value in (0, -3, 3.5, "all")),
     *((TRAIN, "holdout_patients", value, "a whole number, 0 or more") for value in (-1, 0.5)),
