@@ -45,11 +45,10 @@ unreadable files. Possibly intentional issues are listed as warnings. The exit c
 """
 TRAIN = """\
 Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command with the same keys, and it
-is printed first. The keys are in the bundle's README and in docs/source/settings.md. Without --dataset_dir a phantom is
-the data. If a run is interrupted, the same command resumes it.
+is printed first. docs/source/settings.md lists the keys. Without --dataset_dir a phantom is the data. If a run is interrupted, the same command resumes it.
 
-A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. Where neither is there, the bundle that comes
-with the package is copied to knowsam_NAME.
+A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. If neither exists, the bundle that comes with
+the package is copied to knowsam_NAME.
 
   knowsam train acdc
   knowsam train acdc --dataset_dir /data/list.json --class_names "['liver', 'tumor']" --preflight True
@@ -68,8 +67,8 @@ share these.
 PREDICT = """\
 Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
 The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
-that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output; what
-lies there already is not segmented.
+that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output;
+segmentations that are there already are not segmented.
 
   knowsam predict /data/scans --bundle acdc --output segmentations
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations

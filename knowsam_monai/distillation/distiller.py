@@ -91,8 +91,8 @@ class SAMDistiller(nn.Module):
         taught_rows: "all" (the paper) or "unlabeled", since labeled rows already learn from their labels. If the SAM
             loss has an `ignore_index`, any row may have unlabeled pixels, so all rows are taught.
         gate: "agreement", "validation" or "none" (the paper: g = 1), see
-            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement", since it needs
-            no evaluator and shuts out a teacher that is worse than its student.
+            :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement": it needs no
+            evaluator, and is 0 for a teacher that is clearly worse than its student.
         gate_tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g is 0.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
@@ -114,13 +114,13 @@ class SAMDistiller(nn.Module):
         optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=1e-4)
         distiller = SAMDistiller(teacher, optimizer)
         distiller.follow(student_optimizer)               # once: the teacher steps after the student
-        for step, (image, label) in enumerate(loader):    # B rows; the first B_l have labels
+        for step, (image, label) in enumerate(batches):   # of all epochs; B rows, the first B_l have labels
             if step % 50 == 0:                            # for the gate "agreement"
                 distiller.measure_agreement(student, image, label, turn=step // 50)
             logits = student(image)
             loss = supervised_loss(logits[: len(label)], label) + distiller(image, logits, label).loss
 
-    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10. Temperature and T^2 as in the authors' code.
+    Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10. The factor T^2 is that of the authors' code.
     """
 
     def __init__(

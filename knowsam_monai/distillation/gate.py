@@ -51,8 +51,9 @@ class TeacherGate(nn.Module):
     - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
       an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
       labeled rows does not agree with itself on other rows.
-    - "validation": that, and the Dice in the run's own validations (:class:`knowsam_monai.handlers.TeacherValidation`),
-      a second d. Alone it is not enough: a teacher that holds its student back at its own level never looks worse.
+    - "validation": agreement, and in a second factor the Dice in the run's own validations
+      (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
+      back at its own level never looks worse.
 
     g is 0 before the first measurement, in the mode "validation" before the first validation. Neither d notices every
     bad teacher: one with the same answer for every image agrees with itself, and any teacher is as good in validation
@@ -61,7 +62,7 @@ class TeacherGate(nn.Module):
     at half of it or less. It is 1 as long as the student finds nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher, -1 where nothing was measured, and the number of measurements:
+    has g, the scores of student and teacher (-1: not measured; those of labeled rows begin at 0), and the number of measurements:
     validations in the mode "validation", otherwise those of agreement.
 
     Args:
