@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import nibabel
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation, ScaleIntensity, SplitDim, Transform
+from monai.transforms import MapTransform, Orientation, ScaleIntensity, ScaleIntensityRange, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
 from knowsam_monai.errors import KnowSAMValueError
@@ -158,9 +158,11 @@ class ScaleVolumed(MapTransform):
     Args:
         keys: keys of the images.
         channel_wise: whether to scale each channel separately.
+        window: two intensities, such as HU, that become 0 and 1, with values beyond them clipped; None: the smallest
+            and the largest of the volume.
 
     Raises:
-        ValueError: if a slice file has values outside of 0..1.
+        ValueError: if a slice file has values outside of 0..1, or there is a `window` for it.
 
     Example:
         >>> scaled = ScaleVolumed("image")({"image": torch.tensor([[[2.0, 4.0], [3.0, 2.0]]])})
@@ -168,15 +170,25 @@ class ScaleVolumed(MapTransform):
         [[[0.0, 1.0], [0.5, 0.0]]]
     """
 
-    def __init__(self, keys: Any = "image", channel_wise: bool = False) -> None:
+    def __init__(
+        self, keys: Any = "image", channel_wise: bool = False, window: tuple[float, float] | None = None
+    ) -> None:
         super().__init__(keys)
-        self.scale = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=channel_wise)
+        self.window = window
+        self.scale: Callable = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=channel_wise)
+        if window is not None:
+            self.scale = ScaleIntensityRange(*window, b_min=0.0, b_max=1.0, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         for key in self.key_iterator(case):
             if "slice" not in case:
                 case[key] = self.scale(case[key])
+            elif self.window is not None:
+                raise KnowSAMValueError(
+                    "`intensity_window` must be None for slice files, which were scaled with their volume, but is "
+                    f"{list(self.window)} and {image_name(case[key])} has a slice number; leave it out."
+                )
             else:
                 check_slice_range(image_name(case[key]), float(case[key].min()), float(case[key].max()), str(key))
         return case

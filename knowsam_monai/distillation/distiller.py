@@ -18,7 +18,7 @@ from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
 from knowsam_monai.distillation.wiring import Wiring
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import check_label
@@ -138,6 +138,10 @@ class SAMDistiller(nn.Module):
         overlapping: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(teacher, nn.Module):
+            raise KnowSAMTypeError(
+                f"`teacher` must be a module such as SAMTeacher or NetworkTeacher but is a {type(teacher).__name__}."
+            )
         if len(taught_views) == 0:
             raise KnowSAMValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
         check_choice("taught_rows", taught_rows, ("all", "unlabeled"))
@@ -277,8 +281,8 @@ class SAMDistiller(nn.Module):
         Measure the gate once on rows of training: Dice on the labeled rows, agreement on the rows from which the
         teacher does not learn.
 
-        The latter are the rows without a label. If there are none and the SAM loss has an `ignore_index`, they are the
-        rows with ignored pixels.
+        The latter are the rows without a label. If there are none, they are all rows if the teacher does not learn, and
+        if the SAM loss has an `ignore_index` the rows with ignored pixels.
 
         Args:
             student: ``f(image) -> logits`` or stacked views; a network is put in eval mode for the call.
@@ -290,17 +294,20 @@ class SAMDistiller(nn.Module):
         self.wiring.agreement_requested = True
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
-        rows = labeled_slice(labeled_rows, label, len(image)) if self.learns else slice(0, 0)
+        rows = labeled_slice(labeled_rows, label, len(image))
         all_rows = torch.arange(len(image), device=image.device)
         judged_rows = all_rows[other_rows(rows, len(image))]
+        if len(judged_rows) == 0 and not self.learns:
+            judged_rows = all_rows  # the student has learned from them, but nothing better is left
         if len(judged_rows) == 0 and label is not None and self.ignore_index is not None:
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
         is_counted = len(judged_rows) > 0
-        if self.gate.mode == "agreement" and not is_counted and self.ignore_index is None:
+        if self.gate.mode != "none" and not is_counted and self.ignore_index is None:
+            remedy = "Pass `labeled_rows`, or return it from `select`."
             self.wiring.warn(
-                "the gate 'agreement' was not measured: every row is labeled. Pass `labeled_rows`, or return it from "
-                "`select`."
+                f"the gate {self.gate.mode!r} was not measured: every row is labeled. "
+                f"{remedy if labeled_rows is None else 'Build the distiller with the gate none.'}"
             )
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
@@ -314,6 +321,7 @@ class SAMDistiller(nn.Module):
                     is_counted,
                     sam_image[judged_rows],
                     labeled,
+                    [axis % 3 - 3 for axis in getattr(self.teacher, "axes", ())],
                 )
 
     def _labeled_images(
@@ -339,7 +347,9 @@ class SAMDistiller(nn.Module):
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """The teacher's logits (B, C, *spatial) for whole images or volumes, without a graph."""
         with self._autocast(image.device.type):
-            return self.teacher(image, prompt_logits)
+            logits = self.teacher(image, prompt_logits)
+        self._check_output(logits, prompt_logits)
+        return logits
 
     @property
     def learns(self) -> bool:
@@ -382,9 +392,11 @@ class SAMDistiller(nn.Module):
             for part in parts:
                 with torch.set_grad_enabled(builds_graph and part is rows):
                     outputs.append(teacher(_select(image, part), _select(prompt_logits, part)))
+                self._check_output(outputs[-1], _select(prompt_logits, part))
         if parts == [slice(None)]:
             return outputs[0].detach(), outputs[0][rows]
-        logits = torch.full_like(prompt_logits, torch.nan, dtype=outputs[0].dtype if outputs else None)
+        like = outputs[0] if outputs else prompt_logits
+        logits = like.new_full((len(image), *like.shape[1:]), torch.nan)
         for part, output in zip(parts, outputs):
             _put(logits, part, output.detach())
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
@@ -413,6 +425,17 @@ class SAMDistiller(nn.Module):
                 f"`label` must have the labeled rows only but has all {num_rows}, so SAM could learn labels that the "
                 "student must not see; pass `labeled_rows`, the number of rows whose labels the student sees, or "
                 '"all".'
+            )
+
+    def _check_output(self, logits: Tensor, prompt_logits: Tensor) -> None:
+        """One channel and the two classes of a softmax mean the same."""
+        given, expected = tuple(logits.shape), tuple(prompt_logits.shape)
+        channels = {given[1], expected[1]}
+        is_same = len(channels) == 1 or (channels == {1, 2} and not self.overlapping)
+        if given[:1] + given[2:] != expected[:1] + expected[2:] or not is_same:
+            raise KnowSAMValueError(
+                f"`teacher` must return logits of the shape of its prompt, {expected}, but returns {given}; give student "
+                "and teacher the same classes, and resize the teacher's logits to the image."
             )
 
     def _check_shapes(self, image: Tensor, prompt_logits: Tensor) -> None:
@@ -449,6 +472,8 @@ class SAMDistiller(nn.Module):
         """
         if self.optimizer is None:
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
+        if ranks.is_distributed():
+            _copy_from_first_rank(self.teacher)
         handle = follow(self.optimizer, optimizer, scaler)
         weakref.finalize(self, handle.remove).atexit = False
         return handle
@@ -468,6 +493,15 @@ class SAMDistiller(nn.Module):
             ``attachment.remove()`` undoes everything.
         """
         return Attachment(self, student, optimizer, **options)
+
+
+@torch.no_grad()
+def _copy_from_first_rank(module: nn.Module) -> None:
+    """Processes may be seeded differently; DistributedDataParallel does the same for the student."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        copy = tensor.detach().contiguous()
+        torch.distributed.broadcast(copy, src=0)
+        tensor.copy_(copy)
 
 
 def _select(tensor: Tensor, rows: slice | list[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -55,15 +55,15 @@ class TeacherGate(nn.Module):
       (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
       back at its own level never looks worse.
 
-    g is 0 before the first measurement, in the mode "validation" before the first validation. Neither d notices every
+    g is 0 until that is measured. Neither d notices every
     bad teacher: one with the same answer for every image agrees with itself, and any teacher is as good in validation
     as a student that has learned nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has one
     more factor, from running means of both models' Dice there: 1 if the teacher's is at least 3/4 of the student's, 0
     at half of it or less. It is 1 as long as the student finds nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher (-1: not measured; those of labeled rows begin at 0), and the number of measurements:
-    validations in the mode "validation", otherwise those of agreement.
+    has g, the scores of student and teacher (-1: not measured; those of labeled rows begin at 0), and the number of
+    measurements of agreement.
 
     Args:
         mode: "none", "agreement" or "validation".
@@ -76,16 +76,16 @@ class TeacherGate(nn.Module):
 
     Example::
 
-        >>> gate = TeacherGate("validation", tolerance=0.1)
-        >>> gate.update(student_dice=0.80, teacher_dice=0.75)  # worse by half of the tolerance
-        >>> round(gate.weight.item(), 3)
-        0.5
+        >>> gate = TeacherGate("agreement")
+        >>> gate.measure_agreement(lambda x: x - 0.5, lambda x, prompt: prompt, torch.rand(2, 1, 8, 8), turn=0)
+        >>> gate.weight.item()  # this teacher repeats its student
+        1.0
     """
 
     def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8, overlapping: bool = False) -> None:
         super().__init__()
         check_choice("gate", mode, ("none", "agreement", "validation"))
-        if tolerance <= 0:
+        if not tolerance > 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
         self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
         self.weight: Tensor
@@ -109,6 +109,11 @@ class TeacherGate(nn.Module):
             self._read_version, self._was_open = version, bool(self.weight > 0)
         return self._was_open
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether everything that the mode compares was measured; asks the device."""
+        return self.mode == "none" or all(bool(scores[1] >= 0) for scores in self._compared)
+
     def is_due(self, run: int, interval: int) -> bool:
         """
         Whether training rows are to be measured: first after a few steps of the teacher, then at intervals.
@@ -131,19 +136,22 @@ class TeacherGate(nn.Module):
         is_valid = torch.isfinite(new).all()
         mixed = torch.where(scores >= 0, momentum * scores + (1 - momentum) * new, new)
         scores.copy_(torch.where(is_valid, mixed, scores))
-        if scores is (self.validation_scores if self.mode == "validation" else self.agreement_scores):
+        if scores is self.agreement_scores:
             self.num_measured.add_(is_valid)
         if self.mode != "none":
             student, teacher = self.labeled_scores
             weight = torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
-            weight = weight * self._factor(self.agreement_scores) * self._factor(self.validation_scores)
-            self.weight.copy_(torch.where(self.num_measured > 0, weight, self.weight))
+            self.weight.copy_(weight * torch.stack([self._factor(scores) for scores in self._compared]).prod())
+
+    @property
+    def _compared(self) -> list[Tensor]:
+        """The scores that the mode compares."""
+        return [self.agreement_scores] + [self.validation_scores] * (self.mode == "validation")
 
     def _factor(self, scores: Tensor) -> Tensor:
-        """1 where nothing was measured."""
+        """0 if the teacher finds nothing, or nothing was measured, which scores of -1 mean."""
         student, teacher = scores
-        factor = torch.clamp(1 + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
-        return torch.where(teacher >= 0, factor, 1)
+        return torch.clamp(1 + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
 
     @torch.no_grad()
     def measure_agreement(
@@ -155,6 +163,7 @@ class TeacherGate(nn.Module):
         is_counted: bool = True,
         sam_image: Tensor | None = None,
         labeled: LabeledImages | None = None,
+        sliced_axes: Sequence[int] = (),
     ) -> None:
         """
         Measure "agreement" on unlabeled images once, and Dice on labeled ones.
@@ -167,12 +176,16 @@ class TeacherGate(nn.Module):
             is_counted: whether agreement is measured on `image`; a rank without such rows still joins the others.
             sam_image: (B, channels of the teacher, *spatial), what the teacher sees instead of `image`; None: `image`.
             labeled: rows with a label that the student may see.
+            sliced_axes: spatial axes (-3..-1) of which a teacher of volumes sees slices; a rotation never turns one of
+                them into another axis.
         """
+        turns = _turns(image, sliced_axes)
+        there, back = turns[turn % len(turns)]
         sam_image = image if sam_image is None else sam_image
-        agreement = self._agreement(student, teacher, image, turn, sam_image) if is_counted else None
+        agreement = self._agreement(student, teacher, image, there, back, sam_image) if is_counted else None
         truth = None if labeled is None else self._truth(student, teacher, labeled)
         if agreement is None and truth is None:  # another rank has rows; this one's tell the number of classes
-            agreement = 0 * self._agreement(student, teacher, image, turn, sam_image)
+            agreement = 0 * self._agreement(student, teacher, image, there, back, sam_image)
         known = agreement if truth is None else truth
         counts = torch.stack([torch.zeros_like(known) if part is None else part for part in (agreement, truth)])
         if ranks.is_distributed():
@@ -186,12 +199,11 @@ class TeacherGate(nn.Module):
         student: Callable[[Tensor], Tensor],
         teacher: Callable[[Tensor, Tensor], Tensor],
         image: Tensor,
-        turn: int,
+        there: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor], Tensor],
         sam_image: Tensor,
     ) -> Tensor:
         """Common and total pixels, (2, 2, C), of what student and teacher find in images and in turned images."""
-        turns = _turns(image)
-        there, back = turns[turn % len(turns)]
         student_logits, turned_logits = student(image), student(there(image))
         pairs = (
             (student_logits, back(turned_logits)),
@@ -246,11 +258,14 @@ def _dice(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-def _turns(image: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """Pairs (transform, inverse): flips along every set of spatial axes, quarter turns in every square plane."""
+def _turns(
+    image: Tensor, sliced_axes: Sequence[int] = ()
+) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """Pairs (transform, inverse): flips along every set of spatial axes, quarter turns in square planes."""
     axes = range(-1, 1 - image.ndim, -1)
     flips = [partial(torch.flip, dims=dims) for count in range(1, len(axes) + 1) for dims in combinations(axes, count)]
     planes = [(b, a) for a, b in combinations(axes, 2) if image.shape[a] == image.shape[b]]
+    planes = [(a, b) for a, b in planes if (a in sliced_axes) == (b in sliced_axes)]
     quarters = [(partial(torch.rot90, k=k, dims=p), partial(torch.rot90, k=-k, dims=p)) for p in planes for k in (1, 3)]
     return [(flip, flip) for flip in flips] + quarters
 

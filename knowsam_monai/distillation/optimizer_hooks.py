@@ -43,7 +43,6 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     optimizer = plain_optimizer(optimizer)
     check_apart(teacher_optimizer, optimizer)
     parameters = stepped_parameters(teacher_optimizer)
-    _copy_from_first_rank(parameters)
     removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook runs before the teacher's
 
     def step_teacher(*_) -> None:
@@ -222,13 +221,6 @@ class _ZeroGrad:
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     """The scaler, or what a callable scaler returns at this moment."""
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
-
-
-def _copy_from_first_rank(parameters: Sequence[Tensor]) -> None:
-    """Processes may be seeded differently; DistributedDataParallel does the same for the student."""
-    if ranks.is_distributed():
-        for parameter in parameters:
-            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def _average_over_ranks(parameters: Sequence[Tensor]) -> None:

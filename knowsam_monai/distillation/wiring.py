@@ -95,7 +95,7 @@ class Wiring:
         self._without_graph = 0 if logits.requires_grad else self._without_graph + 1
         gate = distiller.gate
         was_requested = gate.mode == "agreement" and self.agreement_requested  # and perhaps had nothing to measure
-        if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (was_requested or gate.num_measured):
+        if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (was_requested or gate.is_measured):
             self.warn(
                 f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, so {named(distiller.teacher)} "
                 f"teaches nothing yet: {MEASURED_BY[gate.mode]}, or use the gate 'none'."

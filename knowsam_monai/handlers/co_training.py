@@ -60,8 +60,8 @@ class MultiViewCoTraining:
         views: Sequence[int] = (1, 2),
         rows: str = "all",
     ) -> None:
-        if len(views) != 2:
-            raise KnowSAMValueError(f"`views` must name two views but is {views}.")
+        if len(set(views)) != 2 or len(views) != 2:
+            raise KnowSAMValueError(f"`views` must name two different views but is {views}.")
         check_choice("rows", rows, ("all", "unlabeled"))
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight

@@ -84,6 +84,10 @@ class SAMDistillation:
         every: int = 1,
         logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        if not isinstance(distiller, SAMDistiller):
+            raise KnowSAMTypeError(
+                f"`distiller` must be a SAMDistiller but is a {type(distiller).__name__}; build it from the teacher."
+            )
         check_counts(every=every, gate_interval=gate_interval, log_interval=log_interval)
         self.distiller = distiller
         self.weight = weight

@@ -20,7 +20,7 @@ from knowsam_monai.data.loader import SemiSupervisedLoader
 from knowsam_monai.data.stream_comparison import compare_streams
 from knowsam_monai.data.unlabeled_stream import smooths_labels, transform_steps, unlabeled_dataset
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, named_as_set
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, named_as_set
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses.distillation import DistillationLoss
 from knowsam_monai.losses.supervised import PartiallyLabeledLoss, check_label, has_sigmoid
@@ -63,7 +63,8 @@ class SKDSettings:
         axes: axes along which they are taken.
         weight: factor of the distillation loss, a number or a function of the iteration.
         temperature: of the distillation loss.
-        gate: see :class:`~knowsam_monai.distillation.SAMDistiller`.
+        gate: "agreement" or "none", see :class:`~knowsam_monai.distillation.TeacherGate`; the bundle's evaluator does not
+            measure the teacher, which "validation" needs.
         overlapping: whether the network's channels are regions that may overlap, a sigmoid each, instead of classes of
             a softmax. None: what the bundle's loss applies, or else its postprocessing.
         seed: of order and augmentation.
@@ -248,6 +249,7 @@ def _overlapping(given: bool | None, label: Tensor, loss_function: Any, postproc
 
 @named_as_set(KEYS)
 def _distiller(skd: SKDSettings, images: Tensor, num_classes: int, overlapping: bool) -> SAMDistiller:
+    check_choice("gate", skd.gate, ("none", "agreement"))
     side = max(images.shape[2:4])  # of a slice along the last axis
     teacher: nn.Module = SAMTeacher(
         num_classes=num_classes,

@@ -170,7 +170,7 @@ class Everywhere(BaseModel):
     device: Device = _about("device to run on")
     in_channels: Channels = _about("channels of an image")
     intensity_window: Window = _about(
-        "intensities, such as HU, that become 0 and 1, values beyond them clipped; None: the whole range of each volume"
+        "intensities, such as HU, that images are clipped to before they are scaled; None: no clipping"
     )
     num_classes: Classes = _about("classes with the background; in training it follows from class_names")
     prompt_view: View = _about("the view of the student that prompts SAM")
@@ -539,6 +539,12 @@ def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "`sam_cache_dir` must be left out unless `sam_encoder` is 'cached' but is "
             f"{values['sam_cache_dir']!r}; add --sam_encoder cached."
+        )
+    is_measured = values.get("distillation_gate", "none") != "none" and "teacher_bundle" not in values
+    if values.get("use_sam") and values.get("unlabeled_batch_size") == 0 and is_measured:
+        yield (
+            "`distillation_gate` must be 'none' without unlabeled rows (`unlabeled_batch_size` 0), on which it is "
+            f"measured, but is {values['distillation_gate']!r}; add --distillation_gate none, or --use_sam False."
         )
     if values.get("image_size"):
         yield from _axis_contradictions(values)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from monai.networks.nets import BasicUNet
+from torch import nn
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
@@ -144,6 +145,7 @@ def test_without_unlabeled_rows_nothing_is_distilled_and_a_warning_says_so_once(
     assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0 and distiller.gate.num_measured == 0
     assert len(caplog.messages) == 2 and "nothing is distilled: every row is labeled" in caplog.messages[0]
     assert "the gate 'agreement' was not measured" in caplog.messages[1]
+    assert "Build the distiller with the gate none" in caplog.messages[1]
 
 
 @pytest.mark.parametrize("has_label", [True, False])
@@ -156,7 +158,62 @@ def test_validation_gate_measures_training_rows_too_but_waits_for_a_validation(s
     assert asked == [rest, rest] + [2] * has_label  # agreement as they are and turned; the labels once
     assert (distiller.gate.agreement_scores >= 0).all() and not caplog.messages
     assert (distiller.gate.labeled_scores[0] > 0) == has_label
-    assert distiller.gate.num_measured == 0 and distiller.gate.weight == 0
+    assert not distiller.gate.is_measured and distiller.gate.weight == 0
+
+
+def test_frozen_teacher_is_judged_on_unlabeled_rows_which_the_student_has_not_memorized(student, teacher):
+    batch, judged = toy_batches(1)[0], []  # 2 labeled rows, 2 unlabeled ones
+    teacher.register_forward_pre_hook(lambda module, arguments: judged.append(arguments[0]))
+    image, label = batch["image"], batch["label"]
+    SAMDistiller(teacher.requires_grad_(False)).measure_agreement(student, image, label)
+    assert [len(rows) for rows in judged] == [2, 2, 2] and torch.equal(judged[0], image[2:])  # the labels come last
+    judged.clear()
+    SAMDistiller(teacher).measure_agreement(student, image[:2], label)  # nothing else is left
+    assert torch.equal(judged[0], image[:2])
+
+
+class OneChannel(nn.Module):
+    """A sigmoid network as a teacher; it finds what its student finds."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.scale, self.size = nn.Parameter(torch.ones(())), size
+
+    def forward(self, image, prompt_logits):
+        logits = self.scale * (prompt_logits[:, 1:] - prompt_logits[:, :1])
+        return logits[..., :: self.size]
+
+
+@pytest.mark.parametrize("taught_rows", ["all", "unlabeled"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_teacher_with_a_sigmoid_teaches_two_classes(learns, taught_rows):
+    batch = toy_batches(1, num_classes=2)[0]
+    teacher, logits = OneChannel(), torch.randn(4, 2, 8, 8, requires_grad=True)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1) if learns else None
+    distiller = SAMDistiller(teacher, optimizer, taught_rows=taught_rows, gate="none")
+    loss = distiller(batch["image"], logits, batch["label"]).distillation_loss
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("size, num_classes", [(2, 2), (1, 3)])
+def test_teacher_s_logits_of_another_shape_are_one_clear_error(learns, size, num_classes):
+    batch = toy_batches(1, num_classes=2)[0]
+    teacher = OneChannel(size)
+    optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1) if learns else None
+    distiller = SAMDistiller(teacher, optimizer, gate="none", taught_rows="unlabeled")
+    logits, expected = torch.randn(4, num_classes, 8, 8), r"must return logits of the shape of its prompt, \(\d, "
+    with pytest.raises(ValueError, match=expected):
+        distiller(batch["image"], logits, batch["label"])
+    with pytest.raises(ValueError, match=expected):
+        distiller.ask_teacher(batch["image"], logits)
+
+
+def test_what_is_no_module_is_no_teacher():
+    with pytest.raises(TypeError, match="`teacher` must be a module .* but is a function"):
+        SAMDistiller(lambda image, prompt: prompt)
 
 
 @pytest.mark.parametrize("gate", ["agreement", "validation"])
@@ -176,7 +233,7 @@ def test_labels_that_a_frozen_teacher_does_not_need_never_stop_it(student, teach
     distiller = SAMDistiller(teacher.requires_grad_(False), gate=gate)
     distiller.measure_agreement(student, batch["image"], change(batch["label"]))
     warnings = [line for line in caplog.messages if "the gate compares nothing on the labeled rows" in line]
-    assert len(warnings) == (not is_compared) and distiller.gate.num_measured == (gate == "agreement")
+    assert len(warnings) == (not is_compared) and distiller.gate.num_measured == 1
 
 
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
@@ -308,10 +365,11 @@ def test_bfloat16_autocast_reaches_the_teacher_and_losses_stay_float32():
 
 def test_state_dict_holds_the_gate(teacher):
     distiller = distiller_of(teacher, gate="validation")
+    distiller.gate.agreement_scores.fill_(0.5)  # equal
     distiller.gate.update(0.5, 0.45)
     other = distiller_of(copy.deepcopy(teacher), gate="validation")
     other.load_state_dict(distiller.state_dict())
-    assert other.gate.weight.item() == pytest.approx(0.5) and other.gate.num_measured.item() == 1
+    assert other.gate.weight.item() == pytest.approx(0.5) and other.gate.is_measured
 
 
 def test_monai_network_of_a_user_is_taught():

@@ -10,12 +10,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 
 
+def images():
+    """Bright discs on a dark background, which an equivariant threshold finds."""
+    grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
+    centers = torch.tensor([[5.0, 6.0], [9.0, 7.0], [10.0, 11.0]])
+    return torch.stack([((grid - c[:, None, None]).norm(dim=0) < 3.5).float()[None] for c in centers])
+
+
+def threshold_student(x):
+    return torch.cat([torch.full_like(x, 0.5), x], 1)
+
+
+def with_agreement(gate):
+    """The gate, after a measurement in which teacher and student agree with themselves."""
+    gate.measure_agreement(threshold_student, lambda x, prompt: prompt, images(), 0)
+    return gate
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "weight"),
     [(0.6, 0.7, 1.0), (0.6, 0.6, 1.0), (0.6, 0.55, 0.5), (0.6, 0.5, 0.0), (0.6, 0.1, 0.0), (0.0, 0.0, 0.0)],
 )
 def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weight):
-    gate = TeacherGate("validation", tolerance=0.1)
+    gate = with_agreement(TeacherGate("validation", tolerance=0.1))
     gate.update(student, teacher)
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
@@ -36,7 +53,7 @@ def test_no_gate_stays_open_whatever_is_measured():
 def test_measurement_that_is_not_finite_changes_nothing():
     gate = TeacherGate("validation")
     gate.update(float("nan"), 0.5)
-    assert gate.weight == 0 and gate.num_measured == 0
+    assert gate.weight == 0 and gate.validation_scores.tolist() == [-1, -1] and not gate.is_measured
 
 
 def test_unknown_mode_and_tolerance_are_errors():
@@ -44,6 +61,8 @@ def test_unknown_mode_and_tolerance_are_errors():
         TeacherGate("open")
     with pytest.raises(ValueError, match="`gate_tolerance` must be a positive"):
         TeacherGate("none", tolerance=0)
+    with pytest.raises(ValueError, match="`gate_tolerance` must be a positive Dice difference but is nan"):
+        TeacherGate("none", tolerance=float("nan"))
 
 
 @pytest.mark.parametrize("interval,due", [(1, [1, 2, 3, 4]), (3, [3, 6, 9, 12]), (50, [10, 60, 110, 160])])
@@ -52,17 +71,6 @@ def test_training_rows_are_measured_soon_and_then_at_intervals(interval, due):
     for gate in ("agreement", "validation"):
         assert [run for run in runs if TeacherGate(gate).is_due(run, interval)][:4] == due
     assert not any(TeacherGate("none").is_due(run, interval) for run in runs)
-
-
-def images():
-    """Bright discs on a dark background, which an equivariant threshold finds."""
-    grid = torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
-    centers = torch.tensor([[5.0, 6.0], [9.0, 7.0], [10.0, 11.0]])
-    return torch.stack([((grid - c[:, None, None]).norm(dim=0) < 3.5).float()[None] for c in centers])
-
-
-def threshold_student(x):
-    return torch.cat([torch.full_like(x, 0.5), x], 1)
 
 
 def test_equivariant_teacher_opens_the_agreement_gate():
@@ -164,25 +172,32 @@ def test_validation_gate_is_the_product_of_both_factors(agrees, validation, weig
     """A teacher that holds its student back at its own level looks as good as the student in validation."""
     gate = TeacherGate("validation", tolerance=0.1)
     gate.measure_agreement(threshold_student, lambda x, prompt: prompt if agrees else 0 * prompt, images(), 0)
-    assert gate.weight == 0 and gate.num_measured == 0  # not validated yet
+    assert gate.weight == 0 and not gate.is_measured  # not validated yet
     gate.update(*validation)
-    assert gate.weight.item() == pytest.approx(weight * agrees, abs=1e-6) and gate.num_measured == 1
+    assert gate.weight.item() == pytest.approx(weight * agrees, abs=1e-6) and gate.is_measured
+
+
+def test_validation_alone_does_not_open_the_validation_gate():
+    gate = TeacherGate("validation")
+    gate.update(0.03, 0.03)
+    assert gate.weight == 0 and not gate.is_measured
+    assert with_agreement(gate).weight == 1 and gate.is_measured
 
 
 def test_labels_shut_the_validation_gate_and_open_it_again():
     """A student that has learned nothing yet is no better in validation than a random teacher."""
-    gate, shapes = TeacherGate("validation", momentum=0.0), images()
+    gate, shapes = with_agreement(TeacherGate("validation", momentum=0.0)), images()
     labeled = LabeledImages(shapes, shapes, shapes)
-    for update in (True, False):  # whichever is measured first
-        gate.update(0.01, 0.02) if update else None
-        gate.measure_agreement(
-            threshold_student, lambda x, prompt: -prompt, images()[:0], 0, is_counted=False, labeled=labeled
-        )
-        assert gate.weight == 0 and gate.num_measured == 1
+    gate.update(0.01, 0.02)
+    assert gate.weight == 1
+    gate.measure_agreement(
+        threshold_student, lambda x, prompt: -prompt, images()[:0], 0, is_counted=False, labeled=labeled
+    )
+    assert gate.weight == 0 and gate.num_measured == 1
     gate.update(0.01, 0.02)
     assert gate.weight == 0
     gate.measure_agreement(threshold_student, lambda x, prompt: prompt, shapes, 0, is_counted=False, labeled=labeled)
-    assert gate.weight == 1 and gate.num_measured == 2
+    assert gate.weight == 1 and gate.num_measured == 1
 
 
 @pytest.mark.parametrize("pixels, weight", [(9, 1.0), (6, 1.0), (5, 6 / 7), (4, 6 / 13), (3, 0.0), (0, 0.0)])
@@ -240,6 +255,35 @@ def test_turns_are_flips_of_all_axes_and_quarters_of_square_planes_each_once(siz
     assert len(seen) == 1 + num_turns  # as it is, and in each orientation
     TeacherGate("agreement").measure_agreement(student, lambda x, prompt: prompt, image, num_turns)
     assert len(seen) == 1 + num_turns  # and from the start again
+
+
+@pytest.mark.parametrize(
+    ("size", "sliced_axes", "num_turns"),
+    [
+        ((6, 6, 6), (-1,), 7 + 2),
+        ((6, 6, 6), (-3, -2, -1), 7 + 6),
+        ((6, 6, 6), (-2, -1), 7 + 2),
+        ((8, 8, 6), (-1,), 7 + 2),
+    ],
+)
+def test_teacher_is_not_judged_on_slices_along_an_axis_that_it_never_sees(size, sliced_axes, num_turns):
+    """A rotation never makes a sliced axis of one that is not, nor the other way round."""
+    image, seen = torch.zeros(1, 1, *size), set()
+    image[..., 0, 1, 2] = 1
+
+    def student(x):
+        seen.add(tuple(x.flatten().tolist()))
+        return threshold_student(x)
+
+    for turn in range(13):
+        TeacherGate("agreement").measure_agreement(
+            student, lambda x, prompt: prompt, image, turn, sliced_axes=sliced_axes
+        )
+    others = {turned for turned in seen if turned != tuple(image.flatten().tolist())}
+    assert len(others) == num_turns
+    if sliced_axes == (-1,):
+        depths = {int(torch.tensor(turned).reshape(size).nonzero()[0, 2]) for turned in others}
+        assert depths == {2, size[2] - 1 - 2}
 
 
 def test_equivariant_teacher_of_volumes_opens_the_agreement_gate():

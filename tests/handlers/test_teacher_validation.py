@@ -68,12 +68,12 @@ def test_teacher_of_slices_sees_the_windows_of_a_3d_student_whole():
 def test_validation_sets_the_gate_from_both_dice_values():
     torch.manual_seed(0)
     distiller = SAMDistiller(ToyTeacher(), gate="validation")
+    distiller.gate.agreement_scores.fill_(0.5)  # equal
     evaluator = evaluator_of(distiller, ToyStudent())
     evaluator.run()
     metrics = evaluator.state.metrics
     expected = min(1.0, max(0.0, 1 + (metrics["val_teacher_dice"] - metrics["val_mean_dice"]) / 0.1))
     assert distiller.gate.weight.item() == pytest.approx(expected, abs=1e-5)
-    assert distiller.gate.num_measured == 1
 
 
 def test_missing_metric_is_one_clear_error():

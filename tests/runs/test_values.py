@@ -209,6 +209,10 @@ CONTRADICTIONS = [
     (TRAIN, {**TWO_EPOCHS, "mixing_start": 8}, "`mixing_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "distillation_start": 100}, "`distillation_start` must be below 8"),
     (TRAIN, {**TWO_EPOCHS, "unlabeled_batch_size": 0}, "`mixing_weight` must be 0 without unlabeled rows"),
+    *(
+        (TRAIN, {"mixing_weight": 0, "unlabeled_batch_size": 0, **gate}, "`distillation_gate` must be 'none' without")
+        for gate in ({}, {"distillation_gate": "validation"})
+    ),
     (TRAIN, {**TWO_EPOCHS, "distillation_every": 9}, "`distillation_every` must be at most 8"),
     (overlay("mean_teacher"), {**TWO_EPOCHS, "consistency_start": 8}, "`consistency_start` must be below 8"),
     (overlay("fixmatch"), {**TWO_EPOCHS, "pseudo_label_start": 8}, "`pseudo_label_start` must be below 8"),
