@@ -45,7 +45,8 @@ unreadable files. Possibly intentional issues are listed as warnings. The exit c
 """
 TRAIN = """\
 Train a bundle: `acdc` (slices), `la` (volumes), or a folder. This is MONAI's bundle command with the same keys, and it
-is printed first. docs/source/settings.md lists the keys. Without --dataset_dir a phantom is the data. If a run is interrupted, the same command resumes it.
+is printed first. docs/source/settings.md lists the keys. Without --dataset_dir a phantom is the data. If a run is
+interrupted, the same command resumes it.
 
 A name means bundles/knowsam_NAME or knowsam_NAME in the working folder. If neither exists, the bundle that comes with
 the package is copied to knowsam_NAME.

@@ -434,8 +434,8 @@ class SAMDistiller(nn.Module):
         is_same = len(channels) == 1 or (channels == {1, 2} and not self.overlapping)
         if given[:1] + given[2:] != expected[:1] + expected[2:] or not is_same:
             raise KnowSAMValueError(
-                f"`teacher` must return logits of the shape of its prompt, {expected}, but returns {given}; give student "
-                "and teacher the same classes, and resize the teacher's logits to the image."
+                f"`teacher` must return logits of the shape of its prompt, {expected}, but returns {given}; give both "
+                "networks the same classes, and resize the teacher's logits to the image."
             )
 
     def _check_shapes(self, image: Tensor, prompt_logits: Tensor) -> None:
@@ -477,6 +477,20 @@ class SAMDistiller(nn.Module):
         handle = follow(self.optimizer, optimizer, scaler)
         weakref.finalize(self, handle.remove).atexit = False
         return handle
+
+    def check_apart(self, student: nn.Module) -> None:
+        """
+        Raise a ValueError if the teacher has parameters of the student, which a frozen teacher would freeze too.
+
+        Args:
+            student: the network that is taught.
+        """
+        shared = set(student.parameters()) & set(self.teacher.parameters())
+        if shared:
+            raise KnowSAMValueError(
+                f"`teacher` must be a network of its own but shares {len(shared)} parameters with the student; give it "
+                "a copy (`copy.deepcopy`)."
+            )
 
     def attach(self, student: nn.Module, optimizer: Optimizer, **options: Any) -> Attachment:
         """

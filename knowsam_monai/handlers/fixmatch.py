@@ -79,10 +79,11 @@ class FixMatch:
         # DistributedDataParallel expects one forward per backward; its hooks see the sum of both
         network = plain_network(engine.network) if ranks.is_distributed() else engine.network
         strong_logits = unstack_views(engine.inferer(image, network), image)[0]
-        term = weight * self.loss(strong_logits, weak_logits)
+        pseudo_label, sure_mask = self.loss.pseudo_label(weak_logits)
+        term = weight * self.loss.masked(strong_logits, pseudo_label, sure_mask)
         output[Keys.LOSS] = output[Keys.LOSS] + term
         output["pseudo_label_loss"] = term.detach()
-        output["sure_fraction"] = self.loss.pseudo_label(weak_logits)[1].float().mean()
+        output["sure_fraction"] = sure_mask.float().mean()
 
     def strong_image(self, engine: Engine, rows: slice) -> Tensor:
         """The strongly augmented images of the unlabeled rows, (B_u, channels, *spatial), on the trainer's device."""

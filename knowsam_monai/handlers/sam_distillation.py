@@ -60,7 +60,7 @@ class SAMDistillation:
             ``operator.itemgetter(0)``; None: the output is the logits. The trainer's loss gets the whole output.
 
     Raises:
-        ValueError: if an interval is below 1; at the start, if both optimizers step the same parameters, or if only
+        ValueError: if an interval is below 1; at the start, if student and teacher share parameters, or if only
             heads of deep supervision would be taught; at a step, if a required `"sam_image"` is missing or does not
             fit, if the classes or rows of student, teacher and labels disagree, or if every row has a label but
             `labeled_rows` is None.
@@ -109,6 +109,7 @@ class SAMDistillation:
     def started(self, engine: Engine) -> None:
         """Move the distiller to the trainer's device and make its optimizer follow the trainer's."""
         self.completed(engine)
+        self.distiller.check_apart(engine.network)
         taught_views = self.distiller.taught_views
         if 0 not in taught_views and has_deep_supervision(engine.network):
             raise KnowSAMValueError(

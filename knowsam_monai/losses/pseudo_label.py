@@ -52,7 +52,10 @@ class PseudoLabelLoss(nn.Module):
                 f"`target_logits` must have the student's shape {tuple(student_logits.shape)} but have "
                 f"{tuple(target_logits.shape)}; predict both for the same rows and geometry."
             )
-        pseudo_label, sure_mask = self.pseudo_label(target_logits)
+        return self.masked(student_logits, *self.pseudo_label(target_logits))
+
+    def masked(self, student_logits: torch.Tensor, pseudo_label: torch.Tensor, sure_mask: torch.Tensor) -> torch.Tensor:
+        """The loss of logits (B, C, *spatial) for what :meth:`pseudo_label` returned."""
         loss_map = F.cross_entropy(class_logits(student_logits), pseudo_label, reduction="none") * sure_mask
         num_pixels = sure_mask.numel() if self.average == "all" else sure_mask.sum().clamp(min=1)
         return loss_map.sum() / num_pixels

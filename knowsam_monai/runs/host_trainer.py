@@ -63,8 +63,8 @@ class SKDSettings:
         axes: axes along which they are taken.
         weight: factor of the distillation loss, a number or a function of the iteration.
         temperature: of the distillation loss.
-        gate: "agreement" or "none", see :class:`~knowsam_monai.distillation.TeacherGate`; the bundle's evaluator does not
-            measure the teacher, which "validation" needs.
+        gate: "agreement" or "none", see :class:`~knowsam_monai.distillation.TeacherGate`. "validation" is refused: the
+            bundle's evaluator does not measure the teacher.
         overlapping: whether the network's channels are regions that may overlap, a sigmoid each, instead of classes of
             a softmax. None: what the bundle's loss applies, or else its postprocessing.
         seed: of order and augmentation.

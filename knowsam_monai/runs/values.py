@@ -189,7 +189,7 @@ class Training(Everywhere):
         "name of the teacher in run_name, unless it is 'sam'; the overlays teacher_* set it"
     )
     teacher_pretrained_on: TextOrNone = _about(
-        "what the teacher's weights were trained on, for preflight and report; None: what the package recognizes from the path"
+        "what the teacher's weights were trained on, for preflight and report; None: what their path tells"
     )
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")

@@ -9,8 +9,9 @@ from torch import nn
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
+from knowsam_monai.handlers import SAMDistillation
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
-from knowsam_monai.teachers import SliceTeacher
+from knowsam_monai.teachers import NetworkTeacher, SliceTeacher
 from tests.toys import (
     RegionTeacher,
     ToyStudent,
@@ -19,6 +20,7 @@ from tests.toys import (
     region_batches,
     region_of,
     toy_batches,
+    toy_trainer,
     with_gradient,
 )
 
@@ -211,9 +213,22 @@ def test_teacher_s_logits_of_another_shape_are_one_clear_error(learns, size, num
         distiller.ask_teacher(batch["image"], logits)
 
 
+@pytest.mark.parametrize("way", ["handler", "attach"])
+def test_student_cannot_be_its_own_teacher(way):
+    student = nn.Conv2d(1, 3, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller = SAMDistiller(NetworkTeacher(student, 3))
+    with pytest.raises(ValueError, match="`teacher` must be a network of its own but shares"):
+        if way == "attach":
+            distiller.attach(student, optimizer)
+        toy_trainer(student, toy_batches(1), None, [SAMDistillation(distiller)], optimizer=optimizer).run()
+
+
 def test_what_is_no_module_is_no_teacher():
     with pytest.raises(TypeError, match="`teacher` must be a module .* but is a function"):
         SAMDistiller(lambda image, prompt: prompt)
+    with pytest.raises(TypeError, match="`distiller` must be a SAMDistiller but is a ToyTeacher"):
+        SAMDistillation(ToyTeacher())
 
 
 @pytest.mark.parametrize("gate", ["agreement", "validation"])
