@@ -221,7 +221,7 @@ class Training(Everywhere):
     mutual_target: Literal["hard", "soft"] = _about(
         "target of the consistency: the other view's argmax or its probabilities"
     )
-    entropy_weight: Factor = _about("weight of the entropy of the mean over the views")
+    entropy_weight: Factor = _about("weight of the entropies of both views")
     augmentation_hole: HoleSize = _about("side of the holes of coarse dropout, in pixels")
     mixing_weight: Factor = _about("weight of the loss of mixed images; 0 mixes none")
     mixing_start: CountOrZero = _about("first iteration with mixed images")
