@@ -19,7 +19,7 @@ OF_UNLABELED = {"taught_rows": "unlabeled"}
 SITUATIONS = {
     "gate open": (1, OPEN, [LABELED, UNLABELED], [BOTH]),
     "gate shut": (1, SHUT, [LABELED], []),
-    "gate shut, gate due": (10, SHUT, [UNLABELED] * 2 + [LABELED] * 2, [BOTH] * 2 + [LABELED] * 2),
+    "gate shut, gate due": (10, SHUT, [UNLABELED] * 2 + [LABELED] * 2, [UNLABELED] * 2 + [LABELED] * 2),
     "gate shut, Dice due": (2, SHUT, [LABELED], [LABELED]),
     "weight 0": (1, OPEN | {"weight": 0.0}, [LABELED], []),
     "not started": (3, OPEN | {"start": 5}, [LABELED], []),

@@ -217,13 +217,19 @@ def test_default_gate_is_shut_until_it_measures_agreement(whole_run):
 
 
 @pytest.mark.parametrize("bundle", ["training", "training_3d"])
-def test_validation_gate_is_shut_until_the_first_validation(request, bundle):
-    run = request.getfixturevalue(bundle)(whole=True, distillation_gate="validation", max_iterations=4).run()
-    assert [step["gate_weight"] for step in run.history[:2]] == [0, 0]
-    dice = run["validate#evaluator"].state.metrics
-    advantage = dice["val_teacher_dice"] - dice["val_mean_dice"]
-    expected = min(1, max(0, 1 + advantage / 0.1)) if dice["val_teacher_dice"] > 0 else 0
-    assert run["distiller"].gate.weight == pytest.approx(expected)
+def test_validation_gate_is_shut_until_agreement_and_validation_were_measured(request, bundle):
+    """Agreement is first measured at iteration 10, validation at the end of each epoch, which 2 iterations are."""
+    run = request.getfixturevalue(bundle)(whole=True, distillation_gate="validation", max_iterations=10).run()
+    assert [step["gate_weight"] for step in run.history[:9]] == [0] * 9
+    dice, gate = run["validate#evaluator"].state.metrics, run["distiller"].gate
+    assert gate.validation_scores.tolist() == pytest.approx([dice["val_mean_dice"], dice["val_teacher_dice"]])
+    labeled_student, labeled_teacher = gate.labeled_scores
+    expected = 1.0
+    for first, second in (gate.agreement_scores, gate.validation_scores):
+        expected *= min(1, max(0, 1 + (second - first).item() / 0.1)) if second > 0 else 0
+    if labeled_student > 0:
+        expected *= min(1, max(0, 4 * (labeled_teacher / labeled_student).item() - 2))
+    assert gate.weight.item() == pytest.approx(expected, abs=1e-5)  # 0 where neither found anything to agree on
 
 
 def test_every_term_is_finite_and_both_networks_learn(whole_run):
