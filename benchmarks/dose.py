@@ -6,7 +6,7 @@ When does SKD help? The gain of a Mean Teacher student against the quality of a 
 The teachers are U-Nets like the student, trained with the labels of 3, 7, 21 or 49 patients of ACDC. Those of 21 and 49
 patients know labels that the student does not have: an oracle, which stands for what a foundation model may bring. One
 more has memorized its 3 patients (no augmentation), and one has random weights. Results are of the last weights on the
-60 volumes of 30 patients that `hosts.py` uses, in benchmarks/results/dose.csv.
+60 volumes of 30 patients that `hosts.py` uses, in benchmarks/results/dose.csv, with `--fp32` in dose_fp32.csv.
 
 Students have labels of 3 patients and images of 26 more. 20 other training patients, those of `choices.py`, are left to
 the gate "validation". All 20 are among the 49 of the larger oracle, so with this teacher the gate measures it on its
@@ -48,13 +48,13 @@ def teacher_row(name: str, iterations: int, shared: dict[str, object]) -> Row:
     return Row(f"teacher: {name}", ("network_plain", "supervised"), {**shared, **WITHOUT_SAM, **own})
 
 
-def torchscript_of(row: Row | None) -> Path:
+def torchscript_of(row: Row | None, table: str) -> Path:
     """The last weights of a row, or random ones, as TorchScript."""
     torch.manual_seed(0)
     network = UNet(spatial_dims=2, in_channels=1, out_channels=4, channels=CHANNELS).eval()
-    path = OUTPUT / "dose" / "random.ts"
+    path = OUTPUT / table / "random.ts"
     if row is not None:
-        folder = folder_of("dose", row, 0)
+        folder = folder_of(table, row, 0)
         state = torch.load(last_weights(folder), weights_only=True, map_location="cpu")
         network.load_state_dict(state["model"] if "model" in state else state)
         path = folder / "teacher.ts"
@@ -88,19 +88,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time on a CPU")
     options = parser.parse_args()
     shared = {**SHARED, "cpu_autocast": not options.fp32}
+    table = "dose_fp32" if options.fp32 else "dose"  # each has its own student without SKD
     scripts: dict[str, Path] = {}
     evaluated = acdc_lists(3)
     for name in options.teachers:
         row = teacher_row(name, 2000, shared) if TEACHERS[name] else None
         if row is not None:
-            run_all("dose", [(row, 0)], acdc_lists(TEACHERS[name]), evaluated)
-        scripts[name] = torchscript_of(row)
+            run_all(table, [(row, 0)], acdc_lists(TEACHERS[name]), evaluated)
+        scripts[name] = torchscript_of(row, table)
     rows = [
         (row, seed)
         for seed in options.seeds
         for row in student_rows(options.iterations, scripts, options.gates, shared)
     ]
-    run_all("dose", rows, acdc_lists(3, "choices"), evaluated, jobs=options.jobs)
+    run_all(table, rows, acdc_lists(3, "choices"), evaluated, jobs=options.jobs)
 
 
 if __name__ == "__main__":

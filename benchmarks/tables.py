@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "source" / "images"
 PAGES = (ROOT / "benchmarks" / "accuracy.md", ROOT / "docs" / "source" / "results.md", ROOT / "README.md")
+DOSE = ("dose", "dose_fp32")  # result files of `dose.py`
 SKD, WITHOUT = " + SKD", "without SKD"  # the rows of `hosts.py` are compared in pairs, those of `choices.py` with one
 Line = dict[str, str]
 
@@ -160,9 +161,9 @@ class Point(NamedTuple):
     seeds: int
 
 
-def dose_points() -> list[Point]:
-    """All that the result file has; none without the student that has no teacher."""
-    lines = by(read("dose"), lambda line: line["row"])
+def dose_points(name: str) -> list[Point]:
+    """All that a result file has; none without the student that has no teacher."""
+    lines = by(read(name), lambda line: line["row"])
     base = lines.get("Mean Teacher", [])
     points = []
     for row, own in lines.items():
@@ -177,7 +178,7 @@ def dose_points() -> list[Point]:
 
 
 def dose_table(name: str) -> str:
-    points = dose_points()
+    points = dose_points(name)
     gates = sorted({point.gate for point in points}, key=("none", "agreement", "validation").index)
     groups: dict[str, dict[str, Point]] = {}
     for point in sorted(points, key=lambda point: -point.dice):
@@ -199,12 +200,12 @@ def table_of(name: str) -> str:
     file = name.removesuffix(ending)
     if not (RESULTS / f"{file}.csv").is_file():
         return ""
-    return (ENDINGS[ending] if ending else dose_table if file == "dose" else hosts_table)(file)
+    return (ENDINGS[ending] if ending else dose_table if file in DOSE else hosts_table)(file)
 
 
 def all_tables(name: str) -> str:
     """What a grid prints of its result file."""
-    return "\n\n".join(table_of(one) for one in ((name,) if name == "dose" else (name, f"{name}_classes")))
+    return "\n\n".join(table_of(one) for one in ((name,) if name in DOSE else (name, f"{name}_classes")))
 
 
 def with_tables(text: str) -> str:
@@ -259,7 +260,8 @@ def draw_dose() -> None:
 
 def by_gate() -> dict[str, list[Point]]:
     groups: dict[str, list[Point]] = {}
-    for point in sorted(dose_points(), key=lambda point: point.lead):
+    points = [point for name in DOSE if (RESULTS / f"{name}.csv").is_file() for point in dose_points(name)]
+    for point in sorted(points, key=lambda point: point.lead):
         groups.setdefault(point.gate, []).append(point)
     return groups
 
