@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from knowsam_monai.distillation.distiller import SAMDistiller
+from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.tensors import unstack_views
 from tests.attached import assert_same, build, host, loss_of, plain_loop
 from tests.processes import finish, start_ranks
@@ -371,6 +372,24 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(tmp_path):
             weights = torch.load(tmp_path / f"{name}_{rank}.pt")
             torch.testing.assert_close(weights[0], student.state_dict(), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(weights[1], distiller.teacher.state_dict(), rtol=1e-10, atol=1e-12)
+
+
+def follow_with_another_seed(rank, folder):
+    torch.manual_seed(rank)
+    teacher = SAMTeacher(2, image_size=32, variant="stand_in", trainable="all").requires_grad_(False)
+    teacher.prompt.requires_grad_(True)
+    own = {name: value.clone() for name, value in teacher.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], lr=0.1)
+    SAMDistiller(teacher, optimizer).follow(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    torch.save((own, teacher.state_dict()), folder / f"{rank}.pt")
+
+
+def test_ranks_start_with_the_first_ones_whole_teacher_frozen_parts_and_buffers_too(tmp_path):
+    train_on_two_ranks(tmp_path, follow_with_another_seed)
+    (first, first_after), (second, second_after) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert sum(not torch.equal(value, second[name]) for name, value in first.items()) > 100
+    for after in (first_after, second_after):
+        torch.testing.assert_close(after, first, rtol=0, atol=0)
 
 
 def train_with_labels_on_the_first_rank(rank, folder):

@@ -76,6 +76,7 @@ def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(stud
     "rows,error,message",
     [
         ([0, 3], TypeError, "must be a number of rows, a slice or 'all' but is a list"),
+        (True, TypeError, "must be a number of rows, a slice or 'all' but is True"),
         ("both", TypeError, "must be a number of rows, a slice or 'all' but is 'both'"),
         (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labeled rows next to each other"),
         (-2, ValueError, "must be 0 or more but is -2"),

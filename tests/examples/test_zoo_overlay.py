@@ -509,6 +509,10 @@ def test_overlays_differ_only_in_the_section_of_the_trainer():
 
 ONE_HOT = {"train#preprocessing#transforms#2": {"_target_": "AsDiscreted", "keys": "label", "to_onehot": 2}}
 REFUSED = {
+    "gate that the evaluator cannot measure": (
+        {"skd_gate": "validation"},
+        "`skd_gate` must be 'none' or 'agreement' but is 'validation'",
+    ),
     "interactive": ({"train#trainer#iteration_update": "$print"}, "`iteration_update` must be None"),
     "deep supervision": (
         {"network": {"_target_": "tests.examples.test_zoo_overlay.WithHeads"}},
