@@ -55,11 +55,11 @@ class TeacherGate(nn.Module):
       (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
       back at its own level never looks worse.
 
-    g is 0 until that is measured. Neither d notices every
-    bad teacher: one with the same answer for every image agrees with itself, and any teacher is as good in validation
-    as a student that has learned nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has one
-    more factor, from running means of both models' Dice there: 1 if the teacher's is at least 3/4 of the student's, 0
-    at half of it or less. It is 1 as long as the student finds nothing, or no row has a label.
+    g is 0 until that is measured. Neither d notices every bad teacher: one with the same answer for every image agrees
+    with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on labeled
+    rows can show that a teacher is bad. So g has one more factor, from running means of both models' Dice there: 1 if
+    the teacher's is at least 3/4 of the student's, 0 at half of it or less. It is 1 as long as the student finds
+    nothing, or no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, the scores of student and teacher (-1: not measured; those of labeled rows begin at 0), and the number of
