@@ -124,7 +124,7 @@ class Attachment:
                 "`WatchedLoader(loader)` here and to the host, or pass the host `watch(loader)` of this attachment."
             )
         optimizer = plain_optimizer(optimizer)
-        distiller.check_apart(student)
+        distiller.check_student(student)
         if distiller.optimizer is not None:
             check_apart(distiller.optimizer, optimizer)
         if set(stepped_parameters(optimizer)).isdisjoint(student.parameters()):

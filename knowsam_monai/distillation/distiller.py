@@ -478,7 +478,7 @@ class SAMDistiller(nn.Module):
         weakref.finalize(self, handle.remove).atexit = False
         return handle
 
-    def check_apart(self, student: nn.Module) -> None:
+    def check_student(self, student: nn.Module) -> None:
         """
         Raise a ValueError if the teacher has parameters of the student, which a frozen teacher would freeze too.
 

@@ -50,7 +50,9 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
         return labeled_rows
     if labeled_rows is not None:
         try:
-            labeled_rows = operator.index(labeled_rows if not isinstance(labeled_rows, bool) else "")
+            if isinstance(labeled_rows, bool):
+                raise TypeError
+            labeled_rows = operator.index(labeled_rows)
         except TypeError:
             given = repr(labeled_rows) if isinstance(labeled_rows, (str, bool)) else f"a {type(labeled_rows).__name__}"
             raise KnowSAMTypeError(

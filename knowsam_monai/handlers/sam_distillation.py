@@ -109,7 +109,7 @@ class SAMDistillation:
     def started(self, engine: Engine) -> None:
         """Move the distiller to the trainer's device and make its optimizer follow the trainer's."""
         self.completed(engine)
-        self.distiller.check_apart(engine.network)
+        self.distiller.check_student(engine.network)
         taught_views = self.distiller.taught_views
         if 0 not in taught_views and has_deep_supervision(engine.network):
             raise KnowSAMValueError(
