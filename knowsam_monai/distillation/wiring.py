@@ -21,7 +21,7 @@ INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are c
 MEASURED_BY = {
     "agreement": "call `measure_agreement` about every 50 steps",
     "validation": "add `TeacherValidation` to the evaluator, or call `gate.update` after each validation and "
-    "`measure_agreement` about every 50 steps",
+    "`measure_agreement` about every 50 steps (ignore this if the first validation is still to come)",
 }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.ema_student import EMAStudent
-from knowsam_monai.seeds import derive_seed
+from knowsam_monai.seeds import derive_seed, kept_random_state
 
 
 class NoisyPasses:
@@ -78,7 +77,8 @@ class NoisyPasses:
         """Logits (num_passes, B, C, *spatial) for an image (B, channels, *spatial), without a graph."""
         noisy = image + self.noise(image, iteration, num_passes)
         seed = derive_seed(self.seed, iteration, ranks.rank(), 1)  # 1: another stream than the noise
-        with _seeded(image.device, seed):
+        with kept_random_state():
+            torch.manual_seed(seed)  # of the default generator of the device, from which dropout draws
             logits = [
                 self.ema_student.logits(chunk.flatten(0, 1), self.mode, inferer)
                 for chunk in noisy.split(self.passes_at_once or num_passes)
@@ -98,15 +98,3 @@ class NoisyPasses:
             for row in range(len(image))
         ]
         return torch.stack(rows, dim=1).mul_(self.noise_std).clamp_(-self.noise_clip, self.noise_clip)
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the device's default generator, from which dropout draws, and restore it afterwards."""
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
