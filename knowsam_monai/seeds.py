@@ -23,12 +23,12 @@ def derive_seed(*numbers: int) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the generators of Python, NumPy, torch, and the current GPU."""
+    """The state of the generators of Python, NumPy, torch, and the current GPU (CUDA, MPS, XPU)."""
     kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = (kind, keys.tolist(), *rest)
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():
+        state[_gpu_type()] = torch.get_device_module().get_rng_state()
     return state
 
 
@@ -38,8 +38,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if torch.accelerator.is_available() and _gpu_type() in state:
+        torch.get_device_module().set_rng_state(state[_gpu_type()])
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def kept_random_state() -> Iterator[None]:
     """
     Restore the global generators (torch, all GPUs, NumPy, Python) at the end; also a decorator.
 
-    Code inside draws from the current state. The generators of GPUs are read only if CUDA is in use: reading them would
-    initialize CUDA, after which a process can no longer fork workers that use it.
+    Code inside draws from the current state. The generators of GPUs are read only if these are in use: reading them
+    would initialize CUDA, after which a process can no longer fork workers that use it.
 
     Example::
 
@@ -59,11 +59,32 @@ def kept_random_state() -> Iterator[None]:
         >>> torch.equal(inside, torch.rand(()))
         True
     """
-    uses_cuda = torch.cuda.is_initialized() or torch.get_default_device().type == "cuda"
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if uses_cuda else ()):
+    with torch.random.fork_rng(_gpus_in_use(), device_type=_gpu_type()):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def seed_torch(device: torch.device, seed: int) -> None:
+    """Seed the default generator of a device, from which dropout draws, and not those of GPUs that are not in use."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def _gpu_type() -> str:
+    """The kind of GPU that torch was built for."""
+    gpu = torch.accelerator.current_accelerator()
+    return "cuda" if gpu is None else gpu.type
+
+
+def _gpus_in_use() -> range:
+    """The numbers of the GPUs whose generators may have been used; asking does not initialize CUDA."""
+    module = torch.get_device_module(_gpu_type())
+    is_initialized = getattr(module, "is_initialized", torch.accelerator.is_available)  # MPS has no such function
+    in_use = is_initialized() or torch.get_default_device().type == _gpu_type()
+    return range(torch.accelerator.device_count() if in_use else 0)

@@ -320,7 +320,7 @@ class Attachment:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
         distiller = self.distiller.train()
         if distiller.gate.weight.device != logits.device:
-            distiller.to(logits.device)
+            distiller.move(logits.device)
         run = self.iteration // self.every  # counts the teacher's runs
         if distiller.gate.is_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):

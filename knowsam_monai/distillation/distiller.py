@@ -189,6 +189,14 @@ class SAMDistiller(nn.Module):
         self.teacher.eval()
         return self
 
+    def move(self, device: torch.device) -> SAMDistiller:
+        """Move all parts to a device, and the state of the optimizer too, which `to` leaves where it was loaded."""
+        is_elsewhere = self.gate.weight.device != device
+        self.to(device)
+        if is_elsewhere and self.optimizer is not None:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # casts its state
+        return self
+
     @kept_random_state()
     def forward(
         self,
@@ -214,10 +222,10 @@ class SAMDistiller(nn.Module):
             iteration: determines the slices that a teacher draws; None: it counts its draws.
             also_read: rows of `teacher_logits` that the caller reads: "labeled", "unlabeled", both or none.
         """
+        views = unstack_views(without_meta(logits), image)
         if self.training:
             self.wiring.check_once(logits)
-        image, logits = without_meta(image), without_meta(logits)
-        views = unstack_views(logits, image)
+        image = without_meta(image).detach()
         prompt_logits = _view(views, self.prompt_view).detach()
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
@@ -347,7 +355,7 @@ class SAMDistiller(nn.Module):
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """The teacher's logits (B, C, *spatial) for whole images or volumes, without a graph."""
         with self._autocast(image.device.type):
-            logits = self.teacher(image, prompt_logits)
+            logits = self.teacher(at_least_float32(image), at_least_float32(prompt_logits))
         self._check_output(logits, prompt_logits)
         return logits
 
@@ -390,9 +398,10 @@ class SAMDistiller(nn.Module):
         outputs = []
         with self._autocast(image.device.type):
             for part in parts:
+                given = [at_least_float32(_select(x, part)) for x in (image, prompt_logits)]
                 with torch.set_grad_enabled(builds_graph and part is rows):
-                    outputs.append(teacher(_select(image, part), _select(prompt_logits, part)))
-                self._check_output(outputs[-1], _select(prompt_logits, part))
+                    outputs.append(teacher(*given))
+                self._check_output(outputs[-1], given[1])
         if parts == [slice(None)]:
             return outputs[0].detach(), outputs[0][rows]
         like = outputs[0] if outputs else prompt_logits

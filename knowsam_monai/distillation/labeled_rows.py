@@ -41,7 +41,14 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
     if isinstance(labeled_rows, str) and labeled_rows == "all":
         labeled_rows = None
     if isinstance(labeled_rows, slice):
-        count = len(range(num_rows)[labeled_rows])
+        try:
+            count, step = len(range(num_rows)[labeled_rows]), range(num_rows)[labeled_rows].step
+        except (TypeError, ValueError):
+            count, step = 0, 0
+        if step < 1:
+            raise KnowSAMValueError(
+                f"`labeled_rows` must be a slice of whole numbers with a positive step but is {labeled_rows}."
+            )
         if label is not None and len(label) not in (count, num_rows):
             raise KnowSAMValueError(
                 f"`label` must have as many rows as `labeled_rows` selects ({count}) or `image` has ({num_rows}) but "

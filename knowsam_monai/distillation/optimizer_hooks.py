@@ -57,7 +57,7 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         if current is None:
             teacher_optimizer.step()
         else:
-            current.step(teacher_optimizer)
+            _step_scaled(current, teacher_optimizer)
         teacher_optimizer.zero_grad(set_to_none=True)
 
     zero_grad = optimizer.zero_grad
@@ -183,7 +183,8 @@ class ScalerCheck:
             nonzero_mask = now != 0
             if not nonzero_mask.any():
                 return
-            mantissa, exponent = torch.frexp(before[nonzero_mask].double() / now[nonzero_mask].double())
+            before, now = (gradient[nonzero_mask].cpu().double() for gradient in (before, now))  # MPS has no float64
+            mantissa, exponent = torch.frexp(before / now)
             is_scaled = bool((mantissa == 0.5).all() and (exponent == exponent[0]).all() and exponent[0] > 7)
         if is_scaled:
             raise KnowSAMRuntimeError(
@@ -221,6 +222,18 @@ class _ZeroGrad:
 def scaler_now(scaler: Scaler) -> torch.amp.GradScaler | None:
     """The scaler, or what a callable scaler returns at this moment."""
     return scaler if scaler is None or isinstance(scaler, torch.amp.GradScaler) else scaler()
+
+
+def _step_scaled(scaler: torch.amp.GradScaler, teacher_optimizer: Optimizer) -> None:
+    try:
+        scaler.step(teacher_optimizer)
+    except RuntimeError as error:
+        if "since the last update" not in str(error):
+            raise
+        raise KnowSAMRuntimeError(
+            "`scaler` must be updated between two steps of students with the same teacher but was not; call "
+            "`scaler.update()` after each step, or add the students' losses and call `backward` once."
+        ) from error
 
 
 def _average_over_ranks(parameters: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.handlers.supervision import check_one_channel
+from knowsam_monai.handlers.supervision import check_ignores, check_one_channel
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
@@ -61,7 +61,8 @@ class BidirectionalCopyPaste:
         seed: the box is a function of the seed and the iteration.
 
     Raises:
-        ValueError: if an argument is out of range, or a batch lacks the rows to mix.
+        ValueError: if an argument is out of range; at the start, if a loss is known not to ignore `ignore_index`; at a
+            step, if a batch lacks the rows to mix.
 
     Example::
 
@@ -100,9 +101,16 @@ class BidirectionalCopyPaste:
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""
+        engine.state.ignore_index = self.ignore_index  # for SAMDistillation
+        engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_STARTED, self.replace_batch)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.ema_student.unfollow)
+
+    def started(self, engine: Engine) -> None:
+        """Refuse losses that do not ignore the pixels without a true label."""
+        check_ignores("loss_function", getattr(engine, "loss_function", None), self.ignore_index)
+        check_ignores("loss", self.loss, self.ignore_index)
 
     def __call__(self, engine: Engine) -> None:
         output, batch = engine.state.output, engine.state.batch
@@ -124,6 +132,11 @@ class BidirectionalCopyPaste:
             for key in (Keys.IMAGE, Keys.LABEL)
         )
         check_one_channel(label, image)
+        if label.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
+            raise KnowSAMValueError(
+                f"`label` must have a type that holds the `ignore_index` {self.ignore_index} but has {label.dtype}; "
+                "use int64 labels."
+            )
         box_mask = self.box_mask(image, iteration)
         if iteration <= self.pretraining + 1:
             self.ema_student.restart()  # the average starts from the student at the end of pre-training

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_exclusive_classes
+from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
@@ -95,7 +95,8 @@ class UncertaintyGuidedMixing:
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
-        self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
+        self.grid(image)  # both raise at the first step, not thousands of steps later
+        unlabeled_rows(output)
         if not self._weight_now:
             return
         views = unstack_views(output[Keys.PRED], image)
@@ -186,8 +187,10 @@ def gated(teacher_logits: Tensor, student_logits: Tensor, gate_weight: Tensor) -
     Logits of g p_sam + (1 - g) p_student, (B, C, *spatial); its log-odds for one channel. g is 0-dimensional.
 
     If g is 0, and at pixels where the teacher is NaN, these are exactly the student's logits; if g is 1, exactly the
-    teacher's.
+    teacher's. If only one of them has a single channel, all have two.
     """
+    if teacher_logits.shape[1] != student_logits.shape[1]:  # one channel beside the two classes of a softmax
+        teacher_logits, student_logits = class_logits(teacher_logits), class_logits(student_logits)
     teacher, student = class_logits(teacher_logits).log_softmax(1), class_logits(student_logits).log_softmax(1)
     gate_weight = gate_weight.to(teacher.dtype) * ~teacher.isnan().any(1, keepdim=True)
     mixed = torch.logaddexp(teacher + gate_weight.log(), student + (1 - gate_weight).log())

@@ -18,7 +18,8 @@ from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_counts
-from knowsam_monai.handlers.supervision import check_supervision, has_deep_supervision
+from knowsam_monai.handlers.supervision import check_ignores, check_supervision, has_deep_supervision, logits_from
+from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
@@ -124,9 +125,13 @@ class SAMDistillation:
             self.distiller.wiring.warn(
                 f"`loss_function` has {theirs} but the distiller {ours}; build it with `overlapping={is_sigmoid}`."
             )
+        ignore_index = getattr(engine.state, "ignore_index", None)  # of BidirectionalCopyPaste
+        if ignore_index is not None and self.distiller.optimizer is not None:
+            sam_loss = dice_ce_loss() if self.distiller.sam_loss is None else self.distiller.sam_loss
+            check_ignores("sam_loss", sam_loss, ignore_index)
         if is_cached(self.distiller.teacher):
             check_orientations(engine.data_loader)
-        self.distiller.to(engine.state.device).train()
+        self.distiller.move(engine.state.device).train()
         if self.distiller.optimizer is not None:
             trainer = weakref.proxy(engine)  # its optimizer must not keep trainer and distiller alive
             self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
@@ -141,7 +146,7 @@ class SAMDistillation:
         output, iteration = engine.state.output, engine.state.iteration
         if iteration % self.every:
             return
-        label, pred = output[Keys.LABEL], self._logits(output[Keys.PRED])
+        label, pred = output[Keys.LABEL], logits_from(output[Keys.PRED], self.logits_of)
         batch = engine.state.batch
         sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
         image = without_meta(output[Keys.IMAGE])
@@ -151,7 +156,7 @@ class SAMDistillation:
         if self.distiller.gate.is_due(run, self.gate_interval):
             with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
-                    lambda x: self._logits(engine.inferer(x, engine.network)),
+                    lambda x: logits_from(engine.inferer(x, engine.network), self.logits_of),
                     image,
                     label,
                     rows,
@@ -185,14 +190,6 @@ class SAMDistillation:
             ignore_index = self.distiller.ignore_index
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
-
-    def _logits(self, pred: Any) -> Tensor:
-        logits = pred if self.logits_of is None else self.logits_of(pred)
-        if not isinstance(logits, Tensor):
-            raise KnowSAMTypeError(
-                f"`pred` must be logits but is a {type(logits).__name__}; pick the logits with `logits_of`."
-            )
-        return logits
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:

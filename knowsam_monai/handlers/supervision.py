@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ignite.engine import Engine
 from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.supervised import check_loss_takes
 from knowsam_monai.wrappers import plain_network
 
@@ -51,6 +54,43 @@ def check_one_channel(label: Tensor, image: Tensor) -> None:
             f"`label` must have one channel of class numbers but has {label.shape[1]}: of the semi-supervised methods, "
             "only SAMDistillation takes overlapping regions; remove the others."
         )
+
+
+def check_ignores(name: str, loss: object, ignore_index: int) -> None:
+    """
+    Raise a ValueError if a loss is known not to ignore a label value.
+
+    Args:
+        name: the argument that holds the loss.
+        loss: a loss, or one that wraps it as `loss`; without an `ignore_index` of its own, it may be right.
+        ignore_index: the value.
+    """
+    inner = getattr(loss, "loss", loss)
+    if getattr(inner, "ignore_index", ignore_index) != ignore_index:
+        raise KnowSAMValueError(
+            f"`{name}` must ignore the label {ignore_index}, since BidirectionalCopyPaste gives it to pixels without a "
+            f"true label, but its `ignore_index` is {inner.ignore_index}; use `dice_ce_loss(num_classes, "
+            f"ignore_index={ignore_index})`."
+        )
+
+
+def logits_from(pred: Any, logits_of: Callable[[Any], Tensor] | None) -> Tensor:
+    """
+    The logits, or stacked views, in a network's output.
+
+    Args:
+        pred: the output.
+        logits_of: picks them; None: the output is the logits.
+
+    Raises:
+        TypeError: if that is not a tensor.
+    """
+    logits = pred if logits_of is None else logits_of(pred)
+    if not isinstance(logits, Tensor):
+        raise KnowSAMTypeError(
+            f"`pred` must be logits but is a {type(logits).__name__}; pick the logits with `logits_of`."
+        )
+    return logits
 
 
 def has_deep_supervision(network: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -13,6 +14,7 @@ from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.sam_image import sam_image_for
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.handlers.supervision import logits_from
 from knowsam_monai.tensors import without_meta
 
 TEACHER_PRED = "teacher_pred"
@@ -31,6 +33,8 @@ class TeacherValidation:
         distiller: has the teacher and the gate.
         student_metric: name of the evaluator's metric for the student's mean Dice.
         teacher_metric: name of the metric for the teacher's mean Dice.
+        logits_of: picks the logits from the network's output, as in
+            :class:`~knowsam_monai.handlers.SAMDistillation`; None: the output is the logits.
 
     Raises:
         ValueError: after the validation, if the evaluator lacks one of these metrics.
@@ -49,21 +53,26 @@ class TeacherValidation:
     """
 
     def __init__(
-        self, distiller: SAMDistiller, student_metric: str = "val_mean_dice", teacher_metric: str = "val_teacher_dice"
+        self,
+        distiller: SAMDistiller,
+        student_metric: str = "val_mean_dice",
+        teacher_metric: str = "val_teacher_dice",
+        logits_of: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         self.distiller = distiller
         self.student_metric = student_metric
         self.teacher_metric = teacher_metric
+        self.logits_of = logits_of
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI evaluator."""
-        engine.add_event_handler(Events.STARTED, lambda e: self.distiller.to(e.state.device))
+        engine.add_event_handler(Events.STARTED, lambda e: self.distiller.move(e.state.device))
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
-        pred, batch = engine.state.output[Keys.PRED], engine.state.batch
+        pred, batch = logits_from(engine.state.output[Keys.PRED], self.logits_of), engine.state.batch
         sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
         image = sam_image_for(engine.state.output[Keys.IMAGE], sam_image)
         channels = image.shape[1]

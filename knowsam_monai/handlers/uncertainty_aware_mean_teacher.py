@@ -103,9 +103,9 @@ class UncertaintyAwareMeanTeacher:
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
         weight = weight_at(self.weight, iteration)
+        rows = slice(None) if self.rows == "all" else unlabeled_rows(output)  # raises before `start` too
         if iteration < self.start or not weight:
             return
-        rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
         image = without_meta(output[Keys.IMAGE])[rows]
         student_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows]
         passes = self.passes(image, iteration, self.num_passes + 1, engine.inferer)

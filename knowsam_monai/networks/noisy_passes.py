@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.ema_student import EMAStudent
-from knowsam_monai.seeds import derive_seed, kept_random_state
+from knowsam_monai.seeds import derive_seed, kept_random_state, seed_torch
 
 
 class NoisyPasses:
@@ -78,7 +78,7 @@ class NoisyPasses:
         noisy = image + self.noise(image, iteration, num_passes)
         seed = derive_seed(self.seed, iteration, ranks.rank(), 1)  # 1: another stream than the noise
         with kept_random_state():
-            torch.manual_seed(seed)  # of the default generator of the device, from which dropout draws
+            seed_torch(image.device, seed)
             logits = [
                 self.ema_student.logits(chunk.flatten(0, 1), self.mode, inferer)
                 for chunk in noisy.split(self.passes_at_once or num_passes)

@@ -145,9 +145,12 @@ class SliceTeacher(nn.Module):
         return SliceSelection(axis, index.to(prompt_logits.device, non_blocking=True))
 
     def _teach_along(self, axis: int, image: Tensor, prompt_logits: Tensor) -> Tensor:
-        """Process all slices along an axis as one batch of images, and stack their logits to a volume."""
+        """Process all slices along an axis, and stack their logits to a volume; no more at once than a step draws."""
         images, prompts = (x.movedim(axis + 2, 1).flatten(0, 1) for x in (image, prompt_logits))
-        return self.sam_teacher(images, prompts).unflatten(0, (len(image), -1)).movedim(1, axis + 2)
+        at_once = len(images) if self.slices is None else self.slices * len(image)
+        logits = [self.sam_teacher(*part) for part in zip(images.split(at_once), prompts.split(at_once))]
+        logits = logits[0] if len(logits) == 1 else torch.cat(logits)
+        return logits.unflatten(0, (len(image), -1)).movedim(1, axis + 2)
 
 
 def _check_volume(tensor: Tensor) -> None:

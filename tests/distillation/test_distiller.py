@@ -47,6 +47,13 @@ def test_sam_loss_reaches_the_teacher_alone(student, teacher):
     assert all(p.grad is None for p in student.parameters())
 
 
+def test_no_loss_reaches_what_made_the_image(student, teacher):
+    batch = toy_batches(1)[0]
+    image = batch["image"].requires_grad_()  # of a learned augmentation
+    distiller_of(teacher)(image, student(image.detach()), batch["label"]).loss.backward()
+    assert image.grad is None
+
+
 def test_terms_equal_hand_written_ones(student, teacher):
     batch = toy_batches(1)[0]
     image, label, logits = batch["image"], batch["label"], student(batch["image"])
@@ -344,6 +351,35 @@ def test_sigmoid_student_of_one_channel_learns(teacher):
 def test_teacher_stays_in_eval_mode(teacher):
     distiller = distiller_of(teacher)
     assert distiller.training and not teacher.training
+
+
+def test_output_of_several_heads_is_one_clear_error(student, teacher):
+    batch = toy_batches(1)[0]
+    logits = student(batch["image"])[:, 0]
+    with pytest.raises(TypeError, match="`pred` must be a tensor of logits or stacked views but is a list; pick"):
+        distiller_of(teacher)(batch["image"], [logits, logits], batch["label"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_host_in_half_precision_has_a_teacher_in_single_precision(dtype):
+    batch = toy_batches(1)[0]
+    image = batch["image"].to(dtype)
+    logits = torch.zeros(4, 3, 8, 8, dtype=dtype, requires_grad=True)
+    distiller = SAMDistiller(ToyTeacher(), gate="none").train()
+    result = distiller(image, logits, batch["label"])
+    result.loss.backward()
+    assert result.teacher_logits.dtype == torch.float32 and logits.grad.abs().sum() > 0
+    torch.testing.assert_close(result.teacher_logits, distiller.ask_teacher(image, logits.detach()))
+
+
+def test_state_of_the_optimizer_moves_with_the_teacher(monkeypatch):
+    """A checkpoint may have been loaded into a distiller that was built on the CPU."""
+    distiller, loaded = distiller_of(ToyTeacher()), []
+    monkeypatch.setattr(distiller.optimizer, "load_state_dict", loaded.append)  # casts a state to its parameters
+    distiller.move(torch.device("cpu"))
+    assert not loaded
+    distiller.move(torch.device("meta"))
+    assert len(loaded) == 1 and distiller.gate.weight.is_meta
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,27 @@ def test_scaler_that_overflows_skips_the_teachers_step_too(student, teacher, fus
     assert all(torch.isfinite(p).all() for p in teacher.parameters())
 
 
+def test_teacher_of_two_students_cannot_step_twice_before_the_scaler_is_updated(teacher):
+    students, scaler = [nn.Conv2d(1, 3, 3).double() for _ in range(2)], torch.amp.GradScaler("cpu")
+    optimizers = [torch.optim.SGD(student.parameters(), lr=0.1) for student in students]
+    teacher_optimizer = torch.optim.Adam(teacher.parameters())
+    for optimizer in optimizers:
+        follow(teacher_optimizer, optimizer, scaler)
+
+    def backward_and_step(student, optimizer):
+        losses = [
+            network(torch.ones(1, 1, 4, 4, dtype=torch.float64)).sum() for network in (student, teacher.image_conv)
+        ]
+        scaler.scale(sum(losses)).backward()
+        scaler.step(optimizer)
+
+    backward_and_step(students[0], optimizers[0])
+    scaler.update()
+    backward_and_step(students[1], optimizers[1])
+    with pytest.raises(RuntimeError, match="`scaler` must be updated between two steps of students with the same"):
+        backward_and_step(students[0], optimizers[0])
+
+
 def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     distiller, other = distiller_of(teacher), distiller_of(copy.deepcopy(teacher))

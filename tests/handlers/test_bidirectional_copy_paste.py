@@ -185,3 +185,32 @@ def test_batch_that_cannot_be_mixed_is_one_clear_error(options, rows, message):
 def test_argument_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match=f"`{list(options)[0]}` must be"):
         build(ToyStudent(), **options)
+
+
+@pytest.mark.parametrize("wrong", ["loss_function", "loss", "another value", "sam_loss"])
+def test_loss_that_would_learn_from_pixels_without_a_label_is_an_error_at_the_start(wrong):
+    """Not at the end of pre-training, thousands of iterations later."""
+    optimizer, loss, handler = build(ToyStudent())
+    teacher, trainer_loss = ToyTeacher(), loss
+    sam_loss = None if wrong == "sam_loss" else dice_ce_loss(3, ignore_index=255)
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()), sam_loss=sam_loss)
+    if wrong == "loss_function":
+        trainer_loss = PartiallyLabeledLoss()
+    elif wrong == "loss":
+        handler.loss = torch.nn.CrossEntropyLoss()
+    elif wrong == "another value":
+        trainer_loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=254))
+    found = {"loss_function": None, "loss": -100, "another value": 254, "sam_loss": None}[wrong]
+    trainer = toy_trainer(ToyStudent(), toy_batches(), trainer_loss, [SAMDistillation(distiller), handler])
+    name = "loss_function" if wrong == "another value" else wrong
+    with pytest.raises(ValueError, match=f"`{name}` must ignore the label 255, .* its `ignore_index` is {found}; use"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
+def test_label_type_that_cannot_hold_the_ignored_value_is_an_error():
+    optimizer, _, handler = build(ToyStudent(), ignore_index=-1, pretraining=1)
+    handler.loss = loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=-1))
+    batches = [{**batch, "image": batch["image"].float(), "label": batch["label"].byte()} for batch in toy_batches()]
+    with pytest.raises(ValueError, match="a type that holds the `ignore_index` -1 but has torch.uint8; use int64"):
+        toy_trainer(ToyStudent(), batches, loss, [handler], optimizer=optimizer).run()

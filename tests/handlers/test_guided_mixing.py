@@ -163,6 +163,16 @@ def test_teacher_labels_as_far_as_its_gate_lets_it(gate_weight, expected):
     assert (one_channel > 0).item() == (expected == 2)
 
 
+@pytest.mark.parametrize("channels", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(("gate_weight", "expected"), [(1.0, 1), (0.6, 1), (0.4, 0), (0.0, 0)])
+def test_one_channel_and_two_classes_label_alike(channels, gate_weight, expected):
+    """The teacher is sure of class 1, the student of class 0."""
+    teacher, student = (torch.tensor([[z]] if num == 1 else [[0.0, z]]) for z, num in zip((30.0, -30.0), channels))
+    mixed = gated(teacher, student, torch.tensor(gate_weight))
+    assert mixed.shape == (1, max(channels))
+    assert (mixed > 0 if mixed.shape[1] == 1 else mixed.argmax(1)).item() == expected
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("gate_weight", [0.0, 0.6, 1.0])

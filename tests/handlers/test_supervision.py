@@ -16,7 +16,7 @@ from knowsam_monai.handlers import (
     UncertaintyGuidedMixing,
 )
 from knowsam_monai.handlers.supervision import unlabeled_rows
-from knowsam_monai.losses import PartiallyLabeledLoss
+from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 from knowsam_monai.networks.ema_student import EMAStudent
 from tests.toys import ToyStudent, ToyTeacher, region_batches, toy_batches, toy_trainer
 
@@ -59,7 +59,7 @@ def test_bare_loss_that_sees_fewer_labels_than_rows_is_one_clear_error(handler):
 
 @pytest.mark.parametrize("handler", [*handlers(), BidirectionalCopyPaste(ema_student(), F.mse_loss)], ids=name)
 def test_only_distillation_takes_overlapping_regions(handler):
-    loss, batches = PartiallyLabeledLoss(overlapping=True), region_batches(1)
+    loss, batches = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=255), overlapping=True), region_batches(1)
     if isinstance(handler, SAMDistillation):
         handler = SAMDistillation(SAMDistiller(ToyTeacher().double(), overlapping=True))
         toy_trainer(ToyStudent().double(), batches, loss, [handler]).run()
@@ -100,3 +100,18 @@ def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does
     output = {"image": torch.zeros(2, 1, 4, 4), "label": torch.zeros(2, 1, 4, 4)}
     with pytest.raises(ValueError, match="unlabeled rows after the 2 labeled ones but has 2 rows; leave"):
         unlabeled_rows(output)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        MeanTeacher(ema_student(), start=1000),
+        UncertaintyAwareMeanTeacher(ema_student(), max_iterations=3, start=1000),
+        FixMatch(start=1000),
+        UncertaintyGuidedMixing(PartiallyLabeledLoss(), start=1000),
+    ],
+    ids=name,
+)
+def test_batch_without_unlabeled_rows_is_an_error_long_before_the_start(handler):
+    with pytest.raises(ValueError, match="`image` must have unlabeled rows after the 4 labeled ones but has 4 rows"):
+        run(handler, PartiallyLabeledLoss(), num_labeled=4, num_unlabeled=0)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from operator import itemgetter
+
 import pytest
 import torch
 from monai.engines import SupervisedEvaluator
 from monai.handlers import MeanDice, from_engine
-from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.transforms import AsDiscreted
 
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -63,6 +65,19 @@ def test_teacher_of_slices_sees_the_windows_of_a_3d_student_whole():
     for k in range(4):
         expected = teacher.sam_teacher(image[..., k], student(image)[..., k])
         torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., k], expected)
+
+
+def test_logits_are_picked_from_the_output_of_a_network_that_has_more():
+    torch.manual_seed(0)
+    student, teacher = ToyStudent().eval(), ToyTeacher()
+    image = torch.rand(2, 1, 8, 8)
+    evaluator = evaluator_of(SAMDistiller(teacher), student)
+    evaluator.inferer = SimpleInferer()
+    evaluator.state.output = {"image": image, "pred": (student(image), "features")}
+    with pytest.raises(TypeError, match="`pred` must be logits but is a tuple; pick the logits with `logits_of`"):
+        TeacherValidation(SAMDistiller(teacher))(evaluator)
+    TeacherValidation(SAMDistiller(teacher), logits_of=itemgetter(0))(evaluator)
+    torch.testing.assert_close(evaluator.state.output["teacher_pred"], teacher(image, student(image)))
 
 
 def test_validation_sets_the_gate_from_both_dice_values():
