@@ -9,9 +9,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
-from knowsam_monai.errors import KnowSAMError, root_cause
+from knowsam_monai.errors import KnowSAMError, named_as_set, root_cause
 
 DESCRIPTION = """\
 SAM-induced knowledge distillation for semi-supervised segmentation, as parts for MONAI trainers.
@@ -69,7 +70,7 @@ PREDICT = """\
 Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
 The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
 that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output;
-segmentations that are there already are not segmented.
+segmentations that are there already are not taken for scans. A scan that is segmented again replaces its segmentation.
 
   knowsam predict /data/scans --bundle acdc --output segmentations
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations
@@ -105,22 +106,25 @@ def phantom(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     from knowsam_monai.data.check import check_dataset
 
-    rules = {} if options.bundle is None else rules_of_bundle(options.bundle)
-    given = {"num_classes": options.num_classes, "num_channels": options.num_channels}
+    rules = {} if options.bundle is None else rules_of_bundle(options.bundle, options.dataset_dir)
+    given = {name: getattr(options, name) for name in ("num_classes", "num_channels", "labeled_patients")}
     rules |= {name: value for name, value in given.items() if value is not None}
-    found = check_dataset(options.dataset_dir, labeled_patients=options.labeled_patients, **rules)
+    with named_as_set({"dataset_dir": "DATA"}):
+        found = check_dataset(options.dataset_dir, **rules)
     return 1 if found.errors else 0
 
 
-def rules_of_bundle(bundle: str) -> dict[str, Any]:
-    """What a bundle's training demands of data by its defaults: classes, channels and axes."""
+def rules_of_bundle(bundle: str, dataset_dir: str) -> dict[str, Any]:
+    """What a bundle's training demands of data by its defaults: labeled patients, classes, channels and axes."""
     from monai.bundle import ConfigParser
 
     from knowsam_monai.runs.bundle_folder import config_file, find_bundle
 
     parser = ConfigParser(ConfigParser.load_config_file(str(config_file(find_bundle(bundle), "train"))))
+    parser["dataset_dir"] = dataset_dir
     names = ("num_classes", "num_channels", "slice_axis", "num_axes")
-    return {name: parser.get_parsed_content(f"data_check#{name}") for name in names if f"data_check#{name}" in parser}
+    rules = {name: parser.get_parsed_content(f"data_check#{name}") for name in names if f"data_check#{name}" in parser}
+    return {**rules, "labeled_patients": parser.get_parsed_content("labeled_patients")}
 
 
 def train(options: argparse.Namespace) -> int:
@@ -149,16 +153,17 @@ def predict(options: argparse.Namespace) -> int:
     from knowsam_monai.runs.bundle_folder import find_bundle
     from knowsam_monai.runs.prediction import predict_folder
 
-    predict_folder(
-        options.scans,
-        find_bundle(options.bundle),
-        options.output,
-        run=options.run,
-        ckpt_path=options.ckpt_path,
-        image_pattern=options.image_pattern,
-        device=options.device,
-        overrides=dict(pair.split("=", 1) for pair in options.set),
-    )
+    with named_as_set({"dataset_dir": "SCANS", "scans": "SCANS"}):
+        predict_folder(
+            options.scans,
+            find_bundle(options.bundle),
+            options.output,
+            run=options.run,
+            ckpt_path=options.ckpt_path,
+            image_pattern=options.image_pattern,
+            device=options.device,
+            overrides=dict(pair.split("=", 1) for pair in options.set),
+        )
     return 0
 
 
@@ -198,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     program = argparse.ArgumentParser(prog="knowsam", description=DESCRIPTION, **form)
+    program.add_argument("--version", action="version", version=f"knowsam_monai {metadata.version('knowsam_monai')}")
     verbs = program.add_subparsers(title="verbs", metavar="VERB", required=True, help="VERB --help has examples")
 
     verb = verbs.add_parser("phantom", help="write a synthetic data set", description=PHANTOM, **form)

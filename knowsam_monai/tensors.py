@@ -41,6 +41,12 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError if an argument is not a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise KnowSAMTypeError(f"`{name}` must be a tensor but is a {type(value).__name__}.")
+
+
 def without_meta(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor; a MetaTensor runs extra Python code at every operation."""
     if not torch.jit.is_scripting():

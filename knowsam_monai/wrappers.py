@@ -54,9 +54,9 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     while isinstance(getattr(inner, "optimizer", None), Optimizer) and not _has_own_hooks(inner):
         inner = inner.optimizer
     if not isinstance(inner, Optimizer) or not hasattr(inner, "_optimizer_step_post_hooks"):
+        remedy = "the optimizer inside it" if hasattr(inner, "param_groups") else "the one that trains the network"
         raise KnowSAMTypeError(
-            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; pass the "
-            "optimizer inside it."
+            f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}; pass {remedy}."
         )
     return inner
 

@@ -68,8 +68,7 @@ class DatalistReport:
             ValueError: with the file and the remedy.
         """
         if self.errors:
-            more = len(self.errors) - 1
-            rest = f" The table above has {more} more error{'s' if more > 1 else ''}." if more else ""
+            rest = " There are more errors, in the table above." if len(self.errors) > 1 else ""
             raise KnowSAMValueError(self.errors[0] + rest)
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
@@ -101,6 +102,7 @@ class Attachment:
             return image, batch["label"][:, None], labeled_bs
     """
 
+    @check_types
     def __init__(
         self,
         distiller: nn.Module,
@@ -115,8 +117,9 @@ class Attachment:
         every: int = 1,
         gate_interval: int = 50,
         labeled_rows: Rows | Callable[[Any], Rows] = None,
-        loader: WatchedLoader | None = None,
+        loader: Any = None,  # a WatchedLoader; another one gets a remedy
     ) -> None:
+        check_weights(weight=weight)
         check_counts(accumulation_steps=accumulation_steps, every=every, gate_interval=gate_interval)
         if loader is not None and type(loader) is not WatchedLoader:
             raise KnowSAMTypeError(

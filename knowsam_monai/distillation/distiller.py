@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
 from knowsam_monai.distillation.wiring import Wiring
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_choice
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.losses.ramp_up import check_weights
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
-from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, unstack_views, without_meta
+from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, check_tensor, unstack_views, without_meta
 from knowsam_monai.wrappers import stepped_parameters
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -123,6 +125,7 @@ class SAMDistiller(nn.Module):
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10. The factor T^2 is that of the authors' code.
     """
 
+    @check_types
     def __init__(
         self,
         teacher: nn.Module,
@@ -138,10 +141,6 @@ class SAMDistiller(nn.Module):
         overlapping: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(teacher, nn.Module):
-            raise KnowSAMTypeError(
-                f"`teacher` must be a module such as SAMTeacher or NetworkTeacher but is a {type(teacher).__name__}."
-            )
         if len(taught_views) == 0:
             raise KnowSAMValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
         check_choice("taught_rows", taught_rows, ("all", "unlabeled"))
@@ -222,6 +221,8 @@ class SAMDistiller(nn.Module):
             iteration: determines the slices that a teacher draws; None: it counts its draws.
             also_read: rows of `teacher_logits` that the caller reads: "labeled", "unlabeled", both or none.
         """
+        check_weights(weight=weight)
+        check_tensor("image", image)
         views = unstack_views(without_meta(logits), image)
         if self.training:
             self.wiring.check_once(logits)
@@ -234,6 +235,7 @@ class SAMDistiller(nn.Module):
         if len(range(len(image))[rows]) == 0 or not learns:
             label = None
         if label is not None:
+            check_tensor("label", label)
             label = without_meta(label)
             label = label[rows] if len(label) == len(image) else label
             check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
@@ -276,6 +278,7 @@ class SAMDistiller(nn.Module):
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
     @kept_random_state()
+    @check_types
     def measure_agreement(
         self,
         student: Callable[[Tensor], Tensor],

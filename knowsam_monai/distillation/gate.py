@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
@@ -82,6 +83,7 @@ class TeacherGate(nn.Module):
         1.0
     """
 
+    @check_types
     def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8, overlapping: bool = False) -> None:
         super().__init__()
         check_choice("gate", mode, ("none", "agreement", "validation"))

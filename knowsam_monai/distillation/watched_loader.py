@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.tensors import without_meta
@@ -43,6 +44,7 @@ class WatchedLoader:
 
     __slots__ = ("_watched_loader", "watched_by", "_watched_iterator", "__weakref__")
 
+    @check_types
     def __init__(self, loader: Iterable, next_batch: Callable[[Any], None] | None = None) -> None:
         self._watched_loader = loader
         self.watched_by = [] if next_batch is None else [next_batch]  # shared with the iterators

@@ -12,9 +12,10 @@ from monai.transforms import KeepLargestConnectedComponent
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_ignores, check_one_channel
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
 from knowsam_monai.tensors import without_meta
@@ -74,6 +75,7 @@ class BidirectionalCopyPaste:
     arXiv:2305.00673.
     """
 
+    @check_types
     def __init__(
         self,
         ema_student: EMAStudent,
@@ -89,6 +91,7 @@ class BidirectionalCopyPaste:
             raise KnowSAMValueError(f"`box_fraction` must be between 0 and 1 but is {box_fraction}; published: 2/3.")
         if pretraining < 0:
             raise KnowSAMValueError(f"`pretraining` must be 0 iterations or more but is {pretraining}.")
+        check_weights(weight=weight)
         ema_student.check_mode(ema_mode)
         self.ema_student = ema_student
         self.loss = loss

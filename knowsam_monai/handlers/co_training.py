@@ -8,10 +8,11 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_exclusive_classes, has_deep_supervision, unlabeled_rows
 from knowsam_monai.losses import EntropyLoss, MutualConsistencyLoss
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import unstack_views
 
 
@@ -52,6 +53,7 @@ class MultiViewCoTraining:
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 5, 13 and 14. Chen et al., CVPR 2021 (CPS).
     """
 
+    @check_types
     def __init__(
         self,
         mutual_weight: Weight = 1.0,
@@ -62,6 +64,7 @@ class MultiViewCoTraining:
     ) -> None:
         if len(set(views)) != 2 or len(views) != 2:
             raise KnowSAMValueError(f"`views` must name two different views but is {views}.")
+        check_weights(mutual_weight=mutual_weight, entropy_weight=entropy_weight)
         check_choice("rows", rows, ("all", "unlabeled"))
         self.mutual_weight = mutual_weight
         self.entropy_weight = entropy_weight

@@ -8,10 +8,11 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import PseudoLabelLoss
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import unstack_views, without_meta
 from knowsam_monai.wrappers import plain_network
 
@@ -49,6 +50,7 @@ class FixMatch:
     Reference: Sohn et al., NeurIPS 2020, arXiv:2001.07685, eq. 4; Yang et al., UniMatch, CVPR 2023, arXiv:2208.09910.
     """
 
+    @check_types
     def __init__(
         self,
         weight: Weight = 1.0,
@@ -56,6 +58,7 @@ class FixMatch:
         start: int = 0,
         average: str = "all",
     ) -> None:
+        check_weights(weight=weight)
         self.weight = weight
         self.start = start
         self.loss = PseudoLabelLoss(threshold, average)

@@ -8,6 +8,7 @@ from ignite.engine import Engine, Events
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 
@@ -32,6 +33,7 @@ class GradientClipping:
         SupervisedTrainer(..., train_handlers=[GradientClipping(max_norm=10)])
     """
 
+    @check_types
     def __init__(self, max_norm: float) -> None:
         if not max_norm > 0:
             raise KnowSAMValueError(f"`max_norm` must be positive but is {max_norm}; to clip nothing, leave it out.")

@@ -13,10 +13,11 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor
 from torch.nn import functional as F
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import entropy_map
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 
@@ -57,6 +58,7 @@ class UncertaintyGuidedMixing:
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 11 (cells of *highest* entropy).
     """
 
+    @check_types
     def __init__(
         self,
         loss: Callable[[Tensor, Tensor], Tensor],
@@ -69,6 +71,7 @@ class UncertaintyGuidedMixing:
     ) -> None:
         grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
+        check_weights(weight=weight)
         check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
         self.loss = loss
         self.start = start

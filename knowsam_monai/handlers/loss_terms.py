@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMRuntimeError, check_counts
 
 
@@ -45,6 +46,7 @@ class LossTerms:
         SupervisedTrainer(..., decollate=False, train_handlers=[*methods, LossTerms(), CheckpointSaver(...)])
     """
 
+    @check_types
     def __init__(self, log_interval: int = 50) -> None:
         check_counts(log_interval=log_interval)
         self.log_interval = log_interval

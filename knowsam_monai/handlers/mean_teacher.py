@@ -6,10 +6,11 @@ from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import check_choice
 from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import SoftmaxMSELoss
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.tensors import unstack_views, without_meta
@@ -53,6 +54,7 @@ class MeanTeacher:
     Reference: Tarvainen and Valpola, NeurIPS 2017, arXiv:1703.01780.
     """
 
+    @check_types
     def __init__(
         self,
         ema_student: EMAStudent,
@@ -64,6 +66,7 @@ class MeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
+        check_weights(weight=weight)
         check_choice("rows", rows, ("unlabeled", "all"))
         self.ema_student = ema_student
         self.weight = weight

@@ -13,14 +13,15 @@ from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_counts
+from knowsam_monai.errors import KnowSAMValueError, check_counts
 from knowsam_monai.handlers.supervision import check_ignores, check_supervision, has_deep_supervision, logits_from
 from knowsam_monai.losses import dice_ce_loss
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
 from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
 
@@ -74,6 +75,7 @@ class SAMDistillation:
     Reference: Huang et al., IEEE TMI 2025, arXiv:2412.13742, eq. 8 to 10.
     """
 
+    @check_types
     def __init__(
         self,
         distiller: SAMDistiller,
@@ -85,10 +87,7 @@ class SAMDistillation:
         every: int = 1,
         logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if not isinstance(distiller, SAMDistiller):
-            raise KnowSAMTypeError(
-                f"`distiller` must be a SAMDistiller but is a {type(distiller).__name__}; build it from the teacher."
-            )
+        check_weights(weight=weight)
         check_counts(every=every, gate_interval=gate_interval, log_interval=log_interval)
         self.distiller = distiller
         self.weight = weight

@@ -10,6 +10,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.sam_image import sam_image_for
@@ -52,6 +53,7 @@ class TeacherValidation:
         )
     """
 
+    @check_types
     def __init__(
         self,
         distiller: SAMDistiller,

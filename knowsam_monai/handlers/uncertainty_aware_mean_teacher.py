@@ -9,10 +9,11 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from torch import Tensor
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import check_choice, check_counts
 from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
 from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
-from knowsam_monai.losses.ramp_up import Weight, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
@@ -67,6 +68,7 @@ class UncertaintyAwareMeanTeacher:
     Reference: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019, arXiv:1907.07034.
     """
 
+    @check_types
     def __init__(
         self,
         ema_student: EMAStudent,
@@ -82,6 +84,7 @@ class UncertaintyAwareMeanTeacher:
         noise_clip: float = 0.2,
         seed: int = 0,
     ) -> None:
+        check_weights(weight=weight)
         check_choice("rows", rows, ("unlabeled", "all"))
         check_counts(num_passes=num_passes)
         self.ema_student = ema_student

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
@@ -37,6 +38,7 @@ class MutualConsistencyLoss(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 5; Chen et al., CPS, CVPR 2021, arXiv:2106.01226.
     """
 
+    @check_types
     def __init__(self, target: str = "hard") -> None:
         super().__init__()
         check_choice("target", target, ("hard", "soft"))

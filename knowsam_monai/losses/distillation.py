@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.tensors import class_logits
 
@@ -47,6 +48,7 @@ class DistillationLoss(nn.Module):
         Wang et al., "Dice Semimetric Losses", MICCAI 2023.
     """
 
+    @check_types
     def __init__(self, temperature: float = 2.0, dice_weight: float = 0.0) -> None:
         super().__init__()
         if not temperature > 0:

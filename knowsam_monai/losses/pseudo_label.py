@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import class_logits
 
@@ -38,6 +39,7 @@ class PseudoLabelLoss(nn.Module):
         Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685, eq. 4, with each pixel as an example.
     """
 
+    @check_types
     def __init__(self, threshold: float = 0.95, average: str = "all") -> None:
         super().__init__()
         if not 0 <= threshold <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 
 Weight = float | Callable[[int], float]
@@ -23,6 +24,21 @@ def weight_at(weight: Weight, iteration: int) -> float:
         (0.5, 0.3)
     """
     return weight(iteration) if callable(weight) else weight
+
+
+def check_weights(**weights: Weight) -> None:
+    """Raise a ValueError if a weight is a negative or infinite number.
+
+    Args:
+        weights: the arguments by name; functions are not called.
+
+    Example::
+
+        >>> check_weights(weight=0.1, mutual_weight=SigmoidRampUp(100))
+    """
+    for name, weight in weights.items():
+        if not callable(weight) and not 0 <= weight < math.inf:
+            raise KnowSAMValueError(f"`{name}` must be 0 or more, or a function of the iteration, but is {weight}.")
 
 
 class SigmoidRampUp:
@@ -51,6 +67,7 @@ class SigmoidRampUp:
         Laine and Aila, "Temporal Ensembling", ICLR 2017, arXiv:1610.02242; Huang et al., arXiv:2412.13742, eq. 14.
     """
 
+    @check_types
     def __init__(self, num_iterations: int, max: float = 1.0, start: int = 0) -> None:
         if num_iterations <= 0:
             raise KnowSAMValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.tensors import class_logits
 
@@ -37,6 +38,7 @@ class SoftmaxMSELoss(nn.Module):
         Tarvainen and Valpola, NeurIPS 2017, arXiv:1703.01780; Yu et al., UA-MT, MICCAI 2019, arXiv:1907.07034.
     """
 
+    @check_types
     def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes

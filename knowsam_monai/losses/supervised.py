@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DiceLoss, FocalLoss
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.arguments import check_types
+from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
 
@@ -96,6 +97,7 @@ class PartiallyLabeledLoss(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 4 and 12.
     """
 
+    @check_types
     def __init__(
         self,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -113,6 +115,8 @@ class PartiallyLabeledLoss(nn.Module):
         self.overlapping = overlapping
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        if label is None:
+            raise KnowSAMTypeError("`label` must be a tensor but is None; put a labeled item into every batch.")
         label = without_meta(label)
         if label.ndim > 1 and label.shape[1] != 1 and not self.overlapping:
             # otherwise `pred` may be stacked views of one channel

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.losses.entropy import entropy_map
 from knowsam_monai.networks.convolution import ConvNormAct, channels_last
@@ -48,6 +49,7 @@ class HybridAggregation(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 1-3.
     """
 
+    @check_types
     def __init__(
         self,
         spatial_dims: int = 2,

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.tensors import unstack_views
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
@@ -63,6 +64,7 @@ class EMAStudent:
     Reference: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv:1703.01780.
     """
 
+    @check_types
     def __init__(
         self, network: nn.Module, optimizer: Optimizer, decay: float = 0.99, warm_up: bool = True, buffers: str = "copy"
     ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.networks.aggregation import HybridAggregation
 from knowsam_monai.networks.unet import UNet
 from knowsam_monai.networks.vnet import VNet
@@ -52,6 +53,7 @@ class MultiViewNet(nn.Module):
 
     VIEWS = ("fused", "unet", "vnet")
 
+    @check_types
     def __init__(
         self,
         spatial_dims: int = 2,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai import ranks
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed, kept_random_state, seed_torch
@@ -44,6 +45,7 @@ class NoisyPasses:
     Reference: Yu et al., UA-MT, MICCAI 2019, arXiv:1907.07034; noise as in SSL4MIS.
     """
 
+    @check_types
     def __init__(
         self,
         ema_student: EMAStudent,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 
@@ -41,6 +42,7 @@ class StackedNetworks(nn.Module):
         Chen et al., "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021, arXiv:2106.01226.
     """
 
+    @check_types
     def __init__(self, networks: Sequence[nn.Module], deployed: str = "first") -> None:
         super().__init__()
         if len(networks) == 0:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from monai.networks.blocks import UpSample
 from monai.networks.layers.factories import Conv, Pool
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.networks.convolution import ConvNormAct, channels_last
 from knowsam_monai.networks.spatial_size import check_spatial_size
@@ -46,6 +47,7 @@ class UNet(nn.Module):
         configuration of KnowSAM (arXiv:2412.13742).
     """
 
+    @check_types
     def __init__(
         self,
         spatial_dims: int = 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -113,10 +114,7 @@ def _refuse_words_of_json(config: Mapping[str, Any]) -> None:
     """MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true."""
     for name, part in _parts(config):
         if isinstance(part, str) and part in ("true", "false", "null"):
-            raise KnowSAMValueError(
-                f"`{name}` must be True, False or None but is the text {part!r}; on the command line write these "
-                "words as in Python."
-            )
+            raise KnowSAMValueError(f"`{name}` must not be the text {part!r}; write {json.loads(part)}, as in Python.")
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:

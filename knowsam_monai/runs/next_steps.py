@@ -50,6 +50,7 @@ def next_steps(output_dir: str | os.PathLike, start: Mapping[str, Any], config: 
         overlays = f"{files['config.json']},evaluate"
         steps["evaluate"] = [*program, "train", bundle, "--with", overlays]
         steps["evaluate"] += ["--ckpt_path", files["model.pt"], "--split", start["split"]]
+        steps["evaluate"] += ["--output_dir", os.path.join(run, f"evaluation_{start['split']}")]
     steps["zip"] = [*program, "zip", bundle, "--run", run]
     steps["export"] = [python, "-m", "monai.bundle", "ckpt_export", "--net_id", "network_def"]
     steps["export"] += ["--filepath", files["model.ts"], "--ckpt_file", files["model.pt"]]

@@ -95,6 +95,7 @@ def predict_folder(
     if device is not None:
         options["device"] = _literal(device)  # `check_config` turns it into a device
     check_writable(output=output)
+    earlier = {path: path.stat().st_mtime_ns for path in Path(output).rglob("*.nii*")}
     options.update({key: _literal(value) for key, value in values.items()})
 
     _quieten()
@@ -110,7 +111,10 @@ def predict_folder(
             f"`overrides` (--set) must be values that {config_file} works with but {assignments} failed with "
             f"{reason(root)}; correct them or leave them out."
         ) from error
-    logger.info("%d segmentations in %s", loader.num_segmented, output)
+    replaced = sum(path.stat().st_mtime_ns != time for path, time in earlier.items())
+    plural = "" if loader.num_segmented == 1 else "s"
+    of_them = f", {replaced} of them in place of an earlier one" if replaced else ""
+    logger.info("%d segmentation%s in %s%s", loader.num_segmented, plural, output, of_them)
     loader.raise_if_broken("scans")
     return loader.num_segmented
 

@@ -123,7 +123,7 @@ class Preflight:
         return [
             ("teacher", describe(teacher)),
             ("teacher trains", f"{_trainable(teacher)}: {trains}" if self.distiller.learns else "nothing"),
-            ("gate", f"{gate.mode}, weight now {gate.weight.item():.2f}"),
+            ("gate", f"{gate.mode}, weight {gate.weight.item():.2f} until it is measured"),
         ]
 
     @property

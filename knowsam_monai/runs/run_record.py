@@ -202,7 +202,11 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(file: Path) -> str | None:
-    """The commit of the working tree that tracks a file, with ``-dirty`` appended if there are local changes."""
+    """
+    The commit of the working tree that tracks a file, with ``-dirty`` appended if there are local changes.
+
+    Students in the folders `models` of bundles, which every training replaces, are no changes.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
@@ -210,6 +214,7 @@ def git_revision(file: Path) -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", file.name)  # fails in an environment that merely lies in a repository
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bundles/*/models")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -118,9 +118,9 @@ def warn_of_phantom(
         return
     if record["trained_on"] == PHANTOM:
         logger.warning(
-            "%s comes from the run %s, which was trained on the %s, so it cannot segment scans of patients. Train on "
-            "your own data first, or use another student (--ckpt_path FILE; with `python -m knowsam_monai predict` "
-            "also --run FOLDER).",
+            "%s comes from the run %s, which was trained on the %s, so its segmentations of patients are useless. "
+            "Train on your own data first, or use another student (--ckpt_path FILE; with `knowsam predict` also --run "
+            "FOLDER).",
             path,
             record["run"],
             PHANTOM,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 
 
@@ -47,6 +48,7 @@ class IntensityWindow:
         [[0.0, 0.5, 0.75], [0.0, 0.5, 0.75], [0.0, 0.5, 0.75]]
     """
 
+    @check_types
     def __init__(self, low: float = -2.0, high: float = 4.0, channel: int = 0) -> None:
         if not high > low:
             raise KnowSAMValueError(f"`high` must be above `low`, {low}, but is {high}.")

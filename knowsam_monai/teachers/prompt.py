@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import check_counts
 
 
@@ -38,6 +39,7 @@ class LearnablePrompt(nn.Module):
         Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 and 7.
     """
 
+    @check_types
     def __init__(self, num_classes: int, embed_dim: int = 256, num_tokens: int = 2) -> None:
         super().__init__()
         check_counts(num_classes=num_classes, num_tokens=num_tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, check_counts
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import is_sam_range
@@ -63,6 +64,7 @@ class PromptedTeacher(nn.Module):
 
     display_name = "The teacher"  # for warnings
 
+    @check_types
     def __init__(
         self,
         num_classes: int,
@@ -178,12 +180,14 @@ class PromptedTeacher(nn.Module):
     def _warn_about_range(self, rgb: Tensor) -> None:
         """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
+        if not (high - low).isfinite():
+            raise KnowSAMValueError("`image` must have finite values only but has NaN or infinity; mend the image.")
         if low == high:  # a blank image tells nothing
             return
         self._checked_range = True
         if not is_sam_range(rgb):
             logger.warning(
                 "%s expects images in 0..1 but the first are in %.4g..%.4g; scale them, or set `to_rgb` to your range, "
-                "such as IntensityWindow(%.2g, %.2g), for CT to the window of an organ.",
+                "such as IntensityWindow(%.3g, %.3g), for CT to the window of an organ.",
                 *(self.display_name, low, high, low, high),
             )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -94,6 +95,7 @@ class Sam2Teacher(PromptedTeacher):
     stand_in = False
 
     @kept_random_state()
+    @check_types
     def __init__(
         self,
         num_classes: int,

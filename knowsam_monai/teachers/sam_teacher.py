@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.adapter import Adapter, add_adapters
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -95,6 +96,7 @@ class SAMTeacher(PromptedTeacher):
     display_name = "SAM"
 
     @kept_random_state()
+    @check_types
     def __init__(
         self,
         num_classes: int,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.teachers.slice_selection import SliceSelection, draw_axis, draw_by_entropy, draw_uniform
 from knowsam_monai.tensors import without_meta
@@ -61,6 +62,7 @@ class SliceTeacher(nn.Module):
         torch.Size([1, 2, 32, 32, 16])
     """
 
+    @check_types
     def __init__(
         self,
         sam_teacher: nn.Module,
@@ -70,10 +72,8 @@ class SliceTeacher(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if slices is not None and (type(slices) is not int or slices < 1):
-            raise KnowSAMValueError(
-                f"`slices` must be a number of slices, 1 or more, or None for all but is {slices!r}."
-            )
+        if slices is not None and slices < 1:
+            raise KnowSAMValueError(f"`slices` must be a number of slices, 1 or more, or None for all but is {slices}.")
         if sampling not in SAMPLINGS:
             raise KnowSAMValueError(f"`sampling` must be one of {', '.join(SAMPLINGS)} but is {sampling!r}.")
         if getattr(sam_teacher, "encoder", "adapted") == "cached":

@@ -213,11 +213,11 @@ def test_not_finite_teacher_behind_a_shut_gate_leaves_the_student_that_labels_it
 
 def test_bad_arguments_are_errors():
     with pytest.raises(ValueError, match="`num_cells` must be between 1 and 63, for a grid of 4 x 4 x 4 cells"):
-        UncertaintyGuidedMixing(None, num_cells=64)  # too many in 3D too
+        UncertaintyGuidedMixing(PartiallyLabeledLoss(), num_cells=64)  # too many in 3D too
     with pytest.raises(ValueError, match="`num_cells` must be between 1 and 5, for a grid of 2 x 3 cells, but is 6"):
-        UncertaintyGuidedMixing(None, grid_size=(2, 3), num_cells=6)
+        UncertaintyGuidedMixing(PartiallyLabeledLoss(), grid_size=(2, 3), num_cells=6)
     with pytest.raises(ValueError, match="`pseudo_label` must be"):
-        UncertaintyGuidedMixing(None, pseudo_label="truth")
+        UncertaintyGuidedMixing(PartiallyLabeledLoss(), pseudo_label="truth")
 
 
 @pytest.mark.parametrize(

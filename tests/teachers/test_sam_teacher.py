@@ -222,7 +222,7 @@ def test_prompts_that_do_not_fit_the_image_or_the_classes_are_an_error(shape):
     ],
 )
 def test_a_wrong_argument_is_an_error(kwargs, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         toy_teacher(**kwargs)
 
 
@@ -358,4 +358,4 @@ def test_images_far_out_of_range_are_warned_of_once(caplog, low, high, is_warned
     for _ in range(2):
         teacher(low + (high - low) * (image - image.min()) / (image.max() - image.min()), logits)
     said = [message for message in caplog.messages if "SAM expects images in 0..1" in message]
-    assert len(said) == is_warned and all(f"IntensityWindow({low:.2g}, {high:.2g})" in message for message in said)
+    assert len(said) == is_warned and all(f"IntensityWindow({low:.3g}, {high:.3g})" in message for message in said)
