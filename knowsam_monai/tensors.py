@@ -99,6 +99,24 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
     )
 
 
+def are_probabilities(logits: torch.Tensor) -> bool:
+    """
+    Whether the values look like the output of a softmax, or of a sigmoid for one channel.
+
+    Args:
+        logits: (B, C, *spatial).
+
+    Example::
+
+        >>> are_probabilities(torch.randn(2, 3, 4, 4)), are_probabilities(torch.randn(2, 3, 4, 4).softmax(1))
+        (False, True)
+    """
+    if logits.shape[1] > 1:
+        sums = logits.float().sum(1)
+        return bool((logits >= 0).all() and ((sums - 1).abs() < 0.02).all())
+    return bool(((logits >= 0) & (logits <= 1)).all() and logits.max() > logits.min())
+
+
 @contextmanager
 def all_in_eval_mode(network: nn.Module) -> Iterator[None]:
     """Put all modules in eval mode for a while, then restore the mode of each (a host may freeze its normalization)."""

@@ -65,7 +65,7 @@ ENTRIES = {
     "SAM 2": lambda path: read_sam2_checkpoint(path, "tiny", config=None),
     "TorchScript": lambda path: NetworkTeacher.from_torchscript(path, 2),
     "bundle as a teacher": lambda path: NetworkTeacher.from_bundle(path, 2),
-    "student": lambda path: StudentLoader(path, torch.nn.Identity()).check(),
+    "student": lambda path: StudentLoader(path, torch.nn.Identity()).load(),
     "data list": lambda path: load_datalist(f"{path}.json", ""),
     "data folder": lambda path: load_datalist(path, ""),
     "data check": check_dataset,

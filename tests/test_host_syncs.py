@@ -128,7 +128,6 @@ ALLOWED = {  # (module, function): reason
     "never be used; read while the teacher's work waits for the device, and not at all if nothing was copied",
     ("distillation/watched_loader.py", "image_and_label"): "wraps an image of NumPy; a tensor stays as it is",
     ("teachers/intensity_window.py", "is_sam_range"): "once, on the first images",
-    ("distillation/wiring.py", "are_probabilities"): "at calls 1 and 50",
     ("distillation/wiring.py", "has_each_row_twice"): "at calls 1 and 50",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.pseudo_label"): "connected components",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.box_mask"): ON_HOST,

@@ -14,17 +14,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch import nn
 
-from knowsam_monai.data import LoadCased, acdc_datalist, check_datalist, left_atrium_datalist, load_datalist
-from knowsam_monai.data.evaluation import inference_items
-from knowsam_monai.data.phantom import write_phantom
+from knowsam_monai.data import LoadCased, check_datalist, load_datalist
 from knowsam_monai.errors import root_cause
 from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 from knowsam_monai.runs.resume import Resume
-from knowsam_monai.runs.student_loader import StudentLoader
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.sam_checkpoint import read_checkpoint
 from pretraining.pretrain_stand_in import parse, pretrain
@@ -99,13 +95,6 @@ def test_sam_checkpoint(checkpoint):
         ValueError, match=rf"`checkpoint` must be a file .* but .*weights.pt is a {WOULD_RUN}; if you trust"
     ):
         read_checkpoint(checkpoint, "vit_b")
-
-
-def test_student_of_evaluation_and_inference(checkpoint):
-    engine = Engine(lambda engine, batch: None)
-    StudentLoader(checkpoint, nn.Conv2d(1, 2, 1)).attach(engine)
-    with pytest.raises(ValueError, match=f"`load_path` must be a PyTorch state dict but .*weights.pt is a {WOULD_RUN}"):
-        engine.run([0])
 
 
 @pytest.mark.parametrize("bundle, conv", [("knowsam_acdc", "torch.nn.Conv2d"), ("knowsam_la", "torch.nn.Conv3d")])
@@ -213,42 +202,6 @@ def test_postscript_under_another_name_is_not_interpreted(tmp_path):
         LoadCased("image")({"image": str(tmp_path / "image.png")})
 
 
-@pytest.mark.parametrize("read", [lambda path: load_datalist(path, ""), inference_items])
-@pytest.mark.parametrize("protocol", [0, 4])
-def test_data_list(tmp_path, trap, read, protocol):
-    plain(protocol)(tmp_path / "list.json", trap)
-    with pytest.raises(ValueError, match="`dataset_dir` must be valid JSON but .*list.json is not"):
-        read(tmp_path / "list.json")
-
-
-def test_lists_of_the_packs(tmp_path, trap):
-    (tmp_path / "data" / "slices").mkdir(parents=True)
-    (tmp_path / "data" / "slices" / "patient099_frame01_slice_1.h5").touch()
-    plain(4)(tmp_path / "train_slices.list", trap)
-    with pytest.raises(ValueError, match="must be a text file of names but .*train_slices.list is not"):
-        acdc_datalist(tmp_path)
-    (tmp_path / "case").mkdir()
-    (tmp_path / "case" / "mri_norm2.h5").touch()
-    for name in ("val.list", "train.list", "test.list"):
-        plain(4)(tmp_path / name, trap)
-        with pytest.raises(ValueError, match=f"must be a text file of names but .*{name} is not"):
-            left_atrium_datalist(tmp_path)
-        (tmp_path / name).unlink()
-
-
-def test_patient_record_of_acdc(tmp_path, trap):
-    (tmp_path / "patient028").mkdir()
-    plain(4)(tmp_path / "patient028" / "Info.cfg", trap)
-    with pytest.raises(ValueError, match="`Info.cfg` must give the frame of ED but"):
-        acdc_datalist(tmp_path)
-
-
-def test_list_of_a_phantom(tmp_path, trap):
-    plain(4)(tmp_path / "dataset.json", trap)
-    with pytest.raises(ValueError, match="`folder` must be empty or contain only an earlier phantom"):
-        write_phantom(tmp_path)
-
-
 def test_cache_of_the_checker(tmp_path, trap):
     np.save(tmp_path / "a.npy", np.eye(4))
     datalist = {"unlabeled": [{"image": str(tmp_path / "a.npy"), "patient": "a"}]}
@@ -257,19 +210,6 @@ def test_cache_of_the_checker(tmp_path, trap):
         assert not report.errors and "1 of them read" in report.header
         (kept,) = (tmp_path / "cache").iterdir()
         plain(4)(kept, trap)
-
-
-@pytest.mark.parametrize("name", ["config.json", "config.yaml", "config.yml"])
-def test_config_of_a_bundle_that_is_a_pickle(tmp_path, trap, name):
-    plain(4)(tmp_path / name, trap)
-    with pytest.raises(Exception, match="codec can't decode"):
-        ConfigParser.load_config_file(tmp_path / name)
-
-
-def test_config_of_a_bundle_with_a_yaml_tag(tmp_path, trap):
-    (tmp_path / "config.yaml").write_text(f"key: !!python/object/apply:os.mkdir ['{trap.trace}']\n")
-    with pytest.raises(Exception, match="could not determine a constructor for the tag"):
-        ConfigParser.load_config_file(tmp_path / "config.yaml")
 
 
 def test_paths_of_a_data_list_are_no_expressions(tmp_path, trap):

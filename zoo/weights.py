@@ -74,5 +74,5 @@ def find_training(bundle: Path) -> Training:
     student = student_options(weights.parent / CONFIG, [*inference, "class_names"])
     parser = ConfigParser({**inference, **student})
     network, num_classes = parser.get_parsed_content("network_def"), parser.get_parsed_content("num_classes")
-    StudentLoader(weights, network, num_classes).check()
+    StudentLoader(weights, network, num_classes).load()
     return Training(record["run"], record["trained_on"], record["metrics"], student, record["sha256"][MODEL])

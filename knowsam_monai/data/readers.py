@@ -20,7 +20,7 @@ from monai.utils import ensure_tuple
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check_size
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
-from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["H5Reader", "LoadCased"]
 
@@ -40,7 +40,6 @@ class H5Reader(NumpyReader):
         (H, W) or (H, W, slices), without a channel axis.
 
     Raises:
-        ImportError: if h5py is not installed.
         ValueError: if the file is damaged, not an h5 file, or lacks the dataset; if the dataset does not contain
             numbers, stores its voxels in another file, or is too large.
 
@@ -75,12 +74,8 @@ class H5Reader(NumpyReader):
         return array, {**meta, **_unknown_geometry()}
 
     def _read_file(self, name: str) -> np.ndarray:
-        try:
-            import h5py
-        except ImportError as error:
-            raise KnowSAMImportError(
-                "`h5py` must be installed to read h5 files but is not; run `pip install h5py`."
-            ) from error
+        import h5py
+
         try:
             with h5py.File(name, "r") as file:
                 link = file.get(self.dataset, getlink=True) if self.dataset in file.keys() else None

@@ -13,7 +13,7 @@ from monai.data.utils import is_supported_format, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 
 from knowsam_monai.data.declared_size import LARGEST_RATIO, check_size, detached_files
-from knowsam_monai.errors import KnowSAMImportError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["SimpleITKReader"]
 
@@ -33,7 +33,6 @@ class SimpleITKReader(ImageReader):
         (x, y, z), in the file's order of axes, or (ch, x, y, z) for several values per voxel or several files.
 
     Raises:
-        ImportError: if SimpleITK is not installed.
         ValueError: if a file cannot be read, if it is neither 2D nor 3D, or if several files have different grids.
 
     Example:
@@ -85,12 +84,8 @@ class SimpleITKReader(ImageReader):
 
 
 def _read_file(name: str) -> Any:
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise KnowSAMImportError(
-            "`SimpleITK` must be installed to read NRRD files but is not; run `pip install SimpleITK`."
-        ) from error
+    import SimpleITK
+
     files = detached_files(name) or [Path(name)]
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(name)

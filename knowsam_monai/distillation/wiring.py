@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.teachers.provenance import named
+from knowsam_monai.tensors import are_probabilities
 
 logger = logging.getLogger(__name__)
 
@@ -146,24 +147,6 @@ class Wiring:
                 "check that the labels belong to the first rows, and avoid the gate 'agreement', which would judge "
                 "SAM on images from which it learns; or call the student separately on each copy."
             )
-
-
-def are_probabilities(logits: Tensor) -> bool:
-    """
-    Whether the values look like the output of a softmax, or of a sigmoid for one channel.
-
-    Args:
-        logits: (B, C, *spatial).
-
-    Example::
-
-        >>> are_probabilities(torch.randn(2, 3, 4, 4)), are_probabilities(torch.randn(2, 3, 4, 4).softmax(1))
-        (False, True)
-    """
-    if logits.shape[1] > 1:
-        sums = logits.float().sum(1)
-        return bool((logits >= 0).all() and ((sums - 1).abs() < 0.02).all())
-    return bool(((logits >= 0) & (logits <= 1)).all() and logits.max() > logits.min())
 
 
 def has_each_row_twice(image: Tensor) -> bool:

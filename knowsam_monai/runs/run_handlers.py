@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ignite.engine import Engine
-from monai.handlers import (
-    CheckpointSaver,
-    LrScheduleHandler,
-    MLFlowHandler,
-    StatsHandler,
-    TensorBoardImageHandler,
-    TensorBoardStatsHandler,
-    from_engine,
-)
+from monai.handlers import CheckpointSaver, LrScheduleHandler, MLFlowHandler, StatsHandler, TensorBoardStatsHandler
 
 from knowsam_monai import ranks
 from knowsam_monai.handlers.loss_terms import LossTerms, scalar_terms
@@ -28,8 +19,6 @@ from knowsam_monai.runs.run_record import RunRecord
 from knowsam_monai.runs.student_curves import StudentCurves
 from knowsam_monai.runs.training_progress import TrainingProgress
 from knowsam_monai.runs.validation_history import ValidationHistory
-
-logger = logging.getLogger(__name__)
 
 
 def training_handlers(
@@ -140,30 +129,9 @@ def validation_handlers(
         built.append(best_saver)
         if not preflight:
             log_dir = os.path.join(output_dir, "tensorboard", "validation")
-            built += [
-                TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False, epoch_event_writer=history.write_scalars),
-                _ValidationImages(log_dir),
-            ]
+            writer = history.write_scalars
+            built.append(TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False, epoch_event_writer=writer))
     return built
-
-
-class _ValidationImages(TensorBoardImageHandler):
-    """Image, label and prediction of the last case in TensorBoard. If they cannot be drawn, it only warns."""
-
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(
-            log_dir=log_dir,
-            batch_transform=from_engine(["image", "label"]),
-            output_transform=from_engine(["pred"]),
-            max_channels=1,
-            frame_dim=-1,
-        )
-
-    def __call__(self, engine: Engine) -> None:
-        try:
-            super().__call__(engine)
-        except Exception as error:  # a picture must not end a training, whatever is wrong with it
-            logger.warning("TensorBoard gets no images of this validation: %s: %s", type(error).__name__, error)
 
 
 def track_terms(handlers: Sequence[Any], log_interval: int = 50) -> list[Any]:

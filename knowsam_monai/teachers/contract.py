@@ -22,16 +22,15 @@ A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.provenance import origin
 from knowsam_monai.tensors import without_meta
 
@@ -130,7 +129,7 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
         pretrained_on=origin(teacher).pretrained_on,
         license=origin(teacher).license,
     )
-    with _restored_state(teacher, image):
+    with kept_random_state(), _restored(teacher):
         _check_modes(teacher)
         image = _different_rows(without_meta(image))
         _check_calls(teacher, image, num_classes)
@@ -262,16 +261,12 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 @contextmanager
-def _restored_state(teacher: nn.Module, image: Tensor) -> Iterator[None]:
+def _restored(teacher: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in teacher.modules()}
     values = _values(teacher)
-    python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for module, mode in modes.items():
             module.training = mode
         for name, x in _tensors(teacher).items():

@@ -21,7 +21,7 @@ from knowsam_monai.teachers.bundle_network import (
     check_bundle,
     read_bundle_facts,
 )
-from knowsam_monai.tensors import at_least_float32, class_logits, without_meta
+from knowsam_monai.tensors import are_probabilities, at_least_float32, class_logits, without_meta
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ class NetworkTeacher(nn.Module):
     def _warn_about_probabilities(self, logits: Tensor) -> None:
         """A softmax of probabilities is almost uniform, so they would teach next to nothing."""
         self._checked_values = True
-        if logits.shape[1] > 1 and logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
+        if logits.shape[1] > 1 and are_probabilities(logits):
             logger.warning(
                 "`network` must return logits but %s returns probabilities, which sum to 1; remove its last softmax, "
                 "or take their logarithm.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 
 import nibabel
 import numpy as np
@@ -82,57 +81,19 @@ def test_data_set_of_no_known_form_says_what_was_looked_for(refused, tmp_path, f
     refused(rf"`dataset_dir` must be .*{forms}.* but {folder} {found}", dataset_dir=str(folder))
 
 
-@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
-@pytest.mark.parametrize("damage", ["truncated", "corrupt"])
-def test_damaged_image_is_named(refused, data, section, damage):
-    path = data / f"{section}.nii.gz"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no image")
+def test_damaged_image_is_named(refused, data):
+    path = data / "unlabeled.nii.gz"
+    path.write_bytes(path.read_bytes()[:100])
     refused(f"`image` must be a readable image but {path} is not")
-
-
-@pytest.mark.parametrize("section", ["labeled", "validation"])
-def test_label_of_another_shape_is_named_with_its_image(refused, data, section):
-    write_volume(data / f"{section}_gt.nii.gz", value=1, shape=(16, 12, 2), dtype=np.uint8)
-    refused(
-        rf"image's shape \(16, 16, 2\) but {data}/{section}_gt.nii.gz has shape \(1, 16, 12, 2\) for the image {data}"
-    )
-
-
-@pytest.mark.parametrize("section", ["labeled", "validation"])
-def test_label_value_outside_the_classes_is_named(refused, data, section):
-    write_volume(data / f"{section}_gt.nii.gz", value=7, dtype=np.uint8)
-    refused(f"`label` must have the integers 0 to 3 as values but {data}/{section}_gt.nii.gz has 7")
 
 
 def test_fewer_classes_than_the_labels_have_is_an_error(refused, data):
     refused(f"integers 0 to 1 as values but {data}/labeled_gt.nii.gz has 3", class_names=["left ventricle"])
 
 
-@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_image_that_is_not_finite_is_named(refused, data, section, value):
-    write_volume(data / f"{section}.nii.gz", value=value)
-    refused(f"`image` must be finite but {data}/{section}.nii.gz has 32 NaN or infinite values")
-
-
-@pytest.mark.parametrize("section", ["labeled", "unlabeled", "validation"])
-def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data, section):
-    write_volume(data / f"{section}.nii.gz", value=1.0, shape=(16, 16, 2, 3))
-    refused(f"`image` must have 1 channels but {data}/{section}.nii.gz has 3; set `in_channels`")
-
-
-def test_one_image_under_two_names_is_reported_with_both(refused, data):
-    shutil.copyfile(data / "labeled.nii.gz", data / "validation.nii.gz")
-    refused(
-        f"`validation` must share no image with `labeled` but {data}/validation.nii.gz has .* {data}/labeled.nii.gz"
-    )
-
-
-def test_empty_labeled_list_is_an_error(refused, data):
-    sections = json.loads((data / "list.json").read_text())
-    (data / "list.json").write_text(json.dumps({**sections, "labeled": []}))
-    refused("`labeled` must list at least one item but is empty")
+def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data):
+    write_volume(data / "validation.nii.gz", value=1.0, shape=(16, 16, 2, 3))
+    refused(f"`image` must have 1 channels but {data}/validation.nii.gz has 3; set `in_channels`")
 
 
 @pytest.mark.parametrize("name", ["labeled", "unlabeled"])

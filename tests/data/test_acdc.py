@@ -171,6 +171,9 @@ def test_incomplete_pack_names_what_is_missing(tmp_path):
     (slices / "patient038_frame01_slice_3.h5").unlink()
     with pytest.raises(FileNotFoundError, match="patient038_frame01_slice_3.h5 is missing"):
         acdc_datalist(folder)
+    (folder / "train_slices.list").write_bytes(b"\x80\x04}.")
+    with pytest.raises(ValueError, match="must be a text file of names but .*train_slices.list is not"):
+        acdc_datalist(folder)
     (folder / "train_slices.list").unlink()
     with pytest.raises(
         ValueError, match="must contain the 136 slices of the first 7 training patients but .* contains 135"

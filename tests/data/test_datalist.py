@@ -153,9 +153,12 @@ def test_list_of_the_phantom_is_a_valid_data_list(tmp_path):
     assert load_datalist(tmp_path / "phantom" / "dataset.json", tmp_path / "other") == datalist
 
 
-@pytest.mark.parametrize("text, message", [("{", "must be valid JSON but"), ("[]", "must be a JSON object")])
-def test_file_that_is_no_json_object_is_named(tmp_path, text, message):
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"{", "must be valid JSON but"), (b"\x80\x04}.", "must be valid JSON but"), (b"[]", "must be a JSON object")],
+)
+def test_file_that_is_no_json_object_is_named(tmp_path, content, message):
     path = tmp_path / "data.json"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{message}.*data.json"):
         load_datalist(path, tmp_path / "phantom")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import h5py
@@ -144,10 +143,3 @@ def test_slices_of_different_shapes_are_no_volume(tmp_path):
     paths = [write_h5(tmp_path / "a.h5", (4, 5)), write_h5(tmp_path / "b.h5", (5, 5))]
     with pytest.raises(ValueError, match=r"must be slices of one shape \(H, W\) but their shapes are"):
         H5Reader().read(paths)
-
-
-def test_missing_h5py_is_one_clear_error(tmp_path, monkeypatch):
-    path = write_h5(tmp_path / "a.h5")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match="`h5py` must be installed to read h5 files"):
-        H5Reader().read(path)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import nibabel
@@ -114,10 +113,3 @@ def test_broken_file_is_named_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=f"`image` must be a readable image but .*{name} is not: ") as caught:
             LoadCased("image")({"image": str(tmp_path / name)})
         assert "\n" not in str(caught.value)
-
-
-def test_missing_simpleitk_is_one_clear_error(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.nrrd")
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ImportError, match="`SimpleITK` must be installed to read NRRD files"):
-        SimpleITKReader().read(path)

@@ -17,6 +17,7 @@ from monai.transforms import (
     RandFlipd,
     RandSpatialCropd,
     ScaleIntensityd,
+    SpatialPadd,
 )
 
 from knowsam_monai.data import unlabeled_dataset, unlabeled_items
@@ -55,12 +56,17 @@ def test_transforms_that_need_a_label_are_left_out_and_named(caplog):
 
 
 @pytest.mark.parametrize("key", ["label", "label4crop"])
-def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller(key):
-    """In the Model Zoo's DiNTS bundles it is around a copy of the label."""
+def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller(key, caplog):
+    """In the Model Zoo's DiNTS bundles it is around a copy of the label, which they dilate, pad and forget."""
+    caplog.set_level("INFO")
+    copied, dilate = CopyItemsd("label", names="label4crop"), Lambdad("label4crop", lambda x: x, overwrite=True)
+    pad = SpatialPadd([*BOTH, "label4crop"], spatial_size=[12, 12])
     crop = RandCropByLabelClassesd(BOTH, label_key=key, spatial_size=[8, 16], num_classes=2, allow_smaller=True)
-    transform = without_label(labeled(CopyItemsd("label", names="label4crop"), crop), ITEM)
-    assert names(transform) == ["RandSpatialCropd", "ResizeWithPadOrCropd"]
+    forget = Lambdad("label4crop", lambda x: 0)
+    transform = without_label(labeled(copied, dilate, pad, crop, forget), ITEM)
+    assert names(transform) == ["SpatialPadd", "RandSpatialCropd", "ResizeWithPadOrCropd"]
     assert transform(ITEM)["image"].shape == (1, 8, 16)
+    assert "RandCropByLabelClassesd (a random crop of the same size" in caplog.messages[-1]
 
 
 def test_labeled_dataset_stays_as_it_is():

@@ -388,12 +388,16 @@ def test_state_of_the_optimizer_moves_with_the_teacher(monkeypatch):
         (dict(classes=4), "`logits` must have 3 channels"),
         (dict(label_rows=5), "`label` must have as many rows"),
         (dict(label_value=3), "`label` must be in 0..2"),
+        (dict(label_size=(8, 16)), "`label` must "),
+        (dict(image_rows=1), "`image` must "),
+        (dict(image_size=(8, 16)), "`image` must "),
     ],
 )
 def test_wrong_input_is_one_clear_error(teacher, change, message):
-    image = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    image = torch.rand(change.get("image_rows", 4), 1, *change.get("image_size", (8, 8))).double()
     logits = torch.zeros(4, change.get("classes", 3), 8, 8, dtype=torch.float64)
-    label = torch.full((change.get("label_rows", 2), 1, 8, 8), float(change.get("label_value", 0)), dtype=torch.float64)
+    label_shape = (change.get("label_rows", 2), 1, *change.get("label_size", (8, 8)))
+    label = torch.full(label_shape, change.get("label_value", 0)).double()
     with pytest.raises(ValueError, match=message):
         distiller_of(teacher)(image, logits, label)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.guided_mixing import UncertaintyGuidedMixing, gated
@@ -62,6 +63,17 @@ def test_blocks_of_a_small_volume_are_exchanged_with_their_labels():
     unlabeled[:, 2:, 0], labeled[:, :2, 2] = 10, 20
     assert torch.equal(mixed_image, torch.stack([unlabeled, labeled])[:, None])
     assert torch.equal(mixed_label, (mixed_image == 20).float())
+
+
+def test_as_many_pairs_as_there_are_rows_of_both_kinds_in_plain_tensors_with_the_labels_dtype():
+    mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
+    image = MetaTensor(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 8, 8))  # row 0 is labeled
+    label, logits = MetaTensor(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), torch.zeros(4, 2, 8, 8)
+    mixed_image, mixed_label = mixing.mix(image, label, logits, logits)
+    assert type(mixed_image) is type(mixed_label) is torch.Tensor and mixed_label.dtype == torch.uint8
+    assert mixed_image.unique().tolist() == [0, 1] and len(mixed_image) == len(mixed_label) == 2
+    with pytest.raises(ValueError, match="`image` must have labeled and unlabeled rows but has only one kind"):
+        mixing.mix(image[:1], label, logits[:1], logits[:1])
 
 
 @pytest.mark.parametrize(

@@ -155,11 +155,6 @@ def test_trainers_optimizer_is_left_as_it_was_after_the_run():
     assert "zero_grad" not in vars(trainer.optimizer) and not trainer.optimizer._optimizer_step_post_hooks
 
 
-def test_intervals_below_one_are_errors():
-    with pytest.raises(ValueError, match="must be at least 1"):
-        SAMDistillation(build()[2], gate_interval=0)
-
-
 # --- every k-th step, and the image that SAM sees ---------------------------------------------------------------------
 
 

@@ -107,6 +107,17 @@ def test_softmax_mse(case, share):
     assert finite_gradient(lambda logits: SoftmaxMSELoss()(logits, target, mask), student)
 
 
+MUTUAL = [MutualConsistencyLoss("hard"), MutualConsistencyLoss("soft")]
+
+
+@pytest.mark.parametrize("loss", [DistillationLoss(), EntropyLoss(), *MUTUAL, PseudoLabelLoss(), SoftmaxMSELoss()])
+def test_autocast_changes_nothing(loss):
+    logits = 4 * torch.randn(2, 4, 6, 6), 4 * torch.randn(2, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(*logits)
+    torch.testing.assert_close(found, loss(*logits))
+
+
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int64, torch.float16, torch.float32, torch.float64)
 
 

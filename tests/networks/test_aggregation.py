@@ -121,6 +121,11 @@ def test_one_channel_is_taken_as_two_classes():
     assert torch.equal(seen["dissimilarity"], agreement.expand(-1, 2, -1, -1))
 
 
+def test_logits_that_do_not_belong_together_are_an_error():
+    with pytest.raises(ValueError, match="`logits_b` must have the shape of `logits_a`"):
+        HybridAggregation(num_classes=2)(torch.zeros(2, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_is_close_to_float32_under_autocast_and_as_a_whole(autocast):
     torch.manual_seed(0)

@@ -158,7 +158,7 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
             {"overrides": {"image_sizes": "3"}},
             "`image_sizes` must be a key of .*inference.json but is not; its keys are imports",
         ),
-        ({"overrides": {"num_classes": "4"}}, "network with 4 classes but .*model.pt has 3"),
+        ({"overrides": {"num_classes": "4"}}, "model.pt holds another model .*; it has 3 classes, not 4"),
         ({"device": "cuda:99"}, "`device` must be a device of this machine, .* but is 'cuda:99'"),
         ({"device": "gpu"}, "`device` must be a device of this machine, .* but is 'gpu'"),
         ({"image_pattern": "*.mha"}, "`dataset_dir` must contain files that match '\\*.mha'"),

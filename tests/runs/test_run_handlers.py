@@ -17,7 +17,7 @@ from knowsam_monai.runs import (
     training_handlers,
     validation_handlers,
 )
-from tests.runs.test_validation_report import NAMES, item
+from tests.runs.test_validation_report import NAMES
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
 
@@ -57,7 +57,7 @@ LAST = ["Softmax", "Resume", "RunRecord", "Preflight"]
         (
             {},
             ["TrainingProgress", "TensorBoardStatsHandler", "WholeCheckpointSaver"],
-            ["WholeCheckpointSaver", "TensorBoardStatsHandler", "_ValidationImages"],
+            ["WholeCheckpointSaver", "TensorBoardStatsHandler"],
         ),
         ({"preflight": True}, ["TrainingProgress"], ["WholeCheckpointSaver"]),
         ({"rank": 1}, [], []),
@@ -71,15 +71,6 @@ def test_only_the_first_process_shows_logs_and_saves_weights(built, options, of_
     (resume,) = [handler for handler in training if isinstance(handler, Resume)]
     assert (resume.best_saver is None) == (options.get("rank", 0) > 0)
     assert resume.saves != options.get("preflight", False)
-
-
-@pytest.mark.parametrize("image", ["no image", None], ids=["wrong type", "missing"])
-def test_image_that_cannot_be_drawn_is_a_warning_and_the_validation_ends_well(built, caplog, image):
-    handler = built()[1][-1]
-    evaluator = Engine(lambda engine, batch: [item("a")])
-    handler.attach(evaluator)
-    evaluator.run([[item("a") | {"image": image}]])
-    assert ("TensorBoard gets no images of this validation" in caplog.text) == (image is not None)
 
 
 def logging_handler(monkeypatch):

@@ -25,9 +25,11 @@ def test_a_plain_state_dict_is_loaded(tmp_path):
         torch.testing.assert_close(network.state_dict()[name], tensor)
 
 
-def test_weights_under_the_key_model_are_loaded(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_under_the_key_model_and_of_a_wrapped_student_are_loaded(tmp_path, prefix):
     source, network = nn.Linear(2, 3), nn.Linear(2, 3)
-    torch.save({"model": source.state_dict(), "epoch": 3}, tmp_path / "last.pt")
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "last.pt")
     run(tmp_path / "last.pt", network)
     torch.testing.assert_close(network.weight, source.weight)
 
@@ -35,40 +37,40 @@ def test_weights_under_the_key_model_are_loaded(tmp_path):
 def wrong_files(folder):
     """{name: (writes the file, network, what the error says)}"""
     return {
-        "missing": (lambda p: None, small(), "must be a trained student but .*missing.pt does not exist"),
-        "text": (
-            lambda p: p.write_text("<html>not found</html>"),
-            small(),
-            "must be a PyTorch state dict but .*text.pt",
-        ),
-        "cut": (lambda p: _save_half(p), small(), "must be a PyTorch state dict but .*cut.pt .* is truncated"),
+        "missing": (lambda p: None, small(), "must be a trained student but .*missing.pt cannot be read"),
+        "text": (lambda p: p.write_text("<html>not found</html>"), small(), "MultiViewNet but .*text.pt is a web page"),
+        "cut": (lambda p: _save_half(p), small(), "cut.pt .* is truncated .*; train again, or use another"),
         "code": (
             lambda p: torch.save(Engine, p),
             small(),
-            "must be a PyTorch state dict but .*code.pt is a pickle of Python objects, which would run code",
+            "code.pt is a pickle of Python objects, which would run code",
         ),
-        "list": (
-            lambda p: torch.save([1], p),
-            small(),
-            "must be a PyTorch state dict but .*list.pt holds something else",
-        ),
+        "list": (lambda p: torch.save([1], p), small(), "list.pt holds a list; save the model's plain"),
         "nan": (
             lambda p: torch.save({k: v * torch.nan for k, v in nn.Linear(2, 3).state_dict().items()}, p),
             nn.Linear(2, 3),
-            "must hold finite weights but in .*nan.pt 2 weights have NaN or infinite values .weight .*; train again",
+            "Linear but .*nan.pt holds NaN or infinite values in `weight`, `bias`; train again",
         ),
         "other": (
             lambda p: torch.save(nn.Conv2d(1, 4, 1).state_dict(), p),
             small(),
-            "MultiViewNet but .*other.pt belongs to another network: .*2 weights unknown.*add that after",
+            "MultiViewNet but .*other.pt holds another model .*unexpected `weight`, `bias`.*add that after",
         ),
         "classes": (
             lambda p: torch.save(small(out_channels=3).state_dict(), p),
             small(),
-            "weights of a network with 4 classes but .*classes.pt has 3",
+            "classes.pt holds another model .*; it has 3 classes, not 4: set the class count",
         ),
-        "wider": (lambda p: torch.save(small(channels=[8] * 5).state_dict(), p), small(), "has shape .*`network_def`"),
-        "channels": (lambda p: torch.save(small(in_channels=2).state_dict(), p), small(), "has shape .*`network_def`"),
+        "wider": (
+            lambda p: torch.save(small(channels=[8] * 5).state_dict(), p),
+            small(),
+            "other shapes in .*`network_def`",
+        ),
+        "channels": (
+            lambda p: torch.save(small(in_channels=2).state_dict(), p),
+            small(),
+            "other shapes in .*`network_def`",
+        ),
     }
 
 

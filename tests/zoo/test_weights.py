@@ -46,9 +46,7 @@ def test_missing_weights_name_the_command_that_trains(bundle):
 
 
 def test_weights_of_another_network_are_refused(bundle):
-    with pytest.raises(
-        ValueError, match="must hold the weights of MultiViewNet but .*model.pt belongs to another network"
-    ):
+    with pytest.raises(ValueError, match="must hold the weights of MultiViewNet but .*model.pt holds another model"):
         find_training(bundle)
 
 
