@@ -42,6 +42,8 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
         (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be one of acdc, la, or the"),
         (["zip", "la", "--run", "{}"], "`run` must be the `output_dir` of a training but "),
+        (["check", "{}/nowhere"], "`DATA` must be the official ACDC release"),
+        (["predict", "{}/nowhere", "--bundle", "acdc", "--output", "{}/out"], "`SCANS` must be"),
         (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )

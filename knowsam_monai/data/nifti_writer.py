@@ -46,8 +46,12 @@ class NiftiGeometryWriter(NibabelWriter):
     """
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
-        super().set_metadata(meta_dict, resample=resample, **options)
         self.source = (meta_dict or {}).get(ImageMetaKey.FILENAME_OR_OBJ)
+        if resample:
+            super().set_metadata(meta_dict, resample=resample, **options)
+        else:  # MONAI's inverts the affine even then, which fails for a single sagittal or coronal slice
+            self.output_dtype = self.output_dtype or self.data_obj.dtype
+            self.affine = self.get_meta_info(meta_dict)[1]
 
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         import nibabel

@@ -45,7 +45,9 @@ class StreamStatistics(NamedTuple):
         """
         values = torch.cat([without_meta(image).double().flatten() for image in images])
         spacings = [
-            affine_to_spacing(image.affine, image.ndim - 1) for image in images if isinstance(image, MetaTensor)
+            affine_to_spacing(image.affine, len(image.affine) - 1)[: image.ndim - 1]
+            for image in images
+            if isinstance(image, MetaTensor)
         ]
         spacing = (
             torch.stack([torch.as_tensor(each) for each in spacings]).double().mean(0).tolist() if spacings else ()

@@ -16,6 +16,7 @@ from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSA
 from knowsam_monai.files import VARIABLE, expand_path
 from knowsam_monai.runs.config import plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
+from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
 
 PATHS = (
@@ -58,8 +59,9 @@ def check_config() -> None:
     _refuse_none_on_the_command_line(parser.config)
     _refuse_words_of_json(parser.config)
     _refuse_missing_packages(parser.config)
-    paths = {key: (value, expand_path(value, key)) for key, value in _given_paths(parser.config).items()}
-    converted = {key: path for key, (value, path) in paths.items() if path != value}
+    given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
+    paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
+    converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
     parser.config.update(converted)
     try:
         from knowsam_monai.runs.values import check_values
@@ -69,10 +71,16 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = plain_values(parser.config)
+    if "ckpt_path" in values:
+        warn_of_other_settings(values["ckpt_path"], values)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:
         check_bundle(values["teacher_bundle"], "teacher_bundle")
     for key, value in converted.items():
-        parser.config[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
+        if isinstance(value, torch.device):
+            value = f"$torch.device({str(value)!r})"
+        elif key in PATHS and "#" in value:
+            value = "$" + repr(value).replace("#", "\\x23")  # MONAI would make :: of it
+        parser.config[key] = value
     if converted:
         parser.parse(reset=True)
 
@@ -99,12 +107,24 @@ def _refuse_missing_packages(config: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
-    """MONAI ignores an option whose value is None, so the run would use the config's own value."""
+def _options_of_command_line() -> Iterator[tuple[str, str]]:
+    """The keys and values on the command line, as they were typed."""
     words = sys.argv[1:]
     for word, next_word in zip(words, [*words[1:], ""]):
-        key, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and (value or next_word) == "None" and key.split("#")[0] in config:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            yield key.replace("-", "_"), value if equals else next_word
+
+
+def _paths_with_hash(config: Mapping[str, Any]) -> dict[str, str]:
+    """The paths on the command line that have a #, which MONAI has replaced by :: in the config."""
+    return {key: value for key, value in _options_of_command_line() if key in PATHS and "#" in value and key in config}
+
+
+def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
+    """MONAI ignores an option whose value is None, so the run would use the config's own value."""
+    for key, value in _options_of_command_line():
+        if value == "None" and key.split("#")[0] in config:
             raise KnowSAMValueError(
                 f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
             )

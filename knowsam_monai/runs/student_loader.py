@@ -46,7 +46,7 @@ class StudentLoader:
         network = getattr(self.network, "module", self.network)
         expectation = f"`load_path` must hold the weights of {type(network).__name__} but {self.load_path}"
         try:
-            state = read_state_dict(self.load_path, expectation, "train again, or use another checkpoint")
+            state = read_state_dict(self.load_path, expectation, "train again, or use another checkpoint", changes=())
         except OSError as error:
             raise KnowSAMValueError(
                 f"`load_path` must be a trained student but {self.load_path} cannot be read ({error.strerror}); train "

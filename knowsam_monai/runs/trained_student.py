@@ -29,13 +29,15 @@ NOT_OF_THE_STUDENT = {
     "window_overlap",  # the published overlap is too slow for validation during training
 }
 
+SHARED_SETTINGS = ("image_size", "spacing", "intensity_window")  # of the images that the student sees
+
 
 def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
     """
     Copy a run's best student and its config into the bundle, with a record of the training in ``model.json``.
 
     The record has the run's name, the training data (the phantom, or the last part of the data set's path), the hashes
-    of both files, and the metrics of the validation that chose the student.
+    of both files, the metrics of the validation that chose the student, and the settings that every use of it shares.
 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
@@ -55,6 +57,7 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
         best = {}
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
+    record["settings"] = student_options(run / CONFIG, SHARED_SETTINGS)
     copy_whole(run / MODEL, folder / MODEL)
     copy_whole(run / CONFIG, folder / CONFIG)
     write_text(folder / RECORD, json.dumps(record, indent=4) + "\n")
@@ -69,7 +72,7 @@ def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         `run`: its name; `trained_on`; `sha256`: of ``model.pt`` and, except in the Model Zoo's zip, of ``config.json``;
-        and `metrics`: Dice, 0..1, by name.
+        `metrics`: Dice, 0..1, by name; and `settings`: size, spacing and intensity window of its images.
 
     Raises:
         ValueError: if there is no record, or it does not match the student or the config in the folder.
@@ -125,6 +128,29 @@ def warn_of_phantom(
             record["run"],
             PHANTOM,
         )
+
+
+def warn_of_other_settings(ckpt_path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """
+    Warn if a student will see images of another size, spacing or intensity window than in its training.
+
+    Args:
+        ckpt_path: the student's weights; there is no warning if they have no record.
+        settings: the settings of this evaluation or inference.
+
+    Example:
+        >>> warn_of_other_settings("models/model.pt", {"image_size": 256})
+    """
+    try:
+        trained = read_record(Path(ckpt_path).parent)["settings"] if Path(ckpt_path).name == MODEL else {}
+    except (ValueError, KeyError):  # the origin of these weights is unknown
+        return
+    for key in trained.keys() & settings.keys():
+        if settings[key] != trained[key]:
+            logger.warning(
+                "`%s` is %s but %s was trained with %s; add --%s '%s'.",
+                *(key, settings[key], ckpt_path, trained[key], key, trained[key]),
+            )
 
 
 def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def validation_cases(
                 )
         affine, edges = _affine(item[Keys.LABEL]), spacing
         if spacing == "meta":
-            edges = None if affine is None else affine_to_spacing(affine, r=label.ndim).tolist()
+            edges = None if affine is None else affine_to_spacing(affine, r=len(affine) - 1)[: label.ndim].tolist()
         case = ValidationCase(
             path=_file(item, pred_keys[0]) or f"case_{_index(engine, len(contents)):03d}",
             image=item.get(Keys.IMAGE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,6 +63,7 @@ def read_state_dict(
     expectation: str,
     remedy: str = "copy it again",
     prefixes: Mapping[str, str] = MappingProxyType(PREFIXES),
+    changes: Sequence[str] = CHANGES,
 ) -> dict[str, Tensor]:
     """
     Read a checkpoint's tensors by name.
@@ -74,6 +75,7 @@ def read_state_dict(
         expectation: beginning of error messages, "`checkpoint` must be ... but <path>".
         remedy: end of the message for a damaged file.
         prefixes: prefixes to remove, each with its explanation for the log.
+        changes: parts of names that tell changes of other weights; none for a network that may have such layers.
 
     Raises:
         OSError: if it cannot be opened.
@@ -110,9 +112,8 @@ def read_state_dict(
     ):
         kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise KnowSAMValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
-    changes = [name for name in content if any(part in name for part in CHANGES)]
-    if changes:
-        raise _changes(expectation, changes)
+    if changed := [name for name in content if any(part in name for part in changes)]:
+        raise _changes(expectation, changed)
     odd = {
         str(value.dtype if value.layout == torch.strided else value.layout)
         for value in content.values()

@@ -276,7 +276,7 @@ def test_one_patient_may_be_labeled_and_unlabeled(folder):
 def test_further_faults_are_counted(folder):
     ERRORS["NaN"][0](folder)
     ERRORS["value"][0](folder)
-    with pytest.raises(ValueError, match=r"labeled0_gt.nii.gz has 4; .* The table above has 1 more error\."):
+    with pytest.raises(ValueError, match=r"labeled0_gt.nii.gz has 4; .* There are more errors, in the table above\."):
         folder.check().raise_if_wrong()
 
 

@@ -81,3 +81,14 @@ def test_input_is_not_written_over(tmp_path):
         save(LoadImage(ensure_channel_first=True)(path))
     assert "`filename` must not be the input file but is" in str(root_cause(error.value))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 1, 5), (1, 4, 5)])
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1], [1, 2, 0]], ids=["axial", "coronal", "sagittal"])
+def test_single_slice_of_any_plane_keeps_its_grid(tmp_path, shape, order):
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([1.5, 2, 8])[order]
+    nibabel.save(nibabel.Nifti1Image(np.ones(shape, np.int16), affine), tmp_path / "a.nii")
+    written = save(LoadImage(ensure_channel_first=True)(tmp_path / "a.nii"), tmp_path)
+    assert written.shape == shape and written.get_fdata().all()
+    np.testing.assert_array_equal(written.affine, affine)

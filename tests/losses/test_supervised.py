@@ -208,6 +208,11 @@ def test_value_that_the_loss_ignores_fits():
     check_label(pred, torch.full((2, 1, 6, 6), 255), ignore_index=255)
 
 
+def test_batch_without_a_label_is_an_error():
+    with pytest.raises(TypeError, match="`label` must be a tensor but is None; put a labeled item into every batch"):
+        PartiallyLabeledLoss()(torch.zeros(2, 3, 4, 4), None)
+
+
 def test_weights_for_another_number_of_views_are_an_error():
     loss = PartiallyLabeledLoss(view_weights=(1, 0.5, 0.5))
     with pytest.raises(ValueError, match=r"one weight for each of the 1 views but are \(1, 0.5, 0.5\)"):

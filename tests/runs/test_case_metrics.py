@@ -169,6 +169,27 @@ def test_unknown_spacing_leaves_mm_empty_and_uncounted(tmp_path):
     assert (row["count"], row["num_undefined"], raw[0]["num_undefined"]) == ("0", "0", "0")
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [
+        [[2, 0, 0], [0, 3, 0], [0, 0, 8]],
+        [[2, 0, 0], [0, 0, 8], [0, 3, 0]],  # coronal
+        [[0, 0, 8], [2, 0, 0], [0, 3, 0]],  # sagittal
+        [[2, 0, 0], [0, 1.8, 6.4], [0, 2.4, -4.8]],  # oblique
+    ],
+    ids=["axial", "coronal", "sagittal", "oblique"],
+)
+def test_slice_has_the_same_distances_in_mm_in_whatever_plane_it_lies(tmp_path, axes):
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = torch.tensor(axes)
+    label = cube(4, 4, 2)[None, :, :, 3]
+    meta = {"filename_or_obj": "a.nii"}
+    pair = {"pred": label.roll(1, 2), "label": label}
+    output = [{key: MetaTensor(x, affine=affine, meta={**meta, "affine": affine}) for key, x in pair.items()}]
+    raw, _ = evaluate(tmp_path, [output], class_names=["cavity"])
+    assert raw[0]["spacing_mm"] == "2x3" and float(raw[0]["hd95_mm"]) == 3 and float(raw[0]["hd95_voxel"]) == 1
+
+
 def test_a_given_spacing_replaces_the_files_own(tmp_path):
     output = [item(cube(5, 4, 2), cube(4, 4, 2), spacing_known=False)]
     raw, _ = evaluate(tmp_path, [output], class_names=["cavity"], spacing=(7.0, 1.0, 1.0))

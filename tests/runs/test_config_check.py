@@ -161,6 +161,16 @@ def test_path_that_is_derived_follows(bundle, home):
     assert parser.get_parsed_content("datalist#phantom_dir") == f"{home}/bundle/data/phantom"
 
 
+@pytest.mark.parametrize("names", RUNS[:1] + RUNS[-1:], ids="+".join)
+@pytest.mark.parametrize("words", [["--output_dir", "/data/it's #3"], ["--output_dir=/data/it's #3"]], ids=len)
+def test_hash_in_a_path_of_the_command_line_stays_one(bundle, names, words, monkeypatch):
+    """MONAI replaces it by ::."""
+    path = "/data/it's #3"
+    monkeypatch.setattr(sys, "argv", ["run", *words])
+    parser = started(bundle, names, output_dir=path)
+    assert parser.get_parsed_content("output_dir") == path
+
+
 def test_path_object_is_a_path(tmp_path):
     assert started("knowsam_acdc", ("train",), output_dir=tmp_path / "a")["output_dir"] == str(tmp_path / "a")
 

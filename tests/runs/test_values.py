@@ -217,6 +217,7 @@ CONTRADICTIONS = [
     (overlay("mean_teacher"), {**TWO_EPOCHS, "consistency_start": 8}, "`consistency_start` must be below 8"),
     (overlay("fixmatch"), {**TWO_EPOCHS, "pseudo_label_start": 8}, "`pseudo_label_start` must be below 8"),
     (overlay("bcp"), {**TWO_EPOCHS, "pretraining_iterations": 8}, "`pretraining_iterations` must be below 8"),
+    (["train", "mean_teacher"], {}, "`taught_views` must be below 1, the number of `view_weights`, but are [1, 2]; a"),
     (TRAIN, {"mixing_num_cells": 4, "mixing_grid_size": [2, 2, 1]}, "`mixing_"),
     (TRAIN, {"mixing_grid_size": 500}, "`mixing_grid_size` must be at most the image's size"),
     (TRAIN, {"augmentation_hole": 500}, "`augmentation_hole` must be at most the image's size"),

@@ -12,7 +12,13 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple_rep
 
 from knowsam_monai.data import write_phantom
-from knowsam_monai.runs.trained_student import PHANTOM, publish_student, read_record, warn_of_phantom
+from knowsam_monai.runs.trained_student import (
+    PHANTOM,
+    publish_student,
+    read_record,
+    warn_of_other_settings,
+    warn_of_phantom,
+)
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_documents import ROOT
 from tests.zoo.conftest import RUN
@@ -29,10 +35,10 @@ def bundle(tmp_path):
     return folder
 
 
-def run_of_one_weight(folder, dataset_dir=None):
+def run_of_one_weight(folder, dataset_dir=None, **settings):
     folder.mkdir(parents=True)
     torch.save({"weight": torch.zeros(1)}, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps({"dataset_dir": dataset_dir and str(dataset_dir)}))
+    (folder / "config.json").write_text(json.dumps({"dataset_dir": dataset_dir and str(dataset_dir), **settings}))
     (folder / "results.csv").write_text("epoch,val_mean_dice,val_teacher_dice\n1,0.25,0.5\n2,0.75,\n3,0.5,0.5\n")
     return folder
 
@@ -92,6 +98,18 @@ def test_what_the_student_was_trained_on_is_its_data_whatever_the_run_is_called(
         f"comes from the run {name}, which was trained on the synthetic phantom" in text for text in caplog.messages
     ]
     assert warned == [True] * (trained_on == PHANTOM)
+
+
+def test_images_of_another_size_than_in_training_are_warned_of(tmp_path, caplog):
+    settings = {"image_size": [32, 32, 8], "intensity_window": None}
+    publish_student(run_of_one_weight(tmp_path / "run", **settings), tmp_path)
+    weights = tmp_path / "model.pt"
+    warn_of_other_settings(weights, {**settings, "spacing": [1, 1, 1]})
+    assert read_record(tmp_path)["settings"] == settings and not caplog.messages
+    warn_of_other_settings(weights, {**settings, "image_size": [32, 32, 16]})
+    assert caplog.messages == [
+        f"`image_size` is [32, 32, 16] but {weights} was trained with [32, 32, 8]; add --image_size '[32, 32, 8]'."
+    ]
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.json", "config.json"])
