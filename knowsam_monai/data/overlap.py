@@ -30,7 +30,7 @@ def shared_names(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
     reported = set()
     real = _real_paths()
     for name, items in datalist.items():
-        role = "training" if name in ("labeled", "unlabeled") else name
+        role = "labeled` or `unlabeled" if name in ("labeled", "unlabeled") else name
         for item in items:
             entries = [("image", real(image), name, image) for image in image_paths(item)]
             if "patient" in item:

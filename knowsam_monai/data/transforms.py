@@ -83,7 +83,7 @@ class CheckDatad(Transform):
         if self.num_channels not in (None, image.shape[0]):
             raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
-                f"{image.shape[0]}; set `in_channels` to the channels of the data."
+                f"{image.shape[0]}; set `in_channels` to the channels of the data, or save each time point as one file."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN if there is one
         if not extremes.isfinite().all():
@@ -144,7 +144,7 @@ class CheckDatad(Transform):
             shown = ", ".join(list(dict.fromkeys(f"{v:.5g}" for v in wrong))[:5])
             raise KnowSAMValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
-                f"{image_name(label)} has {shown}; set `num_classes` to the classes of the data, or map the labels."
+                f"{image_name(label)} has {shown}; name all classes (`class_names` of a bundle), or map the labels."
             )
         return label
 

@@ -18,7 +18,8 @@ def explain_errors() -> None:
 
     MONAI's config parser wraps an exception several times: its last line names the expression that failed, and what was
     wrong is far above. An error of this package is shown as its sentence alone; the traceback goes to the log file,
-    and to the screen under ``python -X dev``. All other errors keep their traceback.
+    and to the screen under ``python -X dev``. All other errors keep their traceback. Ignite's own lines about an error
+    go to the log file only.
 
     Example::
 
@@ -39,6 +40,14 @@ def explain_errors() -> None:
 
     explain.explains = True  # type: ignore[attr-defined]
     sys.excepthook = explain
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(_is_said_once)
+
+
+def _is_said_once(record: logging.LogRecord) -> bool:
+    """Ignite's engines log an error that ends them, each engine once more."""
+    return "run is terminating due to exception" not in str(record.msg)
 
 
 def log_traceback(message: str, error: BaseException) -> None:

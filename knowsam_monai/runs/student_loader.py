@@ -18,7 +18,7 @@ class StudentLoader:
     Load the weights of one network when a run starts, with an error that explains what is wrong.
 
     Args:
-        load_path: file with a state dict, alone or as trainers wrap it; see
+        ckpt_path: file with a state dict, alone or as trainers wrap it; see
             :func:`~knowsam_monai.teachers.weights.read_state_dict`.
         network: the student to load the weights into, strictly; it may be wrapped in DistributedDataParallel.
         num_classes: class count of `network`, for an error in terms of classes.
@@ -32,8 +32,8 @@ class StudentLoader:
         SupervisedEvaluator(..., val_handlers=[StudentLoader("models/model.pt", network)])
     """
 
-    def __init__(self, load_path: str | os.PathLike, network: nn.Module, num_classes: int | None = None) -> None:
-        self.load_path = expand_path(load_path, "load_path")
+    def __init__(self, ckpt_path: str | os.PathLike, network: nn.Module, num_classes: int | None = None) -> None:
+        self.ckpt_path = expand_path(ckpt_path, "ckpt_path")
         self.network = network
         self.num_classes = num_classes
 
@@ -44,12 +44,12 @@ class StudentLoader:
     def load(self) -> None:
         """Load the file."""
         network = getattr(self.network, "module", self.network)
-        expectation = f"`load_path` must hold the weights of {type(network).__name__} but {self.load_path}"
+        expectation = f"`ckpt_path` must hold the weights of {type(network).__name__} but {self.ckpt_path}"
         try:
-            state = read_state_dict(self.load_path, expectation, "train again, or use another checkpoint", changes=())
+            state = read_state_dict(self.ckpt_path, expectation, "train again, or use another checkpoint", changes=())
         except OSError as error:
             raise KnowSAMValueError(
-                f"`load_path` must be a trained student but {self.load_path} cannot be read ({error.strerror}); train "
+                f"`ckpt_path` must be a trained student but {self.ckpt_path} cannot be read ({error.strerror}); train "
                 "one with configs/train.json, or pass its path (--ckpt_path)."
             ) from error
         own = network.state_dict()
@@ -66,4 +66,4 @@ class StudentLoader:
                     "it was trained with"
                 )
         load_strictly(network, state, expectation, remedy)
-        logger.info("The weights are those of %s.", self.load_path)
+        logger.info("The weights are those of %s.", self.ckpt_path)

@@ -102,7 +102,7 @@ def draw(views: list[SliceView], names: Mapping[str, str], class_names: Sequence
                 name = f"{worst}{shortened(names[view.path], 40)}\n{view.position}"
                 axis.set_ylabel(name, fontsize=9, color="#333333", parse_math=False)
             if row == 0:
-                axis.set_title(("image", "truth", "prediction")[column], fontsize=12, pad=6)
+                axis.set_title(("image", "truth", "prediction, slice Dice")[column], fontsize=12, pad=6)
             if column == 2:
                 _write_dice(axis, view.dice, colors)
     # legends skip labels that begin with an underscore, so the texts are set afterwards

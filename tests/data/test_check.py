@@ -161,7 +161,10 @@ def all_labels_empty(folder, name="labeled"):
 
 
 ERRORS = {
-    "patient": (spoil_item("test", patient="unlabeled1"), "`test` must share no patient with `training` .*unlabeled1"),
+    "patient": (
+        spoil_item("test", patient="unlabeled1"),
+        "`test` must share no patient with `labeled` or `unlabeled` .*unlabeled1",
+    ),
     "file": (
         lambda f: f.datalist["validation"].append(dict(f.datalist["labeled"][0])),
         "`validation` must share no image with `labeled` but both list .*labeled0.nii.gz; remove it from one of them",

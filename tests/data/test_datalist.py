@@ -138,7 +138,7 @@ def test_list_of_test_alone_is_said_to_be_for_prediction(tmp_path):
                 "validation": [{"image": "images/c.nii.gz", "label": "labels/c.nii.gz", "patient": 7}],
             },
             ValueError,
-            "`validation` must share no patient with `training` but both have 7",
+            "`validation` must share no patient with `labeled` or `unlabeled` but both have 7",
         ),
     ],
 )

@@ -347,9 +347,12 @@ LISTS = {
     ),
     "case of a patient": (
         spoiled_item("validation", patient="LABELED"),
-        "`validation` must share no patient with `training` but both have 'LABELED', spelled 'labeled' in `training`",
+        "`validation` must share no patient with `labeled` or `unlabeled` but both have 'LABELED', spelled 'labeled' ",
     ),
-    "spaces of a patient": (spoiled_item("validation", patient=" labe led\t"), "must share no patient with `training`"),
+    "spaces of a patient": (
+        spoiled_item("validation", patient=" labe led\t"),
+        "must share no patient with `labeled` or `unlabeled`",
+    ),
     "own image as label": (
         spoiled_item("labeled", label="./labeled.nii.gz"),
         "`label` must not be an image file but `labeled` has .*labeled.nii.gz, an image of `labeled`",
