@@ -68,12 +68,19 @@ def stepped_parameters(optimizer: Optimizer | None) -> list[Tensor]:
     Args:
         optimizer: any optimizer, or None.
 
+    Raises:
+        TypeError: if it is something else.
+
     Example::
 
         >>> stepped_parameters(None)
         []
     """
-    return [] if optimizer is None else [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizer is None:
+        return []
+    if not hasattr(optimizer, "param_groups"):
+        raise KnowSAMTypeError(f"`optimizer` must be a torch.optim.Optimizer but is a {type(optimizer).__name__}.")
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _has_own_hooks(optimizer: Optimizer) -> bool:

@@ -75,7 +75,7 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
     "command_line,change,message",
     [
         (DYN_UNET, {"view_weights": [1.0, 1.0]}, r"`view_weights` must be one weight for each of the 3 views"),
-        (DYN_UNET, {"taught_views": [0, 5]}, "`taught_views` and `prompt_view` must be below 3, the number of views"),
+        (DYN_UNET, {"taught_views": [0, 5]}, "`taught_views` must be below 3, the number of `view_weights`"),
         (BASIC_UNET, {"view_weights": [1.0] * 3}, "each of the 1 views .* A plain network has one view"),
         (BASIC_UNET, {"train#method#_disabled_": False}, "co-training needs a multi-view student"),
         (
@@ -86,7 +86,7 @@ def test_model_of_a_deeply_supervised_student_is_the_deployed_network(training):
         (
             DYN_UNET.replace("True,", "true,"),
             {},
-            "`network_def#deep_supervision` must be True, False or None but is the",
+            "`network_def#deep_supervision` must not be the text 'true'; write True, as in Python",
         ),
         (DYN_UNET, {"taught_views": [1, 2]}, r"`taught_views` must be \[0\], the output of DynUNet, but is \[1, 2\]"),
     ],

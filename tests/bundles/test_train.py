@@ -394,11 +394,14 @@ def test_bfloat16_on_the_cpu_trains_both_networks_with_finite_terms(training):
 
 
 @pytest.mark.parametrize(
-    "key,term",
-    [("train#method#entropy_weight", "entropy_loss"), ("train#distillation#weight", "distillation_loss")],
+    "key,value,term",
+    [
+        ("train#method#entropy_weight", "$lambda iteration: float('nan')", "entropy_loss"),
+        ("distiller#distillation_loss", "$lambda student, teacher: student.sum() * float('nan')", "distillation_loss"),
+    ],
 )
-def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_written(training, key, term):
-    run = training(whole=True, distillation_gate="none", **{key: float("nan")})
+def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_written(training, key, value, term):
+    run = training(whole=True, distillation_gate="none", **{key: value})
     with pytest.raises(RuntimeError) as error:
         run.run()
     assert f"must be finite but loss, {term} is not" in str(root_cause(error.value))

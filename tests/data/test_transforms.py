@@ -59,7 +59,7 @@ def test_label_value_outside_the_classes_is_an_error_naming_the_file(value, show
 
 def test_fewer_classes_than_the_label_has_is_an_error():
     case = {"image": volume(1, 4, 5), "label": label(1, 4, 5)}
-    with pytest.raises(ValueError, match="has 2, 3; set `num_classes`"):
+    with pytest.raises(ValueError, match="has 2, 3; name all classes"):
         CheckDatad(num_classes=2)(case)
     with pytest.raises(ValueError, match="`num_classes` must be at least 2"):
         CheckDatad(num_classes=1)
