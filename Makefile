@@ -45,7 +45,7 @@ table: $(VENV)/.installed
 		--hosts supervised "Mean Teacher" UA-MT BCP CPS FixMatch KnowSAM $(ARGS)
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint $(VENV)/.installed-test
 	$(venv_python) -m pytest -m "slow or not slow" $(ARGS)

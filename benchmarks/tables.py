@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "source" / "images"
 PAGES = (ROOT / "benchmarks" / "accuracy.md", ROOT / "docs" / "source" / "results.md", ROOT / "README.md")
-DOSE = ("dose", "dose_fp32")  # result files of `dose.py`
 SKD, WITHOUT = " + SKD", "without SKD"  # the rows of `hosts.py` are compared in pairs, those of `choices.py` with one
 Line = dict[str, str]
 
@@ -161,8 +160,8 @@ class Point(NamedTuple):
     seeds: int
 
 
-def dose_points(name: str) -> list[Point]:
-    """All that a result file has; none without the student that has no teacher."""
+def dose_points(name: str = "dose") -> list[Point]:
+    """All that a result file of `dose.py` has; none without the student that has no teacher."""
     lines = by(read(name), lambda line: line["row"])
     base = lines.get("Mean Teacher", [])
     points = []
@@ -187,8 +186,8 @@ def dose_table(name: str) -> str:
     for teacher, by_gate in groups.items():
         first = next(iter(by_gate.values()))
         gains = [gain_text(*by_gate[gate][4:]) if gate in by_gate else "-" for gate in gates]
-        table.append([teacher, f"{first.dice:.1f}", f"{first.lead:+.1f}", *gains])
-    return markdown(["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates)], table)
+        table.append([teacher, f"{first.dice:.1f}", f"{first.lead:+.1f}", *gains, str(first.seeds)])
+    return markdown(["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates), "seeds"], table)
 
 
 ENDINGS: dict[str, Callable[[str], str]] = {"_classes": classes_table, "_summary": summary_table}
@@ -200,12 +199,12 @@ def table_of(name: str) -> str:
     file = name.removesuffix(ending)
     if not (RESULTS / f"{file}.csv").is_file():
         return ""
-    return (ENDINGS[ending] if ending else dose_table if file in DOSE else hosts_table)(file)
+    return (ENDINGS[ending] if ending else dose_table if file == "dose" else hosts_table)(file)
 
 
 def all_tables(name: str) -> str:
     """What a grid prints of its result file."""
-    return "\n\n".join(table_of(one) for one in ((name,) if name in DOSE else (name, f"{name}_classes")))
+    return "\n\n".join(table_of(one) for one in ((name,) if name == "dose" else (name, f"{name}_classes")))
 
 
 def with_tables(text: str) -> str:
@@ -260,8 +259,7 @@ def draw_dose() -> None:
 
 def by_gate() -> dict[str, list[Point]]:
     groups: dict[str, list[Point]] = {}
-    points = [point for name in DOSE if (RESULTS / f"{name}.csv").is_file() for point in dose_points(name)]
-    for point in sorted(points, key=lambda point: point.lead):
+    for point in sorted(dose_points(), key=lambda point: point.lead):
         groups.setdefault(point.gate, []).append(point)
     return groups
 

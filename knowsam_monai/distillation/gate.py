@@ -15,6 +15,7 @@ from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
+LEAST_DICE, ENOUGH_DICE = 0.1, 0.3  # of a teacher on labeled rows: up to the first it teaches nothing
 
 
 class LabeledImages(NamedTuple):
@@ -58,18 +59,18 @@ class TeacherGate(nn.Module):
 
     g is 0 until that is measured. Neither d notices every bad teacher: one with the same answer for every image agrees
     with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on labeled
-    rows can show that a teacher is bad. So g has one more factor, from running means of both models' Dice there: 1 if
-    the teacher's is at least 3/4 of the student's, 0 at half of it or less. It is 1 as long as the student finds
-    nothing, or no row has a label.
+    rows can show that a teacher is bad. So g has two more factors, from running means of both models' Dice there. The
+    first is 1 if the teacher's is at least 3/4 of the student's, or the student finds nothing, and 0 at half of it or
+    less. The second is 1 if the teacher's is at least 0.3, and 0 up to 0.1: beside a student that has just begun, a
+    useless teacher is no worse. Both are 1 as long as no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher (-1: not measured; those of labeled rows begin at 0), and the number of
-    measurements of agreement.
+    has g, the scores of student and teacher (-1: not measured), and the number of measurements of agreement.
 
     Args:
         mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
-        momentum: weight of the old value in the running means, per measurement.
+        momentum: weight of the old value in the running means, per measurement; the first ones are plain means.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
 
     Raises:
@@ -98,7 +99,7 @@ class TeacherGate(nn.Module):
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
         self.register_buffer("agreement_scores", torch.full((2,), -1.0))  # Dice of student, teacher
         self.register_buffer("validation_scores", torch.full((2,), -1.0))
-        self.register_buffer("labeled_scores", torch.zeros(2))  # only their ratio counts, so the mean may start at 0
+        self.register_buffer("labeled_scores", torch.full((2,), -1.0))
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
@@ -131,9 +132,9 @@ class TeacherGate(nn.Module):
         """Take both results of a validation; if one is not finite (nothing to compare), they are ignored."""
         scores = self.validation_scores
         new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(scores) for d in (student_dice, teacher_dice)])
-        self._take(scores, new, momentum=0.0)
+        self._take(scores, new)
 
-    def _take(self, scores: Tensor, new: Tensor, momentum: float) -> None:
+    def _take(self, scores: Tensor, new: Tensor, momentum: float | Tensor = 0.0) -> None:
         """Mix finite results into the running means `scores`, and set the weight."""
         is_valid = torch.isfinite(new).all()
         mixed = torch.where(scores >= 0, momentum * scores + (1 - momentum) * new, new)
@@ -141,9 +142,15 @@ class TeacherGate(nn.Module):
         if scores is self.agreement_scores:
             self.num_measured.add_(is_valid)
         if self.mode != "none":
-            student, teacher = self.labeled_scores
-            weight = torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
-            self.weight.copy_(weight * torch.stack([self._factor(scores) for scores in self._compared]).prod())
+            factors = [self._labeled_factor(), *(self._factor(scores) for scores in self._compared)]
+            self.weight.copy_(torch.stack(factors).prod())
+
+    def _labeled_factor(self) -> Tensor:
+        """How good the teacher is on labeled rows, beside the student and alone."""
+        student, teacher = self.labeled_scores
+        beside_student = torch.where(student > 0, torch.clamp(4 * teacher / student - 2, 0, 1), 1)
+        alone = torch.clamp((teacher - LEAST_DICE) / (ENOUGH_DICE - LEAST_DICE), 0, 1)
+        return torch.where(teacher >= 0, beside_student * alone, 1)
 
     @property
     def _compared(self) -> list[Tensor]:
@@ -193,8 +200,9 @@ class TeacherGate(nn.Module):
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
         agreement_dice, labeled_dice = (_dice(*both) for both in counts)
-        self._take(self.labeled_scores, labeled_dice, self.momentum)
-        self._take(self.agreement_scores, agreement_dice, self.momentum)
+        momentum = torch.clamp(self.num_measured / (self.num_measured + 1), max=self.momentum)
+        self._take(self.labeled_scores, labeled_dice, momentum)
+        self._take(self.agreement_scores, agreement_dice, momentum)
 
     def _agreement(
         self,

@@ -226,6 +226,34 @@ def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classe
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
 
+@pytest.mark.parametrize("size, found, weight", [(19, 1, 0.0), (9, 1, 0.5), (17, 3, 1.0)])
+def test_useless_teacher_beside_a_student_that_has_just_begun_teaches_nothing(size, found, weight):
+    """Both find the same n of N pixels, Dice 2 n / (N + n), and agree with themselves."""
+    label, logits = torch.zeros(1, 1, 5, 5), torch.full((1, 1, 5, 5), -1.0)
+    label.view(-1)[:size], logits.view(-1)[:found] = 1, 1
+    gate = TeacherGate("agreement")
+    labeled = LabeledImages(label + 1, label + 1, label)
+    gate.measure_agreement(
+        lambda x: logits if x.max() > 1 else x - 0.5, lambda x, prompt: prompt, images(), 0, labeled=labeled
+    )
+    assert gate.agreement_scores.tolist() == [1, 1]
+    assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_first_measurements_are_averaged_before_the_mean_runs():
+    """A teacher that learns soon leaves its first answers behind."""
+    gate, shapes, scores = TeacherGate("agreement", momentum=0.8), images(), []
+    labeled = LabeledImages(shapes, shapes, shapes)
+    for turn in range(7):  # right from the second measurement on
+        gate.measure_agreement(
+            threshold_student, lambda x, prompt: prompt if turn else -prompt, shapes, 0, labeled=labeled
+        )
+        scores.append(gate.labeled_scores[1].item())
+    wrong = scores[0]
+    expected = [wrong + (1 - wrong) * (1 - part) for part in (1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 0.8 / 5, 0.64 / 5)]
+    assert wrong < 0.5 and scores == pytest.approx(expected, abs=1e-6)
+
+
 def test_agreement_of_not_square_images_uses_flips_only():
     gate = TeacherGate("agreement")
     for turn in range(6):
