@@ -9,9 +9,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
+from knowsam_monai import __version__
 from knowsam_monai.errors import KnowSAMError, named_as_set, root_cause
 
 DESCRIPTION = """\
@@ -70,7 +70,7 @@ PREDICT = """\
 Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
 The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
 that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output;
-segmentations that are there already are not taken for scans. A scan that is segmented again replaces its segmentation.
+segmentations that are there already are not mistaken for scans. If a scan is segmented again, its file is replaced.
 
   knowsam predict /data/scans --bundle acdc --output segmentations
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations
@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
     program = argparse.ArgumentParser(prog="knowsam", description=DESCRIPTION, **form)
-    program.add_argument("--version", action="version", version=f"knowsam_monai {metadata.version('knowsam_monai')}")
+    program.add_argument("--version", action="version", version=f"knowsam_monai {__version__}")
     verbs = program.add_subparsers(title="verbs", metavar="VERB", required=True, help="VERB --help has examples")
 
     verb = verbs.add_parser("phantom", help="write a synthetic data set", description=PHANTOM, **form)

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigParser
 
 from knowsam_monai.runs.student_loader import StudentLoader
-from knowsam_monai.runs.trained_student import CONFIG, KEY_METRIC, MODEL, PHANTOM, read_record, student_options
+from knowsam_monai.runs.trained_student import (
+    CONFIG,
+    KEY_METRIC,
+    MODEL,
+    PHANTOM,
+    SHARED_SETTINGS,
+    read_record,
+    student_options,
+)
 
 
 class Training(NamedTuple):
@@ -37,6 +45,7 @@ class Training(NamedTuple):
             "trained_on": self.trained_on,
             "sha256": {MODEL: self.sha256},
             "metrics": self.metrics,
+            "settings": {key: self.student[key] for key in SHARED_SETTINGS if key in self.student},
         }
 
     @property

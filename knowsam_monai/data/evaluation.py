@@ -96,7 +96,7 @@ def inference_items(
         found = f"only has {len(images)} that are segmentations" if images else "has none"
         raise KnowSAMValueError(
             f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; set `image_pattern`, "
-            "for example --image_pattern '**/*.nii.gz', and convert DICOM to NIfTI, for example with dcm2niix."
+            "for example --image_pattern '**/*.nii.gz'. DICOM must be converted first, for example with dcm2niix."
         )
     left_out = {path: f"`image` must not lie in `output_dir` but {path} does; move it." for path in written}
     for path in label_maps:

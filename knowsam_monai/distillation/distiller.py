@@ -21,7 +21,6 @@ from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, cal
 from knowsam_monai.distillation.wiring import Wiring
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
-from knowsam_monai.losses.ramp_up import check_weights
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import check_label
 from knowsam_monai.seeds import kept_random_state
@@ -190,10 +189,14 @@ class SAMDistiller(nn.Module):
 
     def move(self, device: torch.device) -> SAMDistiller:
         """Move all parts to a device, and the state of the optimizer too, which `to` leaves where it was loaded."""
-        is_elsewhere = self.gate.weight.device != device
         self.to(device)
-        if is_elsewhere and self.optimizer is not None:
-            self.optimizer.load_state_dict(self.optimizer.state_dict())  # casts its state
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            counts_there = group.get("capturable") or group.get("fused")  # else the number of steps is on the host
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and (name != "step" or counts_there):
+                        state[name] = value.to(parameter.device)
         return self
 
     @kept_random_state()
@@ -221,7 +224,8 @@ class SAMDistiller(nn.Module):
             iteration: determines the slices that a teacher draws; None: it counts its draws.
             also_read: rows of `teacher_logits` that the caller reads: "labeled", "unlabeled", both or none.
         """
-        check_weights(weight=weight)
+        if callable(weight) or not 0 <= weight < torch.inf:
+            raise KnowSAMValueError(f"`weight` must be a number, 0 or more, but is {weight}.")
         check_tensor("image", image)
         views = unstack_views(without_meta(logits), image)
         if self.training:
@@ -358,7 +362,7 @@ class SAMDistiller(nn.Module):
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """The teacher's logits (B, C, *spatial) for whole images or volumes, without a graph."""
         with self._autocast(image.device.type):
-            logits = self.teacher(at_least_float32(image), at_least_float32(prompt_logits))
+            logits = self.teacher(*self._given(image, prompt_logits))
         self._check_output(logits, prompt_logits)
         return logits
 
@@ -401,7 +405,7 @@ class SAMDistiller(nn.Module):
         outputs = []
         with self._autocast(image.device.type):
             for part in parts:
-                given = [at_least_float32(_select(x, part)) for x in (image, prompt_logits)]
+                given = self._given(_select(image, part), _select(prompt_logits, part))
                 with torch.set_grad_enabled(builds_graph and part is rows):
                     outputs.append(teacher(*given))
                 self._check_output(outputs[-1], given[1])
@@ -412,6 +416,12 @@ class SAMDistiller(nn.Module):
         for part, output in zip(parts, outputs):
             _put(logits, part, output.detach())
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
+
+    def _given(self, *inputs: Tensor) -> list[Tensor]:
+        """What the teacher gets: at least float32, unless its own weights are in half precision."""
+        parameter = next(self.teacher.parameters(), None)
+        is_half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+        return [x if is_half else at_least_float32(x) for x in inputs]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class TeacherGate(nn.Module):
     rows can show that a teacher is bad. So g has two more factors, from running means of both models' Dice there. The
     first is 1 if the teacher's is at least 3/4 of the student's, or the student finds nothing, and 0 at half of it or
     less. The second is 1 if the teacher's is at least 0.3, and 0 up to 0.1: beside a student that has just begun, a
-    useless teacher is no worse. Both are 1 as long as no row has a label.
+    useless teacher is no worse. Both are 1 if no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, the scores of student and teacher (-1: not measured), and the number of measurements of agreement.
@@ -103,6 +103,12 @@ class TeacherGate(nn.Module):
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        scores = state_dict.get(f"{prefix}labeled_scores")
+        if scores is not None and not scores.any():  # earlier versions wrote 0 for "not measured"
+            state_dict[f"{prefix}labeled_scores"] = torch.full_like(scores, -1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def is_open(self) -> bool:

@@ -30,7 +30,7 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
 
     Raises:
         TypeError: if `labeled_rows` is not a number, a slice or "all".
-        ValueError: if it is negative, or the number of rows of `label` does not fit.
+        ValueError: if it is negative or an odd slice, or the number of rows of `label` does not fit.
 
     Example::
 

@@ -45,7 +45,7 @@ class WatchedLoader:
     __slots__ = ("_watched_loader", "watched_by", "_watched_iterator", "__weakref__")
 
     @check_types
-    def __init__(self, loader: Iterable, next_batch: Callable[[Any], None] | None = None) -> None:
+    def __init__(self, loader: Any, next_batch: Callable[[Any], None] | None = None) -> None:
         self._watched_loader = loader
         self.watched_by = [] if next_batch is None else [next_batch]  # shared with the iterators
         self._watched_iterator: Iterator[Any] | None = None

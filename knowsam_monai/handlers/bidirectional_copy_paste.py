@@ -135,7 +135,8 @@ class BidirectionalCopyPaste:
             for key in (Keys.IMAGE, Keys.LABEL)
         )
         check_one_channel(label, image)
-        if label.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
+        limits = None if label.is_floating_point() or label.dtype == torch.bool else torch.iinfo(label.dtype)
+        if limits is not None and not limits.min <= self.ignore_index <= limits.max:
             raise KnowSAMValueError(
                 f"`label` must have a type that holds the `ignore_index` {self.ignore_index} but has {label.dtype}; "
                 "use int64 labels."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 
 import torch
 from ignite.engine import Engine
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, weight_now
 from knowsam_monai.losses import entropy_map
-from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
 
 
@@ -69,7 +70,7 @@ class UncertaintyGuidedMixing:
         pseudo_label: str = "teacher",
         view: int = 0,
     ) -> None:
-        grid_size = grid_size if isinstance(grid_size, int) else tuple(grid_size)
+        grid_size = int(grid_size) if isinstance(grid_size, Integral) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
         check_weights(weight=weight)
         check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
@@ -90,16 +91,14 @@ class UncertaintyGuidedMixing:
 
     def ask_for_teacher(self, engine: Engine) -> None:
         """Ask `SAMDistillation` for the teacher's logits of the unlabeled rows, if this step mixes."""
-        iteration = engine.state.iteration
-        self._weight_now = weight_at(self.weight, iteration) if iteration >= self.start else 0.0
+        self._weight_now = weight_now(engine, self.weight, self.start)
         if self.pseudo_label == "teacher" and self._weight_now:
             engine.state.output["teacher_logits"] = None
 
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
-        self.grid(image)  # both raise at the first step, not thousands of steps later
-        unlabeled_rows(output)
+        self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
         if not self._weight_now:
             return
         views = unstack_views(output[Keys.PRED], image)

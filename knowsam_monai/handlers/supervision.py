@@ -10,6 +10,7 @@ from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.losses.supervised import check_loss_takes
 from knowsam_monai.wrappers import plain_network
 
@@ -54,6 +55,22 @@ def check_one_channel(label: Tensor, image: Tensor) -> None:
             f"`label` must have one channel of class numbers but has {label.shape[1]}: of the semi-supervised methods, "
             "only SAMDistillation takes overlapping regions; remove the others."
         )
+
+
+def weight_now(engine: Engine, weight: Weight, start: int, needs_unlabeled: bool = True) -> float:
+    """
+    The weight of a term at this iteration, 0 before its start.
+
+    Args:
+        engine: a trainer after its forward pass.
+        weight: a number or a function of the iteration.
+        start: first iteration with the term.
+        needs_unlabeled: raise an error at the first step, not only at `start`, if the batch has no unlabeled rows.
+    """
+    iteration = engine.state.iteration
+    if needs_unlabeled and iteration == 1 and weight != 0:
+        unlabeled_rows(engine.state.output)
+    return weight_at(weight, iteration) if iteration >= start else 0.0
 
 
 def check_ignores(name: str, loss: object, ignore_index: int) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import check_choice, check_counts
-from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows
+from knowsam_monai.handlers.supervision import check_exclusive_classes, unlabeled_rows, weight_now
 from knowsam_monai.losses import SigmoidRampUp, SoftmaxMSELoss, entropy_map
-from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
+from knowsam_monai.losses.ramp_up import Weight, check_weights
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.networks.noisy_passes import NoisyPasses
 from knowsam_monai.tensors import class_logits, unstack_views, without_meta
@@ -105,10 +105,10 @@ class UncertaintyAwareMeanTeacher:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        weight = weight_at(self.weight, iteration)
-        rows = slice(None) if self.rows == "all" else unlabeled_rows(output)  # raises before `start` too
-        if iteration < self.start or not weight:
+        weight = weight_now(engine, self.weight, self.start, needs_unlabeled=self.rows != "all")
+        if not weight:
             return
+        rows = slice(None) if self.rows == "all" else unlabeled_rows(output)
         image = without_meta(output[Keys.IMAGE])[rows]
         student_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows]
         passes = self.passes(image, iteration, self.num_passes + 1, engine.inferer)

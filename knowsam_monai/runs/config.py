@@ -60,6 +60,19 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def literal(value: Any) -> Any:
+    """
+    An expression for a text, so that the config's parser neither splits it at `#` nor looks up `@`.
+
+    Example:
+        >>> literal("run #3"), literal(3)
+        ("$'run \\\\x233'", 3)
+    """
+    if not isinstance(value, str):
+        return value
+    return "$" + repr(value).replace("@", "\\x40").replace("#", "\\x23")
+
+
 def is_plain(key: str, config: Mapping[str, Any], referrers: tuple[str, ...] = ()) -> bool:
     """
     Whether a top-level key neither holds nor refers to a component.

@@ -14,7 +14,7 @@ from monai.bundle import ConfigExpression
 
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.files import VARIABLE, expand_path
-from knowsam_monai.runs.config import plain_values, running_parser
+from knowsam_monai.runs.config import literal, plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -72,14 +72,14 @@ def check_config() -> None:
         converted |= check_values(parser.config)
     values = plain_values(parser.config)
     if "ckpt_path" in values:
-        warn_of_other_settings(values["ckpt_path"], values)
+        warn_of_other_settings(values["ckpt_path"], values | converted)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:
         check_bundle(values["teacher_bundle"], "teacher_bundle")
     for key, value in converted.items():
         if isinstance(value, torch.device):
             value = f"$torch.device({str(value)!r})"
         elif key in PATHS and "#" in value:
-            value = "$" + repr(value).replace("#", "\\x23")  # MONAI would make :: of it
+            value = literal(value)
         parser.config[key] = value
     if converted:
         parser.parse(reset=True)
@@ -117,8 +117,9 @@ def _options_of_command_line() -> Iterator[tuple[str, str]]:
 
 
 def _paths_with_hash(config: Mapping[str, Any]) -> dict[str, str]:
-    """The paths on the command line that have a #, which MONAI has replaced by :: in the config."""
-    return {key: value for key, value in _options_of_command_line() if key in PATHS and "#" in value and key in config}
+    """The paths on the command line that have a #, which MONAI has replaced by :: in the config; no expressions."""
+    given = {key: value for key, value in _options_of_command_line() if key in PATHS and "#" in value and key in config}
+    return {key: value for key, value in given.items() if not value.startswith(("$", "@", "%"))}
 
 
 def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:

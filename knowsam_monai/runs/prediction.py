@@ -14,6 +14,7 @@ from monai.bundle import ConfigWorkflow, ReferenceResolver
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.checks import check_writable
+from knowsam_monai.runs.config import literal
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
 
@@ -82,21 +83,20 @@ def predict_folder(
     known = read_config(config_file, "bundle")
     values = _parsed_overrides(overrides or {}, known, config_file)
     scans, output = expand_path(scans, "scans"), expand_path(output, "output")
-    options: dict[str, Any] = {"bundle_root": _literal(str(bundle)), "dataset_dir": _literal(scans)}
-    options["output_dir"] = _literal(output)
+    options: dict[str, Any] = {"bundle_root": literal(str(bundle)), "dataset_dir": literal(scans)}
+    options["output_dir"] = literal(output)
     if image_pattern is not None:
-        options["image_pattern"] = _literal(image_pattern)
+        options["image_pattern"] = literal(image_pattern)
     if run is None and ckpt_path is None and (bundle / "models" / CONFIG).is_file():
         run = bundle / "models"
     if run is not None:
         options.update(_options_of_run(Path(expand_path(run, "run")), known))
     if ckpt_path is not None:
-        options["ckpt_path"] = _literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
+        options["ckpt_path"] = literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
     if device is not None:
-        options["device"] = _literal(device)  # `check_config` turns it into a device
+        options["device"] = literal(device)  # `check_config` turns it into a device
     check_writable(output=output)
-    earlier = {path: path.stat().st_mtime_ns for path in Path(output).rglob("*.nii*")}
-    options.update({key: _literal(value) for key, value in values.items()})
+    options.update({key: literal(value) for key, value in values.items()})
 
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
@@ -111,10 +111,7 @@ def predict_folder(
             f"`overrides` (--set) must be values that {config_file} works with but {assignments} failed with "
             f"{reason(root)}; correct them or leave them out."
         ) from error
-    replaced = sum(path.stat().st_mtime_ns != time for path, time in earlier.items())
-    plural = "" if loader.num_segmented == 1 else "s"
-    of_them = f", {replaced} of them in place of an earlier one" if replaced else ""
-    logger.info("%d segmentation%s in %s%s", loader.num_segmented, plural, output, of_them)
+    logger.info("%d segmentation%s in %s", loader.num_segmented, "" if loader.num_segmented == 1 else "s", output)
     loader.raise_if_broken("scans")
     return loader.num_segmented
 
@@ -172,13 +169,6 @@ def _is_code(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_is_code, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
-
-
-def _literal(value: Any) -> Any:
-    """An expression for a text, so that the config's parser neither splits it at `#` nor looks up `@`."""
-    if not isinstance(value, str):
-        return value
-    return "$" + repr(value).replace("@", "\\x40").replace("#", "\\x23")
 
 
 def _quieten() -> None:

@@ -123,7 +123,10 @@ class Preflight:
         return [
             ("teacher", describe(teacher)),
             ("teacher trains", f"{_trainable(teacher)}: {trains}" if self.distiller.learns else "nothing"),
-            ("gate", f"{gate.mode}, weight {gate.weight.item():.2f} until it is measured"),
+            (
+                "gate",
+                f"{gate.mode}, weight {gate.weight.item():.2f}{'' if gate.is_measured else ' until it is measured'}",
+            ),
         ]
 
     @property

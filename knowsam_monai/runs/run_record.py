@@ -214,7 +214,7 @@ def git_revision(file: Path) -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", file.name)  # fails in an environment that merely lies in a repository
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bundles/*/models")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bundles/*/models/*")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -46,11 +46,11 @@ class StudentLoader:
         network = getattr(self.network, "module", self.network)
         expectation = f"`ckpt_path` must hold the weights of {type(network).__name__} but {self.ckpt_path}"
         try:
-            state = read_state_dict(self.ckpt_path, expectation, "train again, or use another checkpoint", changes=())
+            state = read_state_dict(self.ckpt_path, expectation, "train again, or use another checkpoint", is_own=True)
         except OSError as error:
             raise KnowSAMValueError(
-                f"`ckpt_path` must be a trained student but {self.ckpt_path} cannot be read ({error.strerror}); train "
-                "one with configs/train.json, or pass its path (--ckpt_path)."
+                f"`ckpt_path` must be a student but {self.ckpt_path} cannot be read ({error.strerror or error}); "
+                "train one with configs/train.json, or pass its path (--ckpt_path)."
             ) from error
         own = network.state_dict()
         remedy = (

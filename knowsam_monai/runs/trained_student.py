@@ -132,7 +132,7 @@ def warn_of_phantom(
 
 def warn_of_other_settings(ckpt_path: str | os.PathLike, settings: Mapping[str, Any]) -> None:
     """
-    Warn if a student will see images of another size, spacing or intensity window than in its training.
+    Warn if the size, spacing or intensity window of the images differs from that in the training of a student.
 
     Args:
         ckpt_path: the student's weights; there is no warning if they have no record.
@@ -142,14 +142,14 @@ def warn_of_other_settings(ckpt_path: str | os.PathLike, settings: Mapping[str, 
         >>> warn_of_other_settings("models/model.pt", {"image_size": 256})
     """
     try:
-        trained = read_record(Path(ckpt_path).parent)["settings"] if Path(ckpt_path).name == MODEL else {}
-    except (ValueError, KeyError):  # the origin of these weights is unknown
+        trained = (Path(ckpt_path).name == MODEL and read_record(Path(ckpt_path).parent).get("settings")) or {}
+    except ValueError:  # the origin of these weights is unknown
         return
     for key in trained.keys() & settings.keys():
-        if settings[key] != trained[key]:
+        value = list(settings[key]) if isinstance(settings[key], tuple) else settings[key]
+        if value != trained[key]:
             logger.warning(
-                "`%s` is %s but %s was trained with %s; add --%s '%s'.",
-                *(key, settings[key], ckpt_path, trained[key], key, trained[key]),
+                "`%s` is %s but %s was trained with %s; set it to that.", key, value, ckpt_path, trained[key]
             )
 
 

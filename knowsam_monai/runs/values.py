@@ -547,7 +547,7 @@ def _method_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             f"measured, but is {values['distillation_gate']!r}; add --distillation_gate none, or --use_sam False."
         )
     views, num_views = values.get("taught_views") or [0], len(values.get("view_weights") or range(1001))
-    if max(views) >= num_views:
+    if values.get("use_sam") and max(views) >= num_views:
         yield (
             f"`taught_views` must be below {num_views}, the number of `view_weights`, but are {views}; a method for a "
             "student of one view needs network_plain before it, as in --with network_plain,mean_teacher."

@@ -133,7 +133,7 @@ class PromptedTeacher(nn.Module):
         """Encode images (B, channels, H, W) to embeddings (B, D, h, w) on the token grid."""
         rgb = self._convert_to_rgb(without_meta(image))
         if not self._checked_range and not rgb.is_meta:
-            self._warn_about_range(rgb)
+            self._check_range(rgb)
         if self.cache is None:
             return self._resize_and_encode(rgb)
         if rgb.shape[2] != rgb.shape[3]:
@@ -177,11 +177,11 @@ class PromptedTeacher(nn.Module):
             )
         return rgb
 
-    def _warn_about_range(self, rgb: Tensor) -> None:
+    def _check_range(self, rgb: Tensor) -> None:
         """Augmented images may exceed 0..1 slightly; CT or normalized images exceed it by far."""
         low, high = rgb.aminmax()
         if not (high - low).isfinite():
-            raise KnowSAMValueError("`image` must have finite values only but has NaN or infinity; mend the image.")
+            raise KnowSAMValueError("`image` must have finite values only but has NaN or infinity; repair it.")
         if low == high:  # a blank image tells nothing
             return
         self._checked_range = True

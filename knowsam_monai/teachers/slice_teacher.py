@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ def _check_volume(tensor: Tensor) -> None:
 
 
 def _spatial_axes(axes: int | Sequence[int]) -> tuple[int, ...]:
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = (int(axes),) if isinstance(axes, Integral) else tuple(axes)
     spatial = tuple(axis + 3 if axis < 0 else axis for axis in given)
     if len(spatial) == 0 or len(set(spatial)) < len(spatial) or not set(spatial) <= {0, 1, 2}:
         raise KnowSAMValueError(f"`axes` must be one or more different spatial axes, 0..2 or -3..-1, but is {axes}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,7 +63,7 @@ def read_state_dict(
     expectation: str,
     remedy: str = "copy it again",
     prefixes: Mapping[str, str] = MappingProxyType(PREFIXES),
-    changes: Sequence[str] = CHANGES,
+    is_own: bool = False,
 ) -> dict[str, Tensor]:
     """
     Read a checkpoint's tensors by name.
@@ -75,7 +75,8 @@ def read_state_dict(
         expectation: beginning of error messages, "`checkpoint` must be ... but <path>".
         remedy: end of the message for a damaged file.
         prefixes: prefixes to remove, each with its explanation for the log.
-        changes: parts of names that tell changes of other weights; none for a network that may have such layers.
+        is_own: the weights are those of the user's own network, which may have any layers and types; they are not
+            converted.
 
     Raises:
         OSError: if it cannot be opened.
@@ -112,14 +113,15 @@ def read_state_dict(
     ):
         kind = f"a dict of {some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise KnowSAMValueError(f"{expectation} holds {kind}; save the model's plain `state_dict()`.")
-    if changed := [name for name in content if any(part in name for part in changes)]:
+    changed = [name for name in content if any(part in name for part in CHANGES)]
+    if changed and not is_own:
         raise _changes(expectation, changed)
     odd = {
         str(value.dtype if value.layout == torch.strided else value.layout)
         for value in content.values()
         if value.dtype not in PLAIN or value.layout != torch.strided or value.is_meta
     }
-    if odd:
+    if odd and not is_own:
         raise KnowSAMValueError(
             f"{expectation} holds tensors of {' and '.join(sorted(odd))}, quantized or of another unsupported type; "
             "use the file in float32 or half precision."
@@ -131,7 +133,7 @@ def read_state_dict(
         logger.info("%s was %s: the prefix '%s' is removed from its names.", path, prefixes[prefix], prefix)
         content = {name.removeprefix(prefix): value for name, value in content.items()}
     others = {x.dtype for x in content.values() if x.is_floating_point()} - {torch.float32}
-    if others:
+    if others and not is_own:
         names = " and ".join(sorted(map(str, others)))
         rounded = "" if others == {torch.float64} else "; its values remain rounded"
         logger.warning("%s holds %s, which is converted to float32%s.", path, names, rounded)

@@ -104,7 +104,7 @@ def test_a_student_at_another_size_is_measured_on_the_native_grid(trained, tmp_p
     "change,message",
     [
         ({"split": "training"}, "`split` must be one of 'labeled', 'validation', 'test' but is 'training'"),
-        ({"ckpt_path": "/nowhere/model.pt"}, "must be a trained student but /nowhere/model.pt cannot be read"),
+        ({"ckpt_path": "/nowhere/model.pt"}, "must be a student but /nowhere/model.pt cannot be read"),
         ({"class_names": ["a", "b", "c"]}, "has 3 classes, not 4: set the class count"),
         ({"class_names": ["a"]}, "has 3 classes, not 2: set the class count"),
     ],

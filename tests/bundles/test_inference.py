@@ -264,7 +264,7 @@ def test_exported_torchscript_and_onnx_files_give_the_network_s_logits(tmp_path,
     [
         ({"dataset_dir": "/nowhere"}, "`dataset_dir` must be a folder of images or an image file but /nowhere"),
         ({"image_pattern": "*.mha"}, "must contain files that match '\\*.mha'"),
-        ({"ckpt_path": "/nowhere/model.pt"}, "must be a trained student but /nowhere/model.pt cannot be read"),
+        ({"ckpt_path": "/nowhere/model.pt"}, "must be a student but /nowhere/model.pt cannot be read"),
         ({"num_classes": 3}, "has 4 classes, not 3: set the class count"),
         ({"network_def#_target_": "monai.networks.nets.BasicUNet"}, "must hold the weights of BasicUNet"),
         ({"image_size": 40}, "multiples of 16"),

@@ -360,6 +360,14 @@ def test_output_of_several_heads_is_one_clear_error(student, teacher):
         distiller_of(teacher)(batch["image"], [logits, logits], batch["label"])
 
 
+def test_teacher_in_half_precision_gets_what_the_host_has():
+    batch = toy_batches(1)[0]
+    distiller = SAMDistiller(ToyTeacher().bfloat16(), gate="none").train()
+    image, logits = batch["image"].bfloat16(), torch.zeros(4, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    distiller(image, logits, batch["label"]).loss.backward()
+    assert logits.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_host_in_half_precision_has_a_teacher_in_single_precision(dtype):
     batch = toy_batches(1)[0]
@@ -372,14 +380,19 @@ def test_host_in_half_precision_has_a_teacher_in_single_precision(dtype):
     torch.testing.assert_close(result.teacher_logits, distiller.ask_teacher(image, logits.detach()))
 
 
-def test_state_of_the_optimizer_moves_with_the_teacher(monkeypatch):
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
     """A checkpoint may have been loaded into a distiller that was built on the CPU."""
-    distiller, loaded = distiller_of(ToyTeacher()), []
-    monkeypatch.setattr(distiller.optimizer, "load_state_dict", loaded.append)  # casts a state to its parameters
-    distiller.move(torch.device("cpu"))
-    assert not loaded
-    distiller.move(torch.device("meta"))
-    assert len(loaded) == 1 and distiller.gate.weight.is_meta
+    teacher = ToyTeacher().to("meta")
+    optimizer = torch.optim.Adam(teacher.parameters(), capturable=capturable)
+    groups = optimizer.param_groups
+    for parameter in teacher.parameters():
+        moments = {name: torch.zeros(parameter.shape) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), **moments}
+    distiller = SAMDistiller(teacher, optimizer).move(torch.device("meta"))
+    for state in optimizer.state.values():
+        assert state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta and state["step"].is_meta == capturable
+    assert distiller.gate.weight.is_meta and optimizer.param_groups is groups  # schedulers hold them
 
 
 @pytest.mark.parametrize(

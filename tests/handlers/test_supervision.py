@@ -115,3 +115,12 @@ def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does
 def test_batch_without_unlabeled_rows_is_an_error_long_before_the_start(handler):
     with pytest.raises(ValueError, match="`image` must have unlabeled rows after the 4 labeled ones but has 4 rows"):
         run(handler, PartiallyLabeledLoss(), num_labeled=4, num_unlabeled=0)
+
+
+def test_method_that_is_switched_off_takes_a_batch_without_unlabeled_rows():
+    for handler in (
+        MeanTeacher(ema_student(), weight=0.0),
+        UncertaintyAwareMeanTeacher(ema_student(), max_iterations=3, weight=0.0),
+        UncertaintyGuidedMixing(PartiallyLabeledLoss(), weight=0.0),
+    ):
+        run(handler, PartiallyLabeledLoss(), num_labeled=4, num_unlabeled=0)

@@ -162,13 +162,20 @@ def test_path_that_is_derived_follows(bundle, home):
 
 
 @pytest.mark.parametrize("names", RUNS[:1] + RUNS[-1:], ids="+".join)
-@pytest.mark.parametrize("words", [["--output_dir", "/data/it's #3"], ["--output_dir=/data/it's #3"]], ids=len)
+@pytest.mark.parametrize("words", [["--output_dir", "/data/it's #3 @a"], ["--output_dir=/data/it's #3 @a"]], ids=len)
 def test_hash_in_a_path_of_the_command_line_stays_one(bundle, names, words, monkeypatch):
     """MONAI replaces it by ::."""
-    path = "/data/it's #3"
+    path = "/data/it's #3 @a"
     monkeypatch.setattr(sys, "argv", ["run", *words])
     parser = started(bundle, names, output_dir=path)
     assert parser.get_parsed_content("output_dir") == path
+
+
+@pytest.mark.parametrize("value", ["$@paths#one", "@paths#one", "$'/data/' + @paths#one[1:]"])
+def test_hash_of_an_expression_stays_an_expression(value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--output_dir", value])
+    parser = started("knowsam_acdc", ("train",), output_dir=value, paths={"one": "/run"})
+    assert parser.get_parsed_content("output_dir") in ("/run", "/data/run")
 
 
 def test_path_object_is_a_path(tmp_path):

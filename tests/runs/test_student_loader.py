@@ -37,7 +37,7 @@ def test_weights_under_the_key_model_and_of_a_wrapped_student_are_loaded(tmp_pat
 def wrong_files(folder):
     """{name: (writes the file, network, what the error says)}"""
     return {
-        "missing": (lambda p: None, small(), "must be a trained student but .*missing.pt cannot be read"),
+        "missing": (lambda p: None, small(), "must be a student but .*missing.pt cannot be read"),
         "text": (lambda p: p.write_text("<html>not found</html>"), small(), "MultiViewNet but .*text.pt is a web page"),
         "cut": (lambda p: _save_half(p), small(), "cut.pt .* is truncated .*; train again, or use another"),
         "code": (

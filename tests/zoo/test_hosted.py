@@ -109,7 +109,7 @@ def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(hosted
     arguments = ["--dataset_dir", scans, "--output_dir", tmp_path, "--ckpt_path", "/nowhere/model.pt"]
     done = elsewhere("-m", "monai.bundle", "run", "--config_file", config, *arguments)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a trained student but /nowhere")
+    assert done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a student but /nowhere")
 
 
 LOAD = """
