@@ -184,9 +184,10 @@ def dose_table(name: str) -> str:
         groups.setdefault(point.teacher, {})[point.gate] = point
     table = []
     for teacher, by_gate in groups.items():
-        first = next(iter(by_gate.values()))
+        first = max(by_gate.values(), key=lambda point: point.seeds)
         gains = [gain_text(*by_gate[gate][4:]) if gate in by_gate else "-" for gate in gates]
-        table.append([teacher, f"{first.dice:.1f}", f"{first.lead:+.1f}", *gains, str(first.seeds)])
+        seeds = " / ".join(str(by_gate[gate].seeds) if gate in by_gate else "-" for gate in gates)
+        table.append([teacher, f"{first.dice:.1f}", f"{first.lead:+.1f}", *gains, seeds])
     return markdown(["teacher", "its Dice", "its lead", *(f"gain, gate {gate}" for gate in gates), "seeds"], table)
 
 

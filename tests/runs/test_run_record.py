@@ -143,12 +143,17 @@ def test_revision_is_of_the_tree_that_the_file_is_part_of(tmp_path):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    (tmp_path / "code.py").write_text("")
+    model = tmp_path / "bundles" / "knowsam_acdc" / "models" / "model.pt"
+    model.parent.mkdir(parents=True)
+    for path in (tmp_path / "code.py", model):
+        path.write_text("")
     git("init")
-    git("add", "code.py")
+    git("add", ".")
     git("commit", "-m", "x")
     revision = git_revision(tmp_path / "code.py")
     assert len(revision) == 40 and int(revision, 16)
+    model.write_text("of another training")  # as every training of the shipped bundle writes it
+    assert git_revision(tmp_path / "code.py") == revision
     (tmp_path / "code.py").write_text("changed")
     assert git_revision(tmp_path / "code.py") == f"{revision}-dirty"
     (tmp_path / "installed.py").write_text("")  # in the repository's folder, but no part of it
