@@ -81,8 +81,8 @@ def _is_of(value: Any, hint: Any) -> bool:
     if kind in (int, float):
         if isinstance(value, Tensor) and value.ndim == 0 and value.dtype != torch.bool:
             value = value.item()
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and value == value  # NaN is none
-        return is_number and (kind is float or value == int(value) if abs(value) < math.inf else kind is float)
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+        return is_number and (kind is float or value % 1 == 0)
     if kind is Callable:
         return callable(value)
     if kind is Sequence:

@@ -107,7 +107,10 @@ def test_log_that_cannot_be_opened_is_one_sentence(tmp_path, obstacle):
         open_log(tmp_path / "run")
 
 
-def test_log_that_cannot_be_written_anymore_is_reported_once_and_the_run_continues(tmp_path, caplog, capsys):
+def test_log_that_cannot_be_written_anymore_is_reported_once_and_the_run_continues(
+    tmp_path, caplog, capsys, root_logging_as_it_was
+):
+    logging.getLogger().handlers[:] = [caplog.handler]  # the screen of an earlier test is a file too
     open_log(tmp_path)
     with full_disk(2**15):
         for _ in range(3):
