@@ -95,7 +95,8 @@ class EmbeddingCache:
         self._update_encoder_hash()
         pixels = image.detach().cpu()
         rows = [self._embedding(pixels[i], image[i, None], encode) for i in range(len(image))]
-        return torch.stack(rows).to(image.device, next(self.encoder.parameters()).dtype)
+        with torch.autocast("cpu", enabled=False):  # that of bfloat16 cannot stack float16
+            return torch.stack(rows).to(image.device, next(self.encoder.parameters()).dtype)
 
     @torch.no_grad()
     def _embedding(

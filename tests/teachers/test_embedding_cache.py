@@ -86,6 +86,15 @@ def test_half_precision_is_kept_to_half_a_unit_in_the_last_place(folder):
     assert torch.equal(cache(x, encoder), first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_in_any_precision_are_read_under_autocast(folder, dtype):
+    (encoder, cache), batch = build(folder=folder, dtype=dtype), images()
+    expected = cache(batch, encoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cache(batch, encoder)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_it_is_filled_outside_autocast():
     encoder, cache = build()
     x = images()
