@@ -18,8 +18,7 @@ class StudentLoader:
     Load the weights of one network when a run starts, with an error that explains what is wrong.
 
     Args:
-        ckpt_path: file with a state dict, alone or as trainers wrap it; see
-            :func:`~knowsam_monai.teachers.weights.read_state_dict`.
+        ckpt_path: file with a state dict, alone or as trainers, torch.compile and DistributedDataParallel wrap it.
         network: the student to load the weights into, strictly; it may be wrapped in DistributedDataParallel.
         num_classes: class count of `network`, for an error in terms of classes.
 
