@@ -42,13 +42,14 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
         labeled_rows = None
     if isinstance(labeled_rows, slice):
         try:
-            count, step = len(range(num_rows)[labeled_rows]), range(num_rows)[labeled_rows].step
+            selected = range(num_rows)[labeled_rows]
         except (TypeError, ValueError):
-            count, step = 0, 0
-        if step < 1:
+            selected = None
+        if selected is None or selected.step < 1:
             raise KnowSAMValueError(
                 f"`labeled_rows` must be a slice of whole numbers with a positive step but is {labeled_rows}."
             )
+        count = len(selected)
         if label is not None and len(label) not in (count, num_rows):
             raise KnowSAMValueError(
                 f"`label` must have as many rows as `labeled_rows` selects ({count}) or `image` has ({num_rows}) but "
