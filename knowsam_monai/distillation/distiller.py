@@ -93,8 +93,10 @@ class SAMDistiller(nn.Module):
             loss has an `ignore_index`, any row may have unlabeled pixels, so all rows are taught.
         gate: "agreement", "validation" or "none" (the paper: g = 1), see
             :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement": it needs no
-            evaluator, and is 0 for a teacher that is clearly worse than its student.
-        gate_tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g is 0.
+            evaluator, and is 0 for a teacher that is clearly worse than its student, or that does not learn and is not
+            better than its student.
+        gate_tolerance: by how much (Dice, 0..1) a teacher that learns may be worse than its student before g is 0, and
+            one that does not learn must be better for g to be 1.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
             as in BraTS. Both losses and the gate treat them as C binary problems: they get one channel at a time, and
@@ -166,7 +168,7 @@ class SAMDistiller(nn.Module):
         self.taught_views = tuple(taught_views)
         self.taught_rows = taught_rows
         self.overlapping = overlapping
-        self.gate = TeacherGate(mode=gate, tolerance=gate_tolerance, overlapping=overlapping)
+        self.gate = TeacherGate(gate, gate_tolerance, overlapping=overlapping, must_lead=not self.learns)
         self.autocast_dtype = autocast_dtype
         self.added_gradients: dict[nn.Parameter, dict[int, Tensor]] = {}  # by the id of the attachment that added them
         self.wiring = Wiring()

@@ -42,7 +42,10 @@ class TeacherGate(nn.Module):
 
     Both models are measured, the teacher's result d is compared with the student's, and g is the product of the factors
 
-    .. math:: \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
+    .. math:: \\min(1, \\max(0, a + (d_{teacher} - d_{student}) / tolerance))
+
+    with a = 1. A teacher that does not learn cannot rise with its student, but it can hold the student at its own
+    level, where both look equally good. So with `must_lead` a is 0: it stops when the student has caught up.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
@@ -69,9 +72,11 @@ class TeacherGate(nn.Module):
 
     Args:
         mode: "none", "agreement" or "validation".
-        tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0.
+        tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; with
+            `must_lead`, by how much it must be better for g to be 1.
         momentum: weight of the old value in the running means, per measurement; the first ones are plain means.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
+        must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
     Raises:
         ValueError: if `mode` is unknown or `tolerance` is not positive.
@@ -85,12 +90,20 @@ class TeacherGate(nn.Module):
     """
 
     @check_types
-    def __init__(self, mode: str, tolerance: float = 0.1, momentum: float = 0.8, overlapping: bool = False) -> None:
+    def __init__(
+        self,
+        mode: str,
+        tolerance: float = 0.1,
+        momentum: float = 0.8,
+        overlapping: bool = False,
+        must_lead: bool = False,
+    ) -> None:
         super().__init__()
         check_choice("gate", mode, ("none", "agreement", "validation"))
         if not tolerance > 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
         self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
+        self.must_lead = must_lead
         self.weight: Tensor
         self.agreement_scores: Tensor
         self.validation_scores: Tensor
@@ -166,7 +179,8 @@ class TeacherGate(nn.Module):
     def _factor(self, scores: Tensor) -> Tensor:
         """0 if the teacher finds nothing, or nothing was measured, which scores of -1 mean."""
         student, teacher = scores
-        return torch.clamp(1 + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
+        at_equality = 0 if self.must_lead else 1
+        return torch.clamp(at_equality + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
 
     @torch.no_grad()
     def measure_agreement(

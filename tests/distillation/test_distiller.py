@@ -259,6 +259,22 @@ def test_labels_that_a_frozen_teacher_does_not_need_never_stop_it(student, teach
     assert len(warnings) == (not is_compared) and distiller.gate.num_measured == 1
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_teacher_at_its_students_level_teaches_only_if_it_learns(student, teacher, learns):
+    """A frozen teacher cannot rise with its student, but it can hold the student at its own level."""
+
+    class Repeats(type(teacher)):
+        def forward(self, image, prompt_logits):
+            return prompt_logits + 0 * super().forward(image, prompt_logits)
+
+    teacher = Repeats().double()
+    image = toy_batches(1)[0]["image"]
+    distiller = distiller_of(teacher, gate="agreement") if learns else SAMDistiller(teacher, gate="agreement")
+    distiller.measure_agreement(student, image)
+    assert distiller.gate.agreement_scores[0] == distiller.gate.agreement_scores[1] > 0
+    assert distiller.gate.weight == learns
+
+
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
     """Bidirectional copy-paste has a label for every row, with pixels that nobody labeled."""
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]

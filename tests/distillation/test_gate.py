@@ -37,6 +37,22 @@ def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weig
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "weight"),
+    [(0.6, 0.9, 1.0), (0.6, 0.7, 1.0), (0.6, 0.65, 0.5), (0.6, 0.6, 0.0), (0.6, 0.55, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_teacher_that_must_lead_weighs_as_much_as_it_leads(student, teacher, weight):
+    gate = TeacherGate("validation", tolerance=0.1, must_lead=True)
+
+    def one_sided(x):  # finds nothing in an image turned by 180 degrees, so it does not agree with itself
+        return threshold_student(x * (torch.arange(16) < 8))
+
+    gate.measure_agreement(one_sided, lambda x, prompt: threshold_student(x), images()[:1], 2)
+    assert gate.agreement_scores[1] - gate.agreement_scores[0] > 0.1
+    gate.update(student, teacher)
+    assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
 def test_gate_is_shut_until_the_first_measurement_and_open_without_a_gate():
     assert TeacherGate("validation").weight == 0 and TeacherGate("agreement").weight == 0
     assert TeacherGate("none").weight == 1
