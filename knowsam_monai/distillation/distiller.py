@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +83,11 @@ class SAMDistiller(nn.Module):
         optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), separate from the student's. With None, or if
             it steps no trainable parameter of the teacher, the teacher does not learn: no labels are needed, and there
             is no SAM loss.
-        distillation_loss: ``f(student_logits, teacher_logits)``; default
+        distillation_loss: ``f(student_logits, teacher_logits)``, whose mean counts; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labeled rows; default CE + Dice, one channel as two classes.
-            If some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``.
+        sam_loss: ``f(teacher_logits, label)`` on the labeled rows, whose mean counts; default CE + Dice, one channel as
+            two classes. If some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``, or a loss
+            of your own with an attribute `ignore_index`.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: the views that learn; the paper teaches U-Net and V-Net, (1, 2), not the fused view. With a plain
             network, its logits are the prompt and are taught.
@@ -226,9 +228,16 @@ class SAMDistiller(nn.Module):
             iteration: determines the slices that a teacher draws; None: it counts its draws.
             also_read: rows of `teacher_logits` that the caller reads: "labeled", "unlabeled", both or none.
         """
-        if callable(weight) or not 0 <= weight < torch.inf:
-            raise KnowSAMValueError(f"`weight` must be a number, 0 or more, but is {weight}.")
+        if not isinstance(weight, (Real, Tensor)) or not 0 <= weight < torch.inf:
+            raise KnowSAMValueError(f"`weight` must be a number, 0 or more, but is {weight!r}.")
+        for kind in also_read:
+            check_choice("also_read", kind, ("labeled", "unlabeled"))
         check_tensor("image", image)
+        if image.ndim not in (4, 5):
+            raise KnowSAMValueError(
+                f"`image` must have shape (B, channels, height, width), or one axis more, but has "
+                f"{tuple(image.shape)}; pass `image[:, None]` if the channel is missing."
+            )
         views = unstack_views(without_meta(logits), image)
         if self.training:
             self.wiring.check_once(logits)
@@ -293,6 +302,7 @@ class SAMDistiller(nn.Module):
         labeled_rows: Rows = None,
         turn: int = 0,
         sam_image: Tensor | None = None,
+        logits_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         """
         Measure the gate once on rows of training: Dice on the labeled rows, agreement on the rows from which the
@@ -302,13 +312,17 @@ class SAMDistiller(nn.Module):
         if the SAM loss has an `ignore_index` the rows with ignored pixels.
 
         Args:
-            student: ``f(image) -> logits`` or stacked views; a network is put in eval mode for the call.
+            student: ``f(image) -> logits`` or stacked views. A network is put in eval mode for the call; a function
+                must do that itself, or its dropout and batch normalization are those of training.
             image: (B, channels, *spatial), what the student sees.
             label, labeled_rows: as in :meth:`forward`.
             turn: any integer, selects a flip or rotation; count it up by 1 at each measurement.
             sam_image: what the teacher sees, row by row; None: `image`.
+            logits_of: picks the logits from the student's output, such as ``operator.itemgetter(0)``.
         """
         self.wiring.agreement_requested = True
+        if self.gate.mode == "none":
+            return
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
@@ -320,7 +334,7 @@ class SAMDistiller(nn.Module):
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
         is_counted = len(judged_rows) > 0
-        if self.gate.mode != "none" and not is_counted and self.ignore_index is None:
+        if not is_counted and self.ignore_index is None:
             remedy = "Pass `labeled_rows`, or return it from `select`."
             self.wiring.warn(
                 f"the gate {self.gate.mode!r} was not measured: every row is labeled. "
@@ -328,10 +342,11 @@ class SAMDistiller(nn.Module):
             )
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
+        pick = logits_of or (lambda output: output)
         if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
-                    lambda x: _view(unstack_views(student(x), x), self.prompt_view),
+                    lambda x: _view(unstack_views(pick(student(x)), x), self.prompt_view),
                     self.ask_teacher,
                     image[judged_rows],
                     turn,
@@ -420,10 +435,9 @@ class SAMDistiller(nn.Module):
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
 
     def _given(self, *inputs: Tensor) -> list[Tensor]:
-        """What the teacher gets: at least float32, unless its own weights are in half precision."""
-        parameter = next(self.teacher.parameters(), None)
-        is_half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
-        return [x if is_half else at_least_float32(x) for x in inputs]
+        """What the teacher gets: tensors of its weights' precision, or of at least float32 if it has none."""
+        dtype = next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), None)
+        return [at_least_float32(x) if dtype is None else x.to(dtype) for x in inputs]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""
@@ -439,7 +453,7 @@ class SAMDistiller(nn.Module):
             return self._mean_loss(loss, logits, label)
 
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-        return region_loss(loss, logits, target) if self.overlapping else loss(logits, target)
+        return region_loss(loss, logits, target) if self.overlapping else loss(logits, target).mean()
 
     def _check_not_all(self, label: Tensor, num_rows: int) -> None:
         """Labels that the student must not see must not reach it through SAM."""

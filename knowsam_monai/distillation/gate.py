@@ -79,7 +79,7 @@ class TeacherGate(nn.Module):
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
     Raises:
-        ValueError: if `mode` is unknown or `tolerance` is not positive.
+        ValueError: if `mode` is unknown, `tolerance` is not positive, or `momentum` is not in 0..1, 1 excluded.
 
     Example::
 
@@ -102,6 +102,8 @@ class TeacherGate(nn.Module):
         check_choice("gate", mode, ("none", "agreement", "validation"))
         if not tolerance > 0:
             raise KnowSAMValueError(f"`gate_tolerance` must be a positive Dice difference but is {tolerance}.")
+        if not 0 <= momentum < 1:
+            raise KnowSAMValueError(f"`momentum` must be at least 0 and below 1 but is {momentum}.")
         self.mode, self.tolerance, self.momentum, self.overlapping = mode, tolerance, momentum, overlapping
         self.must_lead = must_lead
         self.weight: Tensor

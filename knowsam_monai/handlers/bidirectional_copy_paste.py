@@ -111,7 +111,8 @@ class BidirectionalCopyPaste:
         engine.add_event_handler(Events.COMPLETED, self.ema_student.unfollow)
 
     def started(self, engine: Engine) -> None:
-        """Refuse losses that do not ignore the pixels without a true label."""
+        """Refuse losses that do not ignore the pixels without a true label, and the average of another student."""
+        self.ema_student.check_trainer(engine)
         check_ignores("loss_function", getattr(engine, "loss_function", None), self.ignore_index)
         check_ignores("loss", self.loss, self.ignore_index)
 

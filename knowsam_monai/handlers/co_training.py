@@ -62,8 +62,8 @@ class MultiViewCoTraining:
         views: Sequence[int] = (1, 2),
         rows: str = "all",
     ) -> None:
-        if len(set(views)) != 2 or len(views) != 2:
-            raise KnowSAMValueError(f"`views` must name two different views but is {views}.")
+        if len(set(views)) != 2 or len(views) != 2 or min(views) < 0:
+            raise KnowSAMValueError(f"`views` must be the numbers of two different views, from 0 on, but is {views}.")
         check_weights(mutual_weight=mutual_weight, entropy_weight=entropy_weight)
         check_choice("rows", rows, ("all", "unlabeled"))
         self.mutual_weight = mutual_weight

@@ -48,7 +48,7 @@ class UncertaintyGuidedMixing:
 
     Raises:
         ValueError: if `num_cells` is not below the number of cells, `pseudo_label` is unknown, or (at the first step)
-            `grid_size` does not have one number for each axis of the image.
+            the student has no such `view` or `grid_size` does not have one number for each axis of the image.
 
     Example::
 
@@ -72,6 +72,8 @@ class UncertaintyGuidedMixing:
     ) -> None:
         grid_size = int(grid_size) if isinstance(grid_size, Integral) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
+        if view < 0:
+            raise KnowSAMValueError(f"`view` must be the number of a view, 0 or more, but is {view}.")
         check_weights(weight=weight)
         check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
         self.loss = loss
@@ -99,9 +101,11 @@ class UncertaintyGuidedMixing:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
+        views = unstack_views(output[Keys.PRED], image)
+        if len(views) > 1 and self.view >= len(views):
+            raise KnowSAMValueError(f"`view` must be below {len(views)}, the student's views, but is {self.view}.")
         if not self._weight_now:
             return
-        views = unstack_views(output[Keys.PRED], image)
         logits = views[self.view if len(views) > 1 else 0].detach()
         pseudo_logits = logits
         if self.pseudo_label == "teacher" and output.get("teacher_logits") is not None:

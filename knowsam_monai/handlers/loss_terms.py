@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMRuntimeError, check_counts
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, check_counts
 
 
 def scalar_terms(output: dict) -> dict[str, Tensor]:
@@ -62,6 +63,11 @@ class LossTerms:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.read)
 
     def __call__(self, engine: Engine) -> None:
+        if not isinstance(engine.state.output, Mapping):
+            raise KnowSAMTypeError(
+                f"`engine.state.output` must be a dictionary but is a {type(engine.state.output).__name__}; build the "
+                "trainer with `decollate=False`."
+            )
         for name, term in scalar_terms(engine.state.output).items():
             self._sums[name] = self._sums[name] + term.detach() if name in self._sums else term.detach().clone()
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.ramp_up import Weight, weight_at
 from knowsam_monai.losses.supervised import check_loss_takes
+from knowsam_monai.tensors import unstack_views
 from knowsam_monai.wrappers import plain_network
 
 
@@ -35,9 +36,11 @@ def check_exclusive_classes(engine: Engine) -> None:
     The same as :func:`check_supervision`, for a method that takes the softmax of its predictions.
 
     Raises:
+        TypeError: if the student's output is not a tensor of logits or views, even if the method starts later.
         ValueError: also if a label has several channels, which are regions that may overlap.
     """
     check_supervision(engine)
+    unstack_views(engine.state.output[Keys.PRED], engine.state.output[Keys.IMAGE])
     label = engine.state.output.get(Keys.LABEL)
     if label is not None:
         check_one_channel(label, engine.state.output[Keys.IMAGE])

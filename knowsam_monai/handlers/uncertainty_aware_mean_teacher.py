@@ -48,7 +48,7 @@ class UncertaintyAwareMeanTeacher:
             at once.
         num_passes: T, 1 or more.
         passes_at_once: number of the T + 1 passes that run as one batch; None: all. Fewer need less memory.
-        num_classes: C in threshold and divisor; None: the student's.
+        num_classes: C in threshold and divisor, 2 or more; None: the student's.
         rows: "unlabeled" or "all".
         ema_mode: "dropout" (normalization uses its running statistics), "eval" or "train", see
             :meth:`knowsam_monai.networks.EMAStudent.logits`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,7 +37,8 @@ class DistillationLoss(nn.Module):
         - output: scalar, at least float32
 
     Raises:
-        ValueError: if ``temperature`` is not positive, ``dice_weight`` is negative, or the shapes differ.
+        ValueError: if ``temperature`` is not positive, ``dice_weight`` is negative, either is infinite, or the shapes
+            differ.
 
     Example::
 
@@ -51,9 +54,9 @@ class DistillationLoss(nn.Module):
     @check_types
     def __init__(self, temperature: float = 2.0, dice_weight: float = 0.0) -> None:
         super().__init__()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise KnowSAMValueError(f"`temperature` must be positive but is {temperature}; the default is 2.")
-        if dice_weight < 0:
+        if not 0 <= dice_weight < math.inf:
             raise KnowSAMValueError(
                 f"`dice_weight` must be 0 or more but is {dice_weight}; 0 leaves the Dice term out."
             )

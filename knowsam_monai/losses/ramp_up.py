@@ -18,12 +18,22 @@ def weight_at(weight: Weight, iteration: int) -> float:
         weight: a number, or a function of the iteration such as :class:`SigmoidRampUp`.
         iteration: counted from 1.
 
+    Raises:
+        ValueError: if the function returns something else than a finite number, 0 or more.
+
     Example::
 
         >>> weight_at(0.5, iteration=3), weight_at(lambda iteration: iteration / 10, iteration=3)
         (0.5, 0.3)
     """
-    return weight(iteration) if callable(weight) else weight
+    if not callable(weight):
+        return weight
+    value = weight(iteration)
+    if not 0 <= value < math.inf:
+        raise KnowSAMValueError(
+            f"`weight` must be 0 or more but is {value} at iteration {iteration}; correct the function that returns it."
+        )
+    return value
 
 
 def check_weights(**weights: Weight) -> None:
@@ -55,7 +65,7 @@ class SigmoidRampUp:
             shift the curve.
 
     Raises:
-        ValueError: if ``num_iterations`` is not positive.
+        ValueError: if ``num_iterations`` is not positive, or ``max`` is negative or infinite.
 
     Example::
 
@@ -73,6 +83,7 @@ class SigmoidRampUp:
             raise KnowSAMValueError(
                 f"`num_iterations` must be positive but is {num_iterations}; for a constant weight use a number."
             )
+        check_weights(max=max)
         self.num_iterations = num_iterations
         self.max = max
         self.start = start

@@ -20,7 +20,7 @@ def region_loss(
     Dice, where Dice averages the region and its complement.
 
     Args:
-        loss: ``f(logits, target) -> scalar`` of (B, 1, *spatial) each.
+        loss: ``f(logits, target)`` of (B, 1, *spatial) each; its mean counts.
         logits: (B, C, *spatial).
         target: (B, C, *spatial), logits or a label of 0 and 1.
 
@@ -42,4 +42,5 @@ def region_loss(
             f"`target` must have a channel for each of the {logits.shape[1]} regions but has {target.shape[1]}; build "
             "student, teacher and labels for the same regions."
         )
-    return torch.stack([loss(ours, theirs) for ours, theirs in zip(logits.split(1, 1), target.split(1, 1))]).mean()
+    losses = [loss(ours, theirs).mean() for ours, theirs in zip(logits.split(1, 1), target.split(1, 1))]
+    return torch.stack(losses).mean()

@@ -18,7 +18,7 @@ class SoftmaxMSELoss(nn.Module):
     divides by C; the public UA-MT code always divides by 2.
 
     Args:
-        num_classes: C in the divisor; ``None``: the number of classes of the logits.
+        num_classes: C in the divisor, 2 or more; ``None``: the number of classes of the logits.
 
     Shape:
         - student_logits, target_logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
@@ -26,7 +26,7 @@ class SoftmaxMSELoss(nn.Module):
         - output: scalar, at least float32
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if ``num_classes`` is below 2, or the shapes differ.
 
     Example::
 
@@ -41,6 +41,10 @@ class SoftmaxMSELoss(nn.Module):
     @check_types
     def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
+        if num_classes is not None and num_classes < 2:
+            raise KnowSAMValueError(
+                f"`num_classes` must be 2 or more but is {num_classes}; a student of one channel has two classes."
+            )
         self.num_classes = num_classes
 
     def forward(

@@ -69,8 +69,8 @@ class PartiallyLabeledLoss(nn.Module):
     ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in at least float32, under autocast too.
 
     Args:
-        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)) -> scalar; ``None`` is
-            :func:`dice_ce_loss` for any C.
+        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)), whose mean counts; ``None`` is
+            :func:`dice_ce_loss` for any C. If it ignores a label value, its attribute `ignore_index` must say so.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own.
@@ -137,7 +137,7 @@ class PartiallyLabeledLoss(nn.Module):
         by_region = self.overlapping and isinstance(self.loss, _DiceCELoss)
         loss = partial(region_loss, self.loss) if by_region else self.loss
         with torch.autocast(label.device.type, enabled=False):
-            losses = [weight * loss(view, label) for view, weight in zip(labeled_views, weights) if weight > 0]
+            losses = [weight * loss(view, label).mean() for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
@@ -185,7 +185,8 @@ def check_label(
             what = "outside or inside of each region" if overlapping else "the classes of the network"
             raise KnowSAMValueError(
                 f"`label` must be in 0..{top}, {what}, but is in "
-                f"{values.min():g}..{values.max():g}; build the network for the labels' classes, or map the labels."
+                f"{values.min():g}..{values.max():g}; build the network for the labels' classes, map the labels, or "
+                "give the loss an attribute `ignore_index` if it ignores such a value."
             )
         if values.is_floating_point() and not (values == values.floor()).all():
             broken = values[values != values.floor()][0]

@@ -92,8 +92,27 @@ class EMAStudent:
 
     def attach(self, engine: Engine) -> None:
         """Follow the student from the start to the end of each run. Several handlers may attach the same average."""
+        engine.add_event_handler(Events.STARTED, self.check_trainer)
         engine.add_event_handler(Events.STARTED, self.follow)
         engine.add_event_handler(Events.COMPLETED, self.unfollow)
+
+    def check_trainer(self, engine: Engine) -> None:
+        """
+        Check that a trainer trains this average's student, with its optimizer; otherwise the average would never move.
+
+        Raises:
+            ValueError: if it has another network or another optimizer.
+        """
+        network, optimizer = getattr(engine, "network", None), getattr(engine, "optimizer", None)
+        for name, is_other in (
+            ("network", isinstance(network, nn.Module) and plain_network(network) is not self._student),
+            ("optimizer", optimizer is not None and plain_optimizer(optimizer) is not self.optimizer),
+        ):
+            if is_other:
+                raise KnowSAMValueError(
+                    f"`{name}` of EMAStudent must be the trainer's but is another, so nothing would be averaged; build "
+                    "EMAStudent from the trainer's network and optimizer."
+                )
 
     @property
     def is_followed(self) -> bool:

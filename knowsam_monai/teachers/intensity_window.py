@@ -40,7 +40,7 @@ class IntensityWindow:
         - output: (B, 3, H, W)
 
     Raises:
-        ValueError: if `high` is not above `low`.
+        ValueError: if `high` is not above `low`, or an image has no such `channel`.
 
     Example::
 
@@ -57,5 +57,9 @@ class IntensityWindow:
         self.channel = channel
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        if not -image.shape[1] <= self.channel < image.shape[1]:
+            raise KnowSAMValueError(
+                f"`channel` must be below {image.shape[1]}, the channels of the image, but is {self.channel}."
+            )
         window = ((image[:, self.channel, None] - self.low) / (self.high - self.low)).clamp(0, 1)
         return window.expand(-1, 3, -1, -1)

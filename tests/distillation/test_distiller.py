@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+from operator import itemgetter
 
 import pytest
 import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
+from torch.nn import functional as F
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
@@ -376,24 +378,35 @@ def test_output_of_several_heads_is_one_clear_error(student, teacher):
         distiller_of(teacher)(batch["image"], [logits, logits], batch["label"])
 
 
-def test_teacher_in_half_precision_gets_what_the_host_has():
-    batch = toy_batches(1)[0]
-    distiller = SAMDistiller(ToyTeacher().bfloat16(), gate="none").train()
-    image, logits = batch["image"].bfloat16(), torch.zeros(4, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
-    distiller(image, logits, batch["label"]).loss.backward()
-    assert logits.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_host_in_half_precision_has_a_teacher_in_single_precision(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("teachers_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_host_and_teacher_may_have_different_precision(dtype, teachers_dtype):
     batch = toy_batches(1)[0]
     image = batch["image"].to(dtype)
     logits = torch.zeros(4, 3, 8, 8, dtype=dtype, requires_grad=True)
-    distiller = SAMDistiller(ToyTeacher(), gate="none").train()
+    distiller = SAMDistiller(ToyTeacher().to(teachers_dtype), gate="none").train()
     result = distiller(image, logits, batch["label"])
     result.loss.backward()
-    assert result.teacher_logits.dtype == torch.float32 and logits.grad.abs().sum() > 0
+    assert result.teacher_logits.dtype == teachers_dtype and logits.grad.abs().sum() > 0
     torch.testing.assert_close(result.teacher_logits, distiller.ask_teacher(image, logits.detach()))
+
+
+def test_losses_of_each_pixel_count_by_their_mean(student, teacher):
+    """A trainer takes the mean of its own loss too; a sum would be larger by the number of pixels."""
+    batch = toy_batches(1)[0]
+    results = []
+    for reduction in ("none", "mean"):
+        distiller = distiller_of(
+            teacher,
+            gate="none",
+            distillation_loss=nn.MSELoss(reduction=reduction),
+            sam_loss=lambda logits, label: F.cross_entropy(
+                logits, label[:, 0].long(), reduction=reduction
+            ),  # noqa: B023
+        )
+        result = distiller(batch["image"], student(batch["image"]), batch["label"])
+        results.append((result.distillation_loss, result.sam_loss))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -420,6 +433,9 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
         (dict(label_size=(8, 16)), "`label` must "),
         (dict(image_rows=1), "`image` must "),
         (dict(image_size=(8, 16)), "`image` must "),
+        (dict(image_channel=False), r"`image` must have shape .* but has \(4, 8, 8\); pass `image\[:, None\]`"),
+        (dict(weight="1"), "`weight` must be a number, 0 or more, but is '1'"),
+        (dict(also_read=["unlabelled"]), "`also_read` must be 'labeled' or 'unlabeled' but is 'unlabelled'"),
     ],
 )
 def test_wrong_input_is_one_clear_error(teacher, change, message):
@@ -427,8 +443,10 @@ def test_wrong_input_is_one_clear_error(teacher, change, message):
     logits = torch.zeros(4, change.get("classes", 3), 8, 8, dtype=torch.float64)
     label_shape = (change.get("label_rows", 2), 1, *change.get("label_size", (8, 8)))
     label = torch.full(label_shape, change.get("label_value", 0)).double()
+    image = image if change.get("image_channel", True) else image[:, 0]
+    options = {name: change[name] for name in ("weight", "also_read") if name in change}
     with pytest.raises(ValueError, match=message):
-        distiller_of(teacher)(image, logits, label)
+        distiller_of(teacher)(image, logits, label, **options)
 
 
 def test_view_that_the_student_lacks_is_one_clear_error(student, teacher):
@@ -636,6 +654,28 @@ def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(stud
     teacher.float().register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     SAMDistiller(teacher, gate="agreement", autocast_dtype=torch.bfloat16).measure_agreement(student, image)
     assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
+
+
+def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(student, teacher):
+    class Tuple(nn.Module):
+        def forward(self, x):
+            return "features", student(x)
+
+    image = toy_batches(1)[0]["image"]
+    distillers = SAMDistiller(teacher), SAMDistiller(teacher)
+    distillers[0].measure_agreement(student, image)
+    distillers[1].measure_agreement(Tuple(), image, logits_of=itemgetter(1))
+    torch.testing.assert_close(*(distiller.gate.agreement_scores for distiller in distillers))
+    assert distillers[0].gate.num_measured == 1
+
+
+def test_without_a_gate_nothing_is_measured(student, teacher):
+    def never(*_):
+        raise AssertionError("no work whose result nobody uses")
+
+    student.register_forward_hook(never)
+    teacher.register_forward_hook(never)
+    SAMDistiller(teacher, gate="none").measure_agreement(student, toy_batches(1)[0]["image"])
 
 
 def test_no_labeled_rows_are_no_label(student, teacher):

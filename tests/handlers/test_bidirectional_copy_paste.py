@@ -190,7 +190,8 @@ def test_argument_out_of_range_is_refused(options):
 @pytest.mark.parametrize("wrong", ["loss_function", "loss", "another value", "sam_loss"])
 def test_loss_that_would_learn_from_pixels_without_a_label_is_an_error_at_the_start(wrong):
     """Not at the end of pre-training, thousands of iterations later."""
-    optimizer, loss, handler = build(ToyStudent())
+    student = ToyStudent()
+    optimizer, loss, handler = build(student)
     teacher, trainer_loss = ToyTeacher(), loss
     sam_loss = None if wrong == "sam_loss" else dice_ce_loss(3, ignore_index=255)
     distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()), sam_loss=sam_loss)
@@ -201,7 +202,8 @@ def test_loss_that_would_learn_from_pixels_without_a_label_is_an_error_at_the_st
     elif wrong == "another value":
         trainer_loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=254))
     found = {"loss_function": None, "loss": -100, "another value": 254, "sam_loss": None}[wrong]
-    trainer = toy_trainer(ToyStudent(), toy_batches(), trainer_loss, [SAMDistillation(distiller), handler])
+    handlers = [SAMDistillation(distiller), handler]
+    trainer = toy_trainer(student, toy_batches(), trainer_loss, handlers, optimizer=optimizer)
     name = "loss_function" if wrong == "another value" else wrong
     with pytest.raises(ValueError, match=f"`{name}` must ignore the label 255, .* its `ignore_index` is {found}; use"):
         trainer.run()
@@ -209,8 +211,9 @@ def test_loss_that_would_learn_from_pixels_without_a_label_is_an_error_at_the_st
 
 
 def test_label_type_that_cannot_hold_the_ignored_value_is_an_error():
-    optimizer, _, handler = build(ToyStudent(), ignore_index=-1, pretraining=1)
+    student = ToyStudent()
+    optimizer, _, handler = build(student, ignore_index=-1, pretraining=1)
     handler.loss = loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=-1))
     batches = [{**batch, "image": batch["image"].float(), "label": batch["label"].byte()} for batch in toy_batches()]
     with pytest.raises(ValueError, match="a type that holds the `ignore_index` -1 but has torch.uint8; use int64"):
-        toy_trainer(ToyStudent(), batches, loss, [handler], optimizer=optimizer).run()
+        toy_trainer(student, batches, loss, [handler], optimizer=optimizer).run()

@@ -95,6 +95,12 @@ def test_two_networks_and_hard_targets_are_cross_pseudo_supervision(num_classes,
     torch.testing.assert_close(trainer.state.output["mutual_loss"], 1.5 * mutual.detach(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("views", [(0, -2), (1, -1), (1, 1), (0,)])
+def test_views_that_may_be_the_same_are_an_error(views):
+    with pytest.raises(ValueError, match="`views` must be the numbers of two different views, from 0 on, but is"):
+        MultiViewCoTraining(views=views)
+
+
 def test_only_labeled_rows_are_an_error_where_unlabeled_ones_are_asked_for():
     batches = toy_batches(1, num_unlabeled=0)
     with pytest.raises(ValueError, match="must have unlabeled rows"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointSaver
 
@@ -50,6 +51,20 @@ def test_no_checkpoint_is_written_with_a_term_unread(tmp_path):
     with pytest.raises(RuntimeError, match="between iterations 7 and 9"):
         trainer.run()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model_epoch=1.pt", "model_epoch=2.pt"]
+
+
+def test_decollated_output_is_one_clear_error():
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=toy_batches(1, num_unlabeled=0),
+        network=(student := ToyStudent().double()),
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        loss_function=PartiallyLabeledLoss(dice_ce_loss(3)),
+        train_handlers=[LossTerms()],
+    )
+    with pytest.raises(TypeError, match="must be a dictionary but is a list; build the trainer with `decollate=False`"):
+        trainer.run()
 
 
 def test_dice_that_is_undefined_does_not_stop_the_run():

@@ -41,9 +41,17 @@ def handlers():
     ]
 
 
+def trainer_of(handler, batches, loss):
+    """A trainer of the student that the handler averages, or of any student."""
+    average = getattr(handler, "ema_student", None)
+    student, optimizer = (ToyStudent(), None) if average is None else (average._student, average.optimizer)
+    dtype = batches[0]["image"].dtype
+    return toy_trainer(student.to(dtype).eval(), batches, loss, [handler], optimizer=optimizer)
+
+
 def run(handler, loss, **batch):
     batches = [{name: tensor.float() for name, tensor in b.items()} for b in toy_batches(1, **batch)]
-    trainer = toy_trainer(ToyStudent().eval(), batches, loss, [handler])
+    trainer = trainer_of(handler, batches, loss)
     trainer.run()
     return trainer
 
@@ -67,7 +75,7 @@ def test_only_distillation_takes_overlapping_regions(handler):
         with pytest.raises(
             ValueError, match="`label` must have one channel of class numbers but has 3: .*; remove the"
         ):
-            toy_trainer(ToyStudent().double(), batches, loss, [handler]).run()
+            trainer_of(handler, batches, loss).run()
 
 
 def test_loss_that_takes_fewer_labels_passes_whoever_wrote_it():
@@ -115,6 +123,28 @@ def test_batch_without_unlabeled_rows_is_an_error_rather_than_a_method_that_does
 def test_batch_without_unlabeled_rows_is_an_error_long_before_the_start(handler):
     with pytest.raises(ValueError, match="`image` must have unlabeled rows after the 4 labeled ones but has 4 rows"):
         run(handler, PartiallyLabeledLoss(), num_labeled=4, num_unlabeled=0)
+
+
+@pytest.mark.parametrize("handler", [h for h in handlers() if not isinstance(h, SAMDistillation)], ids=name)
+def test_student_without_one_tensor_of_logits_is_an_error_long_before_the_start(handler):
+    handler.start = 1000
+    trainer = trainer_of(handler, toy_batches(1), PartiallyLabeledLoss())
+    trainer.network.forward = lambda x: [torch.zeros(len(x), 3, *x.shape[2:])]
+    with pytest.raises(TypeError, match="`pred` must be a tensor of logits or stacked views but is a list; pick"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("wrong", ["network", "optimizer"])
+@pytest.mark.parametrize("method", [MeanTeacher, BidirectionalCopyPaste])
+def test_average_of_another_student_is_an_error_at_the_start(wrong, method):
+    """It would never move, and pull the student toward its first weights."""
+    loss = PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=255))
+    average = ema_student()
+    handler = method(average) if method is MeanTeacher else method(average, loss)
+    student = ToyStudent() if wrong == "network" else average._student
+    trainer = toy_trainer(student, toy_batches(1), loss, [handler])
+    with pytest.raises(ValueError, match=f"`{wrong}` of EMAStudent must be the trainer's but is another, so nothing"):
+        trainer.run()
 
 
 def test_method_that_is_switched_off_takes_a_batch_without_unlabeled_rows():

@@ -82,7 +82,8 @@ def test_logits_are_picked_from_the_output_of_a_network_that_has_more():
 
 def test_validation_sets_the_gate_from_both_dice_values():
     torch.manual_seed(0)
-    distiller = SAMDistiller(ToyTeacher(), gate="validation")
+    teacher = ToyTeacher()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()), gate="validation")
     distiller.gate.agreement_scores.fill_(0.5)  # equal
     evaluator = evaluator_of(distiller, ToyStudent())
     evaluator.run()
@@ -101,7 +102,8 @@ def test_validation_gate_of_overlapping_regions_has_the_mean_dice_of_all_of_them
     torch.manual_seed(0)
     student, teacher = ToyStudent().eval(), ToyTeacher()
     batch = {"image": torch.rand(2, 1, 8, 8), "label": torch.randint(2, (2, 3, 8, 8))}
-    distiller = SAMDistiller(teacher, gate="validation", gate_tolerance=0.9, overlapping=True)
+    adam = torch.optim.Adam(teacher.parameters())
+    distiller = SAMDistiller(teacher, adam, gate="validation", gate_tolerance=0.9, overlapping=True)
     distiller.gate.agreement_scores.fill_(0.5)  # equal
     metrics = {
         name: MeanDice(include_background=True, output_transform=from_engine([key, "label"]))

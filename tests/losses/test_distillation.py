@@ -130,7 +130,13 @@ def test_other_shape_of_the_teacher_is_an_error_with_both_shapes(shape):
         DistillationLoss()(torch.zeros(2, 4, 4, 4), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])
 def test_temperature_that_is_not_positive_is_an_error(temperature):
     with pytest.raises(ValueError, match="`temperature` must be positive but is"):
         DistillationLoss(temperature)
+
+
+@pytest.mark.parametrize("dice_weight", [-1.0, float("inf")])
+def test_weight_of_the_dice_term_that_is_negative_or_infinite_is_an_error(dice_weight):
+    with pytest.raises(ValueError, match="`dice_weight` must be 0 or more but is"):
+        DistillationLoss(dice_weight=dice_weight)

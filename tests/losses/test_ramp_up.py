@@ -5,6 +5,7 @@ import math
 import pytest
 
 from knowsam_monai.losses import SigmoidRampUp
+from knowsam_monai.losses.ramp_up import weight_at
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 17, 50, 99, 100])
@@ -40,3 +41,15 @@ def test_never_falls():
 def test_no_iterations_are_an_error(num_iterations):
     with pytest.raises(ValueError, match=f"`num_iterations` must be positive but is {num_iterations}"):
         SigmoidRampUp(num_iterations)
+
+
+@pytest.mark.parametrize("max", [-1.0, float("inf")])
+def test_maximum_that_is_negative_or_infinite_is_an_error(max):
+    with pytest.raises(ValueError, match="`max` must be 0 or more"):
+        SigmoidRampUp(3, max=max)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_function_that_returns_no_weight_is_an_error_that_names_the_iteration(value):
+    with pytest.raises(ValueError, match=f"`weight` must be 0 or more but is {value} at iteration 7; correct the func"):
+        weight_at(lambda iteration: value, 7)

@@ -55,3 +55,10 @@ def test_absent_class_and_huge_logits_stay_finite():
 def test_different_shapes_are_an_error_with_both():
     with pytest.raises(ValueError, match=r"`target_logits` .* \(2, 3, 4, 4\) but have \(2, 3, 4, 8\)"):
         SoftmaxMSELoss()(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 8))
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -3])
+def test_fewer_than_two_classes_are_an_error(num_classes):
+    """A mask of UA-MT would be empty: log 1 = 0."""
+    with pytest.raises(ValueError, match=f"`num_classes` must be 2 or more but is {num_classes}; a student of one ch"):
+        SoftmaxMSELoss(num_classes)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_any_loss_of_logits_and_label_can_be_wrapped():
     pred, label = torch.randn(3, 4, 6, 6), torch.randint(4, (2, 1, 6, 6))
     loss = PartiallyLabeledLoss(lambda logits, label: F.cross_entropy(logits, label.squeeze(1)))
     assert torch.equal(loss(pred, label), F.cross_entropy(pred[:2], label[:, 0]))
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_loss_of_each_pixel_counts_by_its_mean(overlapping):
+    """As in MONAI's trainer; a sum would be larger by the number of pixels."""
+    pred, label = torch.randn(3, 4, 6, 6), torch.randint(2, (2, 4 if overlapping else 1, 6, 6))
+    losses = [
+        PartiallyLabeledLoss(partial(own_loss, reduction=reduction), overlapping=overlapping)(pred, label)
+        for own_loss in [F.binary_cross_entropy_with_logits if overlapping else cross_entropy_of_channel]
+        for reduction in ("none", "mean")
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def cross_entropy_of_channel(logits, label, reduction):
+    return F.cross_entropy(logits, label[:, 0], reduction=reduction)
 
 
 @pytest.mark.parametrize("form", ["meta", "channels_last", "view", "half", "autocast"])

@@ -21,3 +21,9 @@ def test_channel_is_the_one_that_is_named():
 def test_window_that_is_no_range_is_refused(high):
     with pytest.raises(ValueError, match=f"`high` must be above `low`, -2.0, but is {high}"):
         IntensityWindow(-2.0, high)
+
+
+@pytest.mark.parametrize("channel", [2, -3])
+def test_channel_that_the_image_lacks_is_refused(channel):
+    with pytest.raises(ValueError, match=f"`channel` must be below 2, the channels of the image, but is {channel}"):
+        IntensityWindow(0, 1, channel)(torch.zeros(1, 2, 4, 4))
