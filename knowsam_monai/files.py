@@ -245,7 +245,7 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
         names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if broken[3:] else "")
         raise KnowSAMRuntimeError(
             f"Weights must be finite in a checkpoint but {names} {'are' if broken[1:] else 'is'} not, so {path} was "
-            "not written; lower the learning rate or set amp to False. The previous checkpoint is intact."
+            "not written; lower the learning rate or set amp to False. Earlier checkpoints are intact."
         )
     try:
         write_whole(path, lambda file: write_tensor_file(content, file))
@@ -253,7 +253,7 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
         reason = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
         raise KnowSAMRuntimeError(
             f"`output_dir` must have room for {path.name} but it could not be written to {path.parent} ({reason}); "
-            "free some space and repeat the command: it resumes from the previous checkpoint, which is intact."
+            "free some space and repeat the command: it goes on from the last checkpoint, if there is one."
         ) from error
 
 

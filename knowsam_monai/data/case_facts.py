@@ -20,7 +20,7 @@ from tqdm import tqdm
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.slice_axis import slice_axis
-from knowsam_monai.data.transforms import CheckDatad
+from knowsam_monai.data.transforms import CheckDatad, have_different_affines
 from knowsam_monai.files import expand_path, write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
@@ -28,7 +28,7 @@ __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 logger = logging.getLogger(__name__)
 
 # Increment if facts or checks change; entries of other versions are ignored.
-VERSION = 6
+VERSION = 7
 
 
 @dataclass
@@ -46,6 +46,7 @@ class CaseFacts:
     digest: str = ""  # hash of the data that training uses: voxels of image and label, spacings, orientations
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
+    label_is_elsewhere: bool = False  # another affine than the image's, such as another origin
     label_values: Sequence[int] | None = None  # after the check's corrections
     label_is_mask: bool = False  # values 0 and 255, read as 0 and 1
 
@@ -84,6 +85,7 @@ class CaseReader:
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
             facts.label_spacing, facts.label_orientation = _geometry(label)
+            facts.label_is_elsewhere = have_different_affines(image, label)
         facts.digest = _digest(facts, image, label)
         try:
             checked = self.check(case)

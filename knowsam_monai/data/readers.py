@@ -238,7 +238,7 @@ class LoadCased(MapTransform):
                 case[key] = _checked(self.loaders[key](path))
             except Exception as error:  # readers raise many kinds of errors
                 raise KnowSAMValueError(
-                    f"`{key}` must be a readable image but {path} is not: {_reason(error)}"
+                    f"`{key}` must be a readable image but {path} is not: {_reason(error, path)}"
                 ) from error
         return case
 
@@ -267,9 +267,11 @@ def _check_affine(affine: np.ndarray) -> None:
         raise KnowSAMValueError(f"its affine {affine.tolist()} must be finite and invertible; repair its header.")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: PathLike | Sequence[PathLike]) -> str:
     """The first line of an error, without the advice of NumPy and MONAI to load code."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if any(map(os.path.isdir, ensure_tuple(path))) and "suitable reader" in lines[0]:
+        return "it is a folder, whose files no reader takes for one image; convert DICOM first, such as with dcm2niix."
     if "allow_pickle" not in lines[0]:
         return lines[0]
     cause = str(error.__cause__ or error)

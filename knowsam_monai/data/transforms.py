@@ -104,9 +104,7 @@ class CheckDatad(Transform):
         return data if label is data[self.label_key] else {**data, self.label_key: label}
 
     def _on_grid_of(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not all(isinstance(x, MetaTensor) and x.meta.get("spacing_known", True) for x in (image, label)):
-            return label
-        if _is_close(image.affine, label.affine):
+        if not have_different_affines(image, label):
             return label
         difference = "different affines: their voxels are assumed to be aligned"
         aligned = label.clone()
@@ -247,6 +245,12 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
             f"`{key}` of an item with a slice number must be in 0..1, scaled with its volume, but {name} goes from "
             f"{low:g} to {high:g}; scale the volume first, or leave the number out to scale each file separately."
         )
+
+
+def have_different_affines(image: torch.Tensor, label: torch.Tensor) -> bool:
+    """Whether both affines are known and differ by more than 0.01 in an entry."""
+    is_known = all(isinstance(x, MetaTensor) and x.meta.get("spacing_known", True) for x in (image, label))
+    return is_known and not (image.affine.shape == label.affine.shape and _is_close(image.affine, label.affine))
 
 
 def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import torch
-from monai.bundle import ConfigExpression
+from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser
 
-from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.errors import (
+    KnowSAMFileNotFoundError,
+    KnowSAMImportError,
+    KnowSAMRuntimeError,
+    KnowSAMValueError,
+)
 from knowsam_monai.files import VARIABLE, expand_path
 from knowsam_monai.runs.config import literal, plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
@@ -33,6 +41,7 @@ def check_config() -> None:
 
     - ``~`` and environment variables in paths are expanded, in the config as well as on the command line.
     - A package that MONAI needs for one of the components must be installed.
+    - The class of each component must exist and take the given arguments.
     - Types, ranges and the spelling of keys are checked, see :mod:`knowsam_monai.runs.values`. Without pydantic this is
       skipped: a Model Zoo bundle needs pydantic for training only.
     - Valid values in another form are converted: ``cuda:0`` to a device, 32.0 to 32.
@@ -59,6 +68,7 @@ def check_config() -> None:
     _refuse_none_on_the_command_line(parser.config)
     _refuse_words_of_json(parser.config)
     _refuse_missing_packages(parser.config)
+    _refuse_unknown_arguments(parser)
     given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
     paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
@@ -71,6 +81,11 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = plain_values(parser.config)
+    if not os.path.isdir(values.get("bundle_root", ".")):
+        raise KnowSAMFileNotFoundError(
+            f"`bundle_root` must be the bundle's folder but {values['bundle_root']} does not exist; correct it, or "
+            "leave it out."
+        )
     if "ckpt_path" in values:
         warn_of_other_settings(values["ckpt_path"], values | converted)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:
@@ -105,6 +120,26 @@ def _refuse_missing_packages(config: Mapping[str, Any]) -> None:
                 f"{name} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
                 f"`pip install '{requirement}'` (the extra `{extra}`)."
             )
+
+
+def _refuse_unknown_arguments(parser: ConfigParser) -> None:
+    """Python names a wrong argument of a component only when it is built, after the data is read."""
+    for name, part in _parts(parser.config):
+        if not ConfigComponent.is_instantiable(part):
+            continue
+        target = ConfigComponent(part, locator=parser.locator).resolve_module_name()
+        try:
+            function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
+            parameters = None if function is None else inspect.signature(function).parameters
+        except (ErrorDuringImport, TypeError, ValueError):  # of a component that may be disabled, or not in Python
+            continue
+        if parameters is None or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            continue
+        unknown = [key for key in part if key not in parameters and key not in ConfigComponent.non_arg_keys]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], list(parameters), n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters)}."
+            raise KnowSAMValueError(f"`{name}#{unknown[0]}` must be an argument of {target} but is not; {remedy}")
 
 
 def _options_of_command_line() -> Iterator[tuple[str, str]]:

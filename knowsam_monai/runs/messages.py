@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 
 from knowsam_monai.errors import KnowSAMError, root_cause
@@ -19,7 +20,8 @@ def explain_errors() -> None:
     MONAI's config parser wraps an exception several times: its last line names the expression that failed, and what was
     wrong is far above. An error of this package is shown as its sentence alone; the traceback goes to the log file,
     and to the screen under ``python -X dev``. All other errors keep their traceback. Ignite's own lines about an error
-    go to the log file only.
+    go to the log file only. An error that a signal caused (MONAI turns the exit of a component's import into an error)
+    ends the program as the signal would, without a line of its own.
 
     Example::
 
@@ -30,6 +32,9 @@ def explain_errors() -> None:
         return
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        for cause in _causes(error):
+            if isinstance(cause, SystemExit):
+                raise cause
         root = root_cause(error)
         log_traceback(str(root), error)
         is_sentence = isinstance(root, KnowSAMError)
@@ -43,6 +48,12 @@ def explain_errors() -> None:
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(_is_said_once)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_said_once(record: logging.LogRecord) -> bool:

@@ -181,8 +181,9 @@ class ValidationReport:
         names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(len(name) for name in (*names, "structure"))
         rule = "  " + "-" * (width + sum(max(len(title), 7) + 4 for title, _ in columns))
+        number = "1 volume" if kept["num_cases"] == 1 else f"{kept['num_cases']} volumes"
         head = f"  {'structure':<{width}}" + "".join(f"{title:>{max(len(title), 7) + 4}}" for title, _ in columns)
-        lines = [f"{self.split.capitalize()} Dice, {kept['num_cases']} volumes{which}", head, rule]
+        lines = [f"{self.split.capitalize()} Dice, {number}{which}", head, rule]
         for i, name in enumerate(names):
             cells = "".join(f"{dice[i]:>{max(len(title), 7) + 4}.3f}" for title, dice in columns)
             lines += [rule] * (i == len(self.class_names)) + [f"  {name:<{width}}{cells}"]
@@ -228,7 +229,7 @@ class ValidationReport:
         path = os.path.join(self.output_dir, "validation.png")
         figure = draw(views, self._names(), self.class_names)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
-        logger.info("Validation slices, truth and prediction: %s", path)
+        logger.info("%s slices, truth and prediction: %s", self.split.capitalize(), path)
         return path
 
     def write_cases(self) -> None:

@@ -19,13 +19,13 @@ from knowsam_monai.teachers.sam2_model import sam2_variant_hint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
-PARTS = (
+COMPONENTS = (
     *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
     *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "student_check"),
     *("teacher", "teacher_check", "train", "validate"),
-    *("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri"),  # of MONAI's --tracking mlflow
 )
+MLFLOW = ("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri")  # of MONAI's --tracking mlflow
 CACHE = ("sam_encoder", "sam_cache_dir")  # of embeddings
 LARGEST_SEED = 2**32 - 1
 
@@ -374,6 +374,11 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
         converted |= {key: value for key, value in changed.items() if not referred_keys(current[key]) & set(changed)}
     causes = [key for key in wrong if not referred_keys(current[key]) & wrong]
     mistakes = [_sentence(key, fields[key], values[key]) for key in causes] + list(unknown.values())
+    mistakes += [
+        f"`{key}` must be a component, as in {{'_target_': 'package.Class'}}, but is the text {config[key]!r}."
+        for key in COMPONENTS
+        if isinstance(config.get(key), str) and not config[key].startswith(("$", "@", "%"))
+    ]
     mistakes = mistakes or list(_contradictions(checked, is_training="train" in config and "split" not in config))
     mistakes = mistakes or list(_broken_expressions(current, fields, values))
     if mistakes:
@@ -435,7 +440,7 @@ def _shown(value: Any) -> str:
 
 def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]) -> Iterator[tuple[str, str]]:
     """The unknown keys that nothing in the config refers to, each with its error."""
-    own = set(models[0].model_fields) | set(PARTS)
+    own = set(models[0].model_fields) | set(COMPONENTS) | set(MLFLOW)
     known = own | {name for model in models for name in model.model_fields}
     used = set().union(*(referred_keys(part) for key, part in config.items()))
     for key in config:

@@ -224,6 +224,10 @@ WARNINGS = {
         spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE @ np.diag([-1, 1, 1, 1])),
         "`labeled`: 1 of 2 labels have another orientation than their images.*labeled0_gt.nii.gz",
     ),
+    "origin": (
+        spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE + np.outer([30, 0, 0, 0], [0, 0, 0, 1])),
+        "`labeled`: 1 of 2 labels have another origin or rotation than their images; .*labeled0_gt.nii.gz",
+    ),
     "empty": (spoil_array("test1_gt.nii.gz", np.zeros((6, 5, 3))), "`test`: 1 of 2 labels are empty: .*test1_gt"),
     "absent class": (
         lambda f: [f.write(f"labeled{n}_gt.nii.gz", label(1, 3)) for n in range(2)],

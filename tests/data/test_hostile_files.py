@@ -150,6 +150,11 @@ FILES = {
     "dangling link": ("a.nii.gz", lambda p: link(p, "nowhere"), "No such file|does not"),
     "link to itself": ("a.nii.gz", lambda p: link(p, p), "symbolic links|does not"),
     "pipe": ("a.nii.gz", pipe, "it is a pipe"),
+    "folder of DICOM": (
+        "series",
+        lambda p: p.mkdir() or p,
+        "it is a folder, .*; convert DICOM first, such as with dcm",
+    ),
     "folder": ("a.nii.gz", lambda p: p.mkdir() or p, "is not: "),
     "h5 group": ("a.h5", lambda p: h5(p, lambda f: f.create_group("image")), "an array of numbers but is a group"),
     "h5 text": ("a.h5", lambda p: h5(p, lambda f: f.create_dataset("image", data="text")), "of numbers but is obj"),

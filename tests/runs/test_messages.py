@@ -24,6 +24,20 @@ except ValueError as error:
     assert result.stderr.count("ValueError: `dataset_dir`") == 2  # once in the traceback, once as the last line
 
 
+def test_exit_that_became_an_error_keeps_its_code():
+    """MONAI imports components with pydoc, which turns the exit of a signal during an import into an error."""
+    code = """
+from knowsam_monai.runs.messages import explain_errors
+explain_errors()
+try:
+    raise SystemExit(143)
+except SystemExit:
+    raise ImportError("problem in a component")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (143, "")
+
+
 SENTENCE = """
 import logging, sys
 from knowsam_monai.errors import KnowSAMPermissionError

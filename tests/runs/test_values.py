@@ -11,7 +11,7 @@ from monai.bundle import ConfigParser
 
 from knowsam_monai.runs import values as models
 from knowsam_monai.runs.config import SECTIONS, plain_values
-from knowsam_monai.runs.values import PARTS, Inference, Overlays, Slices, Volumes, check_values
+from knowsam_monai.runs.values import COMPONENTS, MLFLOW, Inference, Overlays, Slices, Volumes, check_values
 from tests.bundles.test_resolution import RUNS, files
 
 ACDC, LA = "knowsam_acdc", "knowsam_la"
@@ -42,7 +42,11 @@ def test_shipped_values_are_right_and_stay_as_they_are(bundle, names, data):
 @pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
 def test_every_key_of_every_config_is_listed(bundle, names):
     listed = {field for model in (*models._models(merged(bundle, names)), Overlays) for field in model.model_fields}
-    assert {key.lstrip("+").split("#")[0] for key in merged(bundle, names)} <= listed | {*PARTS, *SECTIONS}
+    assert {key.lstrip("+").split("#")[0] for key in merged(bundle, names)} <= listed | {
+        *COMPONENTS,
+        *MLFLOW,
+        *SECTIONS,
+    }
 
 
 def test_every_setting_has_a_meaning_and_words_for_errors():
