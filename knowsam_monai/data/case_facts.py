@@ -14,13 +14,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from tqdm import tqdm
 
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.slice_axis import slice_axis
-from knowsam_monai.data.transforms import CheckDatad, have_different_affines
+from knowsam_monai.data.transforms import CheckDatad, have_different_affines, known_spacing
 from knowsam_monai.files import expand_path, write_whole
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
@@ -166,12 +165,11 @@ def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -
 
 def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None]:
     """Spacing and orientation; None for files without them, such as h5 packs."""
-    if not isinstance(image, MetaTensor) or not image.meta.get("spacing_known", True):
+    spacing = known_spacing(image)
+    if spacing is None:
         return None, None
-    num_axes = image.ndim - 1
-    spacing = tuple(round(float(step), 4) for step in image.pixdim[:num_axes])
-    codes = nibabel.aff2axcodes(np.asarray(image.affine, dtype=float))[:num_axes]
-    return spacing, "".join(code or "?" for code in codes)
+    codes = nibabel.aff2axcodes(np.asarray(image.affine, dtype=float))[: len(spacing)]
+    return tuple(round(step, 4) for step in spacing.tolist()), "".join(code or "?" for code in codes)
 
 
 def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation
 from monai.transforms.spatial.functional import orientation
 
-from knowsam_monai.data.transforms import AXES, image_name
+from knowsam_monai.data.transforms import AXES, image_name, known_spacing
 
 __all__ = ["TurnSlicesd", "find_slice_axis"]
 
@@ -146,4 +146,4 @@ def slice_axis(image: torch.Tensor) -> int:
 
 def _has_axes(image: torch.Tensor) -> bool:
     """Whether it is a volume of known geometry."""
-    return image.ndim == 4 and isinstance(image, MetaTensor) and bool(image.meta.get("spacing_known", True))
+    return image.ndim == 4 and known_spacing(image) is not None

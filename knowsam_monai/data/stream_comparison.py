@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from torch import Tensor
 
+from knowsam_monai.data.transforms import known_spacing
 from knowsam_monai.tensors import without_meta
 
 logger = logging.getLogger(__name__)
@@ -44,19 +43,9 @@ class StreamStatistics(NamedTuple):
             images: (channels, *spatial) each; a MetaTensor knows its spacing.
         """
         values = torch.cat([without_meta(image).double().flatten() for image in images])
-        spacings = [
-            affine_to_spacing(image.affine, len(image.affine) - 1)[: image.ndim - 1]
-            for image in images
-            if isinstance(image, MetaTensor)
-        ]
-        spacing = (
-            torch.stack([torch.as_tensor(each) for each in spacings]).double().mean(0).tolist() if spacings else ()
-        )
-        return cls(
-            mean=float(values.mean()),
-            deviation=float(values.std()),
-            spacing=tuple(spacing),
-        )
+        spacings = [spacing for spacing in map(known_spacing, images) if spacing is not None]
+        spacing = torch.stack(spacings).double().mean(0).tolist() if spacings else ()
+        return cls(float(values.mean()), float(values.std()), tuple(spacing))
 
     def __str__(self) -> str:
         voxels = f", voxels {' x '.join(f'{size:.3g}' for size in self.spacing)} mm" if self.spacing else ""

@@ -9,12 +9,13 @@ from typing import Any
 import nibabel
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Orientation, ScaleIntensity, ScaleIntensityRange, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name"]
+__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name", "known_spacing"]
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
 
@@ -249,12 +250,29 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
 
 def have_different_affines(image: torch.Tensor, label: torch.Tensor) -> bool:
     """Whether both affines are known and differ by more than 0.01 in an entry."""
-    is_known = all(isinstance(x, MetaTensor) and x.meta.get("spacing_known", True) for x in (image, label))
+    is_known = None not in (known_spacing(image), known_spacing(label))
     return is_known and not (image.affine.shape == label.affine.shape and _is_close(image.affine, label.affine))
 
 
 def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(affine, other, rtol=0, atol=1e-2)
+
+
+def known_spacing(image: torch.Tensor) -> torch.Tensor | None:
+    """The length of a voxel along each spatial axis, mm; None for files without geometry, such as h5 packs.
+
+    MONAI's ``pixdim`` is that of volumes: of a slice it ignores the part of a step that leaves the x-y plane.
+
+    Args:
+        image: (ch, *spatial).
+
+    Example:
+        >>> known_spacing(MetaTensor(torch.rand(1, 8, 8), affine=torch.diag(torch.tensor([1.5, 2.0, 1.0])))).tolist()
+        [1.5, 2.0]
+    """
+    if not isinstance(image, MetaTensor) or not torch.as_tensor(image.meta.get("spacing_known", True)).all():
+        return None
+    return affine_to_spacing(image.affine, len(image.affine) - 1)[: image.ndim - 1]
 
 
 def image_name(image: torch.Tensor) -> str:

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacingd, SpatialPadd
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE
-from knowsam_monai.data.transforms import AXES, image_name
+from knowsam_monai.data.transforms import AXES, image_name, known_spacing
 from knowsam_monai.errors import KnowSAMValueError
 
 __all__ = ["CropCenterd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
@@ -81,7 +81,8 @@ class ResampleVolumed(Spacingd):
         return super().__call__(data, lazy=lazy)
 
     def _check_size(self, key: Hashable, image: torch.Tensor) -> None:
-        spacing = image.pixdim.tolist() if isinstance(image, MetaTensor) else [1.0] * len(self.pixdim)
+        known = known_spacing(image)
+        spacing = [1.0] * len(self.pixdim) if known is None else known.tolist()
         growth = math.prod(step / (wanted or step) for step, wanted in zip(spacing, self.pixdim))
         if image.numel() * growth * 4 > LARGEST_IMAGE:
             shown = " x ".join(f"{step:g}" for step in spacing)
@@ -184,8 +185,8 @@ class PadVolumed(SpatialPadd):
 def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
     """A mask (1, *spatial) of the cube; the whole image if its spacing is unknown."""
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
-    known = isinstance(image, MetaTensor) and image.meta.get("spacing_known", True)
-    spacing = image.pixdim.tolist() if known else [0.0] * mask[0].ndim
+    known = known_spacing(image)
+    spacing = [0.0] * mask[0].ndim if known is None else known.tolist()
     brightness = (image.as_tensor() if isinstance(image, MetaTensor) else image).sum(0, dtype=torch.float64)
     brightness = brightness - brightness.min()
     box: list[slice] = []
@@ -202,4 +203,4 @@ def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
 
 def _knows_geometry(transform: MapTransform, data: Mapping[Hashable, torch.Tensor]) -> bool:
     images = (data[key] for key in transform.key_iterator(data))
-    return all(image.meta.get("spacing_known", True) for image in images if isinstance(image, MetaTensor))
+    return all(known_spacing(image) is not None for image in images if isinstance(image, MetaTensor))

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor, decollate_batch
-from monai.data.utils import affine_to_spacing
 from monai.utils import CommonKeys as Keys
 from monai.utils import ImageMetaKey
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from knowsam_monai import ranks
+from knowsam_monai.data.transforms import known_spacing
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.texts import printable
 
@@ -126,16 +126,15 @@ def validation_cases(
                     f"`{key}` must be on the label's grid {tuple(label.shape)} but has shape {tuple(pred.shape)}; "
                     f"put Invertd(keys={key!r}, orig_keys='image') into the postprocessing."
                 )
-        affine, edges = _affine(item[Keys.LABEL]), spacing
-        if spacing == "meta":
-            edges = None if affine is None else affine_to_spacing(affine, r=len(affine) - 1)[: label.ndim].tolist()
+        known = known_spacing(item[Keys.LABEL])
+        edges = known if spacing == "meta" else spacing
         case = ValidationCase(
             path=_file(item, pred_keys[0]) or f"case_{_index(engine, len(contents)):03d}",
             image=item.get(Keys.IMAGE),
             label=label,
             preds=preds,
             spacing=None if edges is None else tuple(float(edge) for edge in edges),
-            affine=affine,
+            affine=None if known is None else item[Keys.LABEL].affine,
             grid=item[Keys.LABEL].affine if isinstance(item[Keys.LABEL], MetaTensor) else None,
         )
         cases.append(case._replace(path=_add(contents, case.path, case.content)))
@@ -258,8 +257,3 @@ def _file(item: dict[str, Any], pred_key: str) -> str | None:
         if meta.get(ImageMetaKey.FILENAME_OR_OBJ):
             return str(meta[ImageMetaKey.FILENAME_OR_OBJ])
     return None
-
-
-def _affine(label: Tensor) -> Tensor | None:
-    known = isinstance(label, MetaTensor) and torch.as_tensor(label.meta.get("spacing_known", True)).all()
-    return label.affine if known else None

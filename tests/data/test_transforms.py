@@ -7,8 +7,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
-from knowsam_monai.data import CheckDatad, ScaleVolumed, SplitSlicesd
-from knowsam_monai.data.transforms import AXES
+from knowsam_monai.data import CheckDatad, ScaleVolumed, SplitSlicesd, compare_streams
+from knowsam_monai.data.transforms import AXES, known_spacing
 
 
 def volume(*shape: int, name: str = "case.nii.gz", affine=None) -> MetaTensor:
@@ -150,3 +150,15 @@ def test_image_that_is_already_2d_and_missing_label_pass():
     case = {"image": volume(1, 4, 5), "slice": 7}
     out = SplitSlicesd()(case)
     assert out["image"] is case["image"] and out["slice"] == 7
+
+
+def test_spacing_of_a_slice_is_that_along_its_own_axes_in_any_plane():
+    sagittal = torch.tensor([[0, 0, 5.0, 0], [1.5, 0, 0, 0], [0, 1.2, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    assert known_spacing(volume(1, 4, 5, affine=sagittal)).tolist() == [1.5, 1.2]
+    assert known_spacing(volume(1, 4, 5, 3, affine=sagittal)).tolist() == [1.5, 1.2, 5.0]
+    assert known_spacing(torch.rand(1, 4, 5)) is None
+
+
+def test_stream_without_a_spacing_does_not_differ_from_one_that_has_it():
+    pack = MetaTensor(volume(1, 4, 5, 3).as_tensor(), affine=torch.eye(4), meta={"spacing_known": False})
+    assert compare_streams([volume(1, 4, 5, 3)], [pack]) == []
