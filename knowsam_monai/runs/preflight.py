@@ -22,6 +22,7 @@ from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.provenance import describe
+from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Preflight:
             memory = _peak_process_memory()
         rows = [
             ("rows", f"{self.num_rows[0]} labeled, {self.num_rows[1]} unlabeled"),
-            ("student", f"{type(getattr(self.network, 'module', self.network)).__name__}, {_trainable(self.network)}"),
+            ("student", f"{type(plain_network(self.network)).__name__}, {_trainable(self.network)}"),
             *self._teacher_rows(),
             *self._process_rows(),
             ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),

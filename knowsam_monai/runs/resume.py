@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointSaver
 
@@ -24,6 +23,7 @@ from knowsam_monai.runs.config import running_config
 from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.runs.starting import release
 from knowsam_monai.seeds import random_state, set_random_state
+from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Resume:
         random_states = idist.all_gather(self._before_validation or random_state())
         if ranks.rank() != 0:
             return
-        state: dict[str, Any] = {name: _inner(item).state_dict() for name, item in self.objects.items()}
+        state: dict[str, Any] = {name: plain_network(item).state_dict() for name, item in self.objects.items()}
         state["trainer"] = dict(engine.state_dict())
         state["best"] = []
         if self.evaluator is not None:
@@ -269,7 +269,7 @@ class Resume:
     def _load(self, engine: Engine, file: Path, state: Mapping[str, Any]) -> None:
         try:
             for name, item in self.objects.items():
-                _inner(item).load_state_dict(state[name])
+                plain_network(item).load_state_dict(state[name])
             engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
             if engine.state.iteration >= last_iteration(engine):  # in an epoch that was cut short
                 engine.state.epoch = engine.state.max_epochs
@@ -306,8 +306,3 @@ class Resume:
             raise KnowSAMValueError(
                 f"This run differs from the one in {file}: {', '.join(differences[:5])}{more}; {REMEDY}."
             )
-
-
-def _inner(item: Any) -> Any:
-    """The module in a DistributedDataParallel."""
-    return item.module if isinstance(item, torch.nn.parallel.DistributedDataParallel) else item

@@ -9,6 +9,7 @@ from torch import nn
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 from knowsam_monai.teachers.weights import load_strictly, read_state_dict
+from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class StudentLoader:
 
     def load(self) -> None:
         """Load the file."""
-        network = getattr(self.network, "module", self.network)
+        network = plain_network(self.network)
         expectation = f"`ckpt_path` must hold the weights of {type(network).__name__} but {self.ckpt_path}"
         try:
             state = read_state_dict(self.ckpt_path, expectation, "train again, or use another checkpoint", is_own=True)

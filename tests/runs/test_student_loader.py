@@ -17,10 +17,11 @@ def run(path, network):
     engine.run([0])
 
 
-def test_a_plain_state_dict_is_loaded(tmp_path):
+@pytest.mark.parametrize("wrapped", [lambda network: network, torch.compile, nn.DataParallel])
+def test_a_plain_state_dict_is_loaded_into_a_student_wrapped_or_not(tmp_path, wrapped):
     source, network = small(), small()
     torch.save(source.state_dict(), tmp_path / "model.pt")
-    run(tmp_path / "model.pt", network)
+    run(tmp_path / "model.pt", wrapped(network))
     for name, tensor in source.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], tensor)
 
