@@ -7,11 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, check_counts
+from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import is_sam_range
 from knowsam_monai.teachers.provenance import origin
@@ -47,7 +49,8 @@ class PromptedTeacher(nn.Module):
     ``decode(encode(image), prompt_logits)``, always in eval mode.
 
     Subclasses override ``_encode(rgb)``, which maps images (B, 3, *image_size) in 0..1 to an embedding, and
-    ``decode(embedding, prompt_logits, size)``. With a `cache` each image is encoded once.
+    ``decode(embedding, prompt_logits, size)``. A subclass's constructor sets `sam` and `variant` and ends with
+    ``_set_up``. With a `cache` each image is encoded once.
 
     Args:
         num_classes: C, background included; for a sigmoid student its channels, one for each region.
@@ -62,7 +65,9 @@ class PromptedTeacher(nn.Module):
         pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
     """
 
-    display_name = "The teacher"  # for warnings
+    display_name: str  # for warnings
+    sam: nn.Module
+    variant: str
 
     @check_types
     def __init__(
@@ -103,13 +108,45 @@ class PromptedTeacher(nn.Module):
         self.cache: EmbeddingCache | None = None
         self._checked_range = False
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def _set_up(
+        self,
+        image_encoder: nn.Module,
+        unused: tuple[str, ...],
+        facts: dict[str, object],
+        embedding_shape: Sequence[int],
+        cache_dir: str | os.PathLike[str] | None,
+        cache_dtype: torch.dtype,
+    ) -> None:
+        """
+        Freeze what does not train, and prepare the cache of a "cached" encoder.
+
+        Args:
+            image_encoder: the modules of `sam` that encode an image.
+            unused: beginnings of the names of the parameters of `sam` that the forward does not use.
+            facts, embedding_shape, cache_dir, cache_dtype: see :class:`EmbeddingCache`.
+        """
+        for name, parameter in self.sam.named_parameters():
+            parameter.requires_grad_(self.trainable == "all" and not name.startswith(unused))
+        for module in self.sam.modules():
+            if isinstance(module, Adapter):
+                module.requires_grad_(True)
+        if self.encoder == "cached":
+            image_encoder.requires_grad_(False)
+            self.cache = EmbeddingCache(image_encoder, facts, embedding_shape, cache_dir, cache_dtype)
+        self.eval()
+        if not self.pretrained and (self.trainable == "adapters" or self.encoder == "cached"):
+            logger.warning(
+                "%s %s has no pretrained weights but its %s frozen, so it learns nothing useful; set `checkpoint`, or "
+                "train all of it with `trainable='all'` and `encoder='adapted'`.",
+                self.display_name,
+                self.variant,
+                "image encoder is" if self.trainable == "all" else "weights, except its adapters, are",
+            )
 
     @property
-    def num_trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+    def pretrained(self) -> bool:
+        """Whether the weights were loaded from a checkpoint."""
+        return self.checkpoint is not None
 
     def train(self, mode: bool = True) -> PromptedTeacher:
         """Stay in eval mode: targets must not depend on dropout or batch statistics."""

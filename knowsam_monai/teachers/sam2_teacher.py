@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +12,12 @@ from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.adapter import Adapter
-from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, build_sam2
+from knowsam_monai.teachers.sam_decoder import token_centers
 from knowsam_monai.tensors import without_meta
-
-logger = logging.getLogger(__name__)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of Meta's SAM2Transforms, for images in 0..1
 
@@ -91,7 +87,7 @@ class Sam2Teacher(PromptedTeacher):
         Ravi et al., SAM 2, arXiv:2408.00714; Huang et al., KnowSAM, arXiv:2412.13742, eq. 6 to 8.
     """
 
-    display_name = "Sam2Teacher"
+    display_name = "SAM 2"
     stand_in = False
 
     @kept_random_state()
@@ -121,45 +117,18 @@ class Sam2Teacher(PromptedTeacher):
         self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         dim = self.sam.mask_decoder.hidden_size
         self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
-        self._freeze()
-        self.eval()
-        if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
-            logger.warning(
-                "SAM 2 %s has no pretrained weights but its %s frozen, so it learns nothing useful; set `checkpoint`, "
-                "or train all of it with `trainable='all'` and `encoder='adapted'`.",
-                self.variant,
-                "image encoder is" if trainable == "all" else "weights, except its adapters, are",
-            )
-        if encoder == "cached":
-            self.cache = EmbeddingCache(
-                nn.ModuleList(self._encoder_parts()),
-                facts={
-                    "variant": f"SAM 2 {self.variant}",
-                    "image_size": self.image_size,
-                    "pixel_mean_and_std": [MEAN, STD],
-                },
-                shape=(4 * dim, self.image_size[0] // 16, self.image_size[1] // 16),
-                folder=cache_dir,
-                dtype=cache_dtype,
-            )
-
-    def _encoder_parts(self) -> list[nn.Module]:
-        return [self.sam.vision_encoder, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1]
-
-    def _freeze(self) -> None:
-        for name, parameter in self.sam.named_parameters():
-            parameter.requires_grad_(self.trainable == "all" and not name.startswith(UNUSED_IN_SAM2))
-        for module in self.sam.modules():
-            if isinstance(module, Adapter):
-                module.requires_grad_(True)
-        if self.encoder == "cached":
-            for part in self._encoder_parts():
-                part.requires_grad_(False)
-
-    @property
-    def pretrained(self) -> bool:
-        """Whether SAM 2's weights were loaded from a checkpoint."""
-        return self.checkpoint is not None
+        self._set_up(
+            nn.ModuleList([self.sam.vision_encoder, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1]),
+            UNUSED_IN_SAM2,
+            facts={
+                "variant": f"SAM 2 {self.variant}",
+                "image_size": self.image_size,
+                "pixel_mean_and_std": [MEAN, STD],
+            },
+            embedding_shape=(4 * dim, self.image_size[0] // 16, self.image_size[1] // 16),
+            cache_dir=cache_dir,
+            cache_dtype=cache_dtype,
+        )
 
     def _encode(self, rgb: Tensor) -> Tensor:
         normalized = (rgb - self.pixel_mean) / self.pixel_std
@@ -199,9 +168,6 @@ class Sam2Teacher(PromptedTeacher):
     def _positions(self, height: int, width: int) -> Tensor:
         """Encode the positions of the token grid, (1, D, h, w); upstream's is for the square grid of its config."""
         layer = self.sam.shared_image_embedding
-        like = layer.positional_embedding
-        with torch.autocast(like.device.type, enabled=False):  # large angles need full precision
-            y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
-            x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-            grid = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
-            return layer(grid).permute(2, 0, 1)[None]
+        centers = token_centers(height, width, layer.positional_embedding)
+        with torch.autocast(centers.device.type, enabled=False):  # large angles need full precision
+            return layer(centers).permute(2, 0, 1)[None]

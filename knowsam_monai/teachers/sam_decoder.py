@@ -23,13 +23,22 @@ def dense_positions(prompt_encoder: nn.Module) -> torch.Tensor:
         torch.Size([64, 128])
     """
     layer = prompt_encoder.pe_layer
-    frequencies = layer.positional_encoding_gaussian_matrix
-    height, width = prompt_encoder.image_embedding_size
-    with torch.autocast(frequencies.device.type, enabled=False):  # large angles need full precision
-        y = (torch.arange(height, dtype=frequencies.dtype, device=frequencies.device) + 0.5) / height
-        x = (torch.arange(width, dtype=frequencies.dtype, device=frequencies.device) + 0.5) / width
-        grid = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
-        return layer._pe_encoding(grid).flatten(0, 1)
+    centers = token_centers(*prompt_encoder.image_embedding_size, layer.positional_encoding_gaussian_matrix)
+    with torch.autocast(centers.device.type, enabled=False):  # large angles need full precision
+        return layer._pe_encoding(centers).flatten(0, 1)
+
+
+def token_centers(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """The centers (x, y) of the tokens of a grid, 0..1 in each direction, (h, w, 2), in the precision of `like`.
+
+    Example::
+
+        >>> token_centers(1, 2, torch.zeros(())).tolist()
+        [[[0.25, 0.5], [0.75, 0.5]]]
+    """
+    y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
+    x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
+    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
 
 
 def embed_masks(prompt_encoder: nn.Module, masks: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.adapter import Adapter, add_adapters
-from knowsam_monai.teachers.embedding_cache import EmbeddingCache
+from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam import SIZE_DIVISOR, build_sam
@@ -20,8 +18,6 @@ from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, em
 from knowsam_monai.teachers.sam_encoder import encode_image
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 from knowsam_monai.tensors import without_meta
-
-logger = logging.getLogger(__name__)
 
 # parameters that a single mask from prompt tokens and a mask prompt does not use
 UNUSED_IN_SAM = (
@@ -119,45 +115,18 @@ class SAMTeacher(PromptedTeacher):
         self.sam = build_sam(variant, self.image_size, checkpoint)
         add_adapters(self.sam, encoder=encoder == "adapted")
         self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
-        self._freeze(trainable)
-        self.eval()
-        if not self.pretrained and (trainable == "adapters" or encoder == "cached"):
-            logger.warning(
-                "SAM %s has no pretrained weights but its %s frozen, so it learns nothing useful; set `checkpoint`, or "
-                "train all of it with `trainable='all'` and `encoder='adapted'`.",
-                variant,
-                "image encoder is" if trainable == "all" else "weights, except its adapters, are",
-            )
-        if encoder == "cached":
-            prompts = self.sam.prompt_encoder
-            self.cache = EmbeddingCache(
-                self.sam.image_encoder,
-                facts={
-                    "variant": variant,
-                    "image_size": self.image_size,
-                    "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
-                },
-                shape=(prompts.embed_dim, *prompts.image_embedding_size),
-                folder=cache_dir,
-                dtype=cache_dtype,
-            )
-
-    def _freeze(self, trainable: str) -> None:
-        for parameter in self.sam.parameters():
-            parameter.requires_grad_(trainable == "all")
-        for name, parameter in self.sam.named_parameters():
-            if name.startswith(UNUSED_IN_SAM):
-                parameter.requires_grad_(False)
-        for module in self.sam.modules():
-            if isinstance(module, Adapter):
-                module.requires_grad_(True)
-        if self.encoder == "cached":
-            self.sam.image_encoder.requires_grad_(False)
-
-    @property
-    def pretrained(self) -> bool:
-        """Whether SAM's weights were loaded from a checkpoint."""
-        return self.checkpoint is not None
+        self._set_up(
+            self.sam.image_encoder,
+            UNUSED_IN_SAM,
+            facts={
+                "variant": variant,
+                "image_size": self.image_size,
+                "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
+            },
+            embedding_shape=(self.sam.prompt_encoder.embed_dim, *self.sam.prompt_encoder.image_embedding_size),
+            cache_dir=cache_dir,
+            cache_dtype=cache_dtype,
+        )
 
     @property
     def stand_in(self) -> bool:

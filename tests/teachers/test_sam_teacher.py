@@ -235,13 +235,6 @@ def test_it_tells_where_its_weights_are_from(tmp_path):
     assert toy_teacher(checkpoint=path, pretrained_on="our scans").pretrained_on == "our scans"
 
 
-def test_it_counts_its_parameters():
-    teacher = toy_teacher(trainable="adapters")
-    assert teacher.num_parameters == sum(parameter.numel() for parameter in teacher.parameters())
-    names = adapter_and_prompt_names(teacher)
-    assert teacher.num_trainable_parameters == sum(p.numel() for n, p in teacher.named_parameters() if n in names)
-
-
 @pytest.mark.parametrize(("trainable", "warns"), [("adapters", True), ("all", False)])
 def test_a_frozen_sam_without_weights_is_warned_of(trainable, warns, caplog):
     with caplog.at_level(logging.WARNING):
