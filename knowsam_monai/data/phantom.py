@@ -132,11 +132,16 @@ def is_phantom(list_path: str | Path) -> bool:
         >>> is_phantom("/data/ACDC")
         False
     """
+    return bool(_written(Path(list_path)))
+
+
+def _written(list_path: Path) -> dict:
+    """The data list that `write_phantom` wrote; empty if there is none, or another file."""
     try:
-        datalist = json.loads(Path(list_path).read_text(encoding="utf-8"))
+        datalist = json.loads(list_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(datalist, dict) and "phantom" in datalist
+        return {}
+    return datalist if isinstance(datalist, dict) and "phantom" in datalist else {}
 
 
 def _write(folder: Path, counts: dict[str, int], arguments: dict) -> None:
@@ -177,11 +182,9 @@ def _move_into_place(temporary: Path, folder: Path, arguments: dict) -> None:
 
 def _check_no_foreign_files(folder: Path) -> None:
     """A folder may only be replaced if it is new or empty, or if `write_phantom` wrote all its files."""
-    own = set()
-    if is_phantom(folder / LIST_NAME):
-        parts = json.loads((folder / LIST_NAME).read_text(encoding="utf-8")).values()
-        items = [item for part in parts if isinstance(part, list) for item in part]
-        own = {LIST_NAME, *(item[key] for item in items for key in ("image", "label") if key in item)}
+    parts = _written(folder / LIST_NAME).values()
+    items = [item for part in parts if isinstance(part, list) for item in part]
+    own = {item[key] for item in items for key in ("image", "label") if key in item} | ({LIST_NAME} if parts else set())
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not path.is_dir())
     foreign = next((path for path in files if path.relative_to(folder).as_posix() not in own), None)
     if foreign is not None:
@@ -202,9 +205,7 @@ def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 
 def _is_complete(folder: Path, arguments: dict) -> bool:
-    if not is_phantom(folder / LIST_NAME):
-        return False
-    if json.loads((folder / LIST_NAME).read_text(encoding="utf-8"))["phantom"] != arguments:
+    if _written(folder / LIST_NAME).get("phantom") != arguments:
         return False
     datalist = phantom_datalist(folder / LIST_NAME)
     items = [item for name in arguments["patients"] for item in datalist[name]]
