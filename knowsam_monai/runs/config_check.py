@@ -13,7 +13,7 @@ from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import torch
-from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser
 
 from knowsam_monai.errors import (
     KnowSAMFileNotFoundError,
@@ -66,9 +66,7 @@ def check_config() -> None:
             "`check_config` must be called by a config but none is running; put it into a config's `initialize`."
         )
     _refuse_none_on_the_command_line(parser.config)
-    _refuse_words_of_json(parser.config)
-    _refuse_missing_packages(parser.config)
-    _refuse_unknown_arguments(parser)
+    _check_parts(parser)
     given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
     paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
@@ -110,36 +108,40 @@ def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _parts(value, f"{name}#{key}" if name else str(key))
 
 
-def _refuse_missing_packages(config: Mapping[str, Any]) -> None:
-    """MONAI names a missing package only after the data is checked, above many lines of traceback."""
-    for _, part in _parts(config):
-        name = str(part.get("_target_")).rpartition(".")[2] if isinstance(part, Mapping) else ""
-        package, requirement, extra = NEEDED_PACKAGES.get(name, ("", "", ""))
+def _check_parts(parser: ConfigParser) -> None:
+    """
+    Refuse what MONAI does not, or names only after the data is checked, above many lines of traceback.
+
+    MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true.
+    """
+    for name, part in _parts(parser.config):
+        if isinstance(part, str) and part in ("true", "false", "null"):
+            raise KnowSAMValueError(f"`{name}` must not be the text {part!r}; write {json.loads(part)}, as in Python.")
+        target = str(part.get("_target_")).rpartition(".")[2] if isinstance(part, Mapping) else ""
+        package, requirement, extra = NEEDED_PACKAGES.get(target, ("", "", ""))
         if package and not importlib.util.find_spec(package):
             raise KnowSAMImportError(
-                f"{name} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
+                f"{target} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
                 f"`pip install '{requirement}'` (the extra `{extra}`)."
             )
+        if ConfigComponent.is_instantiable(part):
+            _refuse_unknown_arguments(name, part, parser.locator)
 
 
-def _refuse_unknown_arguments(parser: ConfigParser) -> None:
+def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: ComponentLocator) -> None:
     """Python names a wrong argument of a component only when it is built, after the data is read."""
-    for name, part in _parts(parser.config):
-        if not ConfigComponent.is_instantiable(part):
-            continue
-        target = ConfigComponent(part, locator=parser.locator).resolve_module_name()
-        try:
-            function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
-            parameters = None if function is None else inspect.signature(function).parameters
-        except (ErrorDuringImport, TypeError, ValueError):  # of a component that may be disabled, or not in Python
-            continue
-        if parameters is None or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-            continue
-        unknown = [key for key in part if key not in parameters and key not in ConfigComponent.non_arg_keys]
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], list(parameters), n=1)
-            remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters)}."
-            raise KnowSAMValueError(f"`{name}#{unknown[0]}` must be an argument of {target} but is not; {remedy}")
+    target = ConfigComponent(part, locator=locator).resolve_module_name()
+    try:
+        function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
+        parameters = {} if function is None else inspect.signature(function).parameters
+    except (ErrorDuringImport, TypeError, ValueError):  # of a component that may be disabled, or not in Python
+        return
+    unknown = [key for key in part if key not in parameters and key not in ConfigComponent.non_arg_keys]
+    if not parameters or not unknown or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    close = difflib.get_close_matches(unknown[0], list(parameters), n=1)
+    remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters)}."
+    raise KnowSAMValueError(f"`{name}#{unknown[0]}` must be an argument of {target} but is not; {remedy}")
 
 
 def _options_of_command_line() -> Iterator[tuple[str, str]]:
@@ -164,13 +166,6 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
             raise KnowSAMValueError(
                 f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
             )
-
-
-def _refuse_words_of_json(config: Mapping[str, Any]) -> None:
-    """MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true."""
-    for name, part in _parts(config):
-        if isinstance(part, str) and part in ("true", "false", "null"):
-            raise KnowSAMValueError(f"`{name}` must not be the text {part!r}; write {json.loads(part)}, as in Python.")
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:
