@@ -134,7 +134,6 @@ ALLOWED = {  # (module, function): reason
     ("distillation/wiring.py", "has_each_row_twice"): "at calls 1 and 50",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.pseudo_label"): "connected components",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.box_mask"): ON_HOST,
-    ("handlers/fixmatch.py", "FixMatch.__call__"): ON_HOST,
     ("losses/supervised.py", "check_label"): ON_HOST,
     ("networks/ema_student.py", "EMAStudent.follow"): BUILDS,
     ("networks/ema_student.py", "EMAStudent._average"): ON_HOST,

@@ -330,7 +330,7 @@ class Attachment:
                 distiller.measure_agreement(
                     self._student_logits, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
                 )
-        weight = weight_at(self.weight, self.iteration) if self.iteration >= self.start else 0.0
+        weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations
         with torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda tensor: tensor):

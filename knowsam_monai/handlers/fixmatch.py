@@ -70,13 +70,12 @@ class FixMatch:
 
     def __call__(self, engine: Engine) -> None:
         output, iteration = engine.state.output, engine.state.iteration
-        weight = weight_at(self.weight, iteration)
-        has_term = iteration >= self.start and bool(weight)
-        if not has_term and iteration > 1:
+        weight = weight_at(self.weight, iteration, self.start)
+        if not weight and iteration > 1:
             return
         rows = unlabeled_rows(output)
         image = self.strong_image(engine, rows)
-        if not has_term:  # the first step only checks that the batch has strong images
+        if not weight:  # the first step only checks that the batch has strong images
             return
         weak_logits = unstack_views(output[Keys.PRED], output[Keys.IMAGE])[0][rows].detach()
         # DistributedDataParallel expects one forward per backward; its hooks see the sum of both

@@ -171,7 +171,7 @@ class SAMDistillation:
         draws_slices = getattr(self.distiller.teacher, "slices", None) is not None
         if "teacher_logits" in output and self.distiller.gate.is_open and not draws_slices:
             also_read.append("unlabeled")
-        weight = weight_at(self.weight, iteration) if iteration >= self.start else 0.0
+        weight = weight_at(self.weight, iteration, self.start)
         result = self.distiller(sam_image, pred, label, rows, weight, iteration, also_read)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
         output["distillation_loss"] = result.distillation_loss.detach()

@@ -73,7 +73,7 @@ def weight_now(engine: Engine, weight: Weight, start: int, needs_unlabeled: bool
     iteration = engine.state.iteration
     if needs_unlabeled and iteration == 1 and weight != 0:
         unlabeled_rows(engine.state.output)
-    return weight_at(weight, iteration) if iteration >= start else 0.0
+    return weight_at(weight, iteration, start)
 
 
 def check_ignores(name: str, loss: object, ignore_index: int) -> None:

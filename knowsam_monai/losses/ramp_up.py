@@ -11,12 +11,13 @@ from knowsam_monai.errors import KnowSAMValueError
 Weight = float | Callable[[int], float]
 
 
-def weight_at(weight: Weight, iteration: int) -> float:
-    """The weight of a loss term at an iteration.
+def weight_at(weight: Weight, iteration: int, start: int = 0) -> float:
+    """The weight of a loss term at an iteration, 0 before its start.
 
     Args:
         weight: a number, or a function of the iteration such as :class:`SigmoidRampUp`.
         iteration: counted from 1.
+        start: first iteration with the term.
 
     Raises:
         ValueError: if the function returns something else than a finite number, 0 or more.
@@ -26,6 +27,8 @@ def weight_at(weight: Weight, iteration: int) -> float:
         >>> weight_at(0.5, iteration=3), weight_at(lambda iteration: iteration / 10, iteration=3)
         (0.5, 0.3)
     """
+    if iteration < start:
+        return 0.0
     if not callable(weight):
         return weight
     value = weight(iteration)
