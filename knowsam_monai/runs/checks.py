@@ -12,6 +12,7 @@ from torch import nn
 from knowsam_monai import ranks
 from knowsam_monai.data.check import check_datalist
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.tensors import all_in_eval_mode
 
 
 def check_writable(**folders: str | os.PathLike) -> None:
@@ -73,18 +74,16 @@ def check_student(
         )
     spatial = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     shape = (1, in_channels, *spatial)
-    was_training = network.training
     device = next((parameter.device for parameter in network.parameters()), None)
     try:
-        pred = network.eval()(torch.zeros(shape, device=device))
+        with all_in_eval_mode(network):
+            pred = network(torch.zeros(shape, device=device))
     except Exception as error:  # every network refuses in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise KnowSAMValueError(
             f"`network_def` must accept images of `in_channels` and `image_size`, {shape}, but "
             f"{type(network).__name__} does not: {reason}"
         ) from None
-    finally:
-        network.train(was_training)
     expected = (1, num_classes, *spatial)
     if not isinstance(pred, torch.Tensor) or tuple(pred.shape) != expected:
         given = tuple(pred.shape) if isinstance(pred, torch.Tensor) else f"a {type(pred).__name__}"
