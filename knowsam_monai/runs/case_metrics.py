@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from itertools import product
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -23,7 +22,7 @@ from knowsam_monai.runs.validation_case import (
     case_names,
     check_class_names,
     class_dice,
-    common_paths,
+    of_all_processes,
     validation_cases,
 )
 from knowsam_monai.texts import shortened
@@ -108,11 +107,7 @@ class CaseMetrics:
 
     def completed(self, engine: Engine) -> None:
         """Gather the cases of all ranks; the first rank writes both files and logs a table."""
-        cases = self._cases
-        if ranks.world_size() > 1:
-            cases_by_rank, contents_by_rank = zip(*idist.all_gather((cases, self._contents)))
-            ranked = zip(cases_by_rank, common_paths(contents_by_rank))
-            cases = {paths[path]: case for of_rank, paths in ranked for path, case in of_rank.items()}
+        cases = of_all_processes(self._cases, self._contents)
         if ranks.rank() != 0 or not cases:
             return
         names = case_names(list(cases))

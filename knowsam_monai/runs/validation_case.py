@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor, decollate_batch
@@ -152,18 +153,22 @@ def class_dice(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     return (2 * pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))[1:]  # 0 / 0 is nan
 
 
-def common_paths(contents_by_rank: Sequence[Mapping[str, int]]) -> list[dict[str, str]]:
+def of_all_processes(cases: Mapping[str, Any], contents: Mapping[str, int]) -> dict[str, Any]:
     """
-    For each process, a path for each of its cases that is unique among all processes and equal for the same case.
+    What all processes know about their cases, by paths that are unique among them; every case once.
 
     Args:
-        contents_by_rank: for each process, `content` of its cases by `path`.
+        cases: by `path`, what this process knows about each of its cases.
+        contents: the `content` of these cases.
     """
-    contents: dict[str, int] = {}
-    return [
-        {path: _add(contents, _split(path)[0], content) for path, content in of_rank.items()}
-        for of_rank in contents_by_rank
-    ]
+    if ranks.world_size() == 1:
+        return dict(cases)
+    known: dict[str, int] = {}
+    return {
+        _add(known, _split(path)[0], contents_of_rank[path]): case
+        for cases_of_rank, contents_of_rank in idist.all_gather((cases, contents))
+        for path, case in cases_of_rank.items()
+    }
 
 
 def _add(contents: dict[str, int], path: str, content: int) -> str:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -23,7 +22,7 @@ from knowsam_monai.runs.validation_case import (
     case_names,
     check_class_names,
     class_dice,
-    common_paths,
+    of_all_processes,
     validation_cases,
 )
 from knowsam_monai.runs.validation_picture import SliceView, choose_views, draw, draw_slice, slice_views
@@ -92,7 +91,7 @@ class ValidationReport:
         self._num_validations = 0
         self._kept: dict[str, Any] = {}
         self._last: list[float] = []  # the student's Dice in the last validation, a column of the table
-        self._dice: dict[str, dict[str, Tensor]] = {}  # key of the prediction -> path -> Dice (C - 1,)
+        self._dice: dict[str, dict[str, Tensor]] = {}  # path -> key of the prediction -> Dice (C - 1,)
         self._contents: dict[str, int] = {}
         self._views: list[SliceView] = []
 
@@ -104,14 +103,13 @@ class ValidationReport:
 
     def started(self, engine: Engine) -> None:
         """Forget the cases of the previous validation."""
-        self._dice, self._contents, self._views = {key: {} for key in PRED_KEYS}, {}, []
+        self._dice, self._contents, self._views = {}, {}, []
 
     def __call__(self, engine: Engine) -> None:
         num_classes = len(self.class_names) + 1
         for case in validation_cases(engine, num_classes, PRED_KEYS, seen=self._contents):
             self._contents[case.path] = case.content
-            for key, pred in case.preds.items():
-                self._dice[key][case.path] = class_dice(pred, case.label, num_classes)
+            self._dice[case.path] = {key: class_dice(pred, case.label, num_classes) for key, pred in case.preds.items()}
             if ranks.rank() == 0:
                 self._views += self._views_of(case, num_classes)
 
@@ -127,28 +125,23 @@ class ValidationReport:
     def completed(self, engine: Engine) -> None:
         """Gather the Dice of all ranks, and keep this validation if it is the one to report."""
         self._num_validations += 1
-        if ranks.world_size() > 1:
-            dice_by_rank, contents_by_rank = zip(*idist.all_gather((self._dice, self._contents)))
-            ranked = list(zip(dice_by_rank, common_paths(contents_by_rank)))
-            self._dice = {
-                key: {paths[path]: dice for of_rank, paths in ranked for path, dice in of_rank[key].items()}
-                for key in PRED_KEYS
-            }
-        if not self._dice["pred"]:
+        cases = of_all_processes(self._dice, self._contents)
+        if not cases:
             return
-        dice = {key: mean_over_cases(by_case) for key, by_case in self._dice.items() if by_case}
-        self._last = dice["pred"]
+        dice = {key: {path: of_case[key] for path, of_case in cases.items() if key in of_case} for key in PRED_KEYS}
+        means = {key: mean_over_cases(by_case) for key, by_case in dice.items() if by_case}
+        self._last = means["pred"]
         if math.isnan(self._last[-1]):
             logger.warning("No label of the validation has a structure, so there is no Dice; list cases that have one.")
         score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
         if self.keep == "last" or not self._kept or score > self.score:
             self.score = float(score)
             self._kept = {
-                "dice": dice,
-                "cases": {key: {path: d.tolist() for path, d in rows.items()} for key, rows in self._dice.items()},
-                "num_cases": len(self._dice["pred"]),
+                "dice": means,
+                "cases": {key: {path: d.tolist() for path, d in rows.items()} for key, rows in dice.items()},
+                "num_cases": len(cases),
                 "validation": self._num_validations,
-                "views": choose_views(self._views, self._dice["pred"], self.num_slices),
+                "views": choose_views(self._views, dice["pred"], self.num_slices),
             }
         self._views = []
 
