@@ -35,6 +35,17 @@ def class_logits(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def predicted_label(logits: torch.Tensor) -> torch.Tensor:
+    """The class with the largest logit at each pixel, (B, 1, *spatial); of one channel, True where it is above 0.
+
+    Example::
+
+        >>> predicted_label(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])).tolist()
+        [[[0, 1]]]
+    """
+    return logits > 0 if logits.shape[1] == 1 else logits.max(1, keepdim=True).indices  # argmax is slow on CPUs
+
+
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor, in float64 if it is float64, else in float32."""
     tensor = without_meta(tensor)

@@ -18,7 +18,7 @@ from knowsam_monai.handlers.supervision import check_ignores, check_one_channel
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
-from knowsam_monai.tensors import without_meta
+from knowsam_monai.tensors import predicted_label, without_meta
 
 PSEUDO_LABEL = "pseudo_label"
 
@@ -196,9 +196,8 @@ class BidirectionalCopyPaste:
     def pseudo_label(self, logits: Tensor) -> Tensor:
         """The argmax of logits (B, C, *spatial), with only the largest component of each class, (B, 1, *spatial)."""
         num_classes = max(logits.shape[1], 2)
-        labels = logits > 0 if logits.shape[1] == 1 else logits.max(1, keepdim=True).indices
         keep = KeepLargestConnectedComponent(applied_labels=range(1, num_classes), is_onehot=False)
-        return torch.stack([torch.as_tensor(keep(row)) for row in labels.to(torch.uint8)])
+        return torch.stack([torch.as_tensor(keep(row)) for row in predicted_label(logits).to(torch.uint8)])
 
     def box_mask(self, image: Tensor, iteration: int) -> Tensor:
         """The box of an iteration, a bool mask (1, 1, *spatial)."""

@@ -19,7 +19,7 @@ from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import check_exclusive_classes, weight_now
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, check_weights
-from knowsam_monai.tensors import class_logits, unstack_views, without_meta
+from knowsam_monai.tensors import class_logits, predicted_label, unstack_views, without_meta
 
 
 class UncertaintyGuidedMixing:
@@ -146,11 +146,7 @@ class UncertaintyGuidedMixing:
             raise KnowSAMValueError("`image` must have labeled and unlabeled rows but has only one kind.")
         labeled, unlabeled = slice(num_pairs), slice(num_labeled, num_labeled + num_pairs)
         both = (image[labeled], label[labeled])
-        if pseudo_logits.shape[1] == 1:
-            pseudo_label = pseudo_logits[unlabeled] > 0
-        else:
-            pseudo_label = pseudo_logits[unlabeled].max(1, keepdim=True).indices  # argmax is slow on CPUs
-        others = (image[unlabeled], pseudo_label.to(label.dtype))
+        others = (image[unlabeled], predicted_label(pseudo_logits[unlabeled]).to(label.dtype))
 
         labeled_mask, unlabeled_mask = (self.uncertain_mask(logits[rows]) for rows in (labeled, unlabeled))
         mixed = [

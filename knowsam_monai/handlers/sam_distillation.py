@@ -23,7 +23,7 @@ from knowsam_monai.handlers.supervision import check_ignores, check_supervision,
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
-from knowsam_monai.tensors import all_in_eval_mode, unstack_views, without_meta
+from knowsam_monai.tensors import all_in_eval_mode, predicted_label, unstack_views, without_meta
 
 
 class SAMDistillation:
@@ -195,11 +195,10 @@ def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = N
     if label.shape[1] > 1:  # overlapping regions
         pairs = zip(logits.split(1, 1), label.split(1, 1))
         return torch.nanmean(torch.stack([_foreground_dice(*pair, ignore_index) for pair in pairs]))
-    num_classes = logits.shape[1]
-    labels = (logits > 0) if num_classes == 1 else logits.max(1, keepdim=True).indices
+    labels = predicted_label(logits)
     if ignore_index is not None:  # background in both counts for no foreground class
         ignored_mask = label == ignore_index
         labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
-    helper = DiceHelper(include_background=False, num_classes=max(num_classes, 2), reduction="mean_batch")
+    helper = DiceHelper(include_background=False, num_classes=max(logits.shape[1], 2), reduction="mean_batch")
     dice, _ = helper(labels, label)
     return torch.nanmean(dice)
