@@ -20,7 +20,7 @@ from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.slice_axis import slice_axis
 from knowsam_monai.data.transforms import CheckDatad, have_different_affines, known_spacing
-from knowsam_monai.files import expand_path, write_whole
+from knowsam_monai.files import expand_path, write_text
 
 __all__ = ["CaseFacts", "CaseReader", "read_cases"]
 
@@ -210,7 +210,7 @@ def _cached_facts(cached: dict[str, dict], key: str, state: list | None) -> Case
 
 def _write_cache(path: Path, cached: dict[str, dict]) -> None:
     try:
-        write_whole(path, lambda file: file.write(json.dumps(cached).encode()))
+        write_text(path, json.dumps(cached))
     except OSError as error:
         logger.info(
             "The results of the data check could not be saved to %s (%s); the next run checks all files again.",

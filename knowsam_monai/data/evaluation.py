@@ -177,20 +177,15 @@ def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -
         >>> split_items({"test": [{"image": "a.nii", "label": "a_gt.nii"}]}, "test")
         [{'image': 'a.nii', 'label': 'a_gt.nii'}]
     """
-    items = _filled(datalist, split)
-    for item in items:
-        if not item.get("label"):
-            raise KnowSAMValueError(
-                f"`split` {split!r} must have a label for every image but {item['image']} has none; add one."
-            )
-    return list(items)
-
-
-def _filled(datalist: Mapping[str, list[dict]], split: str) -> list[dict]:
     if not datalist.get(split):
         filled = ", ".join(key for key, items in datalist.items() if items and items[0].get("label"))
         empty = ", which has no cases in the folder" if split in datalist else ""
         raise KnowSAMValueError(
             f"`split` must be one of the data list's splits with labels, {filled}, but is {split!r}{empty}."
         )
-    return datalist[split]
+    for item in datalist[split]:
+        if not item.get("label"):
+            raise KnowSAMValueError(
+                f"`split` {split!r} must have a label for every image but {item['image']} has none; add one."
+            )
+    return list(datalist[split])

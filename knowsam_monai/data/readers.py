@@ -25,7 +25,15 @@ from knowsam_monai.errors import KnowSAMValueError
 __all__ = ["H5Reader", "LoadCased"]
 
 
-class H5Reader(NumpyReader):
+class _WithoutGeometry:
+    """A reader of files that have no spacing; put it before MONAI's reader."""
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        array, meta = super().get_data(img)  # type: ignore[misc]
+        return array, {**meta, "affine": np.eye(4), "original_affine": np.eye(4), "spacing_known": False}
+
+
+class H5Reader(_WithoutGeometry, NumpyReader):
     """Read one dataset of an h5 file as an image for MONAI's `LoadImage`.
 
     Several files with one 2D slice each are stacked in their order. An h5 pack has no spacing, so the affine is the
@@ -68,10 +76,6 @@ class H5Reader(NumpyReader):
                 f"`data` must be slices of one shape (H, W) but their shapes are {shapes}; correct the list of files."
             )
         return np.stack(arrays, axis=-1)
-
-    def get_data(self, img: np.ndarray) -> tuple[np.ndarray, dict]:
-        array, meta = super().get_data(img)
-        return array, {**meta, **_unknown_geometry()}
 
     def _read_file(self, name: str) -> np.ndarray:
         import h5py
@@ -142,7 +146,7 @@ class NiftiReader(NibabelReader):
         return super().read(data, **kwargs)
 
 
-class ArchiveReader(NumpyReader):
+class ArchiveReader(_WithoutGeometry, NumpyReader):
     """Read .npy and .npz files for MONAI's `LoadImage`, and refuse archives that are too large when unpacked.
 
     Axes of length 1 after the third are dropped. These files have no spacing, see `H5Reader`.
@@ -169,11 +173,10 @@ class ArchiveReader(NumpyReader):
     def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
         arrays = [img] if isinstance(img, np.ndarray) else img
         arrays = [array.reshape(array.shape[:3] + tuple(n for n in array.shape[3:] if n > 1)) for array in arrays]
-        array, meta = super().get_data(arrays)
-        return array, {**meta, **_unknown_geometry()}
+        return super().get_data(arrays)
 
 
-class PictureReader(PILReader):
+class PictureReader(_WithoutGeometry, PILReader):
     """Read PNG, JPEG and BMP files for MONAI's `LoadImage`; they have no spacing, see `H5Reader`.
 
     Example:
@@ -185,10 +188,6 @@ class PictureReader(PILReader):
 
     def __init__(self) -> None:
         super().__init__(formats=("PNG", "JPEG", "BMP"))  # PIL would run PostScript in a .png file
-
-    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
-        array, meta = super().get_data(img)
-        return array, {**meta, **_unknown_geometry()}
 
 
 class LoadCased(MapTransform):
@@ -241,10 +240,6 @@ class LoadCased(MapTransform):
                     f"`{key}` must be a readable image but {path} is not: {_reason(error, path)}"
                 ) from error
         return case
-
-
-def _unknown_geometry() -> dict[str, Any]:
-    return {"affine": np.eye(4), "original_affine": np.eye(4), "spacing_known": False}
 
 
 def _check_is_file(path: PathLike) -> None:

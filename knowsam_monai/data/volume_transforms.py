@@ -15,6 +15,7 @@ from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacin
 from knowsam_monai.data.declared_size import LARGEST_IMAGE
 from knowsam_monai.data.transforms import AXES, image_name, known_spacing
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import without_meta
 
 __all__ = ["CropCenterd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
 
@@ -187,7 +188,7 @@ def _bright_cube(image: torch.Tensor, size: float) -> torch.Tensor:
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
     known = known_spacing(image)
     spacing = [0.0] * mask[0].ndim if known is None else known.tolist()
-    brightness = (image.as_tensor() if isinstance(image, MetaTensor) else image).sum(0, dtype=torch.float64)
+    brightness = without_meta(image).sum(0, dtype=torch.float64)
     brightness = brightness - brightness.min()
     box: list[slice] = []
     for axis, (length, step) in enumerate(zip(brightness.shape, spacing)):

@@ -22,6 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 from knowsam_monai import ranks
 from knowsam_monai.data.transforms import known_spacing
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import without_meta
 from knowsam_monai.texts import printable
 
 NAMES_OF_ALL = ("lgemri", "mri_norm2")  # file names that every left atrium has
@@ -236,7 +237,7 @@ def _index(engine: Engine, num_before: int) -> int:
 
 
 def _label_map(x: Tensor, num_classes: int, key: str) -> Tensor:
-    x = torch.as_tensor(x.as_tensor() if isinstance(x, MetaTensor) else x).detach().cpu()
+    x = torch.as_tensor(without_meta(x)).detach().cpu()
     if x.shape[0] not in (1, num_classes):
         raise KnowSAMValueError(
             f"`{key}` must have 1 channel (class numbers) or {num_classes} (one-hot) but has {x.shape[0]}; "

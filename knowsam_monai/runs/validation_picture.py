@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knowsam_monai.data.slice_axis import TurnSlicesd
 from knowsam_monai.runs.validation_case import ValidationCase, class_dice
+from knowsam_monai.tensors import without_meta
 from knowsam_monai.texts import shortened
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; the brightest ones on gray tissue come first
@@ -198,7 +199,7 @@ def _image_slice(case: ValidationCase, k: int, shape: Sequence[int]) -> np.ndarr
         image, k = resample(image, dst_affine=plane, spatial_size=(*shape[:2], 1)), 0
     elif image.ndim == 4 and image.shape[-1] != shape[-1]:
         return np.zeros(shape[:2], dtype=np.float32)
-    image = torch.as_tensor(image.as_tensor() if isinstance(image, MetaTensor) else image)[0]
+    image = without_meta(image)[0]
     image = image[..., k] if image.ndim == 3 else image
     if tuple(image.shape) != tuple(shape[:2]):
         image = torch.nn.functional.interpolate(image[None, None], size=tuple(shape[:2]), mode="bilinear")[0, 0]

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from knowsam_monai.errors import KnowSAMNotADirectoryError, KnowSAMPermissionError, KnowSAMValueError
-from knowsam_monai.files import expand_path, write_whole
+from knowsam_monai.files import expand_path, write_text, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class EmbeddingCache:
         except ValueError:
             found = {}
         if found is None:
-            write_whole(folder / OWNER, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+            write_text(folder / OWNER, json.dumps(facts, indent=1))
         elif found != facts:
             found = found if isinstance(found, dict) else {}
             other = next((name for name in facts if name in found and found[name] != facts[name]), None)
