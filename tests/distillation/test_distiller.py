@@ -89,6 +89,9 @@ def test_labeled_rows_choose_what_sam_learns_from_when_all_rows_have_labels(stud
         ("both", TypeError, "must be a number of rows, a slice or 'all' but is 'both'"),
         (torch.tensor([True, False, True, False]), TypeError, "is a Tensor; put the labeled rows next to each other"),
         (-2, ValueError, "must be 0 or more but is -2"),
+        (slice(None, None, -1), ValueError, "must be a slice of whole numbers with a positive step but"),
+        (slice("a"), ValueError, "must be a slice of whole numbers with a positive step but"),
+        (slice(0, 2, 0), ValueError, "must be a slice of whole numbers with a positive step but"),
         (slice(0, 3), ValueError, r"as `labeled_rows` selects \(3\) or `image` has \(4\) but has 2"),
     ],
 )

@@ -333,10 +333,3 @@ def test_default_ignore_index_of_torch_s_losses_is_none():
     assert distiller.ignore_index is None
     distiller.sam_loss = torch.nn.CrossEntropyLoss(ignore_index=255)
     assert distiller.ignore_index == 255
-
-
-@pytest.mark.parametrize("rows", [slice(None, None, -1), slice("a"), slice(0, 2, 0)], ids=str)
-def test_rows_that_are_no_slice_of_a_batch_are_one_clear_error(student, teacher, rows):
-    batch = toy_batches(1)[0]
-    with pytest.raises(ValueError, match="`labeled_rows` must be a slice of whole numbers with a positive step but"):
-        distiller_of(teacher)(batch["image"], student(batch["image"]), batch["label"], rows)

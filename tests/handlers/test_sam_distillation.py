@@ -102,17 +102,6 @@ def test_shut_gate_leaves_the_students_step_exactly_as_without_distillation():
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), alone.parameters()))
 
 
-def test_poor_teacher_costs_nothing_under_the_validation_gate():
-    batches = toy_batches(3)
-    student, _, distiller = build(gate="validation")
-    distiller.gate.update(student_dice=0.6, teacher_dice=0.3)  # it has memorized its labeled rows
-    alone = copy.deepcopy(student)
-    loss = PartiallyLabeledLoss(dice_ce_loss(3))
-    toy_trainer(student, batches, loss, [SAMDistillation(distiller)]).run()
-    toy_trainer(alone, batches, loss, []).run()
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), alone.parameters()))
-
-
 def test_agreement_gate_measures_in_the_run_and_leaves_the_student_in_train_mode():
     student, _, distiller = build(gate="agreement")
     trainer = toy_trainer(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from knowsam_monai.networks import MultiViewNet
-from knowsam_monai.networks.convolution import ConvNormAct, PlainWeightGradient, channels_last
+from knowsam_monai.networks.convolution import ConvNormAct, PlainWeightGradient
 
 
 def trained(block: torch.nn.Module) -> torch.nn.Module:
@@ -142,8 +142,3 @@ def test_weight_gradient_is_plain_where_it_is_faster_only(avx2, monkeypatch, cha
     with torch.set_grad_enabled(change.get("grad", True)), torch.autocast("cpu", enabled="autocast" in change):
         block(x)
     assert taken == [pays]
-
-
-def test_other_than_two_or_three_dimensions_is_an_error():
-    with pytest.raises(ValueError, match="`spatial_dims` must be 2 \\(slices\\) or 3 \\(volumes\\) but is 1"):
-        channels_last(1)
