@@ -10,6 +10,7 @@ from monai.data import CacheDataset, get_track_meta, set_track_meta
 from monai.transforms import Compose
 
 from knowsam_monai import ranks
+from knowsam_monai.data.transforms import rows_of
 from knowsam_monai.errors import root_cause
 from knowsam_monai.tensors import without_meta
 
@@ -60,7 +61,7 @@ def cached_dataset(
         if not isinstance(cause, ValueError):
             raise
         raise cause from None  # without MONAI's "applying transform ..."
-    slices = [entry for case in cases for entry in (case if isinstance(case, list) else [case])]
+    slices = [entry for case in cases for entry in rows_of(case)]
     if augmentation is None:
         return CacheDataset(slices, _compose(None), progress=False)
     slices = [{key: without_meta(value) for key, value in entry.items()} for entry in slices]

@@ -14,7 +14,7 @@ from monai.data.utils import list_data_collate, set_rnd
 from torch.utils.data import DataLoader, Dataset
 
 from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler
-from knowsam_monai.data.transforms import image_name
+from knowsam_monai.data.transforms import image_name, rows_of
 from knowsam_monai.errors import KnowSAMError, KnowSAMValueError
 from knowsam_monai.seeds import derive_seed
 
@@ -150,8 +150,7 @@ class _SeededRows(Dataset):
         seed = derive_seed(self.seed, *key)
         set_rnd(getattr(dataset, "transform", dataset), seed)
         with _seeded_globals(seed):
-            item = dataset[key.index]
-        rows = list(item) if isinstance(item, (list, tuple)) else [item]  # multi-sample transforms return lists
+            rows = rows_of(dataset[key.index])
         is_labeled = key.stream == LABELED
         if any((self.label_key in row) != is_labeled for row in rows):
             if is_labeled:

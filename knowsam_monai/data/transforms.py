@@ -15,7 +15,7 @@ from monai.transforms.traits import MultiSampleTrait
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name", "known_spacing"]
+__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name", "known_spacing", "rows_of"]
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
 
@@ -273,6 +273,11 @@ def known_spacing(image: torch.Tensor) -> torch.Tensor | None:
     if not isinstance(image, MetaTensor) or not torch.as_tensor(image.meta.get("spacing_known", True)).all():
         return None
     return affine_to_spacing(image.affine, len(image.affine) - 1)[: image.ndim - 1]
+
+
+def rows_of(item: Any) -> list[Any]:
+    """The rows of a dataset's item; multi-sample transforms return several."""
+    return list(item) if isinstance(item, (list, tuple)) else [item]
 
 
 def image_name(image: torch.Tensor) -> str:

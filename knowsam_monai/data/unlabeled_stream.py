@@ -16,6 +16,7 @@ from monai.transforms import Compose, MapTransform, RandSpatialCropd, ResizeWith
 from monai.utils import CommonKeys as Keys
 
 from knowsam_monai.data.split import read_json
+from knowsam_monai.data.transforms import rows_of
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
@@ -158,7 +159,7 @@ def without_label(labeled: Any, item: dict) -> Compose:
             steps = [_tolerant(step)]
         try:
             for tried in steps:
-                rows = [new for row in rows for new in _as_rows(tried(row))]
+                rows = [new for row in rows for new in rows_of(tried(row))]
         except KeyError:  # a custom transform that reads the label, or what another has computed from it
             left_out.append(name)
             continue
@@ -234,7 +235,3 @@ def _crop_of_same_size(step: Any) -> list[Callable]:
         RandSpatialCropd(keys, roi_size=size, random_size=False, allow_missing_keys=True),
         ResizeWithPadOrCropd(keys, spatial_size=size, allow_missing_keys=True),
     ]
-
-
-def _as_rows(result: Any) -> list[Any]:
-    return list(result) if isinstance(result, (list, tuple)) else [result]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from knowsam_monai import ranks
 from knowsam_monai.data.loader import SemiSupervisedLoader
 from knowsam_monai.data.stream_comparison import compare_streams
+from knowsam_monai.data.transforms import rows_of
 from knowsam_monai.data.unlabeled_stream import smooths_labels, transform_steps, unlabeled_dataset
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, named_as_set
@@ -179,7 +180,7 @@ def skd_trainer(
 def _first_images(labeled: Any, unlabeled: Any) -> tuple[Tensor, Tensor]:
     """A few labeled images (B, channels, *spatial) and their labels, compared with as many unlabeled ones."""
     streams = [
-        [row for index in range(min(len(dataset), INSPECTED_ITEMS)) for row in _rows(dataset[index])]
+        [row for index in range(min(len(dataset), INSPECTED_ITEMS)) for row in rows_of(dataset[index])]
         for dataset in (labeled, unlabeled)
     ]
     shapes = [sorted({tuple(row[Keys.IMAGE].shape) for row in rows}) for rows in streams]
@@ -275,10 +276,6 @@ def _to_rgb(images: Tensor) -> int | str | IntensityWindow:
         return 0
     logger.info("SAM gets the intensities %.4g to %.4g, those of the first images, as 0..1; see `to_rgb`.", low, high)
     return IntensityWindow(low, high)
-
-
-def _rows(item: Any) -> list[dict]:
-    return list(item) if isinstance(item, (list, tuple)) else [item]
 
 
 def _listing(shapes: Sequence[tuple[int, ...]]) -> str:
