@@ -11,16 +11,6 @@ from knowsam_monai.data.split import existing_file, listed_names, split_training
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = [
-    "ACDC_FORMS",
-    "ACDC_LABELED_SLICES",
-    "ACDC_TEST_PATIENTS",
-    "ACDC_TRAINING_PATIENTS",
-    "ACDC_VALIDATION_PATIENTS",
-    "acdc_datalist",
-    "find_acdc",
-]
-
 
 def _patients(numbers: str) -> tuple[str, ...]:
     return tuple(f"patient{number}" for number in numbers.split())

@@ -14,8 +14,6 @@ from knowsam_monai.data.transforms import rows_of
 from knowsam_monai.errors import root_cause
 from knowsam_monai.tensors import without_meta
 
-__all__ = ["cached_dataset"]
-
 
 def cached_dataset(
     data: Sequence[dict],

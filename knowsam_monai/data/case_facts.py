@@ -22,8 +22,6 @@ from knowsam_monai.data.slice_axis import slice_axis
 from knowsam_monai.data.transforms import CheckDatad, have_different_affines, known_spacing
 from knowsam_monai.files import expand_path, write_text
 
-__all__ = ["CaseFacts", "CaseReader", "read_cases"]
-
 logger = logging.getLogger(__name__)
 
 # Increment if facts or checks change; entries of other versions are ignored.

@@ -20,8 +20,6 @@ from knowsam_monai.data.transforms import check_slice_range
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = ["DatalistReport", "check_datalist", "check_dataset"]
-
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("set", "items", "patients", "size", "spacing (mm)", "orientation", "intensities", "label values", "empty")

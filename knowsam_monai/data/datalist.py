@@ -16,8 +16,6 @@ from knowsam_monai.data.split import read_json, unknown_folder
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = ["load_datalist"]
-
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("labeled", "unlabeled", "validation", "test")

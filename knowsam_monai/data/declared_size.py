@@ -10,8 +10,6 @@ from pathlib import Path
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["LARGEST_IMAGE", "check_size", "detached_files"]
-
 # Bytes in memory, with 4 or more per voxel: a CT of 512 x 512 x 2048.
 LARGEST_IMAGE = 2 * 2**30
 # Maximum compression ratio of deflate, which .gz, NRRD and MetaImage use.

@@ -16,8 +16,6 @@ from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = ["images_root", "inference_items", "split_items"]
-
 IMAGE_ENDING = re.compile(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|h5|hdf5)$")
 
 logger = logging.getLogger(__name__)

@@ -11,16 +11,6 @@ from knowsam_monai.data.split import existing_file, listed_names, split_training
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = [
-    "LEFT_ATRIUM_FORMS",
-    "LEFT_ATRIUM_LABELED",
-    "LEFT_ATRIUM_TEST_CASES",
-    "LEFT_ATRIUM_TRAINING_CASES",
-    "LEFT_ATRIUM_VALIDATION",
-    "find_left_atrium",
-    "left_atrium_datalist",
-]
-
 logger = logging.getLogger(__name__)
 
 # The order matters: a protocol with n labeled cases uses the first n.

@@ -18,8 +18,6 @@ from knowsam_monai.data.transforms import image_name, rows_of
 from knowsam_monai.errors import KnowSAMError, KnowSAMValueError
 from knowsam_monai.seeds import derive_seed
 
-__all__ = ["SemiSupervisedLoader"]
-
 
 class SemiSupervisedLoader:
     """Batches of labeled and unlabeled rows for a trainer, labeled rows first.

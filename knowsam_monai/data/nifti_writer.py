@@ -14,8 +14,6 @@ from monai.utils import ImageMetaKey
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import write_whole
 
-__all__ = ["NiftiGeometryWriter", "is_label_map"]
-
 GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),

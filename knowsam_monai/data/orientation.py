@@ -10,8 +10,6 @@ from monai.transforms import Flip, MapTransform, RandomizableTransform, Rotate90
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["SAM_IMAGE", "RandOrientationd", "orient"]
-
 SAM_IMAGE = "sam_image"
 NUM_ORIENTATIONS = 8
 

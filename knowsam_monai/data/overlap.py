@@ -7,8 +7,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
-__all__ = ["image_paths", "labels_as_images", "patient_key", "shared_contents", "shared_names"]
-
 
 def image_paths(item: Mapping, key: str = "image") -> list[str]:
     """The files of an item's image or label: a single file, or one for each channel or slice."""

@@ -18,8 +18,6 @@ from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["phantom_datalist", "write_phantom"]
-
 # Increment if the drawn patients change; phantoms of other versions are replaced.
 PHANTOM_VERSION = 1
 # Default of the largest in-plane size, in voxels.

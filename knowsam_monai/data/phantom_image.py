@@ -8,8 +8,6 @@ import numpy as np
 
 from knowsam_monai.data.phantom_scanner import magnitude, oblique_affine, smooth, unit_deviation
 
-__all__ = ["draw_patient"]
-
 RIGHT_VENTRICLE, MYOCARDIUM, LEFT_VENTRICLE = 1, 2, 3
 
 

@@ -8,8 +8,6 @@ import numpy as np
 
 from knowsam_monai.data.phantom_scanner import magnitude, oblique_affine, smooth, turn_matrix, unit_deviation
 
-__all__ = ["draw_left_atrium"]
-
 
 class _Atrium(NamedTuple):
     """Geometry of one atrium in its own axes: right to left, back to front, foot to head; mm."""

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["magnitude", "oblique_affine", "smooth", "turn_matrix", "unit_deviation"]
-
 
 def smooth(image: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur by FFT, in 2D or 3D; `sigma` in voxels."""

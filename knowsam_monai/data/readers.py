@@ -22,8 +22,6 @@ from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["H5Reader", "LoadCased"]
-
 
 class _WithoutGeometry:
     """A reader of files that have no spacing; put it before MONAI's reader."""

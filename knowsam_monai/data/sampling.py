@@ -11,8 +11,6 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.seeds import derive_seed
 
-__all__ = ["LABELED", "UNLABELED", "RowKey", "TwoStreamSampler"]
-
 LABELED, UNLABELED = 0, 1
 
 

@@ -15,8 +15,6 @@ from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from knowsam_monai.data.declared_size import LARGEST_RATIO, check_size, detached_files
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["SimpleITKReader"]
-
 
 class SimpleITKReader(ImageReader):
     """Read NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd) files for MONAI's `LoadImage`.

@@ -14,8 +14,6 @@ from monai.transforms.spatial.functional import orientation
 
 from knowsam_monai.data.transforms import AXES, image_name, known_spacing
 
-__all__ = ["TurnSlicesd", "find_slice_axis"]
-
 logger = logging.getLogger(__name__)
 
 # Directions of in-plane axes: as on a radiologist's screen, columns run left or back and rows back or down.

@@ -11,8 +11,6 @@ from typing import Any
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.files import expand_path
 
-__all__ = ["existing_file", "listed_names", "read_json", "split_training", "unknown_folder", "without_labels"]
-
 
 def split_training(
     training: Sequence[str], labeled_patients: int, holdout_patients: int, protocols: Collection[int]

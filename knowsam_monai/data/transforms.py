@@ -15,8 +15,6 @@ from monai.transforms.traits import MultiSampleTrait
 
 from knowsam_monai.errors import KnowSAMValueError
 
-__all__ = ["CheckDatad", "ScaleVolumed", "SplitSlicesd", "image_name", "known_spacing", "rows_of"]
-
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
 
 # Tolerance for labels that resampling or float32 arithmetic moved off their integers.

@@ -17,8 +17,6 @@ from knowsam_monai.data.transforms import AXES, image_name, known_spacing
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.tensors import without_meta
 
-__all__ = ["CropCenterd", "OrientVolumed", "PadVolumed", "ResampleVolumed"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["next_steps"]
-
 TITLES = {
     "segment": "segment a scan",
     "evaluate": "evaluate the student",

@@ -18,8 +18,6 @@ from knowsam_monai.runs.config import literal
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
 
-__all__ = ["predict_folder"]
-
 # Keys of inference.json that `predict_folder` has arguments for.
 OWN_ARGUMENTS = {
     "bundle_root": "use `bundle` (--bundle)",

@@ -11,8 +11,6 @@ from monai.engines import Evaluator
 
 from knowsam_monai.errors import KnowSAMError, KnowSAMValueError, root_cause
 
-__all__ = ["SkippingLoader", "segment"]
-
 
 def segment(evaluator: Evaluator) -> None:
     """

@@ -11,8 +11,6 @@ import numpy as np
 
 from knowsam_monai.texts import shortened
 
-__all__ = ["NUM_SERIES", "Line", "case_chart", "line_chart"]
-
 NUM_SERIES = 6  # colors of the page's style
 # matplotlib does not know CSS variables: it draws with these colors, which are then replaced
 _TEXT, _GRID = "#0a0b0c", "#0a0b0d"

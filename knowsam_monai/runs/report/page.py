@@ -19,8 +19,6 @@ from knowsam_monai.runs.report.figures import NUM_SERIES, Line, case_chart, line
 from knowsam_monai.runs.report.run_folder import RunFolder, read_run
 from knowsam_monai.runs.validation_picture import COLORS
 
-__all__ = ["write_report"]
-
 logger = logging.getLogger(__name__)
 
 STUDENT, TEACHER = "val_mean_dice", "val_teacher_dice"

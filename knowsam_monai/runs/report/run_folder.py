@@ -14,8 +14,6 @@ from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.files import expand_path, read_csv
 from knowsam_monai.runs.run_record import CONFIG, STARTS, read_starts
 
-__all__ = ["RunFolder", "SliceImage", "read_run"]
-
 Curve = tuple[list[int], list[float]]  # iterations, values
 
 
