@@ -21,8 +21,7 @@ PACKAGE = Path(__file__).parents[1] / "knowsam_monai"
 BESIDE_THE_STEP = {  # modules of these folders that only build, load, check or measure
     *("teachers/bundle_network.py", "teachers/contract.py", "teachers/provenance.py", "teachers/sam.py"),
     *("teachers/sam2_model.py", "teachers/sam_checkpoint.py", "teachers/sam_variants.py", "teachers/weights.py"),
-    *("teachers/stand_in.py", "teachers/segment_anything_import.py"),
-    *("handlers/loss_terms.py", "handlers/teacher_validation.py"),
+    *("teachers/segment_anything_import.py", "handlers/loss_terms.py", "handlers/teacher_validation.py"),
 }
 HOT = [
     path

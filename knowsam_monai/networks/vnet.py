@@ -11,8 +11,7 @@ from monai.networks.layers.factories import Conv
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.networks.convolution import channels_last
-from knowsam_monai.networks.spatial_size import check_spatial_size
+from knowsam_monai.networks.convolution import channels_last, check_spatial_size
 from knowsam_monai.tensors import without_meta
 
 

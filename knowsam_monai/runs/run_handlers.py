@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ignite.engine import Engine
+from monai.engines import IterationEvents
 from monai.handlers import CheckpointSaver, LrScheduleHandler, MLFlowHandler, StatsHandler, TensorBoardStatsHandler
+from monai.utils import CommonKeys as Keys
 
 from knowsam_monai import ranks
 from knowsam_monai.handlers.loss_terms import LossTerms, scalar_terms
@@ -16,7 +18,6 @@ from knowsam_monai.runs.last_iteration import LastIteration
 from knowsam_monai.runs.preflight import Preflight
 from knowsam_monai.runs.resume import Resume
 from knowsam_monai.runs.run_record import RunRecord
-from knowsam_monai.runs.student_curves import StudentCurves
 from knowsam_monai.runs.training_progress import TrainingProgress
 from knowsam_monai.runs.validation_history import ValidationHistory
 
@@ -156,3 +157,24 @@ def track_terms(handlers: Sequence[Any], log_interval: int = 50) -> list[Any]:
         if isinstance(handler, MLFlowHandler):
             handler.iteration_log = lambda engine, iteration: iteration % log_interval == 0
     return list(handlers)
+
+
+class StudentCurves:
+    """
+    Two more curves beside the terms of the loss: the student's own supervised loss, and its learning rate.
+
+    They are `supervised_loss` and `learning_rate` in ``engine.state.output``.
+
+    Example::
+
+        SupervisedTrainer(..., train_handlers=[StudentCurves(), *methods, TensorBoardStatsHandler(...)])
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a MONAI trainer, before the handlers that add terms to its loss."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output[Keys.LOSS].detach()
+        engine.state.output["supervised_loss"] = loss
+        engine.state.output["learning_rate"] = loss.new_full((), engine.optimizer.param_groups[0]["lr"])

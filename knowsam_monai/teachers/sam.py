@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.prompted_teacher import check_image_size
 from knowsam_monai.teachers.sam_checkpoint import load_checkpoint, read_checkpoint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T, SAMVariant
 from knowsam_monai.teachers.segment_anything_import import import_segment_anything
-from knowsam_monai.teachers.stand_in import STAND_IN, stand_in_checkpoint
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 
+logger = logging.getLogger(__name__)
+
+STAND_IN = "procedural"  # name of the weights in this package, pretrained on procedural images
+WEIGHTS = Path(__file__).parent / "weights" / "stand_in.pt"
 SIZE_DIVISOR = 16  # a token stands for 16 x 16 pixels, or for 8 x 8 in `stand_in`
 
 
@@ -86,6 +91,31 @@ def build_sam(
     if state is not None:
         load_checkpoint(sam, state, checkpoint, variant)
     return sam.eval()
+
+
+def stand_in_checkpoint(variant: str) -> Path:
+    """Return the file behind ``checkpoint="procedural"``, with a warning that it is not SAM.
+
+    Raises:
+        ValueError: if the variant is not ``stand_in``.
+        FileNotFoundError: if the weights do not exist; the message contains the command that trains them.
+
+    Example::
+
+        sam = build_sam("stand_in", image_size=128, checkpoint="procedural")
+    """
+    if variant != "stand_in":
+        raise KnowSAMValueError(
+            f"`checkpoint` must be a file with SAM's weights for {variant} but is {STAND_IN!r}, which exists for "
+            "stand_in only; set `variant` to 'stand_in' or `checkpoint` to a file."
+        )
+    if not WEIGHTS.is_file():
+        raise KnowSAMFileNotFoundError(
+            f"`checkpoint` {STAND_IN!r} needs {WEIGHTS}, which does not exist; create it in the project's root with "
+            f"`python -m pretraining.pretrain_stand_in --output {WEIGHTS}`."
+        )
+    logger.warning("The teacher is a stand-in pretrained on procedural images, NOT SAM.")
+    return WEIGHTS
 
 
 def _image_encoder(numbers: SAMVariant, size: tuple[int, int], grid: tuple[int, int]) -> nn.Module:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from knowsam_monai.teachers import SAMTeacher
+from knowsam_monai.teachers.sam import WEIGHTS
 from knowsam_monai.teachers.sam_checkpoint import resize_positions
-from knowsam_monai.teachers.stand_in import WEIGHTS
 from pretraining import pretrain_stand_in
 from pretraining.pretrain_stand_in import (
     ProceduralDataset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.engines import IterationEvents
 from monai.handlers import MLFlowHandler
 
 from knowsam_monai.handlers import LossTerms
@@ -17,6 +18,7 @@ from knowsam_monai.runs import (
     training_handlers,
     validation_handlers,
 )
+from knowsam_monai.runs.run_handlers import StudentCurves
 from tests.runs.test_validation_report import NAMES
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
@@ -108,3 +110,23 @@ def test_mlflow_has_the_terms_in_its_database(tmp_path):
     client = mlflow.MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs(client.get_experiment_by_name("monai_experiment").experiment_id)
     assert [entry.step for entry in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
+
+
+class Doubling:
+    """A method that adds the loss once more."""
+
+    def attach(self, engine):
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine):
+        engine.state.output["loss"] = 2 * engine.state.output["loss"]
+
+
+def test_supervised_loss_is_that_before_the_methods_and_the_rate_is_the_optimizer_s():
+    student, loss = ToyStudent().double(), PartiallyLabeledLoss(dice_ce_loss(3))
+    trainer = toy_trainer(student, toy_batches(1), loss, [StudentCurves(), Doubling()], lr=0.25)
+    trainer.run()
+    output = trainer.state.output
+    assert output["supervised_loss"] == pytest.approx(output["loss"].item() / 2)
+    assert torch.equal(output["learning_rate"], output["loss"].new_tensor(0.25))
+    assert not output["supervised_loss"].requires_grad
