@@ -83,6 +83,7 @@ def test_every_method_trains_with_the_teacher(taught, configs, teacher, method):
     learns = teacher == "sam2"
     assert all(("sam_loss" in step) == learns for step in run.history)
     assert [run[name] is not None for name in ("sam_optimizer", "sam_lr_scheduler")] == [learns, learns]
+    assert run["distiller"].gate.must_lead == (not learns)
 
 
 @BUNDLES
