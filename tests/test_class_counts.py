@@ -216,7 +216,8 @@ def test_perfect_student_and_teacher_have_dice_1_in_every_table(num_classes, tmp
     report = runs.ValidationReport(tmp_path, names)
     activation = {"sigmoid": True} if num_classes == 1 else {"softmax": True}
     discrete = {"threshold": 0.5} if num_classes == 1 else {"argmax": True}
-    distiller = SAMDistiller(Answer(), gate="validation")
+    teacher = Answer()
+    distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="validation")
     distiller.gate.agreement_scores.fill_(0.5)  # equal
     dice = partial(MeanDice, include_background=False, num_classes=classes)
     evaluator = SupervisedEvaluator(

@@ -98,7 +98,7 @@ def validate(result: str | None = None) -> dict:
     """Student and teacher on three volumes, shared unevenly; this process's metrics, gate and table."""
     torch.manual_seed(0)
     student, teacher = ToyStudent().eval(), ToyTeacher()
-    distiller = SAMDistiller(teacher, gate="validation", gate_tolerance=1.0)
+    distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters()), gate="validation", gate_tolerance=1.0)
     distiller.gate.agreement_scores.fill_(0.5)  # equal
     generator = torch.Generator().manual_seed(0)
     data = [
