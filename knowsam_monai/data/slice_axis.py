@@ -96,9 +96,12 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
 def find_slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int | None:
     """The axis that a volume was acquired along, slice by slice; None if its geometry does not show it.
 
-    It is the only axis of length 1, else the axis of the largest spacing if that is 1.5 times the others or more, else
-    the axis whose spacing differs if the other two are equal, else, since a header may have lost its spacing, the axis
-    that is at most a third as long as the others.
+    It is the first of these that exists:
+
+    - the only axis of length 1;
+    - the axis of the largest spacing, if that is at least 1.5 times the others;
+    - the axis whose spacing differs, if the other two are equal;
+    - the axis that is at most a third as long as the others, since a header may have lost its spacing.
 
     Args:
         spacing: along each of the three axes, mm.

@@ -62,8 +62,8 @@ def unlabeled_items(images: str | Sequence[Any]) -> list[dict]:
 
     Args:
         images: a glob pattern (``**`` for any depth of folders); the path of a JSON file with a list, or with a list
-            under the key "unlabeled"; or the list itself. An element is a path, or a dict with the key "image", whose
-            other keys are left out, or a dict of the keys of which the transforms make "image". Paths in a JSON file
+            under the key "unlabeled"; or the list itself. An element is a path; a dict with the key "image", whose
+            other keys are left out; or a dict of files that the transforms combine into "image". Paths in a JSON file
             are relative to its folder.
 
     Raises:
@@ -125,11 +125,11 @@ def _in_full(file: Any, folder: str | Path) -> Any:
 @kept_random_state()
 def without_label(labeled: Any, item: dict) -> Compose:
     """
-    The transforms of a labeled dataset for items that have an image alone.
+    The transforms of a labeled dataset for items that have only an image.
 
     Args:
         labeled: the dataset.
-        item: an unlabeled one; the transforms are tried on it.
+        item: an unlabeled item, on which the transforms are tried.
 
     Raises:
         ValueError: if the dataset has no transforms, or if one fails on the item.

@@ -73,7 +73,7 @@ class Attachment:
         weight: factor of the distillation loss, a number or a function of `iteration`.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             always learns from the beginning.
-        every: the teacher runs at every k-th iteration only, see :class:`knowsam_monai.handlers.SAMDistillation`.
+        every: the teacher runs only at every k-th iteration, see :class:`knowsam_monai.handlers.SAMDistillation`.
         gate_interval: number of teacher runs between measurements of the gate on training rows; the first is after 10.
         loader: a :class:`~knowsam_monai.distillation.WatchedLoader` built before the optimizer; it is watched from now
             on.
@@ -83,6 +83,8 @@ class Attachment:
         terms: distillation_loss, sam_loss (if the teacher learns) and gate_weight of the last taught call, detached.
 
     Raises:
+        TypeError: if `loader` is not a WatchedLoader; if the student is called without a tensor or does not return
+            logits, or `select` does not return what is described above.
         ValueError: if an argument is not as described, both optimizers step the same parameters, the student's input is
             not the image of the batch, or every row has a label but `labeled_rows` is None.
         RuntimeError: if this teacher is already attached to the student; if the student is called without a batch, or

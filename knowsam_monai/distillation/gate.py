@@ -44,8 +44,9 @@ class TeacherGate(nn.Module):
 
     .. math:: \\min(1, \\max(0, a + (d_{teacher} - d_{student}) / tolerance))
 
-    with a = 1. A teacher that does not learn cannot rise with its student, but it can hold the student at its own
-    level, where both look equally good. So with `must_lead` a is 0: it stops when the student has caught up.
+    with a = 1, or a = 0 with `must_lead`, for a teacher that does not learn: it must be better than its student, and it
+    stops when the student has caught up. Otherwise it could hold the student at its own level, where both look equally
+    good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
@@ -60,12 +61,13 @@ class TeacherGate(nn.Module):
       (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
       back at its own level never looks worse.
 
-    g is 0 until that is measured. Neither d notices every bad teacher: one with the same answer for every image agrees
-    with itself, and any teacher is as good in validation as a student that has learned nothing yet. But Dice on labeled
-    rows can show that a teacher is bad. So g has two more factors, from running means of both models' Dice there. The
-    first is 1 if the teacher's is at least 3/4 of the student's, or the student finds nothing, and 0 at half of it or
-    less. The second is 1 if the teacher's is at least 0.3, and 0 up to 0.1: beside a student that has just begun, a
-    useless teacher is no worse. Both are 1 if no row has a label.
+    g is 0 until everything that the mode compares is measured. Neither d notices every bad teacher: one with the same
+    answer for every image agrees with itself, and any teacher is as good in validation as a student that has learned
+    nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has two more factors, from running means
+    of both models' Dice there. The first is 1 if the teacher's Dice is at least 3/4 of the student's, or the student
+    finds nothing, and falls to 0 at half of it. The second is 1 if the teacher's Dice is at least 0.3, and falls to 0
+    at 0.1: compared with a student that has just begun, a useless teacher is no worse. Both are 1 if no row has a
+    label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, the scores of student and teacher (-1: not measured), and the number of measurements of agreement.
@@ -202,7 +204,7 @@ class TeacherGate(nn.Module):
         Args:
             student: ``f(image) -> logits`` (B, C, *spatial), in eval mode.
             teacher: ``f(image, student_logits) -> logits``.
-            image: (B, channels, *spatial), rows from which the teacher does not learn; any, if not `is_counted`.
+            image: (B, channels, *spatial), rows from which the teacher does not learn; any rows if not `is_counted`.
             turn: any integer, selects a flip, or a rotation in a square plane.
             is_counted: whether agreement is measured on `image`; a rank without such rows still joins the others.
             sam_image: (B, channels of the teacher, *spatial), what the teacher sees instead of `image`; None: `image`.

@@ -29,18 +29,20 @@ def scalar_terms(output: dict) -> dict[str, Tensor]:
 
 class LossTerms:
     """
-    Average every term of the loss over `log_interval` steps, and stop the run if a term is not finite.
+    Average every term of the loss over `log_interval` steps, and stop the run if a loss is not finite.
 
-    Terms are the 0-dimensional entries of ``engine.state.output``. They are summed on the device and read every
-    `log_interval` iterations and at the end of each epoch, so most steps do not wait for the device. The averages are
-    in ``engine.state.terms``. Attach this handler before any that writes checkpoints at the end of an epoch, so that
-    all terms are checked first. Overflows that GradScaler handles are not errors here, since terms are unscaled.
+    Terms are the 0-dimensional entries of ``engine.state.output``; those whose name ends in "loss" must be finite. They
+    are summed on the device and read every `log_interval` iterations and at the end of each epoch, so most steps do not
+    wait for the device. The averages are in ``engine.state.terms``. Attach this handler before any that writes
+    checkpoints at the end of an epoch, so that all terms are checked first. Overflows that GradScaler handles are not
+    errors here, since terms are unscaled.
 
     Args:
         log_interval: number of iterations between reads.
 
     Raises:
-        RuntimeError: if a term is not finite; names the terms and the range of iterations.
+        TypeError: if ``engine.state.output`` is not a dictionary.
+        RuntimeError: if a loss is not finite; names the terms and the range of iterations.
 
     Example::
 

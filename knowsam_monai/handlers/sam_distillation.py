@@ -31,12 +31,14 @@ class SAMDistillation:
     Add SAM-induced knowledge distillation to a MONAI trainer: the loss becomes ``loss + L_kd + L_sam``.
 
     Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` is logits or contains them
-    (`logits_of`). The teacher's optimizer steps after the trainer's, also under AMP and gradient accumulation. At every
-    step the handler writes `distillation_loss`, `sam_loss` (if the teacher learns), `gate_weight` and `teacher_logits`,
-    all detached, into ``engine.state.output``. Every `log_interval` steps it adds `teacher_labeled_dice` and
-    `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how good the teacher is, since it
-    learns from these rows. The teacher processes only the rows that something reads; the others are NaN in
-    `teacher_logits`. A handler that reads the unlabeled rows sets ``engine.state.output["teacher_logits"] = None`` at
+    (`logits_of`). The teacher's optimizer steps after the trainer's, also under AMP and gradient accumulation. Whenever
+    the teacher runs (see `every`), the handler writes `distillation_loss`, `sam_loss` (if the teacher learns),
+    `gate_weight` and `teacher_logits`, all detached, into ``engine.state.output``. Every `log_interval` iterations it
+    adds `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how
+    good the teacher is, since it learns from these rows.
+
+    The teacher processes only the rows that something reads; the others are NaN in `teacher_logits`. A handler that
+    reads the unlabeled rows sets ``engine.state.output["teacher_logits"] = None`` at
     ``IterationEvents.FORWARD_COMPLETED``; while the gate is 0 they stay NaN.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws them by iteration. The
@@ -54,8 +56,8 @@ class SAMDistillation:
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
             the batch that returns one of these. None: the first ``len(label)``, which must not be all rows unless the
             SAM loss has an `ignore_index`.
-        every: the teacher runs at every k-th iteration only. At the others it neither learns nor teaches. `weight` is
-            not scaled; k times the weight gives the same average.
+        every: k; the teacher runs only at every k-th iteration. At the others it neither learns nor teaches. `weight`
+            is not scaled; k times the weight gives the same average.
         gate_interval: number of teacher runs between measurements of the gate on training rows; the first is after 10.
         log_interval: number of iterations between logs of the labeled Dice.
         logits_of: picks the logits, (B, C, *spatial) or stacked views, from the network's output, for example

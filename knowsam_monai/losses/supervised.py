@@ -84,6 +84,7 @@ class PartiallyLabeledLoss(nn.Module):
         - output: scalar
 
     Raises:
+        TypeError: if the label is None.
         ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, a label is
             outside the classes, or the number of ``view_weights`` is not the number of views.
 
@@ -235,8 +236,8 @@ def has_sigmoid(loss: Callable | None) -> bool | None:
     Whether a loss applies a sigmoid to each channel (True) or a softmax over all (False); None if it does not tell.
 
     Args:
-        loss: of MONAI, which tells by its attributes `sigmoid` and `softmax`, or of torch, or any module that contains
-            such a loss.
+        loss: a loss of MONAI (whose attributes `sigmoid` and `softmax` tell) or of torch, or any module that contains
+            one.
 
     Example::
 

@@ -39,13 +39,13 @@ def find_bundle(bundle: str | os.PathLike) -> Path:
     """
     The folder of a bundle.
 
-    A name stands for ``bundles/knowsam_NAME`` or ``knowsam_NAME`` in the working folder, else for the shipped bundle.
+    A name means ``bundles/knowsam_NAME`` or ``knowsam_NAME`` in the working folder, or else the shipped bundle.
 
     Args:
         bundle: a folder, or a name such as "acdc" or "knowsam_acdc".
 
     Raises:
-        FileNotFoundError: when there is no such bundle.
+        FileNotFoundError: if there is no such bundle.
     """
     folder = Path(expand_path(bundle, "bundle"))
     if folder.name not in ("", "..") and len(folder.parts) == 1:
@@ -70,9 +70,9 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
         bundle: see :func:`find_bundle`.
 
     Raises:
-        FileNotFoundError: when there is no such bundle.
-        PermissionError: when the working folder cannot be written.
-        ValueError: when a folder of that name is there and is no bundle.
+        FileNotFoundError: if there is no such bundle.
+        PermissionError: if the working folder cannot be written.
+        ValueError: if a folder of that name exists but is not a bundle.
     """
     folder = find_bundle(bundle)
     if folder.parent != SHIPPED:
@@ -103,7 +103,7 @@ def zip_bundle(bundle: str | os.PathLike, run: str | os.PathLike | None = None) 
         The zip, named after the bundle, in the working folder.
 
     Raises:
-        FileNotFoundError: when there is no such bundle, or no student.
+        FileNotFoundError: if there is no such bundle, or no student.
     """
     folder = find_bundle(bundle)
     student = folder / "models" if run is None else Path(expand_path(run, "run"))
@@ -144,10 +144,10 @@ def config_file(bundle: Path, name: str) -> Path:
 
     Args:
         bundle: its folder.
-        name: of the config, such as "mean_teacher", or any config's file.
+        name: name of the config, such as "mean_teacher", or the file of any config.
 
     Raises:
-        FileNotFoundError: when there is no such config.
+        FileNotFoundError: if there is no such config.
     """
     configs = {path.stem: path for path in sorted((bundle / "configs").iterdir()) if path.stem != "metadata"}
     configs = {stem: path for stem, path in configs.items() if path.suffix in (".json", ".yaml", ".yml")}

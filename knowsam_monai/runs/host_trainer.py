@@ -51,24 +51,24 @@ class SKDSettings:
 
     Args:
         unlabeled: images without labels, see :func:`knowsam_monai.data.unlabeled_items`.
-        unlabeled_batch_size: items of a batch of each process, beside the bundle's own labeled ones.
-        cache_rate: the part of the unlabeled images that is kept in memory.
+        unlabeled_batch_size: unlabeled items in a batch of each process, in addition to the bundle's labeled ones.
+        cache_rate: fraction of the unlabeled images that is kept in memory.
         use_sam: False trains on the same batches without SKD, for comparison.
         sam_variant, sam_checkpoint, sam_image_size: see :class:`~knowsam_monai.teachers.SAMTeacher`. If
             `sam_image_size` is None, it is the larger side of the first image, rounded up to a multiple of 16, and at
             most 256.
         sam_lr: learning rate of SAM's optimizer, Adam.
         to_rgb: see :class:`~knowsam_monai.teachers.SAMTeacher`. None: RGB images go to SAM as they are; of
-            other images SAM sees the first channel, windowed to 0..1 if the first images are not.
-        slices: slices of each volume that SAM sees in a step; at most all.
+            other images SAM sees the first channel, windowed to 0..1 if the first images are in another range.
+        slices: slices of each volume that SAM sees in a step; a volume with fewer shows all of them.
         axes: axes along which they are taken.
         weight: factor of the distillation loss, a number or a function of the iteration.
-        temperature: of the distillation loss.
+        temperature: temperature of the distillation loss.
         gate: "agreement" or "none", see :class:`~knowsam_monai.distillation.TeacherGate`. "validation" is refused: the
             bundle's evaluator does not measure the teacher.
-        overlapping: whether the network's channels are regions that may overlap, a sigmoid each, instead of classes of
-            a softmax. None: what the bundle's loss applies, or else its postprocessing.
-        seed: of order and augmentation.
+        overlapping: whether the network's channels are regions that may overlap, with a sigmoid each, instead of
+            classes of a softmax. None: as in the bundle's loss, or else in its postprocessing.
+        seed: seed of order and augmentation.
 
     Example::
 
@@ -109,9 +109,10 @@ def skd_trainer(
     """
     A ``SupervisedTrainer`` with SKD on labeled and unlabeled images, for the `_target_` of a bundle's trainer.
 
-    Unlabeled images get the transforms of the labeled ones, see :func:`knowsam_monai.data.unlabeled_dataset`. Number of
-    classes, channels and dimensions come from the first images and the network. A few images of both streams are
-    compared before training. An epoch has as many steps as before: those of the bundle's own loader, or `epoch_length`.
+    Unlabeled images get the transforms of the labeled ones, see :func:`knowsam_monai.data.unlabeled_dataset`. The
+    number of classes, channels and dimensions comes from the first images and the network. A few images of both streams
+    are compared before training. An epoch has as many steps as without SKD: those of the bundle's own loader, or
+    `epoch_length`.
 
     Args:
         skd: the settings of SKD.

@@ -205,7 +205,7 @@ def git_revision(file: Path) -> str | None:
     """
     The commit of the working tree that tracks a file, with ``-dirty`` appended if there are local changes.
 
-    Students in the folders `models` of bundles, which every training replaces, are no changes.
+    Students in the bundles' `models` folders, which every training replaces, do not count as changes.
     """
 
     def git(*arguments: str) -> str:

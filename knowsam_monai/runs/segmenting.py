@@ -20,8 +20,8 @@ def segment(evaluator: Evaluator) -> None:
         evaluator: MONAI's evaluator with a loader whose items have an `image`, without shuffling.
 
     Raises:
-        ValueError: after all others are segmented, listing the images that could not be, with their reasons. In an
-            evaluator that already skips (as `predict` prepares it), reporting is left to whoever put it there.
+        ValueError: after all other images are segmented; lists those that could not be, with their reasons. If the
+            evaluator already has a :class:`SkippingLoader`, as in `predict`, its owner reports them instead.
 
     Example::
 

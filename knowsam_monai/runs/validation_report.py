@@ -38,8 +38,8 @@ class ValidationReport:
     """
     A table of Dice and pictures of a few validation slices, with image, truth and prediction side by side.
 
-    The report keeps the best validation so far, or the last one. At the end of the run :meth:`write` logs the table and
-    writes three products:
+    The report keeps the best validation so far, or the last one. At the end of the run :meth:`write` logs a table and
+    writes three more products:
 
     - The table has the Dice per structure over whole volumes, averaged over the cases, for the student and, if the
       evaluator's output has ``teacher_pred``, for the teacher. The best validation is chosen on the same volumes, so

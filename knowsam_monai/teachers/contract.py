@@ -6,7 +6,7 @@ A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are
 - **Rows.** Rows are independent, so labeled rows with a graph and unlabeled rows without one can run separately.
 - **Sizes and classes.** It accepts the sizes of the student's training and validation and returns logits of the image's
   size, with one channel for each class of the student, or for each region if regions overlap. `num_classes` is their
-  number. A check is for one size: call it with each size that you use.
+  number. The check covers one size: call it with each size that you use.
 - **Values.** The image is in 0..1, and the teacher changes neither the image nor the prompt. The logits are float32
   (float64 for a float64 teacher) and finite.
 - **Eval mode.** Its logits are targets and must not depend on dropout or batch statistics. ``teacher.train()`` leaves
@@ -14,8 +14,8 @@ A teacher is a module ``teacher(image, prompt_logits) -> logits``; all three are
 - **Prompts.** The student's logits are only a prompt: no gradient flows back into them.
 - **Training.** The logits depend on every parameter with `requires_grad`. A teacher without such parameters builds no
   graph and needs no optimizer.
-- **Sigmoid or softmax.** A teacher that learns fits both. `overlapping`, if there is such an attribute, tells that its
-  logits are fixed: True for regions with a sigmoid each, False for classes of a softmax.
+- **Sigmoid or softmax.** A teacher that learns suits both. A teacher whose logits are fixed has an attribute
+  `overlapping`: True for regions with a sigmoid each, False for classes of a softmax.
 - **Provenance.** `pretrained` tells whether its weights are pretrained, `pretrained_on` on which data, and `license` is
   the license of the weights; each is None if unknown.
 """
@@ -74,8 +74,8 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     """
     Call a teacher a few times and check that it fulfills the contract above, for images of this size.
 
-    Every other image is inverted and darkened, so that rows differ. The check restores the teacher's weights, gradients
-    and modes and the global random states. A cached encoder keeps the embeddings of these images.
+    Every other image is inverted and darkened, so that rows differ. The check leaves the teacher's weights, gradients
+    and modes and the global random states as they were. A cached encoder keeps the embeddings of these images.
 
     Args:
         teacher: ``f(image, prompt_logits) -> logits``.

@@ -49,15 +49,16 @@ class NetworkTeacher(nn.Module):
             may be left out, but none can be merged.
         patch_size: patch size of the network's training. Images are then processed in Gaussian-weighted windows of this
             size; smaller images are padded with 0. None: the whole image at once.
-        overlap: overlap of these windows, 0..1.
+        overlap: overlap of these windows, 0 or more and below 1.
         windows_per_call: number of windows in one call of the network.
-        normalize: input normalization if the network does not expect 0..1: "z_score" (mean 0 and standard deviation 1
-            for each channel of each image, as nnU-Net does for MR), or a callable that preserves the shape.
+        normalize: input normalization, if the network expects other values than the student: "z_score" (mean 0 and
+            standard deviation 1 for each channel of each image, as nnU-Net does for MR), or a callable that preserves
+            the shape.
         pretrained, pretrained_on, license: provenance of the weights, for preflight and report. Check whether the
             network was trained on patients of your test set.
 
     Shape:
-        - image: (B, channels, *spatial), 0..1; prompt_logits: (B, C, *spatial), ignored.
+        - image: (B, channels, *spatial), as the student sees it; prompt_logits: (B, C, *spatial), ignored.
         - output: (B, C, *spatial), float32 (float64 for a float64 network)
 
     Raises:
@@ -129,7 +130,7 @@ class NetworkTeacher(nn.Module):
         cls, path: str | os.PathLike[str], channels: int | Sequence[int | Sequence[int]], **options: Any
     ) -> NetworkTeacher:
         """
-        Build a teacher from a TorchScript file (.ts), such as a bundle's `ckpt_export` writes.
+        Build a teacher from a TorchScript file (.ts), as a bundle's `ckpt_export` writes it.
 
         A TorchScript file is a program of torch operators. It contains no Python, so loading it runs none, but it
         computes what its author wrote: use files only from sources that you trust.
@@ -174,7 +175,7 @@ class NetworkTeacher(nn.Module):
         A config is code, so only `network_def` is read, and only if it consists of plain values. The weights are read
         from ``models/model.pt`` without running code, or else from ``models/model.ts``. Patch size, data source and
         license are read from the bundle's ``metadata.json`` and LICENSE unless you pass them. The bundle's
-        preprocessing is not read: set `normalize` if its network does not expect 0..1. Nothing is downloaded.
+        preprocessing is not read: set `normalize` if its network needs it. Nothing is downloaded.
 
         Args:
             path: the folder.

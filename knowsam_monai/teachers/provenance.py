@@ -48,8 +48,9 @@ def origin(teacher: nn.Module) -> Origin:
     """
     Provenance of a teacher's weights: from its attributes, or else from the path of its checkpoint.
 
-    The names of the file and of its folders are compared, the file's first, so that a file in a folder of the hub is
-    recognized too. A name proves nothing, since fine-tuned weights often keep it. Set `pretrained_on` if you know more.
+    Published weights are recognized by the name of the file or of a folder in its path, so that a file in a folder of
+    the hub is recognized too. A name proves nothing, since fine-tuned weights often keep it. Set `pretrained_on` if you
+    know more.
 
     Args:
         teacher: with the attributes `pretrained_on` and `license`, with the path `checkpoint`, or with none of them.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 class SAMVariant(NamedTuple):
     """Sizes of one SAM. Those of vit_b, vit_l and vit_h are `segment_anything`'s.
 
-    The first four are of a ViT, 0 where the image encoder is another network.
+    The first four describe a ViT; they are 0 or empty if the image encoder is another network.
     """
 
     embed_dim: int = 0

@@ -26,18 +26,18 @@ class TinyViTEncoder(nn.Module):
     """
     TinyViT with 5 M parameters, whose last stage keeps its resolution, so that a token stands for 16 x 16 pixels.
 
-    It has no table of absolute positions: an image of any size that 16 divides goes through as it is. Its head for
-    classes is loaded with the rest, and never used.
+    It has no table of absolute positions, so it accepts every image size that is a multiple of 16. Its classification
+    head is loaded with the rest and never used.
 
     Args:
-        img_size: of SAM's input, the larger side, for `segment_anything`'s own functions.
+        img_size: the larger side of SAM's input, which `segment_anything`'s own functions read.
 
     Shape:
-        - image: (B, 3, H, W), normalized as SAM does it; H and W are multiples of 16.
+        - image: (B, 3, H, W), normalized as SAM expects; H and W are multiples of 16.
         - output: (B, 256, H / 16, W / 16)
 
     Raises:
-        ImportError: when `timm` is not installed, or cannot be imported.
+        ImportError: if `timm` is not installed or cannot be imported.
 
     Example::
 
@@ -91,7 +91,7 @@ def is_of_mobile_sam(state: dict[str, Tensor]) -> bool:
 
 
 def from_mobile_sam(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of MobileSAM's file by the names that they have here.
+    """Rename the tensors of MobileSAM's file to their names in :class:`TinyViTEncoder`.
 
     Example::
 
