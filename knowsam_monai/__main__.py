@@ -67,10 +67,11 @@ share these.
   knowsam report output/knowsam_seed0 output/mean_teacher_seed0 --output compare.html
 """
 PREDICT = """\
-Segment scans, NIfTI or NRRD files, with a trained bundle. Each segmentation is a NIfTI file in its scan's own geometry.
-The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and with the classes
-that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written below --output;
-segmentations that are there already are not mistaken for scans. If a scan is segmented again, its file is replaced.
+Segment scans, NIfTI, NRRD or MetaImage files, with a trained bundle. Each segmentation is a NIfTI file in its scan's
+own geometry. The student is the bundle's models/model.pt, or with --run that of a training's folder, at the size and
+with the classes that it was trained with. Configs are code: use a bundle, and a run, that you trust. All is written
+below --output; segmentations that are there already are not mistaken for scans. If a scan is segmented again, its file
+is replaced.
 
   knowsam predict /data/scans --bundle acdc --output segmentations
   knowsam predict /data/scans --bundle acdc --run output/my_run --output segmentations

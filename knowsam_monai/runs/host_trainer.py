@@ -262,7 +262,8 @@ def _distiller(skd: SKDSettings, images: Tensor, num_classes: int, overlapping: 
         to_rgb=_to_rgb(images) if skd.to_rgb is None else skd.to_rgb,
     )
     if images.ndim == 5:
-        teacher = SliceTeacher(teacher, skd.axes, slices=min(skd.slices, *images.shape[2:]), seed=skd.seed)
+        teacher = SliceTeacher(teacher, skd.axes, slices=skd.slices, seed=skd.seed)
+        teacher.slices = min(skd.slices, *(images.shape[axis + 2] for axis in teacher.axes))
     optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=skd.sam_lr)
     loss = DistillationLoss(temperature=skd.temperature)
     return SAMDistiller(teacher, optimizer, loss, gate=skd.gate, overlapping=overlapping)
