@@ -233,10 +233,10 @@ class SAMDistiller(nn.Module):
         for kind in also_read:
             check_choice("also_read", kind, ("labeled", "unlabeled"))
         check_tensor("image", image)
-        if image.ndim not in (4, 5):
+        if isinstance(logits, Tensor) and image.shape[1:] == logits.shape[2:]:
             raise KnowSAMValueError(
-                f"`image` must have shape (B, channels, height, width), or one axis more, but has "
-                f"{tuple(image.shape)}; pass `image[:, None]` if the channel is missing."
+                f"`image` must have shape (B, channels, {', '.join(map(str, logits.shape[2:]))}) but has "
+                f"{tuple(image.shape)}; pass `image[:, None]`."
             )
         views = unstack_views(without_meta(logits), image)
         if self.training:
@@ -323,6 +323,7 @@ class SAMDistiller(nn.Module):
         self.wiring.agreement_requested = True
         if self.gate.mode == "none":
             return
+        self.gate.must_lead = not self.learns
         image = without_meta(image)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
@@ -435,9 +436,10 @@ class SAMDistiller(nn.Module):
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
 
     def _given(self, *inputs: Tensor) -> list[Tensor]:
-        """What the teacher gets: tensors of its weights' precision, or of at least float32 if it has none."""
-        dtype = next((p.dtype for p in self.teacher.parameters() if p.is_floating_point()), None)
-        return [at_least_float32(x) if dtype is None else x.to(dtype) for x in inputs]
+        """What the teacher gets: tensors of its weights' precision, or of at least float32 if they have several."""
+        dtypes = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
+        is_one = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+        return [x.to(*dtypes) if is_one else at_least_float32(x) for x in inputs]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""

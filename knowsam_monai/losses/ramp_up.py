@@ -32,6 +32,7 @@ def weight_at(weight: Weight, iteration: int, start: int = 0) -> float:
     if not callable(weight):
         return weight
     value = weight(iteration)
+    value = 0.0 if -1e-6 < value < 0 else value  # rounded, such as at the end of a cosine
     if not 0 <= value < math.inf:
         raise KnowSAMValueError(
             f"`weight` must be 0 or more but is {value} at iteration {iteration}; correct the function that returns it."

@@ -104,9 +104,13 @@ class EMAStudent:
             ValueError: if it has another network or another optimizer.
         """
         network, optimizer = getattr(engine, "network", None), getattr(engine, "optimizer", None)
+        ours = set(self._student.parameters())
+        is_known = optimizer is self.optimizer or any(
+            x is self.optimizer for x in getattr(optimizer, "__dict__", {}).values()
+        )
         for name, is_other in (
-            ("network", isinstance(network, nn.Module) and plain_network(network) is not self._student),
-            ("optimizer", optimizer is not None and plain_optimizer(optimizer) is not self.optimizer),
+            ("network", isinstance(network, nn.Module) and ours.isdisjoint(network.parameters())),
+            ("optimizer", isinstance(optimizer, Optimizer) and not is_known),
         ):
             if is_other:
                 raise KnowSAMValueError(

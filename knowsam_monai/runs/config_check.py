@@ -130,11 +130,17 @@ def _check_parts(parser: ConfigParser) -> None:
 
 def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: ComponentLocator) -> None:
     """Python names a wrong argument of a component only when it is built, after the data is read."""
+    if "_disabled_" in part:  # perhaps never built
+        return
     target = ConfigComponent(part, locator=locator).resolve_module_name()
     try:
         function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
         parameters = {} if function is None else inspect.signature(function).parameters
-    except (ErrorDuringImport, TypeError, ValueError):  # of a component that may be disabled, or not in Python
+    except ErrorDuringImport as error:
+        if not isinstance(error.value, Exception):  # a signal that came during the import
+            raise error.value from None
+        return
+    except (TypeError, ValueError):  # not in Python
         return
     unknown = [key for key in part if key not in parameters and key not in ConfigComponent.non_arg_keys]
     if not parameters or not unknown or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):

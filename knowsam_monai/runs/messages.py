@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from pydoc import ErrorDuringImport
 from types import TracebackType
 
 from knowsam_monai.errors import KnowSAMError, root_cause
@@ -32,9 +32,9 @@ def explain_errors() -> None:
         return
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        for cause in _causes(error):
-            if isinstance(cause, SystemExit):
-                raise cause
+        stop = _stop_during_import(error)
+        if stop is not None:
+            raise stop
         root = root_cause(error)
         log_traceback(str(root), error)
         is_sentence = isinstance(root, KnowSAMError)
@@ -50,10 +50,13 @@ def explain_errors() -> None:
             handler.addFilter(_is_said_once)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _stop_during_import(error: BaseException | None) -> SystemExit | None:
+    """The exit of a signal that pydoc, with which MONAI imports components, has turned into an error."""
     while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+        if isinstance(error, ErrorDuringImport) and isinstance(error.value, SystemExit):
+            return error.value
+        error = error.__cause__
+    return None
 
 
 def _is_said_once(record: logging.LogRecord) -> bool:

@@ -436,7 +436,7 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
         (dict(label_size=(8, 16)), "`label` must "),
         (dict(image_rows=1), "`image` must "),
         (dict(image_size=(8, 16)), "`image` must "),
-        (dict(image_channel=False), r"`image` must have shape .* but has \(4, 8, 8\); pass `image\[:, None\]`"),
+        (dict(image_channel=False), r"`image` must have shape .B, channels, 8, 8. but has \(4, 8, 8\); pass `image\[:"),
         (dict(weight="1"), "`weight` must be a number, 0 or more, but is '1'"),
         (dict(also_read=["unlabelled"]), "`also_read` must be 'labeled' or 'unlabeled' but is 'unlabelled'"),
     ],

@@ -240,3 +240,16 @@ def test_without_pydantic_paths_are_expanded_and_nothing_is_checked(home, monkey
 def test_check_outside_of_a_config_is_an_error():
     with pytest.raises(RuntimeError, match="`check_config` must be called by a config"):
         check_config()
+
+
+def test_signal_during_the_import_of_a_component_is_not_lost(home, tmp_path, monkeypatch):
+    (tmp_path / "stopped.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises((KeyboardInterrupt, RuntimeError)) as error:
+        started("knowsam_acdc", ("train",), loss={"_target_": "stopped.Loss"})
+    assert error.type is KeyboardInterrupt
+
+
+def test_disabled_component_may_have_any_argument(bundle):
+    """MONAI never builds it."""
+    started(bundle, ("train",), **{"optimizer#momentumm": 1, "optimizer#_disabled_": True})
