@@ -264,8 +264,8 @@ def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> It
         name, items, f"labels have another orientation {handling}", orientations_differ, num_labeled, "label"
     )
     are_elsewhere = [
-        case.label_is_elsewhere and not differs
-        for case, differs in zip(facts, map(any, zip(spacings_differ, orientations_differ)))
+        case.label_is_elsewhere and not spacing_differs and not orientation_differs
+        for case, spacing_differs, orientation_differs in zip(facts, spacings_differ, orientations_differ)
     ]
     sentence = "labels have another origin or rotation than their images; their voxels are assumed to be aligned"
     yield from _warning(name, items, sentence, are_elsewhere, num_labeled, "label")

@@ -248,7 +248,7 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
 
 def have_different_affines(image: torch.Tensor, label: torch.Tensor) -> bool:
     """Whether both affines are known and differ by more than 0.01 in an entry."""
-    is_known = not any(known_spacing(x) is None for x in (image, label))
+    is_known = all(known_spacing(x) is not None for x in (image, label))
     return is_known and not (image.affine.shape == label.affine.shape and _is_close(image.affine, label.affine))
 
 

@@ -20,7 +20,7 @@ def weight_at(weight: Weight, iteration: int, start: int = 0) -> float:
         start: first iteration with the term.
 
     Raises:
-        ValueError: if the function returns something else than a finite number, 0 or more.
+        ValueError: if the function returns something other than a finite number, 0 or more.
 
     Example::
 
