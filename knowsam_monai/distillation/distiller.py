@@ -233,7 +233,9 @@ class SAMDistiller(nn.Module):
         for kind in also_read:
             check_choice("also_read", kind, ("labeled", "unlabeled"))
         check_tensor("image", image)
-        if isinstance(logits, Tensor) and image.shape[1:] == logits.shape[2:]:
+        classes = getattr(self.teacher, "num_classes", None)
+        is_bare = isinstance(logits, Tensor) and image.shape[1:] == logits.shape[2:]
+        if is_bare and (image.ndim == 3 or classes not in (None, image.shape[1])):  # not views with as many classes
             raise KnowSAMValueError(
                 f"`image` must have shape (B, channels, {', '.join(map(str, logits.shape[2:]))}) but has "
                 f"{tuple(image.shape)}; pass `image[:, None]`."

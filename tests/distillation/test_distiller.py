@@ -452,6 +452,18 @@ def test_wrong_input_is_one_clear_error(teacher, change, message):
         distiller_of(teacher)(image, logits, label, **options)
 
 
+def test_volume_without_channel_is_one_clear_error(teacher):
+    with pytest.raises(ValueError, match=r"must have shape .B, channels, 4, 8, 8. but has \(2, 4, 8, 8\); pass `image\["):
+        distiller_of(teacher)(torch.rand(2, 4, 8, 8), torch.zeros(2, 3, 4, 8, 8), torch.zeros(1, 1, 4, 8, 8))
+
+
+def test_views_of_one_class_are_no_volumes_without_channel():
+    image = torch.rand(4, 1, 8, 8)
+    logits = ToyStudent(1)(image).detach()
+    assert logits.shape == (4, 3, 1, 8, 8)
+    assert distiller_of(ToyTeacher(1))(image, logits, torch.zeros(2, 1, 8, 8)).distillation_loss > 0
+
+
 def test_view_that_the_student_lacks_is_one_clear_error(student, teacher):
     batch = toy_batches(1)[0]
     distiller = SAMDistiller(teacher, taught_views=(3,))
