@@ -20,7 +20,14 @@ from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
 from knowsam_monai.distillation.wiring import Wiring
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
+from knowsam_monai.errors import (
+    KnowSAMError,
+    KnowSAMRuntimeError,
+    KnowSAMTypeError,
+    KnowSAMValueError,
+    check_choice,
+    error_line,
+)
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import check_label
@@ -345,11 +352,24 @@ class SAMDistiller(nn.Module):
             )
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
-        pick = logits_of or (lambda output: output)
+
+        def student_logits(x: Tensor) -> Tensor:
+            try:
+                output = student(x)
+            except KnowSAMError:
+                raise
+            except TypeError as error:
+                raise KnowSAMTypeError(
+                    f"The gate calls the student with images alone, which fails: {error_line(error)}. Build the "
+                    "distiller with `gate='none'` if your network needs more than an image."
+                ) from error
+            output = output if logits_of is None else logits_of(output)
+            return _view(unstack_views(output, x), self.prompt_view)
+
         if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
-                    lambda x: _view(unstack_views(pick(student(x)), x), self.prompt_view),
+                    student_logits,
                     self.ask_teacher,
                     image[judged_rows],
                     turn,

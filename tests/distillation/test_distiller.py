@@ -453,7 +453,9 @@ def test_wrong_input_is_one_clear_error(teacher, change, message):
 
 
 def test_volume_without_channel_is_one_clear_error(teacher):
-    with pytest.raises(ValueError, match=r"must have shape .B, channels, 4, 8, 8. but has \(2, 4, 8, 8\); pass `image\["):
+    with pytest.raises(
+        ValueError, match=r"must have shape .B, channels, 4, 8, 8. but has \(2, 4, 8, 8\); pass `image\["
+    ):
         distiller_of(teacher)(torch.rand(2, 4, 8, 8), torch.zeros(2, 3, 4, 8, 8), torch.zeros(1, 1, 4, 8, 8))
 
 
@@ -682,6 +684,19 @@ def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(stude
     distillers[1].measure_agreement(Tuple(), image, logits_of=itemgetter(1))
     torch.testing.assert_close(*(distiller.gate.agreement_scores for distiller in distillers))
     assert distillers[0].gate.num_measured == 1
+
+
+def test_gate_of_a_student_that_takes_more_than_an_image_is_one_clear_error(student, teacher):
+    class WithSpacing(nn.Module):
+        def forward(self, x, spacing):
+            return student(x)
+
+    image = toy_batches(1)[0]["image"]
+    with pytest.raises(
+        TypeError, match="images alone, which fails: .*'spacing'. Build the distiller with `gate='none'`"
+    ):
+        SAMDistiller(teacher).measure_agreement(WithSpacing(), image)
+    SAMDistiller(teacher, gate="none").measure_agreement(WithSpacing(), image)
 
 
 def test_without_a_gate_nothing_is_measured(student, teacher):
