@@ -39,6 +39,9 @@ class Distillation(Callback):
     def on_train_end(self, trainer, module):
         self.skd.remove()
 
+    def on_exception(self, trainer, module, exception):
+        self.skd.remove()
+
 
 # ---
 def main(max_epochs: int = 10) -> float:

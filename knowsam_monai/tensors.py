@@ -136,5 +136,6 @@ def all_in_eval_mode(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        network.train(modes[0][1])  # a network may do more in `train`, such as taking merged weights apart
         for module, mode in modes:
             module.training = mode

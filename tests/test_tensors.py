@@ -6,8 +6,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.nets import DynUNet
+from torch import nn
 
-from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
+from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, class_logits, unstack_views, without_meta
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4])
@@ -102,3 +103,18 @@ def test_deep_supervision_heads_of_dynunet_are_views_with_the_main_one_first():
 def test_any_other_number_of_dimensions_is_an_error_with_both_shapes(shape):
     with pytest.raises(ValueError, match=r"`pred` must be logits .* but has shape \(2, .*\) with .* \(2, 1, 8, 8\)"):
         unstack_views(torch.rand(shape), torch.rand(2, 1, 8, 8))
+
+
+def test_eval_mode_ends_with_what_a_network_does_in_train():
+    """LoRA merges its weights in eval mode, and takes them apart in `train`."""
+
+    class Switch(nn.Sequential):
+        def train(self, mode=True):
+            self.is_merged = not mode
+            return super().train(mode)
+
+    network = Switch(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train()
+    network[1].eval()  # a host may freeze its normalization
+    with all_in_eval_mode(network):
+        assert network.is_merged and not network.training
+    assert not network.is_merged and [module.training for module in network.modules()] == [True, True, False]

@@ -19,6 +19,7 @@ from knowsam_monai.distillation.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
+from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
@@ -63,7 +64,7 @@ class Attachment:
         select: ``f(batch, image) -> (sam_image, label, labeled_rows)``, or None to skip a call of the student. `image`
             is the student's input, and the tensors of `batch` are on its device. `sam_image` is what SAM sees, row by
             row; `label` and `labeled_rows` are as in :meth:`~knowsam_monai.distillation.SAMDistiller.forward`, or None,
-            which for `labeled_rows` means the argument below. Several calls per batch may be taught. Default: a batch
+            which for `labeled_rows` means the argument below. Several calls per step may be taught. Default: a batch
             is a mapping with "image", "label" (and "sam_image", see
             :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label).
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
@@ -128,6 +129,10 @@ class Attachment:
                 f"`loader` must be a WatchedLoader but is a {type(loader).__name__}; pass "
                 "`WatchedLoader(loader)` here and to the host, or pass the host `watch(loader)` of this attachment."
             )
+        if isinstance(student, torch.jit.ScriptModule):
+            raise KnowSAMTypeError(
+                "`student` must be a network that takes hooks but is TorchScript; attach to it before it is scripted."
+            )
         optimizer = plain_optimizer(optimizer)
         distiller.check_student(student)
         if distiller.optimizer is not None:
@@ -154,6 +159,7 @@ class Attachment:
         self.gate_interval = gate_interval
         self.iteration = 0
         self.terms: dict[str, Tensor] = {}
+        self._stepped = stepped_parameters(optimizer)
         self._batch = CurrentBatch()
         self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
         self._num_untaught = 0  # consecutive batches without a taught call
@@ -220,7 +226,8 @@ class Attachment:
             self._may_step = True
             return
         sam_image, label, rows, is_same = selection
-        gradient, sam_gradients = self._gradients(logits, image, sam_image, label, rows)
+        student = partial(self._student_logits, args, kwargs, images[0], isinstance(output, Tensor))
+        gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
         backwards_before = self._num_backwards
         was_reached = False
 
@@ -246,6 +253,7 @@ class Attachment:
                 parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
                 is_alone = added.keys() <= {id(self)}
                 added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
+            sam_gradients.clear()  # the host may keep the logits, and with them this function
             return host_gradient if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
         logits.register_hook(add_gradients)
@@ -269,7 +277,7 @@ class Attachment:
         self.distiller.wiring.warn(f"nothing was distilled in {UNTAUGHT_BATCHES} batches: {reason}.")
 
     def _student_stepped(self) -> None:
-        if not self._may_step:
+        if not self._may_step and any(parameter.grad is not None for parameter in self._stepped):
             raise KnowSAMRuntimeError(
                 "The optimizer stepped, but no gradient reached the student's logits. Attach to the module that the "
                 "host calls in train mode, not to an averaged copy, and before it is compiled; let `logits_of` pick "
@@ -320,17 +328,23 @@ class Attachment:
         return sam_image, label, rows, is_same
 
     def _gradients(
-        self, logits: Tensor, image: Tensor, sam_image: Tensor, label: Tensor | None, rows: Rows
+        self,
+        student: Callable[[Tensor], Tensor],
+        logits: Tensor,
+        image: Tensor,
+        sam_image: Tensor,
+        label: Tensor | None,
+        rows: Rows,
     ) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
         distiller = self.distiller.train()
         if distiller.gate.weight.device != logits.device:
             distiller.move(logits.device)
         run = self.iteration // self.every  # counts the teacher's runs
-        if distiller.gate.is_due(run, self.gate_interval):
+        if distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):
                 distiller.measure_agreement(
-                    self._student_logits, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
+                    student, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
                 )
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
@@ -354,10 +368,27 @@ class Attachment:
         # clones: two gradients may share memory, which GradScaler would then unscale twice in place
         return gradient, [(p, g.clone()) for p, g in zip(parameters, sam_gradients) if g is not None]
 
-    def _student_logits(self, image: Tensor) -> Tensor:
-        """The student's logits, bypassing DistributedDataParallel, which would take the call for its next step."""
-        output = (plain_network(self.student) if ranks.is_distributed() else self.student)(image)
-        return output if self.logits_of is None else self.logits_of(output)
+    def _student_logits(self, args: tuple, kwargs: dict, own: Tensor, returned_tensor: bool, image: Tensor) -> Tensor:
+        """
+        The student's logits for another image, in a call like the host's.
+
+        This bypasses DistributedDataParallel, which would take the call for its next step.
+
+        Args:
+            args, kwargs: the host's call.
+            own: the image in it.
+            returned_tensor: whether the host got a tensor. In eval mode, some networks return the logits alone.
+            image: takes the place of `own`.
+        """
+        others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not own]
+        if any(x.ndim > 0 and len(x) == len(own) for x in others):
+            raise takes_more_than_images("`student` is called with other tensors too")
+        network = plain_network(self.student) if ranks.is_distributed() else self.student
+        output = network(
+            *(image if x is own else x for x in args), **{key: image if x is own else x for key, x in kwargs.items()}
+        )
+        is_bare = isinstance(output, Tensor) and not returned_tensor
+        return output if self.logits_of is None or is_bare else self.logits_of(output)
 
 
 class _ForwardHook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
 from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
 from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
-from knowsam_monai.distillation.wiring import Wiring
+from knowsam_monai.distillation.wiring import Wiring, takes_more_than_images
 from knowsam_monai.errors import (
     KnowSAMError,
     KnowSAMRuntimeError,
@@ -30,11 +31,18 @@ from knowsam_monai.errors import (
 )
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
-from knowsam_monai.losses.supervised import check_label
+from knowsam_monai.losses.supervised import check_label, loss_of
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
-from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, check_tensor, unstack_views, without_meta
-from knowsam_monai.wrappers import stepped_parameters
+from knowsam_monai.tensors import (
+    all_in_eval_mode,
+    are_probabilities,
+    at_least_float32,
+    check_tensor,
+    unstack_views,
+    without_meta,
+)
+from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
 
@@ -159,6 +167,15 @@ class SAMDistiller(nn.Module):
                 "`optimizer` must step parameters of `teacher` but has none of them; build it from "
                 "`teacher.parameters()`, or pass None for a teacher that does not learn."
             )
+        try:
+            inspect.signature(teacher.forward).bind("image", "prompt_logits")
+        except ValueError:  # not in Python
+            pass
+        except TypeError:
+            raise KnowSAMTypeError(
+                "`teacher` must take an image and the student's logits but takes other arguments; wrap a network in "
+                "`NetworkTeacher`."
+            ) from None
         if getattr(teacher, "overlapping", overlapping) != overlapping:
             raise KnowSAMValueError(
                 f"`overlapping` must be {not overlapping}, as in `teacher`, but is {overlapping}; logits of a softmax "
@@ -170,7 +187,7 @@ class SAMDistiller(nn.Module):
                 "is that of a softmax."
             )
         self.teacher = teacher.eval()
-        self.optimizer = optimizer
+        self.optimizer = None if optimizer is None else plain_optimizer(optimizer)
         self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
         self.sam_loss = sam_loss
         self.prompt_view = prompt_view
@@ -240,13 +257,6 @@ class SAMDistiller(nn.Module):
         for kind in also_read:
             check_choice("also_read", kind, ("labeled", "unlabeled"))
         check_tensor("image", image)
-        classes = getattr(self.teacher, "num_classes", None)
-        is_bare = isinstance(logits, Tensor) and image.shape[1:] == logits.shape[2:]
-        if is_bare and (image.ndim == 3 or classes not in (None, image.shape[1])):  # not views with as many classes
-            raise KnowSAMValueError(
-                f"`image` must have shape (B, channels, {', '.join(map(str, logits.shape[2:]))}) but has "
-                f"{tuple(image.shape)}; pass `image[:, None]`."
-            )
         views = unstack_views(without_meta(logits), image)
         if self.training:
             self.wiring.check_once(logits)
@@ -289,16 +299,12 @@ class SAMDistiller(nn.Module):
             rest = other_rows(rows, len(image))
             target, *taught = (_select(x, rest) for x in (target, *taught))
         distillation_loss = sam_loss.new_zeros(())
-        if len(target) == 0:
-            self.wiring.warn(
-                "nothing is distilled: every row is labeled and `taught_rows='unlabeled'`. Pass `labeled_rows`, or "
-                "return it from `select`."
-            )
-        elif weight != 0 and not is_teaching:  # 0, but with a graph: the same parameters have a gradient
-            distillation_loss = torch.stack([at_least_float32(view[:0]).sum() for view in taught]).sum()
-        elif weight != 0:
+        self.wiring.count_taught(len(target))
+        if len(target) > 0 and is_teaching:
             kd_terms = [self._mean_loss(self.distillation_loss, view, target) for view in taught]
             distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
+        elif len(target) > 0 and weight != 0:  # 0, but with a graph: the same parameters have a gradient
+            distillation_loss = torch.stack([at_least_float32(view[:0]).sum() for view in taught]).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
 
     @kept_random_state()
@@ -329,7 +335,6 @@ class SAMDistiller(nn.Module):
             sam_image: what the teacher sees, row by row; None: `image`.
             logits_of: picks the logits from the student's output, such as ``operator.itemgetter(0)``.
         """
-        self.wiring.agreement_requested = True
         if self.gate.mode == "none":
             return
         self.gate.must_lead = not self.learns
@@ -344,12 +349,9 @@ class SAMDistiller(nn.Module):
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
         is_counted = len(judged_rows) > 0
-        if not is_counted and self.ignore_index is None:
-            remedy = "Pass `labeled_rows`, or return it from `select`."
-            self.wiring.warn(
-                f"the gate {self.gate.mode!r} was not measured: every row is labeled. "
-                f"{remedy if labeled_rows is None else 'Build the distiller with the gate none.'}"
-            )
+        was_missed = self.wiring.count_measurement(self, is_counted, labeled_rows is None)
+        if was_missed and not is_counted and not ranks.is_distributed():
+            return  # the labeled rows were measured when agreement was missed
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
 
@@ -359,12 +361,11 @@ class SAMDistiller(nn.Module):
             except KnowSAMError:
                 raise
             except TypeError as error:
-                raise KnowSAMTypeError(
-                    f"The gate calls the student with images alone, which fails: {error_line(error)}. Build the "
-                    "distiller with `gate='none'` if your network needs more than an image."
-                ) from error
+                if "argument" not in str(error):
+                    raise
+                raise takes_more_than_images(error_line(error)) from error
             output = output if logits_of is None else logits_of(output)
-            return _view(unstack_views(output, x), self.prompt_view)
+            return self._without_sigmoid(_view(unstack_views(output, x), self.prompt_view))
 
         if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
@@ -378,6 +379,25 @@ class SAMDistiller(nn.Module):
                     labeled,
                     [axis % 3 - 3 for axis in getattr(self.teacher, "axes", ())],
                 )
+
+    def is_measurement_due(self, run: int, interval: int) -> bool:
+        """
+        Whether to call :meth:`measure_agreement`: first after a few runs of the teacher, then at intervals, and soon
+        again after a batch that had no unlabeled rows.
+
+        Args:
+            run: number of this run of the teacher, 1 or more.
+            interval: number of runs between measurements.
+        """
+        is_missed = self.wiring.num_missed > 0 and self.gate.mode != "none" and not ranks.is_distributed()
+        return is_missed or self.gate.is_due(run, interval)
+
+    def _without_sigmoid(self, logits: Tensor) -> Tensor:
+        """The student's logits, if it returns probabilities in eval mode; those of a softmax rank classes as well."""
+        is_sigmoid = self.overlapping or logits.shape[1] == 1
+        if is_sigmoid and self.wiring.num_calls > 1 and are_probabilities(logits.flatten(0, 1)[:, None]):
+            return torch.logit(at_least_float32(logits), eps=1e-6)
+        return logits
 
     def _labeled_images(
         self, image: Tensor, sam_image: Tensor, label: Tensor | None, labeled_rows: Rows
@@ -458,10 +478,10 @@ class SAMDistiller(nn.Module):
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
 
     def _given(self, *inputs: Tensor) -> list[Tensor]:
-        """What the teacher gets: tensors of its weights' precision, or of at least float32 if they have several."""
-        dtypes = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
-        is_one = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-        return [x.to(*dtypes) if is_one else at_least_float32(x) for x in inputs]
+        """What the teacher gets: tensors of the precision of its first weights, as convolutions need."""
+        usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantized
+        dtype = next((p.dtype for p in self.teacher.parameters() if p.dtype in usual), None)
+        return [at_least_float32(x) if dtype is None else x.to(dtype) for x in inputs]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""
@@ -477,7 +497,7 @@ class SAMDistiller(nn.Module):
             return self._mean_loss(loss, logits, label)
 
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-        return region_loss(loss, logits, target) if self.overlapping else loss(logits, target).mean()
+        return region_loss(loss, logits, target) if self.overlapping else loss_of(loss, logits, target).mean()
 
     def _check_not_all(self, label: Tensor, num_rows: int) -> None:
         """Labels that the student must not see must not reach it through SAM."""
@@ -491,6 +511,10 @@ class SAMDistiller(nn.Module):
 
     def _check_output(self, logits: Tensor, prompt_logits: Tensor) -> None:
         """One channel and the two classes of a softmax mean the same."""
+        if not isinstance(logits, Tensor):
+            raise KnowSAMTypeError(
+                f"`teacher` must return logits but returns a {type(logits).__name__}; return the tensor alone."
+            )
         given, expected = tuple(logits.shape), tuple(prompt_logits.shape)
         channels = {given[1], expected[1]}
         is_same = len(channels) == 1 or (channels == {1, 2} and not self.overlapping)
@@ -504,13 +528,14 @@ class SAMDistiller(nn.Module):
         if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
             raise KnowSAMValueError(
                 f"`image` must have the rows and the size of `logits`, {tuple(prompt_logits.shape)}, but has shape "
-                f"{tuple(image.shape)}; pass the images of these logits."
+                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller."
             )
         num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
         if prompt_logits.shape[1] != num_classes:
             raise KnowSAMValueError(
                 f"`logits` must have {num_classes} channels, the teacher's classes, but have shape "
-                f"{tuple(prompt_logits.shape)}; give student and teacher the same number of classes."
+                f"{tuple(prompt_logits.shape)}; give student and teacher the same number of classes, and `image`, of "
+                f"shape {tuple(image.shape)}, a channel: `image[:, None]` if it has none."
             )
 
     def follow(self, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:

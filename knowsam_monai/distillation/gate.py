@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,12 +120,6 @@ class TeacherGate(nn.Module):
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        scores = state_dict.get(f"{prefix}labeled_scores")
-        if scores is not None and not scores.any():  # earlier versions wrote 0 for "not measured"
-            state_dict[f"{prefix}labeled_scores"] = torch.full_like(scores, -1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def is_open(self) -> bool:

@@ -42,10 +42,10 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
     """
     optimizer = plain_optimizer(optimizer)
     check_apart(teacher_optimizer, optimizer)
-    parameters = stepped_parameters(teacher_optimizer)
     removals = [] if scaler is not None else [ScalerCheck(optimizer).remove]  # its hook runs before the teacher's
 
     def step_teacher(*_) -> None:
+        parameters = stepped_parameters(teacher_optimizer)  # groups may have been added
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
         if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)

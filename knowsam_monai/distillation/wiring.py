@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowsam_monai.errors import KnowSAMRuntimeError
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError
 from knowsam_monai.teachers.provenance import named
 from knowsam_monai.tensors import are_probabilities
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
 UNTAUGHT_CALLS = 100  # the same for a teacher without labels or steps, and for logits without a graph
 INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are checked
+MISSED = 3  # calls in a row with labeled rows only; some hosts have separate calls for the others
 MEASURED_BY = {
     "agreement": "call `measure_agreement` about every 50 steps",
     "validation": "add `TeacherValidation` to the evaluator, or call `gate.update` after each validation and "
@@ -34,7 +35,8 @@ class Wiring:
 
     Attributes:
         attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
-        agreement_requested: whether `measure_agreement` was ever called.
+        num_calls: number of training calls.
+        num_missed: consecutive measurements of agreement that had no unlabeled rows.
 
     Raises:
         RuntimeError: if the distiller is called while it is attached to a student.
@@ -47,8 +49,10 @@ class Wiring:
 
     def __init__(self) -> None:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.agreement_requested = False
-        self._num_calls = 0
+        self.num_calls = 0
+        self.num_missed = 0
+        self._agreement_requested = False
+        self._num_empty = 0  # consecutive calls without a row to teach
         self._saw_label = False
         self._since_step = 0  # calls with a label since the teacher's last step
         self._without_graph = 0  # consecutive calls whose logits have no graph
@@ -90,23 +94,23 @@ class Wiring:
             logits: (B, C, *spatial), of one view.
             has_label: whether the teacher gets labels.
         """
-        self._num_calls += 1
+        self.num_calls += 1
         self._saw_label |= has_label
         self._since_step += has_label or self._since_step > 0
         self._without_graph = 0 if logits.requires_grad else self._without_graph + 1
         gate = distiller.gate
-        was_requested = gate.mode == "agreement" and self.agreement_requested  # and perhaps had nothing to measure
-        if self._num_calls == UNMEASURED_CALLS.get(gate.mode) and not (was_requested or gate.is_measured):
+        was_requested = gate.mode == "agreement" and self._agreement_requested  # and perhaps had nothing to measure
+        if self.num_calls == UNMEASURED_CALLS.get(gate.mode) and not (was_requested or gate.is_measured):
             self.warn(
-                f"the gate {gate.mode!r} was not measured in {self._num_calls} steps, so {named(distiller.teacher)} "
+                f"the gate {gate.mode!r} was not measured in {self.num_calls} steps, so {named(distiller.teacher)} "
                 f"teaches nothing yet: {MEASURED_BY[gate.mode]}, or use the gate 'none'."
             )
-        if distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not distiller.learns:
+        if distiller.optimizer is not None and self.num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(
                 "SAM's optimizer has no parameter of the teacher that requires a gradient, so SAM learns nothing: "
                 "build it from the trainable parameters, or pass none."
             )
-        elif distiller.optimizer is not None and self._num_calls == UNTAUGHT_CALLS and not self._saw_label:
+        elif distiller.optimizer is not None and self.num_calls == UNTAUGHT_CALLS and not self._saw_label:
             self.warn(
                 f"SAM has not seen a label in {UNTAUGHT_CALLS} steps, so SAM learns nothing: pass `label`, or return "
                 "it from `select`."
@@ -123,10 +127,41 @@ class Wiring:
                 f"the logits required no gradient in {UNTAUGHT_CALLS} steps, so nothing is distilled: pass the logits "
                 "of the trained student, not detached and not of its averaged copy."
             )
-        if self._num_calls in INSPECTED_CALLS:
+        if self.num_calls in INSPECTED_CALLS:
             # each of several regions has a sigmoid of its own
             logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
             self._inspect(image, logits.detach())
+
+    def count_measurement(self, distiller: nn.Module, is_counted: bool, may_say_rows: bool) -> bool:
+        """
+        Count a measurement of agreement.
+
+        Args:
+            distiller: the distiller that measures.
+            is_counted: whether there are rows to measure it on.
+            may_say_rows: whether the remedy is to say which rows are labeled.
+
+        Returns:
+            Whether the measurement before had none either.
+        """
+        was_missed, self._agreement_requested = self.num_missed > 0, True
+        self.num_missed = 0 if is_counted else self.num_missed + 1
+        if self.num_missed == MISSED and distiller.ignore_index is None:
+            remedy = "Pass `labeled_rows`, or return it from `select`."
+            self.warn(
+                f"the gate {distiller.gate.mode!r} was not measured: every row is labeled. "
+                f"{remedy if may_say_rows else 'Build the distiller with the gate none.'}"
+            )
+        return was_missed
+
+    def count_taught(self, num_rows: int) -> None:
+        """Warn if call after call has no row that the teacher teaches."""
+        self._num_empty = 0 if num_rows > 0 else self._num_empty + 1
+        if self._num_empty == MISSED:
+            self.warn(
+                "nothing is distilled: every row is labeled and `taught_rows='unlabeled'`. Pass `labeled_rows`, or "
+                "return it from `select`."
+            )
 
     def warn(self, message: str) -> None:
         """Log a warning, each message once."""
@@ -136,7 +171,7 @@ class Wiring:
 
     def _inspect(self, image: Tensor, logits: Tensor) -> None:
         # at the first step one channel may be in 0..1 by chance
-        if are_probabilities(logits) and (logits.shape[1] > 1 or self._num_calls > 1):
+        if are_probabilities(logits) and (logits.shape[1] > 1 or self.num_calls > 1):
             self.warn(
                 "the student seems to return probabilities, not logits: they are in 0..1, and several channels sum to "
                 "1. Remove its softmax or sigmoid, or let `logits_of` pick the logits."
@@ -147,6 +182,14 @@ class Wiring:
                 "check that the labels belong to the first rows, and avoid the gate 'agreement', which would judge "
                 "SAM on images from which it learns; or call the student separately on each copy."
             )
+
+
+def takes_more_than_images(reason: str) -> KnowSAMTypeError:
+    """The error of a student that the gate cannot call."""
+    return KnowSAMTypeError(
+        f"The gate calls the student with images alone, which fails: {reason}. Build the distiller with `gate='none'` "
+        "if your network needs more than an image."
+    )
 
 
 def has_each_row_twice(image: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,10 +155,10 @@ class SAMDistillation:
         sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # counts the teacher's runs
-        if self.distiller.gate.is_due(run, self.gate_interval):
+        if self.distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
-                    lambda x: logits_from(engine.inferer(x, engine.network), self.logits_of),
+                    partial(self._student_logits, engine, isinstance(output[Keys.PRED], Tensor)),
                     image,
                     label,
                     rows,
@@ -191,6 +192,12 @@ class SAMDistillation:
             ignore_index = self.distiller.ignore_index
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
+
+    def _student_logits(self, engine: Engine, returned_tensor: bool, image: Tensor) -> Tensor:
+        """The student's logits in eval mode, in which some networks return them alone, without other outputs."""
+        output = engine.inferer(image, engine.network)
+        is_bare = isinstance(output, Tensor) and not returned_tensor
+        return logits_from(output, None if is_bare else self.logits_of)
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.ramp_up import Weight, weight_at
-from knowsam_monai.losses.supervised import check_loss_takes
+from knowsam_monai.losses.supervised import check_loss_takes, has_sigmoid
 from knowsam_monai.tensors import unstack_views
 from knowsam_monai.wrappers import plain_network
 
@@ -37,12 +37,15 @@ def check_exclusive_classes(engine: Engine) -> None:
 
     Raises:
         TypeError: if the student's output is not a tensor of logits or views, even if the method starts later.
-        ValueError: also if a label has several channels, which are regions that may overlap.
+        ValueError: also if a label has several channels that are regions, not classes, one of which holds everywhere.
     """
     check_supervision(engine)
     unstack_views(engine.state.output[Keys.PRED], engine.state.output[Keys.IMAGE])
     label = engine.state.output.get(Keys.LABEL)
-    if label is not None:
+    is_sigmoid = has_sigmoid(getattr(engine, "loss_function", None))
+    if label is None or is_sigmoid is False:
+        return
+    if is_sigmoid or (engine.state.iteration == 1 and not bool((label.sum(1) == 1).all())):
         check_one_channel(label, engine.state.output[Keys.IMAGE])
 
 

@@ -136,10 +136,19 @@ class PartiallyLabeledLoss(nn.Module):
         if labeled_views[0].shape[1] == 1 or self.overlapping:
             label = label.to(labeled_views[0].dtype)
         by_region = self.overlapping and isinstance(self.loss, _DiceCELoss)
-        loss = partial(region_loss, self.loss) if by_region else self.loss
+        loss = partial(region_loss if by_region else loss_of, self.loss)
         with torch.autocast(label.device.type, enabled=False):
             losses = [weight * loss(view, label).mean() for view, weight in zip(labeled_views, weights) if weight > 0]
         return torch.stack(losses).sum()
+
+
+def loss_of(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """A loss for (B, C, *spatial) and (B, 1, *spatial); torch's cross-entropy takes class indices without channel."""
+    if isinstance(loss, nn.CrossEntropyLoss) and target.shape[1] == 1 < logits.shape[1]:
+        target = target[:, 0].long()
+    return loss(logits, target)
 
 
 def check_label(

@@ -105,12 +105,9 @@ class EMAStudent:
         """
         network, optimizer = getattr(engine, "network", None), getattr(engine, "optimizer", None)
         ours = set(self._student.parameters())
-        is_known = optimizer is self.optimizer or any(
-            x is self.optimizer for x in getattr(optimizer, "__dict__", {}).values()
-        )
         for name, is_other in (
             ("network", isinstance(network, nn.Module) and ours.isdisjoint(network.parameters())),
-            ("optimizer", isinstance(optimizer, Optimizer) and not is_known),
+            ("optimizer", isinstance(optimizer, Optimizer) and not _contains(optimizer, self.optimizer)),
         ):
             if is_other:
                 raise KnowSAMValueError(
@@ -227,6 +224,14 @@ class EMAStudent:
             self.network.eval()
             for buffer, value in zip(buffers, before):
                 buffer.copy_(value)
+
+
+def _contains(optimizer: Any, inner: Optimizer) -> bool:
+    """Whether an optimizer is another one or holds it, in wrappers or lists."""
+    if optimizer is inner:
+        return True
+    parts = optimizer if isinstance(optimizer, (list, tuple)) else getattr(optimizer, "__dict__", {}).values()
+    return any(_contains(part, inner) for part in parts if isinstance(part, (list, tuple, Optimizer)))
 
 
 def _is_dropout(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
@@ -135,7 +135,7 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     target = ConfigComponent(part, locator=locator).resolve_module_name()
     try:
         function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
-        parameters = {} if function is None else inspect.signature(function).parameters
+        parameters = {} if function is None else _parameters_of(function)
     except ErrorDuringImport as error:
         if not isinstance(error.value, Exception):  # a signal that came during the import
             raise error.value from None
@@ -148,6 +148,13 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     close = difflib.get_close_matches(unknown[0], list(parameters), n=1)
     remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters)}."
     raise KnowSAMValueError(f"`{name}#{unknown[0]}` must be an argument of {target} but is not; {remedy}")
+
+
+def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
+    """Those of a function or class; foreign decorators, such as MONAI's `deprecated_arg`, may take further names."""
+    own = function.__init__ if inspect.isclass(function) else function
+    is_decorated = hasattr(own, "__wrapped__") and not function.__module__.startswith("knowsam_monai.")
+    return inspect.signature(own if is_decorated else function, follow_wrapped=not is_decorated).parameters
 
 
 def _options_of_command_line() -> Iterator[tuple[str, str]]:

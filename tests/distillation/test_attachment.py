@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import weakref
 from functools import partial
 from operator import itemgetter
 
@@ -452,3 +453,97 @@ def test_teacher_that_does_not_learn_only_teaches():
     host(student, optimizer, fixed.attach(student, optimizer).watch(batches))
     assert all(torch.equal(before[1][name], tensor) for name, tensor in fixed.teacher.state_dict().items())
     assert not any(torch.equal(before[0][name], tensor) for name, tensor in student.state_dict().items())
+
+
+# --- the gate calls the student as the host does ---------------------------------------------------------------------
+
+
+class Called(nn.Module):
+    """A student with other arguments or outputs than a plain network's."""
+
+    def __init__(self, student, kind):
+        super().__init__()
+        self.student, self.kind = student, kind
+
+    def forward(self, x=None, need_features=False, *, image=None):
+        logits = self.student(x if image is None else image)
+        if self.kind == "pair":
+            assert need_features
+            return logits, "features"
+        return {"logits": logits} if self.kind == "dictionary in training" and self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "pick"),
+    [
+        ("pair", lambda student, x: student(x, need_features=True)[0], itemgetter(0)),
+        ("dictionary in training", lambda student, x: student(x)["logits"], itemgetter("logits")),
+        ("keyword", lambda student, x: student(image=x), None),
+    ],
+)
+def test_gate_calls_the_student_as_the_host_does(kind, call, pick):
+    states = []
+    for is_plain in (True, False):
+        plain, optimizer, distiller, batches = build(num_batches=12, gate="agreement")
+        student = plain if is_plain else Called(plain, kind)
+        skd = distiller.attach(student, optimizer, logits_of=None if is_plain else pick)
+        host(partial(call, student) if not is_plain else student, optimizer, skd.watch(batches))
+        states.append(distiller.gate.state_dict())
+    assert states[0]["num_measured"] == 1
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_gate_of_a_student_that_takes_other_tensors_is_one_clear_error():
+    student, optimizer, distiller, (batch, *_) = build(gate="agreement")
+    called = Called(student, "two tensors")
+    skd = distiller.attach(called, optimizer, gate_interval=1)
+    skd.next_batch(batch)
+    with pytest.raises(TypeError, match="is called with other tensors too. Build the distiller with `gate='none'`"):
+        called(batch["image"], torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("gate", ["labeled rows first", "unlabeled rows first"])
+def test_gate_is_measured_if_labeled_and_unlabeled_rows_alternate(gate, caplog):
+    student, optimizer, distiller, batches = build(num_batches=24, gate="agreement")
+    skd = distiller.attach(student, optimizer, labeled_rows=lambda batch: len(batch["label"]))
+    parts = [{"image": batch["image"][:2], "label": batch["label"]} for batch in batches]
+    parts[gate == "labeled rows first" :: 2] = [
+        {"image": batch["image"][2:], "label": batch["label"][:0]} for batch in batches[::2]
+    ]
+    for batch in skd.watch(parts):
+        optimizer.zero_grad()
+        (student(batch["image"]).square().mean()).backward()
+        optimizer.step()
+    assert distiller.gate.num_measured == 1 and not caplog.messages
+
+
+@pytest.mark.parametrize("when", ["before the first batch", "after the last one"])
+def test_step_without_gradients_is_let_be(when):
+    """As to silence a scheduler's warning, or to flush accumulated gradients that happen to be none."""
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(student, optimizer)
+    if when == "before the first batch":
+        optimizer.zero_grad()
+        optimizer.step()
+    host(student, optimizer, skd.watch(batches))
+    optimizer.zero_grad()
+    optimizer.step()
+    assert skd.iteration == 3
+
+
+def test_sams_gradients_do_not_live_as_long_as_the_hosts_logits():
+    student, optimizer, distiller, batches = build(num_batches=1)
+    skd = distiller.attach(student, optimizer)
+    for batch in skd.watch(batches):
+        logits = student(batch["image"])
+        loss_of(logits, batch).backward()
+        gradients = [weakref.ref(parameter.grad) for parameter in distiller.teacher.parameters()]
+        optimizer.step()
+    assert logits is not None and not any(gradient() is not None for gradient in gradients)
+
+
+def test_torchscript_takes_no_hooks_which_is_one_clear_error():
+    student, optimizer, distiller, (batch, *_) = build()
+    scripted = torch.jit.trace(student.eval(), batch["image"])
+    with pytest.raises(TypeError, match="is TorchScript; attach to it before it is scripted"):
+        distiller.attach(scripted, optimizer)

@@ -154,7 +154,8 @@ def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
 def test_without_unlabeled_rows_nothing_is_distilled_and_a_warning_says_so_once(student, teacher, caplog):
     batch = toy_batches(1, num_labeled=2, num_unlabeled=0)[0]
     distiller = distiller_of(teacher, taught_rows="unlabeled", gate="agreement")
-    for _ in range(2):
+    for step in range(5):
+        assert len(caplog.messages) == (0 if step < 3 else 2)  # some hosts have separate calls for unlabeled rows
         result = distiller(batch["image"], student(batch["image"]), batch["label"], "all")
         distiller.measure_agreement(student, batch["image"], batch["label"], "all")
     assert result.distillation_loss.item() == 0 and result.sam_loss.item() > 0 and distiller.gate.num_measured == 0
@@ -436,7 +437,7 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
         (dict(label_size=(8, 16)), "`label` must "),
         (dict(image_rows=1), "`image` must "),
         (dict(image_size=(8, 16)), "`image` must "),
-        (dict(image_channel=False), r"`image` must have shape .B, channels, 8, 8. but has \(4, 8, 8\); pass `image\[:"),
+        (dict(image_channel=False), r"`image`, of shape \(4, 8, 8\), a channel: `image\[:, None\]` if it has none"),
         (dict(weight="1"), "`weight` must be a number, 0 or more, but is '1'"),
         (dict(also_read=["unlabelled"]), "`also_read` must be 'labeled' or 'unlabeled' but is 'unlabelled'"),
     ],
@@ -450,13 +451,6 @@ def test_wrong_input_is_one_clear_error(teacher, change, message):
     options = {name: change[name] for name in ("weight", "also_read") if name in change}
     with pytest.raises(ValueError, match=message):
         distiller_of(teacher)(image, logits, label, **options)
-
-
-def test_volume_without_channel_is_one_clear_error(teacher):
-    with pytest.raises(
-        ValueError, match=r"must have shape .B, channels, 4, 8, 8. but has \(2, 4, 8, 8\); pass `image\["
-    ):
-        distiller_of(teacher)(torch.rand(2, 4, 8, 8), torch.zeros(2, 3, 4, 8, 8), torch.zeros(1, 1, 4, 8, 8))
 
 
 def test_views_of_one_class_are_no_volumes_without_channel():
@@ -792,3 +786,57 @@ def test_regions_do_not_draw_slices_by_the_entropy_of_a_softmax(teacher):
     slices = SliceTeacher(teacher, slices=2, sampling="entropy")
     with pytest.raises(ValueError, match="`sampling` 'uniform' for overlapping regions but has 'entropy'"):
         distiller_of(slices, overlapping=True)
+
+
+def test_probabilities_of_a_sigmoid_student_in_eval_mode_are_no_logits(teacher):
+    """As of a network that applies its sigmoid in eval mode only."""
+
+    class InEvalMode(ToyStudent):
+        def forward(self, x):
+            logits = 4 * super().forward(x)
+            return logits if self.training else logits.sigmoid()
+
+    batch, scores = toy_batches(1, num_classes=2)[0], []
+    for kind in (ToyStudent, InEvalMode):
+        torch.manual_seed(0)
+        student, distiller = kind(1).double(), distiller_of(ToyTeacher(1).double(), gate="agreement")
+        for _ in range(2):
+            distiller(batch["image"], student(batch["image"]), batch["label"])
+        distiller.measure_agreement(student, batch["image"], batch["label"])
+        scores.append(distiller.gate.agreement_scores[0])
+    assert 0 < scores[0] < 1
+    torch.testing.assert_close(*scores, rtol=0, atol=0)
+
+
+def test_torchs_cross_entropy_teaches_sam(teacher, student):
+    batch = toy_batches(1)[0]
+    result = distiller_of(teacher, sam_loss=nn.CrossEntropyLoss())(
+        batch["image"], student(batch["image"]), batch["label"]
+    )
+    logits = teacher(batch["image"], student(batch["image"])[:, 0])[:2]
+    torch.testing.assert_close(result.sam_loss, nn.functional.cross_entropy(logits, batch["label"][:, 0].long()))
+
+
+def test_convolutions_in_half_precision_beside_norms_in_float32_teach(student):
+    teacher = ToyTeacher().bfloat16()
+    teacher.norm = nn.GroupNorm(1, 3)
+    image = torch.rand(4, 1, 8, 8)
+    assert distiller_of(teacher)(image, student.float()(image)).distillation_loss > 0
+
+
+class ListTeacher(ToyTeacher):
+    def forward(self, image, prompt_logits):
+        return [super().forward(image, prompt_logits)]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (nn.Conv2d(1, 3, 1), "must take an image and the student's logits .* wrap a network in `NetworkTeacher`"),
+        (ListTeacher(), "`teacher` must return logits but returns a list"),
+    ],
+)
+def test_network_that_is_no_teacher_is_one_clear_error(teacher, message, student):
+    image = torch.rand(4, 1, 8, 8)
+    with pytest.raises(TypeError, match=message):
+        SAMDistiller(teacher, gate="none")(image, student.float()(image))

@@ -256,13 +256,6 @@ def test_useless_teacher_beside_a_student_that_has_just_begun_teaches_nothing(si
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
 
-def test_state_of_an_earlier_version_without_labels_opens_again():
-    gate, state = TeacherGate("agreement"), TeacherGate("agreement").state_dict()
-    state["labeled_scores"].zero_()
-    gate.load_state_dict(state)
-    assert with_agreement(gate).weight == 1
-
-
 def test_first_measurements_are_averaged_before_the_mean_runs():
     """A teacher that learns soon leaves its first answers behind."""
     gate, shapes, scores = TeacherGate("agreement", momentum=0.8), images(), []

@@ -9,7 +9,7 @@ from torch import nn
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.optimizer_hooks import follow
 from tests.processes import finish, start_ranks
-from tests.toys import distiller_of, toy_batches
+from tests.toys import ToyTeacher, distiller_of, toy_batches
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -216,3 +216,31 @@ def test_ranks_step_with_the_mean_gradient_and_exchange_only_what_some_rank_has(
         assert torch.equal(stepped[1], (second / 2).bfloat16())
         assert torch.equal(stepped[2], third.view(3, 2) - 5)
         assert torch.equal(stepped[3], torch.zeros(1)) and found["parameters"][3].grad is None
+
+
+def test_parameters_added_later_are_stepped_too():
+    teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+    teacher_optimizer = torch.optim.SGD([teacher.weight], lr=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = follow(teacher_optimizer, optimizer)
+    teacher_optimizer.add_param_group({"params": [teacher.bias]})
+    before = teacher.bias.detach().clone()
+    teacher.bias.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(teacher.bias.detach(), before - 0.1)
+    handle.remove()
+
+
+def test_wrapped_optimizer_of_the_teacher_steps():
+    """As Accelerate's, after `prepare`."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+    teacher = ToyTeacher()
+    inner = torch.optim.SGD(teacher.parameters(), lr=0.1)
+    distiller = SAMDistiller(teacher, Wrapper(inner))
+    assert distiller.optimizer is inner and distiller.learns

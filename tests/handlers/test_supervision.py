@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
+from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -76,6 +77,26 @@ def test_only_distillation_takes_overlapping_regions(handler):
             ValueError, match="`label` must have one channel of class numbers but has 3: .*; remove the"
         ):
             trainer_of(handler, batches, loss).run()
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_one_hot_labels_are_no_regions(is_told):
+    (batch,) = toy_batches(1)
+    label = F.one_hot(batch["label"][:, 0].long(), 3).movedim(-1, 1).float()
+    batches = [{"image": batch["image"].float(), "label": label}]
+    dice = DiceLoss(softmax=True) if is_told else lambda pred, label: (pred.softmax(1) - label).square().mean()
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dice = dice if is_told else None
+
+        def forward(self, pred, label):
+            return dice(pred[: len(label), 0], label)
+
+    trainer = trainer_of(MeanTeacher(ema_student()), batches, Own())
+    trainer.run()
+    assert torch.isfinite(trainer.state.output["loss"])
 
 
 def test_loss_that_takes_fewer_labels_passes_whoever_wrote_it():

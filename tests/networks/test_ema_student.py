@@ -229,3 +229,22 @@ def test_bad_arguments_are_errors():
         EMAStudent(Normed(), torch.optim.SGD(Normed().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="`ema_mode` must be 'eval', 'dropout' or 'train' but is 'test'"):
         build()[2].logits(torch.zeros(1, 1, 4, 4), "test")
+
+
+class Holder(torch.optim.Optimizer):
+    def __init__(self, held):
+        self.held = held
+        self.inner = held[0] if isinstance(held, list) else held
+
+    def step(self, closure=None):
+        self.inner.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: Holder([inner]), lambda inner: Holder(Holder(inner))])
+def test_optimizer_that_holds_the_students_is_the_trainers(wrap):
+    network, optimizer, ema_student = build()
+    toy_trainer(network, toy_batches(3), loss(), [ema_student], optimizer=wrap(optimizer)).run()
+    assert ema_student.average.n_averaged == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -10,11 +11,11 @@ import monai.bundle
 import pytest
 import torch
 import yaml
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ComponentLocator, ConfigWorkflow
 
 from knowsam_monai.errors import root_cause
 from knowsam_monai.files import expand_path
-from knowsam_monai.runs.config_check import PATHS, check_config
+from knowsam_monai.runs.config_check import PATHS, _refuse_unknown_arguments, check_config
 from tests.bundles.conftest import BUNDLES
 from tests.bundles.test_resolution import files
 from tests.processes import finish, run_module, start_ranks
@@ -186,6 +187,26 @@ def test_component_that_could_not_be_built_ends_before_anything_is_read(bundle, 
     with pytest.raises(RuntimeError) as error:
         started(bundle, ("train",), **{key: value})
     assert re.match(message, str(root_cause(error.value)))
+
+
+def renames(function):
+    """A decorator as libraries use it for arguments that got a new name."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **{"channels" if key == "channel" else key: value for key, value in kwargs.items()})
+
+    return wrapper
+
+
+@renames
+def renamed(channels):
+    return channels
+
+
+def test_name_that_a_foreign_decorator_takes_is_an_argument():
+    _refuse_unknown_arguments("part", {"_target_": f"{__name__}.renamed", "channel": 3}, ComponentLocator())
+    assert renamed(channel=3) == 3
 
 
 @pytest.mark.parametrize("names", RUNS[:1] + RUNS[-1:], ids="+".join)
