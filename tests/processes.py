@@ -53,13 +53,19 @@ def wait_for(condition: Callable[[], Any], process: BaseProcess, seconds: float 
     raise TimeoutError(f"nothing came in {seconds} s")
 
 
-def start_ranks(folder: Path, world_size: int, target: Callable, *args: Any, **kwargs: Any) -> list[BaseProcess]:
-    """Processes of one gloo group, each calling `target`; they write rank0.log, rank1.log, ..."""
+def start_ranks(
+    folder: Path, world_size: int, target: Callable, *args: Any, in_group: bool = True, **kwargs: Any
+) -> list[BaseProcess]:
+    """
+    Processes of one gloo group, each calling `target`; they write rank0.log, rank1.log, ...
+
+    With `in_group` False they have torchrun's environment, and `target` makes the group.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        start(folder / f"rank{rank}.log", _in_group, rank, world_size, port, target, args, kwargs)
+        start(folder / f"rank{rank}.log", _as_rank, rank, world_size, port, in_group, target, args, kwargs)
         for rank in range(world_size)
     ]
 
@@ -88,12 +94,15 @@ def _run_module(module: str, *words: str) -> None:
         sys.exit(1)
 
 
-def _in_group(rank: int, world_size: int, port: int, target: Callable, args: tuple, kwargs: dict) -> None:
+def _as_rank(
+    rank: int, world_size: int, port: int, in_group: bool, target: Callable, args: tuple, kwargs: dict
+) -> None:
     import torch
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if in_group:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     target(*args, **kwargs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

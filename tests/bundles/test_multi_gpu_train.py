@@ -25,6 +25,18 @@ from tests.same_bits import assert_same_bits
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_batch_normalization_is_synchronized_by_a_key(configs, synchronized):
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "multi_gpu_train.json")])
+    parser.update({"sync_batchnorm": synchronized})
+    network = parser.get_parsed_content("network#module")
+    norms = {type(module) for module in network.modules() if isinstance(module, _BatchNorm)}
+    assert norms == {SyncBatchNorm} if synchronized else SyncBatchNorm not in norms and norms
+    assert network.state_dict().keys() == parser.get_parsed_content("network_def").state_dict().keys()
+
+
 def torchrun(folder: Path, dataset: Path, **override) -> subprocess.Popen:
     """Start the README's command with a tiny training, on this machine's CPU."""
     options = {name: value for name, value in TINY.items() if name not in ("network_def", "device")}
@@ -36,32 +48,6 @@ def torchrun(folder: Path, dataset: Path, **override) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT / "bundles" / "knowsam_acdc", env=environment, **pipes)
-
-
-def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
-    done = torchrun(tmp_path, small_phantom, max_iterations=4)
-    output, errors = done.communicate(timeout=300)
-    assert done.returncode == 0, errors
-    assert output.count("Preflight") == 1 and output.count("structure") == 1
-    assert "2, batch normalization: per process" in output
-    assert "MultiViewNet, " in output  # and not the name of its wrapper
-    assert output.count("Validation 1  ") == 1 and output.count("Report: ") == 1
-    assert (tmp_path / "report.html").is_file() and len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
-    for path in (tmp_path / "model.pt", tmp_path / "models" / "model.pt"):
-        MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8)).load_state_dict(torch.load(path), strict=True)
-    assert (tmp_path / "validation.png").is_file() and len(list((tmp_path / "tensorboard").rglob("events*"))) == 2
-
-
-@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
-@pytest.mark.parametrize("synchronized", [False, True])
-def test_batch_normalization_is_synchronized_by_a_key(configs, synchronized):
-    parser = ConfigParser()
-    parser.read_config([str(configs / "train.json"), str(configs / "multi_gpu_train.json")])
-    parser.update({"sync_batchnorm": synchronized})
-    network = parser.get_parsed_content("network#module")
-    norms = {type(module) for module in network.modules() if isinstance(module, _BatchNorm)}
-    assert norms == {SyncBatchNorm} if synchronized else SyncBatchNorm not in norms and norms
-    assert network.state_dict().keys() == parser.get_parsed_content("network_def").state_dict().keys()
 
 
 @pytest.mark.slow
@@ -100,9 +86,9 @@ class Ranks:
         options = {name: value for name, value in options.items() if value is not None}
         self.arguments = (configs, (*overlays, "multi_gpu_train.json"), options)
 
-    def run(self, stop=None) -> list[int]:
+    def run(self, stop=None, in_group: bool = True) -> list[int]:
         """The exit codes; `stop` is when to send SIGTERM to both."""
-        ranks = start_ranks(self.folder, 2, run_bundle, *self.arguments)
+        ranks = start_ranks(self.folder, 2, run_bundle, *self.arguments, in_group=in_group)
         if stop is not None:
             assert wait_for(stop, ranks[0])
             for process in ranks:
@@ -114,6 +100,22 @@ class Ranks:
 
     def result(self) -> dict:
         return torch.load(self.last, weights_only=True)
+
+
+def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
+    """With torchrun's environment alone: the group is the config's."""
+    ranks = Ranks(tmp_path / "run", small_phantom, max_iterations=4)
+    assert ranks.run(in_group=False) == [0, 0], ranks.log()
+    output = "".join((ranks.folder / f"rank{rank}.log").read_text() for rank in (0, 1))
+    assert output.count("Preflight") == 1 and output.count("structure") == 1
+    assert "2, batch normalization: per process" in output
+    assert "MultiViewNet, " in output  # and not the name of its wrapper
+    assert output.count("Validation 1  ") == 1 and output.count("Report: ") == 1
+    assert len(json.loads((ranks.folder / "run.json").read_text())["starts"]) == 1
+    for path in (ranks.folder / "model.pt", ranks.folder / "models" / "model.pt"):
+        MultiViewNet(out_channels=4, channels=(4, 8, 8, 8, 8)).load_state_dict(torch.load(path), strict=True)
+    assert (ranks.folder / "report.html").is_file() and (ranks.folder / "validation.png").is_file()
+    assert len(list((ranks.folder / "tensorboard").rglob("events*"))) == 2
 
 
 @pytest.mark.slow
