@@ -317,25 +317,44 @@ def test_without_sam_nothing_of_it_is_built_and_no_checkpoint_is_opened(build, r
     assert [set(step) for step in run.history] == [{"loss", "mutual_loss", "entropy_loss", "mixing_loss"}]
 
 
-def test_command_line_from_the_bundle_runs_without_importing_segment_anything(small_phantom, tmp_path):
-    options = (
-        "--use_sam False --mutual_weight 0 --entropy_weight 0 --mixing_weight 0 --image_size 32 --max_iterations 1 "
-        f"--labeled_batch_size 2 --unlabeled_batch_size 2 --num_workers 0 --dataset_dir {small_phantom} "
-        f"--output_dir {tmp_path} --ckpt_dir {tmp_path} "
-        f"--network_def {json.dumps(SMALL_STUDENT, separators=(',', ':'))}"
+WITHOUT_SAM = """
+import runpy, sys, importlib.abc, monai.bundle
+
+class NoSAM(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "segment_anything":  # monai itself tried when it was imported; nobody may from here on
+            print("tried to import", name)
+            raise ImportError(name)
+
+[sys.modules.pop(m) for m in list(sys.modules) if m.split(".")[0] == "segment_anything"]
+sys.meta_path.insert(0, NoSAM())
+for arguments in sys.argv[1:]:
+    sys.argv = ["x", "run", *arguments.split()]
+    runpy.run_module("monai.bundle", run_name="__main__")
+print("loaded", [m for m in sys.modules if m.split(".")[0] in ("segment_anything", "torchvision")])
+"""
+
+
+def test_command_lines_from_the_bundle_train_and_segment_without_anything_of_sam(small_phantom, tmp_path):
+    scan = small_phantom.parent / json.loads(small_phantom.read_text())["validation"][0]["image"]
+    network = f"--network_def {json.dumps(SMALL_STUDENT, separators=(',', ':'))}"
+    training = (
+        "--config_file configs/train.json --use_sam False --mutual_weight 0 --entropy_weight 0 --mixing_weight 0 "
+        "--image_size 32 --max_iterations 1 --labeled_batch_size 2 --unlabeled_batch_size 2 --num_workers 0 "
+        f"--dataset_dir {small_phantom} --output_dir {tmp_path} --ckpt_dir {tmp_path} {network}"
     )
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = 'x run --config_file configs/train.json {options}'.split()\n"
-        "runpy.run_module('monai.bundle', run_name='__main__')\n"
-        "print('segment_anything' in sys.modules)"
+    inference = (
+        f"--config_file configs/inference.json --image_size 16 --ckpt_path {tmp_path}/model.pt --dataset_dir {scan} "
+        f"--output_dir {tmp_path}/segmentations {network}"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=BUNDLE, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_SAM, training, inference]
+    done = subprocess.run(command, cwd=BUNDLE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "loaded []" and "tried" not in done.stdout
     assert "teacher          none (use_sam is False)" in done.stdout
     assert {"model.pt", "validation.png"} <= files(tmp_path)
+    assert (tmp_path / "segmentations" / scan.name.replace(".nii", "_seg.nii")).is_file()
 
 
 def test_cached_encoder_keeps_an_embedding_of_each_orientation_and_trains(training, tmp_path):
