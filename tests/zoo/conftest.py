@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from filelock import FileLock
 
 from knowsam_monai.data import write_phantom
 from tests.bundles.conftest import BUNDLES, CONFIGS, CONFIGS_3D, Training
+from zoo import scripts
 from zoo.build import build
 
 RUN = "knowsam_phantom_seed0"
@@ -40,6 +42,14 @@ class Hosted(NamedTuple):
     zip: Path
     root: Path
     datalist: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_source_is_formatted_once():
+    """Formatting is nearly all that a zip takes, and every zip of these tests has the same sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts, "_formatted", functools.cache(scripts._formatted))
+        yield
 
 
 @pytest.fixture(scope="session", params=["knowsam_acdc", "knowsam_la"])

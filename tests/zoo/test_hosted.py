@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -31,109 +33,114 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+# one process: the network is loaded, everything of that forgotten, and command lines run until one fails
+PROGRAM = """
+import importlib, json, os, runpy, signal, sys
+for name in ("knowsam_monai", "segment_anything", "pydantic"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert str(error) == f"No module named {name!r}"
+    else:
+        raise AssertionError(name)
+
+root, commands = sys.argv[1], json.loads(sys.argv[2])
+sys.path.append(root)
+import monai.bundle
+import torch
+
+def state():
+    return sys.excepthook, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sorted(os.listdir())
+
+before = state()
+folder, name = os.path.split(root)
+weights = torch.load(root + "/models/model.pt", weights_only=True)
+for workflow_type in ("train", "inference"):
+    network = monai.bundle.load(name, bundle_dir=folder, workflow_type=workflow_type, device="cpu")
+    wrong = [key for key, value in network.state_dict().items() if not torch.equal(value, weights[key])]
+    assert not wrong, (workflow_type, wrong)
+assert state() == before and "knowsam_monai" not in sys.modules
+print("LOADED")
+
+sys.path.remove(root)
+for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+    del sys.modules[name]
+for words in commands:
+    sys.argv = ["monai.bundle", "run", *words]
+    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+"""
+
+
+class Ran(NamedTuple):
+    """What a process said, and the folder of the scans and of its results."""
+
+    done: subprocess.CompletedProcess
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    """A working directory without a bundle, and an environment without the package, SAM and pydantic."""
+def ran(hosted, tmp_path_factory):
+    """Loading, inference, evaluation and a wrong inference, in a working directory without a bundle."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    (folder / "blocker").mkdir()
+    for name in ("blocker", "scans", "empty"):
+        (folder / name).mkdir()
     (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
-    environment = {**os.environ, "PYTHONPATH": str(folder / "blocker"), "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def scans(hosted, tmp_path_factory):
-    """The phantom's volumes, oblique as they are, without their labels."""
-    folder = tmp_path_factory.mktemp("scans")
     images = [path for path in sorted(hosted.datalist.parent.rglob("*.nii.gz")) if not path.name.endswith("_gt.nii.gz")]
-    for index, path in enumerate(images[:2]):
-        shutil.copyfile(path, folder / f"scan{index}.nii.gz")
-    return folder
+    for index, path in enumerate(images[:2]):  # oblique as they are
+        shutil.copyfile(path, folder / "scans" / f"scan{index}.nii.gz")
+    configs = hosted.root / "configs"
+    inference, evaluation = configs / "inference.json", [str(configs / n) for n in ("train.json", "evaluate.json")]
+    commands = [
+        ["--config_file", inference, "--dataset_dir", folder / "scans", "--output_dir", folder / "zip"],
+        ["--config_file", evaluation, "--dataset_dir", hosted.datalist, "--output_dir", folder / "evaluation"],
+        ["--config_file", inference, "--dataset_dir", folder / "scans", "--ckpt_path", "/nowhere/model.pt"],
+    ]
+    commands = [[str(word) for word in (*words, "--bundle_root", hosted.root)] for words in commands]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "blocker"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(hosted.root), json.dumps(commands)]
+    return Ran(subprocess.run(command, cwd=folder / "empty", env=environment, capture_output=True, text=True), folder)
 
 
-@pytest.mark.parametrize("module", ["knowsam_monai", "segment_anything", "pydantic"])
-def test_blocked_environment_has_neither_the_package_nor_sam(elsewhere, module):
-    done = elsewhere("-c", f"import {module}")
-    assert done.returncode == 1 and f"No module named '{module}'" in done.stderr
+def test_network_of_the_zip_is_loaded_with_monai_alone_and_without_side_effects(ran):
+    # a training of volumes without a data set has the phantom's widths, as these weights
+    assert "LOADED" in ran.done.stdout.splitlines(), ran.done.stderr
 
 
-def test_inference_of_the_zip_needs_monai_alone_and_labels_as_the_package_does(hosted, elsewhere, scans, tmp_path):
-    config = hosted.root / "configs" / "inference.json"
-    options = {"dataset_dir": str(scans), "output_dir": str(tmp_path / "zip")}
-    arguments = [argument for key, value in options.items() for argument in (f"--{key}", value)]
-    done = elsewhere("-m", "monai.bundle", "run", "--config_file", config, "--bundle_root", hosted.root, *arguments)
-    assert done.returncode == 0, done.stderr
+def test_inference_of_the_zip_needs_monai_alone_and_labels_as_the_package_does(hosted, ran, tmp_path):
     workflow = ConfigWorkflow(
         config_file=str(hosted.bundle / "configs" / "inference.json"),
         meta_file=str(hosted.bundle / "configs" / "metadata.json"),
         logging_file=False,
         workflow_type="infer",
-        **{**options, "output_dir": str(tmp_path / "package"), "bundle_root": str(hosted.bundle)},
+        dataset_dir=str(ran.folder / "scans"),
+        output_dir=str(tmp_path),
+        bundle_root=str(hosted.bundle),
         **{key: value for key, value in find_training(hosted.bundle).student.items() if key != "class_names"},
     )
     workflow.initialize()
     workflow.run()
-    for path in scans.iterdir():
-        scan, ours, package = (
-            nibabel.load(file)
-            for file in (
-                path,
-                *(tmp_path / kind / path.name.replace(".nii", "_seg.nii") for kind in ("zip", "package")),
-            )
-        )
+    for path in (ran.folder / "scans").iterdir():
+        name = path.name.replace(".nii", "_seg.nii")
+        assert (ran.folder / "zip" / name).is_file(), ran.done.stderr
+        scan, ours, package = map(nibabel.load, (path, ran.folder / "zip" / name, tmp_path / name))
         assert ours.shape == scan.shape and np.array_equal(ours.affine, scan.affine)
         np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(package.dataobj))
         assert len(np.unique(ours.dataobj)) > 1
 
 
-def test_evaluation_of_the_zip_needs_monai_alone(hosted, elsewhere, tmp_path):
-    configs = [str(hosted.root / "configs" / name) for name in ("train.json", "evaluate.json")]
-    arguments = ["--dataset_dir", hosted.datalist, "--output_dir", tmp_path, "--bundle_root", hosted.root]
-    done = elsewhere("-m", "monai.bundle", "run", "--config_file", str(configs), *arguments)
-    assert done.returncode == 0, done.stderr
-    with open(tmp_path / "metrics_raw.csv", encoding="utf-8") as file:
+def test_evaluation_of_the_zip_needs_monai_alone(hosted, ran):
+    path = ran.folder / "evaluation" / "metrics_raw.csv"
+    assert path.is_file(), ran.done.stderr
+    with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     validation = json.loads(hosted.datalist.read_text())["validation"]
     assert len({row["case"] for row in rows}) == len(validation) and all(0 <= float(row["dice"]) <= 1 for row in rows)
     assert max(float(row["dice"]) for row in rows) > 0
 
 
-@pytest.mark.parametrize("hosted", ["knowsam_acdc"], indirect=True)
-def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(hosted, elsewhere, scans, tmp_path):
-    config = hosted.root / "configs" / "inference.json"
-    arguments = ["--dataset_dir", scans, "--output_dir", tmp_path, "--ckpt_path", "/nowhere/model.pt"]
-    done = elsewhere("-m", "monai.bundle", "run", "--config_file", config, *arguments)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a student but /nowhere")
-
-
-LOAD = """
-import os, signal, sys
-sys.path.append(sys.argv[1])
-import monai.bundle
-import torch
-def state():
-    return sys.excepthook, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sorted(os.listdir())
-before = state()
-folder, name = os.path.split(sys.argv[1])
-weights = torch.load(sys.argv[1] + "/models/model.pt", weights_only=True)
-for workflow_type in sys.argv[2:]:
-    network = monai.bundle.load(name, bundle_dir=folder, workflow_type=workflow_type, device="cpu")
-    wrong = [key for key, value in network.state_dict().items() if not torch.equal(value, weights[key])]
-    assert not wrong, (workflow_type, wrong)
-assert state() == before and "knowsam_monai" not in sys.modules
-"""
-
-
-def test_network_of_the_zip_is_loaded_with_monai_alone_and_without_side_effects(hosted, elsewhere):
-    # a training of volumes without a data set has the phantom's widths, as these weights
-    done = elsewhere("-c", LOAD, hosted.root, "train", "inference")
-    assert done.returncode == 0, done.stderr
+def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(ran):
+    assert ran.done.returncode == 1
+    assert ran.done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a student but /nowhere")
 
 
 def test_training_of_the_zip_runs_where_the_package_is_installed(hosted, tmp_path):
