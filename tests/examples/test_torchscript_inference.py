@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 from monai.bundle import ConfigWorkflow, ckpt_export
 
 from knowsam_monai.data import write_phantom
@@ -17,14 +17,6 @@ from knowsam_monai.data import write_phantom
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "knowsam_acdc"
 TURNS = {"stored": [[0, 1], [1, 1], [2, 1]], "turned": [[2, -1], [0, 1], [1, -1]]}
-WITHOUT_THIS_PACKAGE = """
-import runpy, sys
-sys.modules["knowsam_monai"] = None
-_, script, model, folder, *scans = sys.argv
-for scan in scans:
-    sys.argv = [script, model, scan, "64", folder]
-    runpy.run_path(script, run_name="__main__")
-"""
 
 
 def test_it_gives_the_bundle_s_segmentation_voxel_for_voxel(tmp_path):
@@ -39,13 +31,12 @@ def test_it_gives_the_bundle_s_segmentation_voxel_for_voxel(tmp_path):
     ckpt_export(
         "network_def", filepath=model, ckpt_file=ckpt, meta_file=files["metadata"], config_file=files["inference"]
     )
-    script = ROOT / "examples" / "torchscript_inference.py"
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_THIS_PACKAGE, script, model, tmp_path, *scans.values()],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.split(".")[0] == "knowsam_monai"]:
+            patch.setitem(sys.modules, name, None)  # may not be imported
+        main = runpy.run_path(str(ROOT / "examples" / "torchscript_inference.py"))["main"]
+        for path in scans.values():
+            main(model, str(path), "64", str(tmp_path))
     options = {
         "bundle_root": str(BUNDLE),
         "dataset_dir": str(tmp_path / "scans"),
