@@ -7,7 +7,8 @@ import logging
 import signal
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from monai.utils import set_determinism
 from knowsam_monai.data import write_phantom
 from knowsam_monai.handlers import scalar_terms
 from knowsam_monai.runs import stop_signals, training_handlers
+from knowsam_monai.runs.report import page
 from tests.teachers.sam2_toys import toy_model
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
@@ -81,6 +83,16 @@ def step_handlers(**options: Any) -> list[Any]:
     return [handler for handler in training_handlers(**options) if type(handler).__name__ not in BESIDE_THE_STEP]
 
 
+@contextmanager
+def without_charts() -> Iterator[None]:
+    """Reports of runs without the charts, which take longer than the steps of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("line_chart", "case_chart"):
+            patch.setattr(page, name, lambda *args, **kwargs: "")
+        yield
+
+
+@without_charts()
 def run_bundle(configs: Path, overlays: Sequence[str], options: dict[str, Any]) -> None:
     """What `python -m monai.bundle run` does with these configs over train.json and these options."""
     monai.bundle.run(config_file=[str(configs / name) for name in ("train.json", *overlays)], **options)
@@ -98,7 +110,8 @@ class Training:
     """
     train.json with tiny settings as `workflow`; `history` and `rates` are terms and learning rates by iteration.
 
-    `overlays` are configs over train.json; an override of None leaves the configs' own value.
+    `overlays` are configs over train.json; an override of None leaves the configs' own value. `whole` is with the
+    handlers that do not affect the steps, and with `charts` in the report if asked for.
     """
 
     def __init__(
@@ -106,6 +119,7 @@ class Training:
         folder: Path,
         /,
         whole: bool = False,
+        charts: bool = False,
         overlays: Sequence[str] = (),
         configs: Path = CONFIGS,
         **override: Any,
@@ -114,7 +128,7 @@ class Training:
         options = {**tiny, "output_dir": str(folder), "ckpt_dir": str(folder / "models"), **override}
         options = {key: value for key, value in options.items() if value is not None}
         options["epoch_length"] = min(options["epoch_length"], options["max_iterations"])
-        self.output_dir = folder
+        self.output_dir, self.charts = folder, charts
         self.history: list[dict[str, float]] = []
         self.rates: list[list[float]] = []
         self.workflow = ConfigWorkflow(
@@ -138,9 +152,10 @@ class Training:
     def run(self) -> Training:
         hook, level = sys.excepthook, logging.root.level
         try:
-            self.workflow.initialize()
-            self.workflow.run()
-            self.workflow.finalize()
+            with nullcontext() if self.charts else without_charts():
+                self.workflow.initialize()
+                self.workflow.run()
+                self.workflow.finalize()
         finally:
             sys.excepthook = hook
             self.signals = [signal.getsignal(number) for number in stop_signals.NUMBERS]

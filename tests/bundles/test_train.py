@@ -53,7 +53,7 @@ def whole_run(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         options = {"configs": request.param, "dataset_dir": str(data), "max_iterations": 4}
-        return Training(output_dir, whole=True, **options).run()
+        return Training(output_dir, whole=True, charts=True, **options).run()
 
 
 def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
@@ -165,8 +165,14 @@ class EndedWithItsWorkers:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("bundle", ["training", "training_3d"])
-@pytest.mark.parametrize("more", [[], [{"_target_": "StatsHandler", "output_transform": "$lambda output: None"}]])
+@pytest.mark.parametrize(
+    "bundle, more",
+    [
+        ("training", []),
+        ("training", [{"_target_": "StatsHandler", "output_transform": "$lambda output: None"}]),
+        ("training_3d", []),
+    ],
+)
 def test_run_whose_workers_were_ended_by_a_signal_saves_with_the_shipped_handlers(request, tmp_path, bundle, more):
     run = request.getfixturevalue(bundle)(whole=True, num_workers=1, max_iterations=4, epoch_length=4)
     run.workflow.parser["train#weak_augmentation#transforms"].append({"_target_": f"{__name__}.Slow"})
@@ -183,6 +189,7 @@ def test_folder_records_what_ran_and_how_it_went(whole_run):
     assert start["seed"] == 0 and "torch" in start["versions"]
     page = (whole_run.output_dir / "report.html").read_text()
     slices = ("best case", "worst slice") if len(whole_run["validate#dataset"]) > 1 else ("largest slice",)
+    assert page.count("<svg") > 5
     for title in ("SAM loss", "Distillation loss", "Mutual loss", "Mixing loss", "Gate weight", *slices):
         assert title in page
 
@@ -216,8 +223,9 @@ def test_default_gate_is_shut_until_it_measures_agreement(whole_run):
 
 @pytest.mark.parametrize("bundle", ["training", "training_3d"])
 def test_validation_gate_is_shut_until_agreement_and_validation_were_measured(request, bundle):
-    """Agreement is first measured at iteration 10, validation at the end of each epoch, which 2 iterations are."""
-    run = request.getfixturevalue(bundle)(whole=True, distillation_gate="validation", max_iterations=10).run()
+    """Agreement is first measured at iteration 10, validation at the end of each epoch, which 5 iterations are."""
+    options = {"distillation_gate": "validation", "max_iterations": 10, "epoch_length": 5}
+    run = request.getfixturevalue(bundle)(whole=True, **options).run()
     assert [step["gate_weight"] for step in run.history[:9]] == [0] * 9
     dice, gate = run["validate#evaluator"].state.metrics, run["distiller"].gate
     assert gate.validation_scores.tolist() == pytest.approx([dice["val_mean_dice"], dice["val_teacher_dice"]])
