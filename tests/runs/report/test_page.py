@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from knowsam_monai.runs.report import read_run, write_report
 from knowsam_monai.runs.report.page import render
+from tests.bundles.conftest import without_charts
 from tests.runs.report.conftest import write_run
 
 
@@ -49,9 +51,16 @@ def test_page_shows_dice_terms_gate_cases_slices_and_how_it_was_made(run_folder)
         assert shown in words
 
 
-def test_several_runs_stand_side_by_side_with_what_differs(tmp_path, monkeypatch):
-    first = write_run(tmp_path / "first", config={"seed": 7, "lr": 0.1, "train": {"method": {"weight": 1}}})
-    second = write_run(tmp_path / "second", config={"seed": 7, "lr": 0.2, "train": {"method": {}}})
+def copies(run_folder, *names):
+    return [shutil.copytree(run_folder, run_folder.with_name(name)) for name in names]
+
+
+@without_charts()
+def test_several_runs_stand_side_by_side_with_what_differs(run_folder, tmp_path, monkeypatch):
+    first, second = copies(run_folder, "first", "second")
+    configs = {"lr": 0.1, "train": {"method": {"weight": 1}}}, {"lr": 0.2, "train": {"method": {}}}
+    for folder, config in zip((first, second), configs):
+        (folder / "config.json").write_text(json.dumps({"seed": 7, **config}))
     monkeypatch.chdir(tmp_path)
     text = write_report(first, second).read_text(encoding="utf-8")
     assert (tmp_path / "report.html").is_file()
@@ -74,8 +83,8 @@ def test_cases_of_one_run_have_a_color_for_the_student_and_one_for_the_teacher(r
     assert marks(chart) == {("var(--series-0)", "var(--series-0)"): 3, ("none", "var(--series-1)"): 3}
 
 
-def test_cases_of_each_of_several_runs_have_its_color_and_the_teacher_is_a_ring(tmp_path):
-    runs = [read_run(write_run(tmp_path / name)) for name in ("first", "second", "third")]
+def test_cases_of_each_of_several_runs_have_its_color_and_the_teacher_is_a_ring(run_folder):
+    runs = [read_run(folder) for folder in copies(run_folder, "first", "second", "third")]
     charts = charts_of_cases(render(runs))
     assert [name for name, _ in charts] == ["first", "second", "third"]
     for series, (_, chart) in enumerate(charts):
