@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -137,22 +138,22 @@ def test_values_reach_the_components_in_the_config_s_own_form():
 def test_every_path_is_expanded_wherever_it_is_from(bundle, names, home, tmp_path):
     known = [key for key in PATHS if key in started(bundle, names).config and key != "bundle_root"]  # must exist
     assert len(known) >= 3
-    for number, (given, expanded) in enumerate(
-        [
-            ("~/a b", home / "a b"),
-            ("$SCRATCH/a", home.parent / "scratch" / "a"),
-            ("/x/${SCRATCH}", f"/x/{home.parent}/scratch"),
-        ]
-    ):
-        overlay = tmp_path / f"{number}.json"
-        cached = {"sam_encoder": "cached"} if "sam_cache_dir" in known else {}
-        overlay.write_text(json.dumps({**cached, **{key: given for key in known}}))
-        workflow = ConfigWorkflow(
-            [*files(bundle, names), str(overlay)], logging_file=False, meta_file=None, workflow_type="train"
-        )
-        workflow.parser["initialize"] = workflow.parser["initialize"][:1]
-        workflow.initialize()
-        assert {workflow.parser.get_parsed_content(key) for key in known} == {str(expanded)}
+    forms = [
+        ("~/a b", home / "a b"),
+        ("$SCRATCH/a", home.parent / "scratch" / "a"),
+        ("/x/${SCRATCH}", f"/x/{home.parent}/scratch"),
+    ]
+    given = dict(zip(known, itertools.cycle(forms)))  # each key one form, each form of some key
+    cached = {"sam_encoder": "cached"} if "sam_cache_dir" in known else {}
+    overlay = tmp_path / "paths.json"
+    overlay.write_text(json.dumps({**cached, **{key: form for key, (form, _) in given.items()}}))
+    workflow = ConfigWorkflow(
+        [*files(bundle, names), str(overlay)], logging_file=False, meta_file=None, workflow_type="train"
+    )
+    workflow.parser["initialize"] = workflow.parser["initialize"][:1]
+    workflow.initialize()
+    for key, (_, expanded) in given.items():
+        assert workflow.parser.get_parsed_content(key) == str(expanded)
     assert not list(tmp_path.rglob("~*"))
 
 
