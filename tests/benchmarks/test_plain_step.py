@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from knowsam_monai.data import write_phantom
 from knowsam_monai.teachers.sam_decoder import dense_positions
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ def speed(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("speed")
+    monkeypatch.setattr(module, "OUTPUT", tmp_path)
     monkeypatch.setattr(module, "start_run", lambda *args, **kwargs: None)  # of a process of its own
     return module
 
@@ -56,31 +58,19 @@ def plain_positions(plain, dtype) -> torch.Tensor:
     return dense_positions(encoder).to(dtype).T.unflatten(1, (height, width))[None]
 
 
-# float32: the gradients of the convolutions before a normalization are ill-conditioned; float64: MONAI's Dice has
-# float32 one-hot labels
-@pytest.mark.parametrize(
-    ("dims", "mixing", "dtype", "tolerance"),
-    [
-        (2, False, torch.float32, 1e-3),
-        (2, True, torch.float32, 1e-3),
-        (2, False, torch.float64, 1e-6),
-        (2, True, torch.float64, 1e-6),
-        (3, True, torch.float64, 1e-6),
-    ],
-)
-def test_losses_and_gradients_are_those_of_the_bundles_step(
-    speed, monkeypatch, tmp_path, dims, mixing, dtype, tolerance
-):
-    plain_step = speed.plain_step
+@pytest.mark.parametrize(("dims", "mixing"), [(2, False), (2, True), (3, True)])
+def test_losses_and_gradients_are_those_of_the_bundles_step(speed, monkeypatch, tmp_path, dims, mixing):
+    plain_step, dtype, tolerance = speed.plain_step, torch.float64, 1e-6  # MONAI's Dice has float32 one-hot labels
     torch.manual_seed(0)
-    options, size, iteration = (
-        speed.Options(device="cpu", patch=(16, 16, 16), phantom_size=48),
-        64,
-        999 if mixing else 1,
-    )
-    monkeypatch.setattr(speed, "OUTPUT", tmp_path)
+    options, size = speed.Options(device="cpu", patch=(16, 16, 16), phantom_size=32), 32
+    iteration = 999 if mixing else 1
     if dims == 2:
-        parser = speed.acdc(options, image_size=size, **{"network_def#channels": CHANNELS}, **SMALL)
+        counts = {"num_labeled": 1, "num_unlabeled": 1, "num_validation": 1, "num_test": 0}
+        data = {
+            "dataset_dir": str(write_phantom(tmp_path / "phantom", max_size=32, **counts)),
+            "labeled_patients": "$None",
+        }
+        parser = speed.acdc(options, image_size=size, **data, **{"network_def#channels": CHANNELS}, **SMALL)
         num_classes, shape, window = 4, (size, size), (0, 1)
     else:
         parser = speed.left_atrium(options, sam_image_size=size, channels=CHANNELS, **SMALL)
@@ -108,7 +98,7 @@ def test_losses_and_gradients_are_those_of_the_bundles_step(
     output = parser.get_parsed_content("train#trainer").state.output
     expected = output["loss"].detach() + output.get("mixing_loss", 0)
     assert ("mixing_loss" in output) == mixing
-    assert loss.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-4))
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for module, plain_module in ((network, student), (sam, plain)):
         largest = max(gradient.abs().max() for gradient in kept[module])
         assert largest > 1e-4
