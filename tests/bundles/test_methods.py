@@ -20,16 +20,18 @@ from tests.hosts import no_loss
 from tests.toys import toy_trainer, with_gradient
 
 SIZES = {CONFIGS: (32, 32), CONFIGS_3D: (16, 16, 16)}
-BUNDLES = pytest.mark.parametrize("bundle", SIZES, ids=["slices", "volumes"])
 # network -> its overlay, or this package's network in its place
-NETWORKS: dict[str, str | None] = {
+OVERLAYS: dict[str, str | None] = {
     "views": None,  # MultiViewNet
     "plain": "network_plain.json",  # 2D: UNet, 3D: MONAI's VNet
     "pair": "network_pair.json",  # StackedNetworks
     "UNet": None,
     "VNet": None,
 }
-WITH_DROPOUT = [name for name in NETWORKS if name != "VNet"]
+NETWORKS = {CONFIGS: ("views", "plain", "pair"), CONFIGS_3D: tuple(OVERLAYS)}
+WITHOUT_DROPOUT = "VNet"
+BUILT = [(bundle, network) for bundle in SIZES for network in NETWORKS[bundle]]
+EVERY_NETWORK = pytest.mark.parametrize("bundle, network", BUILT)
 # method -> its handler in the configs, and the terms that it adds
 METHODS: dict[str, tuple[str, set[str]]] = {
     "mean_teacher": ("train#method", {"consistency_loss"}),
@@ -42,9 +44,9 @@ METHODS: dict[str, tuple[str, set[str]]] = {
 }
 TWO_VIEWS = {"cps": "pair", "co-training": "views"}  # methods that are made for one network
 CASES = [
-    (network, method)
+    (bundle, network, method)
+    for bundle, network in BUILT
     for method in METHODS
-    for network in NETWORKS
     if method not in TWO_VIEWS or network == TWO_VIEWS[method]
 ]
 
@@ -55,7 +57,7 @@ class Built:
     def __init__(self, bundle: Path, network: str, method: str) -> None:
         overlay = f"{method}.json" if (bundle / f"{method}.json").is_file() else None
         config = ConfigParser()
-        config.read_config([str(bundle / name) for name in ("train.json", NETWORKS[network], overlay) if name])
+        config.read_config([str(bundle / name) for name in ("train.json", OVERLAYS[network], overlay) if name])
         if network in ("UNet", "VNet"):
             config["network_def"] = {
                 "_target_": f"knowsam_monai.networks.{network}",
@@ -135,8 +137,7 @@ def learners(built: Built, network: str, method: str) -> set[str]:
     return names
 
 
-@BUNDLES
-@pytest.mark.parametrize("network, method", CASES)
+@pytest.mark.parametrize("bundle, network, method", CASES)
 def test_the_terms_and_who_learns_from_them(bundle, network, method):
     built = Built(bundle, network, method)
     states, terms = built.last_steps([built.handler])
@@ -160,8 +161,7 @@ def test_the_terms_and_who_learns_from_them(bundle, network, method):
         torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-6)
 
 
-@BUNDLES
-@pytest.mark.parametrize("network", NETWORKS)
+@EVERY_NETWORK
 @pytest.mark.parametrize("method", ["mean_teacher", "ua_mt"])
 def test_passes_of_the_averaged_student_draw_dropout_and_nothing_else(bundle, network, method, caplog):
     with caplog.at_level(logging.WARNING):
@@ -171,7 +171,7 @@ def test_passes_of_the_averaged_student_draw_dropout_and_nothing_else(bundle, ne
     assert logits.shape == (4, 2, built.num_classes, *built.size) and not logits.requires_grad
     spread = logits.std(dim=0).flatten(1).amax(1)
     without = built.ema_student.logits(built.image(), "eval")
-    if network in WITH_DROPOUT:
+    if network != WITHOUT_DROPOUT:
         assert (spread > 0).all() and not torch.equal(logits[0], without)
         assert not caplog.messages
     else:
@@ -181,21 +181,19 @@ def test_passes_of_the_averaged_student_draw_dropout_and_nothing_else(bundle, ne
         assert "ema_mode='eval'" in caplog.text
 
 
-@BUNDLES
-@pytest.mark.parametrize("network", NETWORKS)
+@EVERY_NETWORK
 def test_no_mode_changes_the_averaged_student_and_eval_draws_nothing(bundle, network):
     built = Built(bundle, network, "mean_teacher")
     ema_student, before = built.ema_student, copied(built.ema_student.network)
     for mode in ("eval", "dropout", "train"):
         first, second = (ema_student.logits(built.image(), mode, built.inferer) for _ in range(2))
         assert first.shape == (2, built.num_classes, *built.size)
-        assert torch.equal(first, second) == (mode == "eval" or network not in WITH_DROPOUT)
+        assert torch.equal(first, second) == (mode == "eval" or network == WITHOUT_DROPOUT)
         assert all(torch.equal(value, before[name]) for name, value in ema_student.network.state_dict().items())
         assert not any(module.training for module in ema_student.network.modules())
 
 
-@BUNDLES
-@pytest.mark.parametrize("network", WITH_DROPOUT)
+@pytest.mark.parametrize("bundle, network", [pair for pair in BUILT if pair[1] != WITHOUT_DROPOUT])
 def test_more_passes_of_dropout_change_what_uamt_is_certain_of(bundle, network):
     handler = (built := Built(bundle, network, "ua_mt")).handler
     handler.passes.noise_std = 0.0
