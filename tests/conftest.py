@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import pytest
@@ -13,6 +14,11 @@ from tests.toys import ToyStudent, ToyTeacher
 def pytest_collection_modifyitems(items):
     """Begin with the folders whose files take longest, so that no worker ends with one of them."""
     items.sort(key=lambda item: item.path.parent.name not in ("bundles", "zoo", "docs", "examples"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: tests that wait for the garbage collector need not wait for it to look there."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
