@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["monai.bundle", "monai.engines", "knowsam_monai.handlers", "knowsam_monai.networks"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("monai.bundle", "monai.engines", "pytest", "segment_anything", "torch.utils.tensorboard"),
+        *("knowsam_monai.data.loader", "knowsam_monai.handlers", "knowsam_monai.networks"),
+        *("knowsam_monai.runs.finishing", "knowsam_monai.runs.validation_report", "knowsam_monai.runs.values"),
+    ]
+)
 
 
 def start(log: Path, target: Callable, *args: Any, **kwargs: Any) -> BaseProcess:
