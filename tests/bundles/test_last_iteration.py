@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 
 import pytest
@@ -50,11 +49,6 @@ def test_run_trains_and_validates_exactly_what_was_asked(whole):
     assert len(whole.history) == 7 and len(epochs(whole.output_dir)) == 3
     assert whole.rates[-1] == [pytest.approx(0.01 / 7)] and whole.learning_rates() == [0]
     assert {"resume_6.pt", "resume_7.pt", "last_model_epoch=3.pt"} <= set(os.listdir(whole.output_dir))
-
-
-def test_finished_run_is_not_trained_further(run, whole, tmp_path):
-    again = run(shutil.copytree(whole.output_dir, tmp_path / "again")).run()
-    assert again.history == [] and len(epochs(again.output_dir)) == 3
 
 
 @pytest.mark.parametrize("at", [2, 7])
