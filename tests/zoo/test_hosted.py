@@ -8,8 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -71,16 +69,9 @@ for words in commands:
 """
 
 
-class Ran(NamedTuple):
-    """What a process said, and the folder of the scans and of its results."""
-
-    done: subprocess.CompletedProcess
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def ran(hosted, tmp_path_factory):
-    """Loading, inference, evaluation and a wrong inference, in a working directory without a bundle."""
+    """The process, which loads, infers, evaluates and infers wrongly, far from a bundle; the folder of its results."""
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("blocker", "scans", "empty"):
         (folder / name).mkdir()
@@ -98,39 +89,42 @@ def ran(hosted, tmp_path_factory):
     commands = [[str(word) for word in (*words, "--bundle_root", hosted.root)] for words in commands]
     environment = {**os.environ, "PYTHONPATH": str(folder / "blocker"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(hosted.root), json.dumps(commands)]
-    return Ran(subprocess.run(command, cwd=folder / "empty", env=environment, capture_output=True, text=True), folder)
+    return subprocess.run(command, cwd=folder / "empty", env=environment, capture_output=True, text=True), folder
 
 
 def test_network_of_the_zip_is_loaded_with_monai_alone_and_without_side_effects(ran):
+    done, _ = ran
     # a training of volumes without a data set has the phantom's widths, as these weights
-    assert "LOADED" in ran.done.stdout.splitlines(), ran.done.stderr
+    assert "LOADED" in done.stdout.splitlines(), done.stderr
 
 
 def test_inference_of_the_zip_needs_monai_alone_and_labels_as_the_package_does(hosted, ran, tmp_path):
+    done, folder = ran
     workflow = ConfigWorkflow(
         config_file=str(hosted.bundle / "configs" / "inference.json"),
         meta_file=str(hosted.bundle / "configs" / "metadata.json"),
         logging_file=False,
         workflow_type="infer",
-        dataset_dir=str(ran.folder / "scans"),
+        dataset_dir=str(folder / "scans"),
         output_dir=str(tmp_path),
         bundle_root=str(hosted.bundle),
         **{key: value for key, value in find_training(hosted.bundle).student.items() if key != "class_names"},
     )
     workflow.initialize()
     workflow.run()
-    for path in (ran.folder / "scans").iterdir():
+    for path in (folder / "scans").iterdir():
         name = path.name.replace(".nii", "_seg.nii")
-        assert (ran.folder / "zip" / name).is_file(), ran.done.stderr
-        scan, ours, package = map(nibabel.load, (path, ran.folder / "zip" / name, tmp_path / name))
+        assert (folder / "zip" / name).is_file(), done.stderr
+        scan, ours, package = map(nibabel.load, (path, folder / "zip" / name, tmp_path / name))
         assert ours.shape == scan.shape and np.array_equal(ours.affine, scan.affine)
         np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(package.dataobj))
         assert len(np.unique(ours.dataobj)) > 1
 
 
 def test_evaluation_of_the_zip_needs_monai_alone(hosted, ran):
-    path = ran.folder / "evaluation" / "metrics_raw.csv"
-    assert path.is_file(), ran.done.stderr
+    done, folder = ran
+    path = folder / "evaluation" / "metrics_raw.csv"
+    assert path.is_file(), done.stderr
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     validation = json.loads(hosted.datalist.read_text())["validation"]
@@ -139,8 +133,9 @@ def test_evaluation_of_the_zip_needs_monai_alone(hosted, ran):
 
 
 def test_wrong_weights_end_the_zip_s_inference_with_the_cause_in_one_line(ran):
-    assert ran.done.returncode == 1
-    assert ran.done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a student but /nowhere")
+    done, _ = ran
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ValueError: `ckpt_path` must be a student but /nowhere")
 
 
 def test_training_of_the_zip_runs_where_the_package_is_installed(hosted, tmp_path):
