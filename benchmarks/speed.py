@@ -84,11 +84,11 @@ def parser_of(bundle: str, file: str, overlays: tuple[str, ...], keys: dict[str,
     return ConfigWorkflow(files, workflow_type=file.removesuffix(".json"), logging_file=False, **keys).parser
 
 
-def training(options: Options, bundle: str, *overlays: str, fast_matmul: bool = False, **keys: Any) -> Any:
+def training(options: Options, bundle: str, *overlays: str, **keys: Any) -> Any:
     """The parser of a bundle's train.json with overlays, in a process with the settings of the bundle's runs."""
     output = tempfile.mkdtemp()
     if options.device != "meta":
-        start_run(output, output, torch.device(options.device), fast_matmul=fast_matmul)
+        start_run(output, output, torch.device(options.device), fast_matmul=True)
         set_determinism(0)
     is_half = options.precision in ("bf16", "fp16")
     shared = {
@@ -255,7 +255,6 @@ def inference_step(network: nn.Module, options: Options) -> Step:
 ROWS: dict[str, tuple[str, Build]] = {
     "plain_knowsam": ("plain", partial(plain_knowsam, mixing=False)),
     "knowsam": ("KnowSAM, before mixing", partial(knowsam, mixing=False)),
-    "knowsam_fast": ("the same, fast_cpu_matmul", partial(knowsam, mixing=False, fast_matmul=True)),
     "plain_knowsam_mixing": ("plain", partial(plain_knowsam, mixing=True)),
     "knowsam_mixing": ("KnowSAM, with mixing", partial(knowsam, mixing=True)),
     "without_sam": ("KnowSAM without SAM, before mixing", partial(knowsam, mixing=False, use_sam=False)),
@@ -271,7 +270,6 @@ COMPARISONS: dict[str, tuple[str, ...]] = {
     "knowsam_mixing": ("plain_knowsam_mixing", "knowsam_mixing"),
     "inference": ("plain_inference", "inference"),
     "la_knowsam": ("plain_la_knowsam", "la_knowsam"),
-    "knowsam_fast": ("knowsam", "knowsam_fast"),
     "without_sam": ("without_sam", "knowsam"),
 }
 for method, method_overlays in HOSTS.items():

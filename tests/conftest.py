@@ -1,4 +1,4 @@
-"""What every test shares: no cache of an earlier run, and none left in the user's folder; logging put back."""
+"""What every test shares: no cache of an earlier run, none left in the user's folder; settings put back."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def cache_of_this_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KNOWSAM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def usual_matrix_products():
+    """A bundle's run on a CPU sets how torch multiplies matrices."""
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

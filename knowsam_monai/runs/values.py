@@ -196,7 +196,7 @@ class Training(Everywhere):
     amp: Switch = _about("mixed precision on a GPU")
     amp_dtype: Literal["bfloat16", "float16"] = _about("data type of mixed precision on a GPU")
     cpu_autocast: Switch = _about("bfloat16 on a CPU")
-    fast_cpu_matmul: Switch = _about("matrix products by oneDNN on a CPU")
+    fast_cpu_matmul: Switch = _about("matrix products by oneDNN on a CPU where it is faster and as exact")
     preflight: Switch = _about("only report what the run would do")
     resume: Switch = _about("continue from the last checkpoint in output_dir; False removes all checkpoints")
     process_timeout: PositiveOrNone = _about("seconds that processes wait for each other; None for a single process")

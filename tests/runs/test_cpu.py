@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +16,33 @@ from knowsam_monai.runs.cpu import fast_cpu_matmul
 def usual_precision():
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    cpu._is_better.cache_clear()
     yield
+    cpu._is_better.cache_clear()
     torch.set_float32_matmul_precision(precision)
 
 
-def test_fast_route_is_taken_only_where_the_probe_is_exact(usual_precision):
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_fast_route_is_taken_only_if_it_is_faster_and_exact(usual_precision, monkeypatch, is_faster):
+    monkeypatch.setattr(cpu, "_is_faster", lambda *_: is_faster)
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     taken = fast_cpu_matmul()
     assert torch.get_float32_matmul_precision() == ("medium" if taken else "highest")
-    assert not taken or cpu._linear_error() <= 1e-5
+    assert cpu._largest_error() <= 1e-5 and (is_faster or not taken)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_measured_once_in_a_process(usual_precision, monkeypatch):
+    first, threads = fast_cpu_matmul(), torch.get_num_threads()
+    assert torch.get_num_threads() == threads
+    monkeypatch.setattr(cpu, "_is_faster", None)
+    torch.set_float32_matmul_precision("highest")
+    assert fast_cpu_matmul() == first
+    assert torch.get_float32_matmul_precision() == ("medium" if first else "highest")
 
 
 @pytest.mark.parametrize("rounded", range(3))
-def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_precision, monkeypatch, caplog, rounded):
+def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_precision, monkeypatch, rounded):
     class Rounded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight):
@@ -44,9 +58,9 @@ def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_pr
         return result.bfloat16().float() if which == rounded and result.dtype == torch.float32 else result
 
     monkeypatch.setattr(cpu.F, "linear", Rounded.apply)
-    with caplog.at_level(logging.WARNING):
-        assert not fast_cpu_matmul()
-    assert torch.get_float32_matmul_precision() == "highest" and "off by" in caplog.text
+    monkeypatch.setattr(cpu, "_is_faster", lambda *_: True)
+    assert not fast_cpu_matmul()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
