@@ -41,8 +41,7 @@ $(BUNDLE)/models/model.pt:
 	@$(MAKE) --no-print-directory train BUNDLE=$(BUNDLE) ARGS=
 
 table: $(VENV)/.installed
-	$(venv_python) benchmarks/hosts.py --published --labeled_patients 3 7 \
-		--hosts supervised "Mean Teacher" UA-MT BCP CPS FixMatch KnowSAM $(ARGS)
+	$(venv_python) benchmarks/hosts.py --published $(ARGS)
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,7 +1,7 @@
 """
 When does SKD help? The gain of a Mean Teacher student against the quality of a frozen network that teaches it.
 
-    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/dose.py        # about an hour on one CPU core
+    KNOWSAM_ACDC_DIR=/data/ACDC python benchmarks/dose.py        # about four hours on one CPU core
 
 The teachers are U-Nets like the student, trained with the labels of 3, 7, 21 or 49 patients of ACDC. Those of 21 and 49
 patients know labels that the student does not have: an oracle, which stands for what a foundation model may bring. One

@@ -11,9 +11,10 @@ students, AdamW, 2,000 iterations, and the stand-in as the teacher, which is **n
 volumes of 30 patients: the 10 of the validation list, and 20 training patients that are held out of training, images
 included.
 
-`make table` runs `hosts.py --published --labeled_patients 3 7`: 256 x 256, batch 12 + 12, each method's own optimizer
-and length, SAM ViT-B, all training patients, and at the end the test list, or the validation list if the folder has no
-test patients. SAM's file is checked first. Each GPU takes one row at a time; started again, it goes on where it was.
+`make table` runs `hosts.py --published`, all hosts with 3 and with 7 labeled patients: 256 x 256, batch 12 + 12, each
+method's own optimizer and length, SAM ViT-B, all training patients, and at the end the test list, or the validation
+list if the folder has no test patients. SAM's file is checked first. Each GPU takes one row at a time; started again,
+it goes on where it was.
 
 Rows of one host and seed share everything but SKD, so their differences are paired. Results go to benchmarks/results as
 CSV as each row ends, of the last weights, without component filtering. At the end the tables of the rows that are done
@@ -70,7 +71,7 @@ def rows_of(options: argparse.Namespace, labeled_patients: int) -> list[tuple[Ro
     """The grid, seeds outermost, so that an interrupted grid has every host for the seeds it reached."""
     grid = []
     for seed in options.seeds:
-        for host in options.hosts:
+        for host in options.hosts or list(HOSTS)[: None if options.published else 4]:
             own = published_keys(options, host, labeled_patients) if options.published else cpu_keys(options)
             if host == "CPS" and "network_def#channels" in own:  # it has two networks
                 channels = own.pop("network_def#channels")
@@ -85,10 +86,12 @@ def rows_of(options: argparse.Namespace, labeled_patients: int) -> list[tuple[Ro
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labeled_patients", type=int, nargs="+", default=[3], choices=(3, 7), help="a table for each")
-    parser.add_argument("--hosts", nargs="+", default=["supervised", "Mean Teacher", "UA-MT", "BCP"], metavar="HOST")
+    parser.add_argument("--labeled_patients", type=int, nargs="+", choices=(3, 7), help="a table for each; default: 3")
+    parser.add_argument("--hosts", nargs="+", metavar="HOST", help=f"of {', '.join(HOSTS)}; default: the first four")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--published", action="store_true", help="the published protocol, for GPUs")
+    parser.add_argument(
+        "--published", action="store_true", help="the published protocol, for GPUs; all hosts, 3 and 7 patients"
+    )
     parser.add_argument("--sam_checkpoint", help="SAM's file for --published; default: the bundle's models folder")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the bundle, for all rows"
@@ -107,12 +110,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    unknown = [host for host in options.hosts if host not in HOSTS]
+    numbers = options.labeled_patients or ([3, 7] if options.published else [3])
+    unknown = [host for host in options.hosts or () if host not in HOSTS]
     if unknown:
         parser().error(f"`--hosts` must be of {', '.join(HOSTS)} but has {unknown[0]!r}")
-    if options.table and len(options.labeled_patients) > 1:
+    if options.table and len(numbers) > 1:
         parser().error("`--table` names one table; give one number of `--labeled_patients`")
-    for number in options.labeled_patients:
+    for number in numbers:
         rows = rows_of(options, number)
         table = options.table or f"acdc_{number}_{'published' if options.published else 'cpu'}"
         data = data_folder("KNOWSAM_ACDC_DIR") if options.published else acdc_lists(number)

@@ -38,7 +38,8 @@ class Preflight:
     same first batch again; one whose transforms keep their own random generators does not.
 
     With a cached encoder, iterations are timed without the encoding of new images. The report says how many images the
-    run will encode, and how long this takes; a warning follows if this is more than half of the run.
+    run will encode, and how long this takes; a warning follows if this is more than half of the run, or if most of the
+    embeddings that it uses are new.
 
     Args:
         network: the student.
@@ -173,10 +174,11 @@ class Preflight:
         embeddings = self._embeddings(engine)
         encoding = self._encoding_seconds(embeddings)
         steps = seconds * (last_iteration(engine) - engine.state.iteration)
-        if encoding > steps:
+        if encoding > steps or 2 * embeddings.encoded > embeddings.asked:
             logger.warning(
                 "Encoding new images takes about %.0f %% of this run: it uses %s embeddings and encodes about %s of "
-                "them. The cached encoder pays in a longer run, or if `sam_cache_dir` keeps them for later runs.",
+                "them. The cached encoder pays in a longer run, where more of them recur, or if `sam_cache_dir` keeps "
+                "them for later runs.",
                 100 * encoding / (encoding + steps),
                 f"{embeddings.asked:,}",
                 f"{embeddings.encoded:,}",
