@@ -40,6 +40,7 @@ HOSTS: dict[str, tuple[str, ...]] = {
     "FixMatch": ("network_plain", "fixmatch"),
     "KnowSAM": (),
 }
+CPU_PROTOCOL = ("iterations", "image_size", "batch_size", "channels", "lr", "set")  # options that no table mixes
 LENGTHS = {"BCP": 40000, "KnowSAM": 50000}  # published iterations; 30,000 of the others
 
 
@@ -114,6 +115,11 @@ def main() -> None:
     unknown = [host for host in options.hosts or () if host not in HOSTS]
     if unknown:
         parser().error(f"`--hosts` must be of {', '.join(HOSTS)} but has {unknown[0]!r}")
+    changed = [name for name in CPU_PROTOCOL if getattr(options, name) != parser().get_default(name)]
+    if changed and not (options.table or options.time or options.published):
+        parser().error(
+            f"with `--{changed[0]}` give a `--table`, the name of other result files than those of the pages"
+        )
     if options.table and len(numbers) > 1:
         parser().error("`--table` names one table; give one number of `--labeled_patients`")
     for number in numbers:

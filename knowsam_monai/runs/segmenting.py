@@ -21,7 +21,8 @@ def segment(evaluator: Evaluator) -> None:
 
     Raises:
         ValueError: after all other images are segmented; lists those that could not be, with their reasons. If the
-            evaluator already has a :class:`SkippingLoader`, as in `predict`, its owner reports them instead.
+            evaluator already has a :class:`~knowsam_monai.runs.segmenting.SkippingLoader`, as in `predict`, its owner
+            reports them instead.
 
     Example::
 

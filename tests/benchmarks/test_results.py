@@ -194,6 +194,15 @@ def test_the_published_protocol_has_a_table_for_each_number_of_labeled_patients(
     assert [{row.keys["labeled_patients"] for row, _ in rows} for _, rows in grids] == [{3}, {7}]
 
 
+def test_shortened_runs_do_not_take_the_place_of_the_tables(benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks[1], "run_all", None)
+    for words in (["--iterations", "4"], ["--set", "seed=3"]):
+        monkeypatch.setattr(sys, "argv", ["hosts.py", *words])
+        with pytest.raises(SystemExit):
+            benchmarks[1].main()
+        assert f"with `{words[0]}` give a `--table`, the name of other result files" in capsys.readouterr().err
+
+
 def test_a_class_that_is_absent_from_a_volume_is_left_out_of_its_mean(benchmarks):
     volumes = [{"dice left": "80", "dice right": ""}, {"dice left": "40", "dice right": "20"}]
     assert benchmarks[2].mean_of(volumes, "dice", ["left", "right"]) == pytest.approx((80 + 30) / 2)
