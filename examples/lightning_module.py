@@ -36,11 +36,10 @@ class Distillation(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.skd.next_batch(batch)
 
-    def on_train_end(self, trainer, module):
+    def on_train_end(self, *args):
         self.skd.remove()
 
-    def on_exception(self, trainer, module, exception):
-        self.skd.remove()
+    on_exception = on_train_end
 
 
 # ---
