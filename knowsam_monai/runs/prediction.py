@@ -16,7 +16,7 @@ from knowsam_monai.files import expand_path
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config import literal
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
-from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options
+from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options, trained_settings
 
 # Keys of inference.json that `predict_folder` has arguments for.
 OWN_ARGUMENTS = {
@@ -53,7 +53,8 @@ def predict_folder(
         output: folder of the segmentations, created if missing.
         run: folder of a training, whose student is used with the image size and classes of that training; None for the
             bundle's ``models``, where its last training published them.
-        ckpt_path: weights of another student, used with the sizes of ``inference.json``.
+        ckpt_path: weights of another student, used with the sizes in the ``run.json`` of a run beside them; else with
+            those of `run` or ``inference.json``.
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
         overrides: further keys of ``inference.json`` by name, with values as JSON (`256`, `[64, 64, 32]`, `null`) or
@@ -90,7 +91,11 @@ def predict_folder(
     if run is not None:
         options.update(_options_of_run(Path(expand_path(run, "run")), known))
     if ckpt_path is not None:
-        options["ckpt_path"] = literal(str(_existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))))
+        weights = _existing_weights(Path(expand_path(ckpt_path, "ckpt_path")))
+        if run is None:
+            beside = trained_settings(weights).items()
+            options.update({key: value for key, value in beside if key in known and not _is_code(value)})
+        options["ckpt_path"] = literal(str(weights))
     if device is not None:
         options["device"] = literal(device)  # `check_config` turns it into a device
     check_writable(output=output)

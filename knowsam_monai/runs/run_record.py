@@ -25,11 +25,12 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import write_text
 from knowsam_monai.runs.config import plain_values, running_config
+from knowsam_monai.runs.trained_student import STARTS, STUDENT_SETTINGS, training_data
 from knowsam_monai.teachers.provenance import describe
 
 logger = logging.getLogger(__name__)
 
-CONFIG, STARTS, LOG = "config.json", "run.json", "log.txt"
+CONFIG, LOG = "config.json", "log.txt"
 PACKAGES = ("torch", "monai", "pytorch-ignite", "numpy", "nibabel", "segment-anything")
 
 
@@ -39,8 +40,8 @@ class RunRecord:
 
     - ``config.json``: the merged config as run, including overlays and the command line. `monai.bundle run` accepts it.
       It is written only if a bundle's config builds this handler.
-    - ``run.json``: one entry for each start, with time, command, folder, bundle, seed, teacher, versions, a scan to
-      segment and, if the package lies in a git working tree, its revision.
+    - ``run.json``: one entry for each start, with time, command, folder, bundle, seed, teacher, versions, the
+      student's settings, a scan to segment and, if the package lies in a git working tree, its revision.
 
     Put it after :class:`Resume`: a start that is refused there leaves the record unchanged.
 
@@ -91,10 +92,22 @@ class RunRecord:
             "teacher": self.teacher,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),
             "versions": versions(),
+            "student": self._student(),
             **self._for_next_steps(),
         }
         starts = [*(self._earlier_starts() if self.resume else []), start]
         write_text(self.output_dir / STARTS, json.dumps({"starts": starts}, indent=1))
+
+    def _student(self) -> dict[str, Any] | None:
+        """What those need to know who use the run's student."""
+        values = plain_values(self.config or {})
+        if "dataset_dir" not in values:
+            return None
+        return {
+            "run": self.output_dir.resolve().name,
+            "trained_on": training_data(self.config),
+            "settings": {key: values[key] for key in STUDENT_SETTINGS if key in values},
+        }
 
     def _for_next_steps(self) -> dict[str, Any]:
         """What :func:`knowsam_monai.runs.next_steps.next_steps` needs to know."""

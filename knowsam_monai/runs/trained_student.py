@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ NOT_OF_THE_STUDENT = {
 }
 
 SHARED_SETTINGS = ("image_size", "spacing", "intensity_window")  # of the images that the student sees
+STUDENT_SETTINGS = (*SHARED_SETTINGS, "crop_size", "in_channels", "num_classes", "channels", "aggregation_channels")
+STARTS = "run.json"  # what a run records about its starts, in its folder
 
 
 def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
@@ -56,7 +59,8 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
         logger.warning("%s cannot be read (%s), so %s has no metrics.", run / "results.csv", error, RECORD)
         best = {}
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
-    record = {"run": run.name, "trained_on": _trained_on(run / CONFIG), "sha256": _hashes(run), "metrics": metrics}
+    trained_on = training_data(ConfigParser.load_config_file(str(run / CONFIG)))
+    record = {"run": run.name, "trained_on": trained_on, "sha256": _hashes(run), "metrics": metrics}
     record["settings"] = student_options(run / CONFIG, SHARED_SETTINGS)
     copy_whole(run / MODEL, folder / MODEL)
     copy_whole(run / CONFIG, folder / CONFIG)
@@ -103,7 +107,7 @@ def warn_of_phantom(
     Warn if a student that was trained on the phantom is used for a user's scans.
 
     Args:
-        ckpt_path: the student's weights; there is no warning if they have no record.
+        ckpt_path: the student's weights; there is no warning if nothing beside them tells their training.
         dataset_dir: the user's scans; there is no warning for a phantom. None: the images of `items`, or the phantom.
         items: the images that are segmented, `{"image": path}`.
 
@@ -113,13 +117,10 @@ def warn_of_phantom(
     path = Path(ckpt_path)
     if dataset_dir is None and len(items) > 0:
         dataset_dir = image_paths(items[0])[0]
-    if dataset_dir is None or path.name != MODEL or _are_of_a_phantom(Path(dataset_dir).resolve()):
+    if dataset_dir is None or _are_of_a_phantom(Path(dataset_dir).resolve()):
         return
-    try:
-        record = read_record(path.parent)
-    except ValueError:  # the origin of these weights is unknown
-        return
-    if record["trained_on"] == PHANTOM:
+    record = _origin(path)
+    if record.get("trained_on") == PHANTOM:
         logger.warning(
             "%s comes from the run %s, which was trained on the %s, so its segmentations of patients are useless. "
             "Train on your own data first, or use another student (--ckpt_path FILE; with `knowsam predict` also --run "
@@ -135,22 +136,36 @@ def warn_of_other_settings(ckpt_path: str | os.PathLike, settings: Mapping[str, 
     Warn if the size, spacing or intensity window of the images differs from that in the training of a student.
 
     Args:
-        ckpt_path: the student's weights; there is no warning if they have no record.
+        ckpt_path: the student's weights; there is no warning if nothing beside them tells their training.
         settings: the settings of this evaluation or inference.
 
     Example:
         >>> warn_of_other_settings("models/model.pt", {"image_size": 256})
     """
-    try:
-        trained = (Path(ckpt_path).name == MODEL and read_record(Path(ckpt_path).parent).get("settings")) or {}
-    except ValueError:  # the origin of these weights is unknown
-        return
-    for key in trained.keys() & settings.keys():
+    trained = trained_settings(ckpt_path)
+    for key in sorted(set(SHARED_SETTINGS) & trained.keys() & settings.keys()):
         value = list(settings[key]) if isinstance(settings[key], tuple) else settings[key]
         if value != trained[key]:
             logger.warning(
-                "`%s` is %s but %s was trained with %s; set it to that.", key, value, ckpt_path, trained[key]
+                "`%s` is %s but %s was trained with %s; set it to that (--%s %s; in `knowsam predict` --run FOLDER).",
+                *(key, value, ckpt_path, trained[key], key),
+                "'$None'" if trained[key] is None else shlex.quote(str(trained[key])),
             )
+
+
+def trained_settings(ckpt_path: str | os.PathLike) -> dict[str, Any]:
+    """
+    The settings of a student's training, as its record or its run's ``run.json`` beside it has them; maybe none.
+
+    Args:
+        ckpt_path: the student's weights, of any name.
+
+    Example:
+        >>> trained_settings("output/my_run/last_model_epoch=4.pt")     # doctest: +SKIP
+        {'image_size': 64, 'intensity_window': None}
+    """
+    settings = _origin(ckpt_path).get("settings")
+    return {key: settings[key] for key in STUDENT_SETTINGS if key in settings} if isinstance(settings, Mapping) else {}
 
 
 def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:
@@ -222,8 +237,29 @@ def _are_of_a_phantom(scans: Path) -> bool:
     return is_phantom(scans) or any(is_phantom(folder / LIST_NAME) for folder in folders)
 
 
-def _trained_on(config: Path) -> str:
-    parser = ConfigParser(ConfigParser.load_config_file(str(config)))
+def _origin(ckpt_path: str | os.PathLike) -> dict[str, Any]:
+    """What is known of a student's training: its record, or what the run wrote in whose folder it is; maybe nothing."""
+    path = Path(ckpt_path)
+    try:
+        if path.name == MODEL and (path.parent / RECORD).exists():
+            return read_record(path.parent)
+        return dict(json.loads((path.parent / STARTS).read_text(encoding="utf-8"))["starts"][-1]["student"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):  # the origin of these weights is unknown
+        return {}
+
+
+def training_data(config: Mapping[str, Any]) -> str:
+    """
+    What a run trains on, in words for ``model.json``.
+
+    Args:
+        config: the run's merged config.
+
+    Example:
+        >>> training_data({"dataset_dir": None})
+        'synthetic phantom'
+    """
+    parser = ConfigParser(dict(config))
     dataset_dir = parser.get_parsed_content("dataset_dir")
     if dataset_dir is None and "load_datalist" not in json.dumps(parser.config.get("datalist", "load_datalist")):
         return "the data list in its config"

@@ -74,6 +74,23 @@ def test_student_of_a_run_segments_at_its_size_and_with_its_classes(scans, run, 
     assert "Segmenting" in shown.err and "2/2" in shown.err and "writing" not in shown.out
 
 
+@pytest.mark.parametrize("name", ["model.pt", "last_model_epoch=4.pt"])
+def test_weights_of_a_run_alone_are_used_with_the_settings_of_its_training(scans, tmp_path, monkeypatch, name):
+    """And no code that a stranger may have put there runs."""
+    settings = {"image_size": 48, "spacing": ["$__import__('os').mkdir('ran')"], "bundle_root": "/", "num_classes": 3}
+    student = {"run": "a", "trained_on": "b", "settings": settings}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [{"student": None}, {"student": student}]}))
+    (tmp_path / name).touch()
+    used = []
+    monkeypatch.setattr("knowsam_monai.runs.prediction._segment", used.append)
+    with pytest.raises(AttributeError):  # no loader
+        predict_folder(scans, bundle=BUNDLE, output=tmp_path / "out", ckpt_path=tmp_path / name, device="cpu")
+    parser = used[0].parser
+    parser.parse(True)
+    assert [parser.get_parsed_content(key) for key in ("image_size", "num_classes")] == [48, 3]
+    assert parser.get_parsed_content("bundle_root") == str(BUNDLE) and "mkdir" not in str(parser.config)
+
+
 @pytest.mark.parametrize("codes", ["PSR", "IPL", "ASR", "RAS"])
 def test_scan_gets_the_same_segmentation_whatever_the_order_of_its_axes(scans, run, tmp_path, codes):
     (tmp_path / "in").mkdir()

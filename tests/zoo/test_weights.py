@@ -108,8 +108,23 @@ def test_images_of_another_size_than_in_training_are_warned_of(tmp_path, caplog)
     assert read_record(tmp_path)["settings"] == settings and not caplog.messages
     warn_of_other_settings(weights, {**settings, "image_size": [32, 32, 16]})
     assert caplog.messages == [
-        f"`image_size` is [32, 32, 16] but {weights} was trained with [32, 32, 8]; set it to that."
+        f"`image_size` is [32, 32, 16] but {weights} was trained with [32, 32, 8]; set it to that "
+        "(--image_size '[32, 32, 8]'; in `knowsam predict` --run FOLDER)."
     ]
+
+
+@pytest.mark.parametrize("weights", ["model.pt", "last_model_epoch=4.pt"])
+def test_student_in_the_folder_of_its_run_is_warned_of_too(tmp_path, caplog, weights):
+    student = {"run": "my_run", "trained_on": PHANTOM, "settings": {"image_size": 64, "intensity_window": None}}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [{"student": student}]}))
+    warn_of_other_settings(tmp_path / weights, {"image_size": 64, "intensity_window": None})
+    warn_of_phantom(tmp_path / weights, None)
+    assert not caplog.messages
+    warn_of_other_settings(tmp_path / weights, {"image_size": 256, "intensity_window": (0, 1)})
+    assert "was trained with 64; set it to that (--image_size 64;" in caplog.messages[0]
+    assert "set it to that (--intensity_window '$None';" in caplog.messages[1]
+    warn_of_phantom(tmp_path / weights, "scans")
+    assert "comes from the run my_run, which was trained on the synthetic phantom" in caplog.messages[2]
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.json", "config.json"])
