@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import sys
 
 import monai.bundle
@@ -45,6 +46,7 @@ def home(tmp_path, monkeypatch):
 
 def started(bundle, names, **override):
     """The parser of a workflow after its check, the first line of its `initialize`."""
+    override.setdefault("bundle_root", str(BUNDLES / bundle))
     workflow = ConfigWorkflow(
         files(bundle, names), logging_file=False, meta_file=None, workflow_type="train", **override
     )
@@ -158,7 +160,7 @@ def test_every_path_is_expanded_wherever_it_is_from(bundle, names, home, tmp_pat
 
 
 def test_path_that_is_derived_follows(bundle, home):
-    (home / "bundle").mkdir(parents=True)
+    shutil.copytree(BUNDLES / bundle / "configs", home / "bundle" / "configs")
     parser = started(bundle, ("train",), bundle_root="~/bundle")
     assert parser.get_parsed_content("output_dir") == f"{home}/bundle/output/knowsam_phantom_seed0"
     assert parser.get_parsed_content("ckpt_dir") == f"{home}/bundle/models"
@@ -168,7 +170,11 @@ def test_path_that_is_derived_follows(bundle, home):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("bundle_root", "/nope", "`bundle_root` must be the bundle's folder but /nope does not exist; correct it"),
+        (
+            "bundle_root",
+            "/nope",
+            "`bundle_root` must be .* but /nope has no configs/metadata.json; pass --bundle_root FOLDER.$",
+        ),
         ("network_def", "unet", "`network_def` must be a component, as in .*, but is the text 'unet'"),
         (
             "network_def#spatial_dim",
@@ -188,6 +194,31 @@ def test_component_that_could_not_be_built_ends_before_anything_is_read(bundle, 
     with pytest.raises(RuntimeError) as error:
         started(bundle, ("train",), **{key: value})
     assert re.match(message, str(root_cause(error.value)))
+
+
+@pytest.mark.parametrize("names", RUNS, ids="+".join)
+def test_folder_of_another_bundle_or_of_none_ends_before_anything_is_written(bundle, names, tmp_path, monkeypatch):
+    (other,) = [path for path in BUNDLES.iterdir() if path.name != bundle]
+    shutil.copytree(other / "configs", tmp_path / "other" / "configs")
+    (tmp_path / "none").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for folder, problem in (("other", "is that of '.* distillation'; pass"), ("none", "has no configs/")):
+        monkeypatch.chdir(tmp_path / folder)
+        workflow = ConfigWorkflow(files(bundle, names), logging_file=False, workflow_type="train")
+        with pytest.raises(RuntimeError) as error:
+            workflow.initialize()
+        assert re.match(f"`bundle_root` must be .* but {tmp_path / folder} {problem}", str(root_cause(error.value)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_copy_of_a_bundle_is_its_own_root_and_no_root_is_needed_where_nothing_uses_it(bundle, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLES / bundle / "configs", tmp_path / "copy" / "configs")
+    monkeypatch.chdir(tmp_path / "copy")
+    for config in (tmp_path / "copy" / "configs" / "train.json", BUNDLES / bundle / "configs" / "train.json"):
+        ConfigWorkflow(str(config), logging_file=False, workflow_type="train").initialize()
+    monkeypatch.chdir(tmp_path)
+    paths = {key: str(tmp_path) for key in ("dataset_dir", "output_dir", "ckpt_path")}
+    ConfigWorkflow(files(bundle, ("inference",)), logging_file=False, workflow_type="infer", **paths).initialize()
 
 
 def renames(function):
