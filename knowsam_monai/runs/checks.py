@@ -12,23 +12,27 @@ from torch import nn
 from knowsam_monai import ranks
 from knowsam_monai.data.check import check_datalist
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.runs.config import check_bundle_root
 from knowsam_monai.tensors import all_in_eval_mode
 
 
 def check_writable(**folders: str | os.PathLike) -> None:
     """
-    Create the output folders and write 1 MiB to each as a test, before hours of training.
+    Create the output folders and write 1 MiB to each as a test, before hours of training. In a config, the bundle's own
+    folder is checked before, see :func:`knowsam_monai.runs.config.check_bundle_root`.
 
     Args:
         **folders: created if missing; each is given under the name of its argument.
 
     Raises:
         PermissionError: if a folder cannot be written or has less than 1 MiB of free space.
+        FileNotFoundError: if the running config's `bundle_root` is not its bundle's.
 
     Example::
 
         check_writable(output_dir="output", ckpt_dir="models")
     """
+    check_bundle_root()
     for argument, folder in folders.items():
         try:
             os.makedirs(folder, exist_ok=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
+
+from knowsam_monai.errors import KnowSAMFileNotFoundError
 
 SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  # they hold no settings
 
@@ -58,6 +62,38 @@ def plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
             except Exception:  # an expression can raise anything; the value it uses is checked elsewhere
                 continue
     return values
+
+
+def check_bundle_root() -> None:
+    """
+    Check that the `bundle_root` of the running config, if anything uses it, is the folder of the config's own bundle.
+
+    Its default is the working folder. In another one, students, runs or a phantom would be looked for and written.
+
+    Raises:
+        FileNotFoundError: if it is the folder of another bundle or of none.
+    """
+    config = running_config() or {}
+    values = plain_values(config)
+    without_phantom = {"datalist"} if values.get("dataset_dir") is not None else set()
+    users = {key for key, part in config.items() if "bundle_root" in referred_keys(part)}
+    if "bundle_root" not in values or not users - without_phantom:
+        return
+    root, problem = os.path.abspath(values["bundle_root"]), ""
+    own = (running_parser().config.get(ConfigParser.meta_key) or {}).get("name")
+    try:
+        with open(os.path.join(root, "configs", "metadata.json"), encoding="utf-8") as file:
+            name = json.load(file)["name"]
+        if own is not None and name != own:
+            problem = f"is that of {name!r}"
+    except OSError:
+        problem = "has no configs/metadata.json"
+    except (ValueError, KeyError, TypeError):  # of a bundle that cannot be told
+        pass
+    if problem:
+        raise KnowSAMFileNotFoundError(
+            f"`bundle_root` must be the folder of this config's bundle but {root} {problem}; pass --bundle_root FOLDER."
+        )
 
 
 def literal(value: Any) -> Any:

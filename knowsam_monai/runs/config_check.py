@@ -22,7 +22,7 @@ from knowsam_monai.errors import (
     KnowSAMValueError,
 )
 from knowsam_monai.files import VARIABLE, expand_path
-from knowsam_monai.runs.config import literal, plain_values, referred_keys, running_parser
+from knowsam_monai.runs.config import literal, plain_values, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -79,7 +79,17 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = plain_values(parser.config)
-    _refuse_another_folder(parser, values)
+    if not os.path.isdir(values.get("bundle_root", ".")):
+        raise KnowSAMFileNotFoundError(
+            f"`bundle_root` must be the bundle's folder but {values['bundle_root']} does not exist; correct it, or "
+            "leave it out."
+        )
+    data, is_training = values.get("dataset_dir"), "train" in parser.config
+    is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
+    if is_training and is_path and data is not None and not os.path.exists(data):
+        raise KnowSAMFileNotFoundError(
+            f"`dataset_dir` must be a folder or a data-list JSON that exists but {data} does not; correct it."
+        )
     if "ckpt_path" in values:
         warn_of_other_settings(values["ckpt_path"], values | converted)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:
@@ -92,29 +102,6 @@ def check_config() -> None:
         parser.config[key] = value
     if converted:
         parser.parse(reset=True)
-
-
-def _refuse_another_folder(parser: ConfigParser, values: Mapping[str, Any]) -> None:
-    """Refuse another bundle's folder, or none, if students, runs or a phantom would be looked for or written there."""
-    without_phantom = {"datalist"} if values.get("dataset_dir") is not None else set()
-    users = [key for key, part in parser.config.items() if "bundle_root" in referred_keys(part)]
-    if "bundle_root" not in values or not set(users) - without_phantom:
-        return
-    root, problem = os.path.abspath(values["bundle_root"]), ""
-    own = (parser.config.get(parser.meta_key) or {}).get("name")
-    try:
-        with open(os.path.join(root, "configs", "metadata.json"), encoding="utf-8") as file:
-            name = json.load(file)["name"]
-        if own is not None and name != own:
-            problem = f"is that of {name!r}"
-    except OSError:
-        problem = "has no configs/metadata.json"
-    except (ValueError, KeyError, TypeError):  # of a bundle that cannot be told
-        pass
-    if problem:
-        raise KnowSAMFileNotFoundError(
-            f"`bundle_root` must be the folder of this config's bundle but {root} {problem}; pass --bundle_root FOLDER."
-        )
 
 
 def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,9 @@ from monai.bundle import ConfigWorkflow, ReferenceResolver
 
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
 from knowsam_monai.files import expand_path
+from knowsam_monai.runs.bundle_folder import SHIPPED
 from knowsam_monai.runs.checks import check_writable
-from knowsam_monai.runs.config import literal
+from knowsam_monai.runs.config import literal, plain_values
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options, trained_settings
 
@@ -64,7 +65,7 @@ def predict_folder(
         Number of scans.
 
     Raises:
-        FileNotFoundError: if the bundle, the run or the file of weights does not exist.
+        FileNotFoundError: if the bundle, its student, the run or the file of weights does not exist.
         PermissionError: if `output` cannot be written.
         ValueError: if a config is damaged, the run belongs to another bundle, a key is not in ``inference.json``, a
             value of `overrides` does not work, the device does not exist or the bundle refuses the scans; and at the
@@ -96,6 +97,13 @@ def predict_folder(
             beside = trained_settings(weights).items()
             options.update({key: value for key, value in beside if key in known and not _is_code(value)})
         options["ckpt_path"] = literal(str(weights))
+    student = plain_values({**known, **options}).get("ckpt_path")
+    if run is None and ckpt_path is None and student is not None and not os.path.isfile(student):
+        name = bundle.name.removeprefix("knowsam_") if bundle.parent == SHIPPED else bundle
+        raise KnowSAMFileNotFoundError(
+            f"`bundle` must have a trained student but {student} does not exist; run `knowsam train {name}` first, or "
+            "choose a student (--run FOLDER, --ckpt_path FILE)."
+        )
     if device is not None:
         options["device"] = literal(device)  # `check_config` turns it into a device
     check_writable(output=output)

@@ -52,8 +52,8 @@ def start_run(
 
     Raises:
         PermissionError: if a folder cannot be written.
-        RuntimeError: if `process_timeout` is given and ``torchrun`` did not start this process, or if another run uses
-            `output_dir`.
+        RuntimeError: if `process_timeout` is given and ``torchrun`` did not start this process, if it is not and
+            ``torchrun`` started several, or if another run uses `output_dir`.
 
     Example::
 
@@ -65,6 +65,11 @@ def start_run(
         keep_freed_memory()
         if process_timeout is not None:
             _join_processes(device, process_timeout)
+        elif not ranks.is_distributed() and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise KnowSAMRuntimeError(
+                f"`process_timeout` must be set for the {os.environ['WORLD_SIZE']} processes of torchrun (WORLD_SIZE) "
+                "but is None; add the config multi_gpu_train.json (`knowsam train`: --with multi_gpu_train)."
+            )
         check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
         lock_folder(output_dir, not preflight)
         open_log(output_dir, resume, not preflight)

@@ -471,6 +471,8 @@ def _broken_expressions(
             close = difflib.get_close_matches(missing[0], list(config), n=1)
             remedy = f"did you mean `@{close[0]}`?" if close else "correct it."
             yield f"`{key}` must refer to keys of this config but refers to `@{missing[0]}`, which is not; {remedy}"
+        elif "is_phantom" in names and values.get("is_phantom") is False and values.get("dataset_dir", "") is None:
+            yield "`is_phantom` must be left out but is False; it follows from `dataset_dir`, so set that."
         elif is_plain(key, config) and all(name in values or name not in fields for name in names):
             yield f"`{key}` must be a valid expression but is {_shown(config[key])}; correct it."
 

@@ -55,7 +55,8 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], variant: str) -> dict[st
     url, md5 = SAM_VARIANTS[variant].url, SAM_VARIANTS[variant].md5
     remedy = "set `checkpoint` to 'procedural', the weights in this package: none are published for this variant"
     if url is not None:
-        remedy = f"get it with `curl --fail --location --create-dirs --output {path} {url}`" + (
+        target = path.with_name(Path(url).name) if path.exists() else path  # a user's file is not overwritten
+        remedy = f"get it with `curl --fail --location --create-dirs --output {target} {url}`" + (
             f" (md5 {md5})" if md5 else ""
         )
     if path.is_dir():

@@ -102,6 +102,16 @@ class Ranks:
         return torch.load(self.last, weights_only=True)
 
 
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["slices", "volumes"])
+def test_ranks_without_the_overlay_end_before_anything_is_written(configs, small_phantom, tmp_path):
+    ranks = Ranks(tmp_path / "run", small_phantom, configs=configs)
+    ranks.arguments = (configs, (), {**ranks.arguments[2], "output_dir": str(tmp_path / "output")})
+    assert ranks.run(in_group=False) == [1, 1]
+    for rank in (0, 1):
+        assert "is None; add the config multi_gpu_train.json" in (ranks.folder / f"rank{rank}.log").read_text()
+    assert not (tmp_path / "output").exists()
+
+
 def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
     """With torchrun's environment alone: the group is the config's."""
     ranks = Ranks(tmp_path / "run", small_phantom, max_iterations=4)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import monai.bundle
 import pytest
@@ -146,6 +147,7 @@ def test_every_path_is_expanded_wherever_it_is_from(bundle, names, home, tmp_pat
         ("/x/${SCRATCH}", f"/x/{home.parent}/scratch"),
     ]
     given = dict(zip(known, itertools.cycle(forms)))  # each key one form, each form of some key
+    Path(given["dataset_dir"][1]).mkdir(parents=True)  # must exist too
     cached = {"sam_encoder": "cached"} if "sam_cache_dir" in known else {}
     overlay = tmp_path / "paths.json"
     overlay.write_text(json.dumps({**cached, **{key: form for key, (form, _) in given.items()}}))
@@ -173,7 +175,7 @@ def test_path_that_is_derived_follows(bundle, home):
         (
             "bundle_root",
             "/nope",
-            "`bundle_root` must be .* but /nope has no configs/metadata.json; pass --bundle_root FOLDER.$",
+            "`bundle_root` must be the bundle's folder but /nope does not exist; correct it",
         ),
         ("network_def", "unet", "`network_def` must be a component, as in .*, but is the text 'unet'"),
         (
@@ -205,20 +207,38 @@ def test_folder_of_another_bundle_or_of_none_ends_before_anything_is_written(bun
     for folder, problem in (("other", "is that of '.* distillation'; pass"), ("none", "has no configs/")):
         monkeypatch.chdir(tmp_path / folder)
         workflow = ConfigWorkflow(files(bundle, names), logging_file=False, workflow_type="train")
+        workflow.initialize()
         with pytest.raises(RuntimeError) as error:
-            workflow.initialize()
+            workflow.run()
         assert re.match(f"`bundle_root` must be .* but {tmp_path / folder} {problem}", str(root_cause(error.value)))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("names", RUNS[:1] + RUNS[2:3], ids="+".join)
+@pytest.mark.parametrize("data", ["/nowhere", "/nowhere/list.json"])
+def test_data_that_does_not_exist_ends_before_anything_else_is_asked_for(bundle, names, data, home):
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, names, dataset_dir=data)
+    message = f"`dataset_dir` must be a folder or a data-list JSON that exists but {data} does not; correct it."
+    assert str(root_cause(error.value)) == message
 
 
 def test_copy_of_a_bundle_is_its_own_root_and_no_root_is_needed_where_nothing_uses_it(bundle, tmp_path, monkeypatch):
     shutil.copytree(BUNDLES / bundle / "configs", tmp_path / "copy" / "configs")
     monkeypatch.chdir(tmp_path / "copy")
     for config in (tmp_path / "copy" / "configs" / "train.json", BUNDLES / bundle / "configs" / "train.json"):
-        ConfigWorkflow(str(config), logging_file=False, workflow_type="train").initialize()
+        check_writable_in(config)
     monkeypatch.chdir(tmp_path)
-    paths = {key: str(tmp_path) for key in ("dataset_dir", "output_dir", "ckpt_path")}
-    ConfigWorkflow(files(bundle, ("inference",)), logging_file=False, workflow_type="infer", **paths).initialize()
+    inference = BUNDLES / bundle / "configs" / "inference.json"
+    check_writable_in(inference, **{key: str(tmp_path) for key in ("dataset_dir", "output_dir", "ckpt_path")})
+
+
+def check_writable_in(config, **override):
+    step = {"_target_": "knowsam_monai.runs.check_writable", "output_dir": "out"}
+    workflow = ConfigWorkflow(str(config), logging_file=False, workflow_type="train", run=[step], **override)
+    workflow.initialize()
+    workflow.run()
+    assert Path("out").is_dir()
 
 
 def renames(function):

@@ -157,6 +157,19 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["phantom001_ED_mask#@x.nii.gz"]
 
 
+@pytest.mark.parametrize("is_shipped", [True, False])
+def test_bundle_without_a_student_names_the_command_that_trains_one(scans, tmp_path, monkeypatch, is_shipped):
+    bundle = tmp_path / "shipped" / "knowsam_acdc"
+    shutil.copytree(BUNDLE / "configs", bundle / "configs")
+    if is_shipped:
+        monkeypatch.setattr("knowsam_monai.runs.prediction.SHIPPED", bundle.parent)
+    with pytest.raises(FileNotFoundError) as error:
+        predict_folder(scans, bundle, tmp_path / "out", device="cpu")
+    name = "acdc" if is_shipped else str(bundle)
+    assert f"model.pt does not exist; run `knowsam train {name}` first" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
     (tmp_path / "run").symlink_to(run)
     monkeypatch.setenv("HOME", str(tmp_path))

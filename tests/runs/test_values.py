@@ -251,6 +251,7 @@ CONTRADICTIONS = [
     (TRAIN, {"dataset_dir": LIST, "holdout_patients": 2}, "`holdout_patients` must be left out"),
     (TRAIN, {"dataset_dir": FOLDER, "labeled_patients": None}, "`labeled_patients` must be a number of patients"),
     (EVALUATE, {"dataset_dir": LIST, "labeled_patients": 3}, "`labeled_patients` must be left out"),
+    (TRAIN, {"is_phantom": False}, "`is_phantom` must be left out but is False; it follows from `dataset_dir`, so set"),
 ]
 
 

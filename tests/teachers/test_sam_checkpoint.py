@@ -169,6 +169,15 @@ def test_a_missing_file_names_the_command_that_gets_it(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"scan", b"<html>"])
+def test_a_file_of_something_else_is_not_overwritten_by_the_command(tmp_path, content):
+    (tmp_path / "scan.nii.gz").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "scan.nii.gz")
+    message = one_sentence_about(tmp_path / "scan.nii.gz", error)
+    assert f"--output {tmp_path / 'sam_vit_b_01ec64.pth'} https" in message
+
+
 @pytest.mark.parametrize("zip_format", [True, False])
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
 def test_a_truncated_file_is_named(saved, fraction, zip_format):
