@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser
 
+from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.errors import (
     KnowSAMFileNotFoundError,
     KnowSAMImportError,
@@ -87,9 +88,7 @@ def check_config() -> None:
     data, is_training = values.get("dataset_dir"), "train" in parser.config
     is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
     if is_training and is_path and data is not None and not os.path.exists(data):
-        raise KnowSAMFileNotFoundError(
-            f"`dataset_dir` must be a folder or a data-list JSON that exists but {data} does not; correct it."
-        )
+        load_datalist(data, "phantom")  # says what is missing
     if "ckpt_path" in values:
         warn_of_other_settings(values["ckpt_path"], values | converted)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:

@@ -219,8 +219,7 @@ def test_folder_of_another_bundle_or_of_none_ends_before_anything_is_written(bun
 def test_data_that_does_not_exist_ends_before_anything_else_is_asked_for(bundle, names, data, home):
     with pytest.raises(RuntimeError) as error:
         started(bundle, names, dataset_dir=data)
-    message = f"`dataset_dir` must be a folder or a data-list JSON that exists but {data} does not; correct it."
-    assert str(root_cause(error.value)) == message
+    assert re.match(f"`dataset_dir` must be .* but {data} does not exist", str(root_cause(error.value)))
 
 
 def test_copy_of_a_bundle_is_its_own_root_and_no_root_is_needed_where_nothing_uses_it(bundle, tmp_path, monkeypatch):
