@@ -13,6 +13,7 @@ from pathlib import Path
 
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, root_cause
+from knowsam_monai.files import InvalidCheckpointError, read_tensor_file
 from knowsam_monai.runs import ValidationReport
 from knowsam_monai.runs.messages import log_traceback
 from knowsam_monai.runs.next_steps import TITLES, next_steps
@@ -34,6 +35,7 @@ def finish_run(
     Publishing needs only what the validations already wrote: ``model.pt``, ``config.json`` and ``results.csv``. If one
     of the steps fails, the others still run. Each failure is logged in one sentence with the command that repeats the
     step; its traceback is in ``log.txt``. Only a student that cannot be published is an error, raised at the end.
+    Repeated after the run has finished, it leaves a newer student of another run in `ckpt_dir`.
 
     Args:
         report: report of the validations. If none has run, there is no student to publish.
@@ -58,7 +60,8 @@ def finish_run(
         _try(*page)
         return
     run_command = shlex.join(sys.orig_argv)
-    is_published = _try("the published student", partial(publish_student, output_dir, ckpt_dir), run_command)
+    publish = partial(publish_student, output_dir, ckpt_dir, replace=not report.is_restored)
+    is_published = _try("the published student", publish, run_command)
     _try("the table of Dice", report.log_table, run_command)
     _try("validation_cases.csv", report.write_cases, run_command)
     _try("validation_slices", report.write_slices, run_command)
@@ -67,9 +70,14 @@ def finish_run(
     _try("the next steps", partial(_log_next_steps, output_dir), report_command)
     if not is_published:
         release()
+        student = Path(output_dir) / MODEL
+        state = "It is intact in {}; run the same command again to publish it."
+        try:
+            read_tensor_file(student)
+        except (OSError, InvalidCheckpointError):
+            state = "{} is missing or damaged; restore it and run the same command again, or train with --resume False."
         raise KnowSAMRuntimeError(
-            f"The student could not be published in {os.fspath(ckpt_dir)} (see above). It is intact in "
-            f"{Path(output_dir) / MODEL}; run the same command again to publish it."
+            f"The student could not be published in {os.fspath(ckpt_dir)} (see above). {state.format(student)}"
         )
 
 

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
-from knowsam_monai.files import copy_whole, read_csv, write_text
+from knowsam_monai.files import InvalidCheckpointError, copy_whole, read_csv, read_tensor_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ STUDENT_SETTINGS = (*SHARED_SETTINGS, "crop_size", "in_channels", "num_classes",
 STARTS = "run.json"  # what a run records about its starts, in its folder
 
 
-def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) -> None:
+def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, replace: bool = True) -> None:
     """
     Copy a run's best student and its config into the bundle, with a record of the training in ``model.json``.
 
@@ -45,14 +45,30 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
         ckpt_dir: the bundle's ``models``, created if missing.
+        replace: False keeps another student that was published after this one was trained.
 
     Raises:
         OSError: if a file of the run is missing or `ckpt_dir` cannot be written.
+        ValueError: if ``model.pt`` is damaged.
 
     Example:
         >>> publish_student("output/knowsam_phantom_seed0", "models")     # doctest: +SKIP
     """
     run, folder = Path(output_dir).resolve(), Path(ckpt_dir)
+    try:
+        read_tensor_file(run / MODEL)
+    except InvalidCheckpointError as error:
+        raise KnowSAMValueError(f"{run / MODEL} must be a run's student but it {error}") from error
+    hashes = _hashes(run)
+    try:
+        published = read_record(folder)
+    except ValueError:  # none, or it was not written completely
+        published = {"run": run.name, "sha256": hashes}
+    is_other = (published["run"], published["sha256"][MODEL]) != (run.name, hashes[MODEL])
+    if is_other and not replace and os.path.getmtime(folder / RECORD) >= os.path.getmtime(run / MODEL):
+        message = "Student: %s is still that of %s, which is newer; to publish this run's, remove it and repeat."
+        logger.warning(message, folder / MODEL, published["run"])
+        return
     try:
         best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
     except (ValueError, KeyError, csv.Error) as error:  # the student itself is intact
@@ -60,11 +76,13 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike) 
         best = {}
     metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
     trained_on = training_data(ConfigParser.load_config_file(str(run / CONFIG)))
-    record = {"run": run.name, "trained_on": trained_on, "sha256": _hashes(run), "metrics": metrics}
+    record = {"run": run.name, "trained_on": trained_on, "sha256": hashes, "metrics": metrics}
     record["settings"] = student_options(run / CONFIG, SHARED_SETTINGS)
     copy_whole(run / MODEL, folder / MODEL)
     copy_whole(run / CONFIG, folder / CONFIG)
     write_text(folder / RECORD, json.dumps(record, indent=4) + "\n")
+    replaced = f" (replaces that of {published['run']})" if published["run"] != run.name else ""
+    logger.info("Student: %s%s", folder / MODEL, replaced)
 
 
 def read_record(ckpt_dir: str | os.PathLike) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class ValidationReport:
         self.keep = keep
         self.score = float("-inf")  # of the kept validation
         self._num_validations = 0
+        self._num_restored = 0
         self._kept: dict[str, Any] = {}
         self._last: list[float] = []  # the student's Dice in the last validation, a column of the table
         self._dice: dict[str, dict[str, Tensor]] = {}  # path -> key of the prediction -> Dice (C - 1,)
@@ -157,7 +158,7 @@ class ValidationReport:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the validation that another report has kept."""
         self.score, self._num_validations, self._kept = state["score"], state["num"], dict(state["kept"])
-        self._last = list(state["last"])
+        self._last, self._num_restored = list(state["last"]), self._num_validations
         views = [SliceView(*(x.numpy() if isinstance(x, Tensor) else x for x in v)) for v in self._kept.pop("views")]
         views = [view._replace(dice=np.asarray(view.dice)) for view in views]
         if self._kept:
@@ -186,6 +187,11 @@ class ValidationReport:
     def is_empty(self) -> bool:
         """True if no validation has run."""
         return not self._kept
+
+    @property
+    def is_restored(self) -> bool:
+        """True if no validation has run since a finished run was resumed."""
+        return 0 < self._num_restored == self._num_validations
 
     def write(self) -> str | None:
         """

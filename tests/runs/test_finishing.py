@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import re
 import shlex
 import shutil
 import sys
+import time
 from html import escape
 from pathlib import Path
 
@@ -103,15 +106,51 @@ def test_failure_is_one_sentence_and_does_not_prevent_the_other_products(trainin
     assert "Traceback" not in caplog.text + capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["model.pt", "config.json", "results.csv"])
+@pytest.mark.parametrize("missing", ["config.json", "results.csv"])
 @without_charts()
 def test_student_that_cannot_be_published_is_an_error_after_everything_else_was_written(training, missing, caplog):
     folder, report = training
     (folder / missing).unlink()
-    with pytest.raises(RuntimeError, match=r"could not be published in .*models \(see above\).*run the same command"):
+    with pytest.raises(
+        RuntimeError, match=r"published in .*models \(see above\)\. It is intact in .*run the same comm"
+    ):
         finish_run(report, folder, folder / "models")
     assert made(folder) == PRODUCTS and not (folder / "models" / "model.json").exists()
     assert "the published student could not be written (FileNotFoundError" in caplog.text
+
+
+@pytest.mark.parametrize("content, reason", [(None, "FileNotFoundError"), (b"garbage!", r"a run's student but it \(8")])
+@without_charts()
+def test_missing_or_damaged_student_is_not_published_and_not_called_intact(training, content, reason, caplog):
+    folder, report = training
+    (folder / "model.pt").unlink()
+    if content is not None:
+        (folder / "model.pt").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"\(see above\)\. \S+model.pt is missing or damaged; restore it and run "):
+        finish_run(report, folder, folder / "models")
+    assert made(folder) == PRODUCTS and not (folder / "models").exists()
+    assert re.search(rf"the published student could not be written \(.*{reason}", caplog.text)
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+@without_charts()
+def test_repeated_run_replaces_only_what_is_older_than_its_student(training, is_published, caplog):
+    folder, report = training
+    other, models = Path(shutil.copytree(folder, folder.parent / "other")), folder / "models"
+    report.load_state_dict(report.state_dict())
+    finish_run(validate(ValidationReport(other, NAMES), [item("a", 1)]), other, models)
+    if not is_published:  # this run's was trained later, and its disk was full
+        os.utime(folder / "model.pt", (time.time() + 60,) * 2)
+    finish_run(report, folder, models)
+    replaced, still = (
+        f"Student: {models / 'model.pt'} (replaces that of other)",
+        "is still that of other, which is newer",
+    )
+    assert (still in caplog.text, replaced in caplog.messages) == (is_published, not is_published)
+    assert read_record(models)["run"] == ("other" if is_published else "run")
+    (models / "model.pt").unlink()
+    finish_run(report, folder, models)
+    assert read_record(models)["run"] == "run" and caplog.messages.count(f"Student: {models / 'model.pt'}") == 2
 
 
 @pytest.mark.parametrize("content", [b"epoch,val_mean_dice\n", b"\xff\x00\x9c" * 50, b""])
@@ -186,3 +225,15 @@ def test_bundle_publishes_its_student_whatever_cases_and_classes_are_called(conf
     assert read_record(run.output_dir / "models")["metrics"].keys() >= {"val_mean_dice", f"val_mean_dice/{classes[0]}"}
     page = (run.output_dir / "report.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page.split("=$_$")[1][:9]
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS_3D], ids=["knowsam_acdc", "knowsam_la"])
+def test_command_of_a_finished_run_leaves_the_newer_student_of_another(configs, tmp_path, request):
+    data = request.getfixturevalue("small_phantom" if configs == CONFIGS else "small_volumes")
+    for name in ("pa", "pb"):
+        options = {"dataset_dir": str(data), "ckpt_dir": str(tmp_path / "models"), "use_sam": False}
+        Training(tmp_path / name, whole=True, configs=configs, **options).run()
+        assert read_record(tmp_path / "models")["run"] == name
+    Training(tmp_path / "pa", whole=True, configs=configs, **options).run()
+    assert read_record(tmp_path / "models")["run"] == "pb"
+    assert "This run has finished" in (tmp_path / "pa" / "log.txt").read_text()
