@@ -47,7 +47,8 @@ class Resume:
     validation first. A second signal ends the process at once.
 
     Put it after the ``ValidationHandler`` and everything else that runs after a step, and before :class:`Preflight`.
-    Handlers of exceptions may be anywhere.
+    Handlers of exceptions may be anywhere. Directly after the ``ValidationHandler`` it also saves when a validation
+    after an epoch starts, so a process that is killed there loses no step.
 
     Args:
         objects: name to any object with ``state_dict`` and ``load_state_dict``; None is skipped.
@@ -103,11 +104,13 @@ class Resume:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._waiting, True)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._waiting, False)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
+        before = engine._event_handlers[Events.EPOCH_COMPLETED][-1:]  # Ignite has no public way to see this
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
         add_exception_handler(engine, self.exception_raised)
         if self.evaluator is not None:
-            self.evaluator.add_event_handler(Events.STARTED, self.validation_started)
+            is_next = any(getattr(handler, "validator", None) is self.evaluator for handler, *_ in before)
+            self.evaluator.add_event_handler(Events.STARTED, self.validation_started, engine if is_next else None)
             self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.stop_validation)
             self.evaluator.add_event_handler(Events.COMPLETED, self.validation_completed)
 
@@ -168,9 +171,11 @@ class Resume:
                 f"({error.strerror}); fix this and run the same command: it resumes from {self._newest_name()}."
             ) from error
 
-    def validation_started(self, evaluator: Engine) -> None:
-        """Keep the random state, so that an interrupted validation can be repeated."""
+    def validation_started(self, evaluator: Engine, trainer: Engine | None = None) -> None:
+        """Keep the random state, so that an interrupted validation can be repeated; after an epoch, save it too."""
         self._before_validation = random_state()
+        if trainer is not None and trainer.last_event_name == Events.EPOCH_COMPLETED:
+            self._save(trainer)
 
     def stop_validation(self, evaluator: Engine) -> None:
         """End a validation in which a signal arrived."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+
+from knowsam_monai import ranks
 
 logger = logging.getLogger(__name__)
 
+NOTE = b"\nStopping as soon as the run can be saved; a second signal stops it at once, without saving.\n"
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 _before_run: dict[int, Any] = {}  # the handlers that `end_on_signals` replaced
@@ -16,7 +21,7 @@ _before_run: dict[int, Any] = {}  # the handlers that `end_on_signals` replaced
 
 class StopSignals:
     """
-    Store a first SIGTERM or Ctrl-C as `received`, and end the process on a second one.
+    Store a first SIGTERM or Ctrl-C as `received`, with a line on stderr, and end the process on a second one.
 
     A scheduler sends its signal to every process of a job, loader workers included. After the first signal, workers
     that end no longer interrupt the main process in the middle of a step.
@@ -50,6 +55,9 @@ class StopSignals:
         if self.received is not None:
             raise SystemExit(128 + number)
         self.received = number
+        if ranks.rank() == 0:
+            with suppress(OSError):
+                os.write(2, NOTE)  # the signal may have come while a stream or the log is locked
         if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker ends
             self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -160,6 +160,7 @@ def test_stopped_run_goes_on_and_a_finished_one_says_so(whole, tmp_path):
     validates = run.folder / "last_model_epoch=2.pt"  # written before the second validation
     assert run.stop(validates.exists, signal.SIGINT) == 130
     assert torch.load(run.folder / "resume_4.pt", weights_only=True)["validate"] and not run.says("Traceback")
+    assert run.says("a second signal stops it at once")
     assert run.says("Stopped by a signal in iteration 4; run the same command to resume from resume_4.pt.")
     assert_same_bits(run.finish().result(), expected)
 

@@ -41,13 +41,22 @@ class Batches(list):
 
 
 def training(
-    folder, stop_after=None, epochs=3, epoch_length=2, accumulation_steps=1, validate=None, before=(), **resume
+    folder,
+    stop_after=None,
+    epochs=3,
+    epoch_length=2,
+    accumulation_steps=1,
+    validate=None,
+    before=(),
+    between=(),
+    **resume,
 ):
     """
     A trainer of 2 steps an epoch, its student and the handler.
 
     `stop_after` breaks it off there; `validate(epoch, volume)` is called for both volumes of a validation an epoch,
-    which draws from torch's generator and whose result spoils the student; `before` are handlers that stand first.
+    which draws from torch's generator and whose result spoils the student; `before` are handlers that stand first,
+    `between` those between the validation and the handler.
     """
     torch.manual_seed(0)
     student = DropoutStudent().double()
@@ -61,7 +70,12 @@ def training(
         student,
         Batches(toy_batches(5)),
         PartiallyLabeledLoss(dice_ce_loss(3)),
-        [*before, *([] if evaluator is None else [ValidationHandler(interval=1, validator=evaluator)]), handler],
+        [
+            *before,
+            *([] if evaluator is None else [ValidationHandler(interval=1, validator=evaluator)]),
+            *between,
+            handler,
+        ],
         optimizer=optimizer,
         max_epochs=epochs,
         epoch_length=epoch_length,
@@ -158,6 +172,37 @@ def test_validation_in_which_a_signal_comes_is_made_again(tmp_path, epoch, volum
     resumed, student, _ = training(tmp_path / "stopped", validate=lambda *place: again.append(place))
     assert run(resumed) and resumed.state.iteration == 6
     assert again == seen[2 * epoch - 2 :] and same_bits(student, expected)
+
+
+class Halving:
+    """After each epoch, halve the learning rate."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine):
+        engine.optimizer.param_groups[0]["lr"] /= 2
+
+
+@pytest.mark.parametrize("between, file", [((), "resume_4.pt"), ((Halving(),), "resume_2.pt")])
+@pytest.mark.parametrize("volume", [1, 2])
+def test_run_that_is_killed_in_a_validation_resumes_with_it(tmp_path, between, file, volume):
+    whole, expected, _ = training(tmp_path / "whole", validate=lambda *place: None, between=between)
+    assert run(whole)
+
+    def killed(*place):
+        if place == (2, volume):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped, _, handler = training(tmp_path / "stopped", validate=killed, between=between)
+    with pytest.raises(SystemExit) as stop:
+        stopped.run()
+    handler.signals.give_back()
+    assert stop.value.code == 143 and handler.files()[0].name == file
+    again = []
+    resumed, student, _ = training(tmp_path / "stopped", validate=lambda *place: again.append(place), between=between)
+    assert run(resumed) and again == [(2, 1), (2, 2), (3, 1), (3, 2)] and same_bits(student, expected)
 
 
 def test_validation_whose_worker_the_same_signal_ended_is_made_again(tmp_path):

@@ -19,14 +19,14 @@ def signals_stay_as_they_are():
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_first_signal_is_noted_and_a_second_ends_the_process(number):
+def test_first_signal_is_noted_and_a_second_ends_the_process(number, capfd):
     signals = StopSignals()
     signals.listen()
     os.kill(os.getpid(), number)
-    assert signals.received == number
+    assert signals.received == number and capfd.readouterr().err.count("a second signal stops it at once") == 1
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), number)
-    assert stop.value.code == 128 + number
+    assert stop.value.code == 128 + number and not capfd.readouterr().err
 
 
 def test_worker_that_ends_afterwards_raises_nothing_in_the_main_process():
