@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 
 import pytest
@@ -37,6 +38,14 @@ def overlay(method):
 def test_shipped_values_are_right_and_stay_as_they_are(bundle, names, data):
     named = {"teacher_bundle": "/data/bundle"} if "teacher_network" in names else {}
     assert check_values(merged(bundle, names, dataset_dir=data, **named)) == {}
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 1), (2, 2), (64, 4)])
+@pytest.mark.parametrize("bundle", [ACDC, LA])
+def test_loader_has_no_more_workers_than_usable_cores(bundle, cores, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    for data, expected in {LIST: workers, None: 0}.items():
+        assert ConfigParser(merged(bundle, TRAIN, dataset_dir=data)).get_parsed_content("num_workers") == expected
 
 
 @pytest.mark.parametrize("bundle, names", RUNS, ids=lambda value: "+".join(value) if isinstance(value, list) else value)
