@@ -179,11 +179,8 @@ def check_dataset(
             f"`labeled_patients` must be left out with a data-list JSON but is {labeled_patients}; {path} lists the "
             "labeled items."
         )
-    is_left_atrium = path.suffix != ".json" and find_left_atrium(path) is not None
-    if is_left_atrium:
+    if path.suffix != ".json" and find_left_atrium(path) is not None:
         options = {"slice_axis": -1, "num_axes": 3, **options}
-    if labeled_patients is None:
-        labeled_patients = 8 if is_left_atrium else 7
     datalist = load_datalist(path, phantom_dir="", labeled_patients=labeled_patients, holdout_patients=holdout_patients)
     return check_datalist(datalist, **options)
 
@@ -334,7 +331,7 @@ def _row(name: str, items: list[dict], facts: list[CaseFacts]) -> tuple[str, ...
         str(len(items)),
         str(len(patients)) if patients else "?",
         _span([case.size for case in read]),
-        _span([case.spacing for case in read if case.spacing is not None]),
+        _span([[float(f"{step:.3g}") for step in case.spacing] for case in read if case.spacing is not None]),
         " ".join(sorted({case.orientation for case in read if case.orientation})) or "?",
         f"{min(case.low for case in read):.4g} to {max(case.high for case in read):.4g}" if read else "?",
         _shown(values) if labels else "none",

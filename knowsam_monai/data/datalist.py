@@ -25,7 +25,7 @@ ITEM_KEYS = ("image", "label", "patient")
 def load_datalist(
     dataset_dir: str | Path | None,
     phantom_dir: str | Path,
-    labeled_patients: int = 7,
+    labeled_patients: int | None = None,
     holdout_patients: int = 0,
     phantom: dict | None = None,
     required: Sequence[str] = ("labeled", "validation"),
@@ -42,6 +42,7 @@ def load_datalist(
         phantom_dir: folder to which the phantom is written once. It is not used with a `dataset_dir`; "" if a
             `dataset_dir` is required.
         labeled_patients: number of patients (or cases) with labels: ACDC 3, 7, 21 or 70; left atrium 4, 8 or 16.
+            None: 7 for ACDC, 8 for the left atrium.
         holdout_patients: number of training patients to validate on instead, see the two functions above.
         phantom: further arguments of `write_phantom`, such as its `anatomy`.
         required: lists that a JSON must have.
@@ -58,21 +59,23 @@ def load_datalist(
         datalist = phantom_datalist(write_phantom(phantom_dir, **(phantom or {})))
         logger.warning(
             "NO DATA SET GIVEN (`dataset_dir` is null): this run uses a SYNTHETIC PHANTOM in %s with %d labeled and %d "
-            "unlabeled volumes. Its results say nothing about patients. `labeled_patients` is ignored.",
+            "unlabeled volumes. Its results say nothing about patients.%s",
             phantom_dir,
             len(datalist["labeled"]),
             len(datalist["unlabeled"]),
+            "" if labeled_patients is None else " `labeled_patients` is ignored.",
         )
         return datalist
     path = Path(expand_path(dataset_dir, "dataset_dir"))
     if path.suffix == ".json":
         return _read_json(path, required, existing)
+    given = {} if labeled_patients is None else {"labeled_patients": labeled_patients}
     known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
     for name, (find, datalist_of) in known.items():
         if find(path):
             logger.info("Reading %s as a folder of %s.", path, name)
             try:
-                return datalist_of(path, labeled_patients=labeled_patients, holdout_patients=holdout_patients)
+                return datalist_of(path, holdout_patients=holdout_patients, **given)
             except ValueError as error:
                 raise KnowSAMValueError(f"In {path}, a folder of {name}: {error}") from None
     raise unknown_folder(path, ACDC_FORMS + LEFT_ATRIUM_FORMS, or_phantom=bool(phantom_dir))

@@ -100,19 +100,23 @@ def shared_contents(
         >>> next(shared_contents(sets, {"labeled": [["07", "a1"]], "test": [["a1"]]}))
         (True, '`test` must share no image with `labeled` but b.nii has the voxels of a.nii in 1 of its 1 slices')
     """
-    seen: dict[str, tuple[str, list[str]]] = {}
+    seen: dict[str, tuple[str, list[str], int]] = {}
     found: dict[tuple[str, str], list[str]] = {}
     for name, items in datalist.items():
         for item, hashes in zip(items, contents[name]):
             paths = image_paths(item)
-            own = (name, paths)
+            own = (name, paths, len(hashes))
             first_uses = [seen.setdefault(slice_hash, own) for slice_hash in hashes]
             others = [first for first in first_uses if first is not own and first[1] != paths]
-            for other, other_paths in others[:1]:
-                sentence = f"{paths[0]} has the voxels of {other_paths[0]} in {len(others)} of its {len(hashes)} slices"
+            for other, other_paths, num_slices in others[:1]:
+                if len(hashes) == num_slices == 1:
+                    sentence = f"{paths[0]} is a duplicate of {other_paths[0]}"
+                else:
+                    shared = f"in {len(others)} of its {len(hashes)} slices"
+                    sentence = f"{paths[0]} has the voxels of {other_paths[0]} {shared}"
                 found.setdefault((other, name), []).append(sentence)
     for (other, name), sentences in found.items():
-        more = f", and {len(sentences) - 1} more images do" if len(sentences) > 1 else ""
+        more = f", and the same holds for {len(sentences) - 1} more" if len(sentences) > 1 else ""
         if other == name:
             yield False, f"`{name}` has duplicate images: {sentences[0]}{more}"
         else:

@@ -75,6 +75,12 @@ def test_table_of_good_data(folder, caplog):
     assert "errors: none\nwarnings: none" in str(report)
 
 
+def test_table_has_spacings_of_three_digits(folder):
+    folder.write("labeled0.nii.gz", affine=OBLIQUE @ np.diag([0.68359375, 0.7, 1, 1]))
+    rows = {row[0]: row for row in folder.check().rows}
+    assert rows["labeled"][4] == "1.37-2 x 1.4-2 x 8"
+
+
 def move(folder):
     """The same data in another place, compressed anew, with other headers' texts."""
     for item in (item for items in folder.datalist.values() for item in items):
@@ -242,6 +248,15 @@ WARNINGS = {
             {"image": copy_of(f, "unlabeled0.nii.gz", "again.nii.gz"), "patient": "z"}
         ),
         "`unlabeled` has duplicate images: .*again.nii.gz has the voxels of .*unlabeled0.nii.gz in 3 of its 3 slices",
+    ),
+    "slices twice": (
+        lambda f: f.datalist.update(
+            unlabeled=[
+                {"image": f.write(name, np.random.default_rng(int(name[0])).random((6, 5))), "patient": name}
+                for name in ("0.nii", "1.nii", "0_again.nii", "1_again.nii")
+            ]
+        ),
+        "`unlabeled` has duplicate images: .*0_again.nii is a duplicate of .*/0.nii, and the same holds for 1 more; re",
     ),
     "spacing without slices": (
         spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.eye(4)),

@@ -33,9 +33,10 @@ def write_json(folder: Path, **sections) -> Path:
 def test_without_a_data_set_the_phantom_is_written_once_and_said_loudly(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         first = load_datalist(None, tmp_path / "phantom", phantom=SMALL)
-    assert "SYNTHETIC PHANTOM" in caplog.text
+    assert "SYNTHETIC PHANTOM" in caplog.text and "is ignored" not in caplog.text
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")}
-    assert load_datalist(None, tmp_path / "phantom", phantom=SMALL) == first
+    assert load_datalist(None, tmp_path / "phantom", labeled_patients=3, phantom=SMALL) == first
+    assert "`labeled_patients` is ignored." in caplog.text
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")} == written
     assert {name: len(items) for name, items in first.items()} == {
         "labeled": 2,

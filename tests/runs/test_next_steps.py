@@ -52,6 +52,7 @@ def test_commands_on_the_screen_and_on_the_page_work_as_they_are_pasted(
     commands = re.findall(r"To (?:segment|evaluate|zip|export) [\w ]+: (.*)", done.stdout + done.stderr)
     assert len(commands) == 4
     (report,) = folder.rglob("report.html")
+    assert "pre.card { white-space: pre-wrap; overflow-wrap: anywhere; }" in report.read_text()  # in whole at any width
     page = html.unescape(re.search('Next steps</h2>\n<pre class="card">(.*?)</pre>', report.read_text(), re.S)[1])
     assert [line for line in page.splitlines() if line[0] != "#"] == [f"cd '{folder}'", *commands]
     done = shell(f"set -e; {page}", tmp_path)
