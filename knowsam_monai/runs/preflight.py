@@ -84,6 +84,8 @@ class Preflight:
         if ranks.rank() == 0:  # every rank runs the trial iterations, because they wait for each other
             for line in self.report(engine, seconds):
                 logger.info(line)
+            if engine.amp and torch.device(engine.state.device).type == "cpu":
+                logger.warning("`amp` has no effect on a CPU; for bfloat16 there, use --cpu_autocast True.")
             self._warn_of_encoding(engine, seconds)
         if self.stop:
             engine.terminate()

@@ -143,6 +143,14 @@ def test_run_that_starts_over_removes_the_curves_of_the_run_before_and_nothing_e
     assert (folder / "mine/events.out.tfevents.1").exists() and (folder / "train/notes.txt").exists()
 
 
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_mixed_precision_of_a_gpu_is_warned_of_on_a_cpu(request, caplog, bundle, amp):
+    request.getfixturevalue(bundle)(whole=True, preflight=True, use_sam=False, amp=amp).run()
+    warned = [record.getMessage() for record in caplog.records if "--cpu_autocast True" in record.getMessage()]
+    assert warned == amp * ["`amp` has no effect on a CPU; for bfloat16 there, use --cpu_autocast True."]
+
+
 class Slow:
     """A transform so slow that the trainer waits for each batch."""
 
