@@ -47,8 +47,8 @@ class Resume:
     validation first. A second signal ends the process at once.
 
     Put it after the ``ValidationHandler`` and everything else that runs after a step, and before :class:`Preflight`.
-    Handlers of exceptions may be anywhere. Directly after the ``ValidationHandler`` it also saves when a validation
-    after an epoch starts, so a process that is killed there loses no step.
+    Handlers of exceptions may be anywhere. Directly after the ``ValidationHandler`` a single process also saves when a
+    validation after an epoch starts, so it loses no step if it is killed there.
 
     Args:
         objects: name to any object with ``state_dict`` and ``load_state_dict``; None is skipped.
@@ -174,7 +174,8 @@ class Resume:
     def validation_started(self, evaluator: Engine, trainer: Engine | None = None) -> None:
         """Keep the random state, so that an interrupted validation can be repeated; after an epoch, save it too."""
         self._before_validation = random_state()
-        if trainer is not None and trainer.last_event_name == Events.EPOCH_COMPLETED:
+        is_alone = ranks.world_size() == 1  # otherwise saving is collective, and a process may have no case
+        if is_alone and trainer is not None and trainer.last_event_name == Events.EPOCH_COMPLETED:
             self._save(trainer)
 
     def stop_validation(self, evaluator: Engine) -> None:
