@@ -130,9 +130,11 @@ def rules_of_bundle(bundle: str, dataset_dir: str) -> dict[str, Any]:
 
 def train(options: argparse.Namespace) -> int:
     from knowsam_monai.runs.bundle_folder import config_file, working_bundle
+    from knowsam_monai.runs.config_check import check_command
 
     bundle = working_bundle(options.bundle)
     configs = [str(config_file(bundle, name)) for name in ("train", *options.overlays)]
+    check_command(configs, options.keys)
     command = ["-m", "monai.bundle", "run", "--config_file", str(configs) if len(configs) > 1 else configs[0]]
     if not any(key.partition("=")[0] == "--bundle_root" for key in options.keys):
         command += ["--bundle_root", str(bundle)]

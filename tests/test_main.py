@@ -140,7 +140,7 @@ def test_train_is_the_bundle_command_with_the_same_keys(tmp_path, monkeypatch, s
 def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_given(tmp_path, monkeypatch, started):
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "mine", "network_plain")
-    (tmp_path / "own.yaml").touch()
+    (tmp_path / "own.yaml").write_text("lr: 1")
     main(["train", "./mine", "--with", "network_plain,own.yaml", "--bundle_root", "elsewhere"])
     configs = "['mine/configs/train.json', 'mine/configs/network_plain.json', 'own.yaml']"
     assert started[0][1][4:] == ["monai.bundle", "run", "--config_file", configs, "--bundle_root", "elsewhere"]
@@ -167,9 +167,10 @@ def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(t
     main(["train", "la"])
     copied = {path.relative_to(tmp_path / "knowsam_la").parts[0] for path in (tmp_path / "knowsam_la").rglob("*.*")}
     assert copied == {"configs", "docs", "large_files.yml"}
-    (tmp_path / "knowsam_la" / "configs" / "train.json").write_text("mine")
+    config = tmp_path / "knowsam_la" / "configs" / "train.json"
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 5'))
     main(["train", "knowsam_la", "--with", "evaluate"])
-    assert (tmp_path / "knowsam_la" / "configs" / "train.json").read_text() == "mine"
+    assert '"seed": 5' in config.read_text()
     assert [words[7] for _, words in started] == [
         "knowsam_la/configs/train.json",
         "['knowsam_la/configs/train.json', 'knowsam_la/configs/evaluate.json']",
@@ -188,11 +189,45 @@ def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(t
             ["b", "--with", "mean_teecher"],
             "`--with` must name configs of b, or files, but has mean_teecher; did you mean",
         ),
+        (
+            ["b", "--with", "o.json"],
+            "`--with` must name JSON or YAML files with keys and values but o.json is not one (l",
+        ),
+        (
+            ["b", "--with", "o.yaml"],
+            "`--with` must name JSON or YAML files with keys and values but o.yaml is not one (l",
+        ),
+        (
+            ["b", "--args_file=o.json"],
+            "`--args_file` must name JSON or YAML files with keys and values but o.json is no",
+        ),
+        (
+            ["b", "--args_file", "x.json"],
+            "`--args_file` must name JSON or YAML files with keys and values but x.json is",
+        ),
+        (
+            ["b", "--args_file", "empty.yaml"],
+            "`--args_file` must name JSON or YAML files with keys and values but empty",
+        ),
+        (
+            ["b", "--with", "c.json", "--train#metod#_disabled_", "True"],
+            "`train#metod#_disabled_` must lead to a part of this config but `train` has no 'metod'; did you mean "
+            "`train#method#_disabled_`?",
+        ),
+        (
+            ["b", "--tran#x", "1"],
+            "`tran#x` must lead to a part of this config but the config has no 'tran'; correct it.",
+        ),
+        (["b", "--with", "c.json", "--train#handlers#3#x", "1"], "`train#handlers#3#x` must lead to a part of this"),
     ],
 )
 def test_train_says_what_it_does_not_find(tmp_path, monkeypatch, started, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "b", "mean_teacher")
+    (tmp_path / "o.json").write_text('{\n"lr": 1,\n}')
+    (tmp_path / "o.yaml").write_text("lr: 1\nseed: [\n")
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "c.json").write_text('{"train": {"method": {}, "handlers": [{}]}}')
     assert main(["train", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"error: {sentence}") and not started
 

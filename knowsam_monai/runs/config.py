@@ -6,13 +6,44 @@ import inspect
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
+from yaml import YAMLError
+
+from knowsam_monai.errors import KnowSAMValueError, error_line
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError
 
 SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  # they hold no settings
+
+
+def read_config(file: str | Path, argument: str) -> dict[str, Any]:
+    """
+    Read one JSON or YAML file of a command line, which MONAI would do under a traceback.
+
+    Args:
+        file: a config, or the file of `--args_file`.
+        argument: name of the argument, for the error.
+
+    Raises:
+        ValueError: naming the file, and the line if its syntax is wrong.
+    """
+    try:
+        config = ConfigParser.load_config_file(file)
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "msg", None) or getattr(error, "problem", None)
+        mark = getattr(error, "problem_mark", None)
+        line = getattr(error, "lineno", mark and mark.line + 1)
+        found = f"{'' if line is None else f'line {line}: '}{reason or error_line(error)}"
+    else:
+        if isinstance(config, dict):
+            return config
+        found = "it has no keys"
+    raise KnowSAMValueError(
+        f"`{argument}` must name JSON or YAML files with keys and values but {file} is not one ({found}); correct it."
+    )
 
 
 def running_config() -> dict[str, Any] | None:

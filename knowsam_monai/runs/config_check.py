@@ -8,12 +8,13 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import torch
-from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
+from monai.bundle.utils import merge_kv
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.errors import (
@@ -23,7 +24,7 @@ from knowsam_monai.errors import (
     KnowSAMValueError,
 )
 from knowsam_monai.files import VARIABLE, expand_path
-from knowsam_monai.runs.config import literal, plain_values, running_parser
+from knowsam_monai.runs.config import literal, plain_values, read_config, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -103,6 +104,42 @@ def check_config() -> None:
         parser.parse(reset=True)
 
 
+def check_command(configs: Sequence[str], words: Sequence[str]) -> None:
+    """
+    Check the files and the nested keys of a training's command line, which MONAI merges before it runs anything.
+
+    Args:
+        configs: the config files, each of which overrides those before it.
+        words: the rest of the command line, keys and values.
+
+    Raises:
+        ValueError: if a file cannot be read, or if a key leads through a part that is not in the config.
+    """
+    from fire.parser import DefaultParseValue
+
+    given = list(_options_of_command_line(words))
+    files = [("--with", file) for file in configs] + [(f"--{key}", file) for key, file in given if key == "args_file"]
+    pairs = [pair for argument, file in files for pair in read_config(file, argument).items()]
+    config = ConfigParser({})
+    for key, value in (*pairs, *((key, DefaultParseValue(text)) for key, text in given)):
+        try:
+            merge_kv(config, key, value)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise _missing_part(key, config) from None
+
+
+def _missing_part(key: str, config: ConfigParser) -> KnowSAMValueError:
+    """The error for a nested key that does not lead to a part of the config."""
+    path = ReferenceResolver.split_id(key.removeprefix("+"))
+    depth = next((n for n in range(1, len(path)) if "::".join(path[:n]) not in config), len(path))
+    outer, name, inner = path[: depth - 1], path[depth - 1], path[depth:]
+    found = config["::".join(outer)]
+    close = difflib.get_close_matches(name, found if isinstance(found, Mapping) else (), n=1)
+    remedy = f"did you mean `{'#'.join([*outer, *close, *inner])}`?" if close else "correct it."
+    where = f"`{'#'.join(outer)}`" if outer else "the config"
+    return KnowSAMValueError(f"`{key}` must lead to a part of this config but {where} has no {name!r}; {remedy}")
+
+
 def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Each part of a config with its name, as in ``train#handlers#0``; a part comes before what it contains."""
     yield name, part
@@ -162,9 +199,9 @@ def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(own if is_decorated else function, follow_wrapped=not is_decorated).parameters
 
 
-def _options_of_command_line() -> Iterator[tuple[str, str]]:
+def _options_of_command_line(words: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
     """The keys and values on the command line, as they were typed."""
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     for word, next_word in zip(words, [*words[1:], ""]):
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--"):
