@@ -175,9 +175,14 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     if "_disabled_" in part:  # perhaps never built
         return
     target = ConfigComponent(part, locator=locator).resolve_module_name()
+    is_name = isinstance(target, str) and not target.startswith(("$", "@", "%"))
     try:
-        function = locate(target) if isinstance(target, str) and not target.startswith(("$", "@")) else None
+        function = locate(target) if is_name else None
+        if is_name and function is None and _is_on_the_command_line(name):
+            raise _missing_component(name, target, locator)
         parameters = {} if function is None else _parameters_of(function)
+    except KnowSAMValueError:
+        raise
     except ErrorDuringImport as error:
         if not isinstance(error.value, Exception):  # a signal that came during the import
             raise error.value from None
@@ -190,6 +195,24 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     close = difflib.get_close_matches(unknown[0], list(parameters), n=1)
     remedy = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters)}."
     raise KnowSAMValueError(f"`{name}#{unknown[0]}` must be an argument of {target} but is not; {remedy}")
+
+
+def _is_on_the_command_line(name: str) -> bool:
+    """Whether the class of a part is set there; other parts that do not exist are perhaps never built."""
+    keys = [key.replace("::", "#") for key, _ in _options_of_command_line()]
+    return any(f"{name}#_target_".startswith(f"{key}#") or key == f"{name}#_target_" for key in keys)
+
+
+def _missing_component(name: str, target: str, locator: ComponentLocator) -> KnowSAMValueError:
+    """The error for a class that does not exist, with the closest name of its module, or else of MONAI."""
+    module, _, last = target.rpartition(".")
+    locator.get_component_module_name("")  # makes the table of MONAI's components
+    known = dir(locate(module)) if module else locator._components_table
+    close = difflib.get_close_matches(last, [key for key in known if not key.startswith("_")], n=1)
+    remedy = (
+        f"did you mean {'.'.join(filter(None, (module, *close)))}?" if close else "write it as package.module.Class."
+    )
+    return KnowSAMValueError(f"`{name}` must be a component that exists but {target} does not; {remedy}")
 
 
 def _parameters_of(function: Callable) -> Mapping[str, inspect.Parameter]:

@@ -240,6 +240,22 @@ def check_writable_in(config, **override):
     assert Path("out").is_dir()
 
 
+@pytest.mark.parametrize(
+    "target, remedy",
+    [
+        ("BasicUNett", r"did you mean BasicUNet\?"),
+        ("knowsam_monai.networks.MultiViewNett", r"did you mean knowsam_monai.networks.MultiViewNet\?"),
+        ("my_package.Net", r"write it as package.module.Class\."),
+    ],
+)
+def test_class_of_the_command_line_that_does_not_exist_is_one_sentence(bundle, target, remedy, home, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--network_def", "{...}"])
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, ("train",), network_def={"_target_": target, "spatial_dims": 2})
+    sentence = f"`network_def` must be a component that exists but {target} does not; {remedy}"
+    assert re.fullmatch(sentence, str(root_cause(error.value)))
+
+
 def renames(function):
     """A decorator as libraries use it for arguments that got a new name."""
 
