@@ -14,6 +14,7 @@ import pytest
 
 import knowsam_monai
 from knowsam_monai.__main__ import CHECK, PHANTOM, PREDICT, REPORT, TRAIN, ZIP, main, parser
+from tests.full_disk import full_disk
 
 VERBS = {"phantom": PHANTOM, "check": CHECK, "train": TRAIN, "report": REPORT, "predict": PREDICT, "zip": ZIP}
 
@@ -238,6 +239,39 @@ def test_train_says_in_one_sentence_that_nothing_can_be_written(monkeypatch, sta
     said = "error: The working folder must be writable, for a copy of the bundle in ./knowsam_la, but /proc is not ("
     output = capsys.readouterr().err
     assert output.startswith(said) and output.count("\n") == 1 and not started
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["train", "la"], "The working folder must be writable, for a copy of the bundle in ./knowsam_la, but "),
+        (["zip", "./b"], "The working folder must be writable, for b.zip, but "),
+        (["phantom", "p", "--size", "32"], "`folder` must be writable but p is not (File too large)"),
+    ],
+    ids=("train", "zip", "phantom"),
+)
+def test_full_disk_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch, started, capsys):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "b")
+    (tmp_path / "b" / "models").mkdir()
+    for name in ("model.pt", "config.json"):
+        (tmp_path / "b" / "models" / name).write_bytes(np.random.default_rng(0).bytes(2000))
+    with full_disk(1000):
+        assert main(arguments) == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: {sentence}") and "File too large" in output and output.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and not started
+
+
+def test_zip_in_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    bundle_at(tmp_path / "b")
+    for name in ("model.pt", "config.json"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir("/proc")  # not writable even for root
+    assert main(["zip", str(tmp_path / "b"), "--run", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: The working folder must be writable, for b.zip, but /proc is not ("
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)

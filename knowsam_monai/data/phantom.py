@@ -88,16 +88,16 @@ def write_phantom(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            temporary.chmod(0o755)  # mkdtemp creates a private folder
+            _write(temporary, counts, arguments)
+            _move_into_place(temporary, folder, arguments)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise KnowSAMPermissionError(
             f"`folder` must be writable but {folder} is not ({error.strerror}); choose another folder."
         ) from error
-    try:
-        temporary.chmod(0o755)  # mkdtemp creates a private folder
-        _write(temporary, counts, arguments)
-        _move_into_place(temporary, folder, arguments)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder / LIST_NAME
 
 

@@ -83,10 +83,7 @@ def working_bundle(bundle: str | os.PathLike) -> Path:
             whole = shutil.copytree(folder, Path(parts) / copy, ignore=shutil.ignore_patterns(*WRITTEN))
             _move(whole, copy)
     except OSError as error:
-        raise KnowSAMPermissionError(
-            f"The working folder must be writable, for a copy of the bundle in ./{copy}, but {Path.cwd()} is not "
-            f"({error.strerror}); work in another folder."
-        ) from error
+        raise _not_writable(f"a copy of the bundle in ./{copy}", error) from error
     logger.info("The bundle is in ./%s now: configs, and what a run writes (models, output).", copy)
     return copy
 
@@ -104,6 +101,7 @@ def zip_bundle(bundle: str | os.PathLike, run: str | os.PathLike | None = None) 
 
     Raises:
         FileNotFoundError: if there is no such bundle, or no student.
+        PermissionError: if the working folder cannot be written.
     """
     folder = find_bundle(bundle)
     student = folder / "models" if run is None else Path(expand_path(run, "run"))
@@ -122,9 +120,19 @@ def zip_bundle(bundle: str | os.PathLike, run: str | os.PathLike | None = None) 
                 archive.write(path, Path(name, place))
 
     path = Path(f"{name}.zip")
-    write_whole(path, write)
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise _not_writable(str(path), error) from error
     logger.info("%s, %.1f MB. Its config contains the paths of the training data.", path, path.stat().st_size / 2**20)
     return path
+
+
+def _not_writable(what: str, error: OSError) -> KnowSAMPermissionError:
+    reason = error.strerror or error.args[0][0][-1]  # shutil.Error lists files, each with its reason
+    return KnowSAMPermissionError(
+        f"The working folder must be writable, for {what}, but {Path.cwd()} is not ({reason}); work in another folder."
+    )
 
 
 def _move(whole: Path, copy: Path) -> None:
