@@ -8,8 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from knowsam_monai.data.acdc import ACDC_FORMS, acdc_datalist, find_acdc
-from knowsam_monai.data.left_atrium import LEFT_ATRIUM_FORMS, find_left_atrium, left_atrium_datalist
+from knowsam_monai.data.acdc import ACDC_FORMS, ACDC_LABELED_SLICES, acdc_datalist, find_acdc
+from knowsam_monai.data.left_atrium import (
+    LEFT_ATRIUM_FORMS,
+    LEFT_ATRIUM_LABELED,
+    find_left_atrium,
+    left_atrium_datalist,
+)
 from knowsam_monai.data.overlap import labels_as_images, shared_names
 from knowsam_monai.data.phantom import phantom_datalist, write_phantom
 from knowsam_monai.data.split import read_json, unknown_folder
@@ -70,9 +75,17 @@ def load_datalist(
     if path.suffix == ".json":
         return _read_json(path, required, existing)
     given = {} if labeled_patients is None else {"labeled_patients": labeled_patients}
-    known = {"ACDC": (find_acdc, acdc_datalist), "the left atrium": (find_left_atrium, left_atrium_datalist)}
-    for name, (find, datalist_of) in known.items():
+    known = {
+        "ACDC": (find_acdc, acdc_datalist, LEFT_ATRIUM_LABELED, "acdc"),
+        "the left atrium": (find_left_atrium, left_atrium_datalist, ACDC_LABELED_SLICES, "la"),
+    }
+    for name, (find, datalist_of, others, bundle) in known.items():
         if find(path):
+            if labeled_patients in others:  # the default of the other data's bundle
+                raise KnowSAMValueError(
+                    f"`dataset_dir` must be data that is published with {labeled_patients} labeled patients but {path} "
+                    f"is a folder of {name}; train with `knowsam train {bundle}`, or set `labeled_patients`."
+                )
             logger.info("Reading %s as a folder of %s.", path, name)
             try:
                 return datalist_of(path, holdout_patients=holdout_patients, **given)

@@ -84,8 +84,8 @@ class SemiSupervisedLoader:
             if size == 0 and batch_size != 0:
                 raise KnowSAMValueError(
                     f"`{name}_batch_size` must be 0 without {name} items but is {batch_size}; add {name} items, or set "
-                    "it to 0 for supervised training (in a bundle: --unlabeled_batch_size 0 --mixing_weight 0, with "
-                    "the method knowsam or supervised)."
+                    "it to 0 for supervised training (in a bundle: --unlabeled_batch_size 0 --mixing_weight 0 "
+                    "--distillation_gate none, with the method knowsam or supervised)."
                 )
             if size > 0 and batch_size < 1 and not (name == "unlabeled" and batch_size == 0):
                 raise KnowSAMValueError(f"`{name}_batch_size` must be at least 1 but is {batch_size}.")

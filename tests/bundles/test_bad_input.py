@@ -62,7 +62,7 @@ def test_list_without_unlabeled_images_trains_with_the_keys_that_the_errors_name
     path = path.with_name("no_unlabeled.json")
     path.write_text(json.dumps(content))
     options = {"dataset_dir": str(path), "labeled_batch_size": 2, "use_sam": False}
-    keys = "--unlabeled_batch_size 0 --mixing_weight 0"
+    keys = "--unlabeled_batch_size 0 --mixing_weight 0 --distillation_gate none"
     for num_rows, remedy in ((2, f"in a bundle: {keys}, with the method knowsam"), (0, "add --mixing_weight 0.")):
         with pytest.raises(RuntimeError) as error:
             build(**options, unlabeled_batch_size=num_rows).run()

@@ -60,6 +60,16 @@ def test_left_atrium_data_is_told_by_what_is_in_the_folder(tmp_path, form):
     assert [len(datalist[name]) for name in ("labeled", "unlabeled", "validation", "test")] == [4, 66, 10, 20]
 
 
+def test_data_of_the_other_bundle_is_said_to_be_so(tmp_path):
+    write_left_atrium(tmp_path / "LA", "official")
+    write_pack(tmp_path / "acdc")
+    for folder, labeled, bundle in (("LA", 7, "la"), ("acdc", 8, "acdc")):
+        with pytest.raises(
+            ValueError, match=f"but .*{folder} is a folder of .*; train with `knowsam train {bundle}`, or"
+        ):
+            load_datalist(tmp_path / folder, "", labeled_patients=labeled)
+
+
 def test_folder_of_no_known_form_says_all_that_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").touch()
     looked_for = (r"training/patient001/Info\.cfg", r"data/slices/\*\.h5", "<case>/lgemri.nrrd", "<case>/mri_norm2.h5")
