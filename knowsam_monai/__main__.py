@@ -90,16 +90,17 @@ it has the paths of the training data. There, `unzip` it and give the folder to 
 def phantom(options: argparse.Namespace) -> int:
     from knowsam_monai.data import write_phantom
 
-    path = write_phantom(
-        options.folder,
-        num_labeled=options.labeled,
-        num_unlabeled=options.unlabeled,
-        num_validation=options.validation,
-        num_test=options.test,
-        seed=options.seed,
-        max_size=options.size,
-        anatomy=options.anatomy,
-    )
+    with named_as_set({"num_labeled": "--labeled", "max_size": "--size", "folder": "FOLDER"}):
+        path = write_phantom(
+            options.folder,
+            num_labeled=options.labeled,
+            num_unlabeled=options.unlabeled,
+            num_validation=options.validation,
+            num_test=options.test,
+            seed=options.seed,
+            max_size=options.size,
+            anatomy=options.anatomy,
+        )
     logging.info("Data list: %s", path)
     return 0
 

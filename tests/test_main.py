@@ -39,7 +39,8 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments,sentence",
     [
-        (["phantom", "{}", "--labeled", "0"], "`num_labeled` must be at least 1"),
+        (["phantom", "{}", "--labeled", "0"], "`--labeled` must be at least 1"),
+        (["phantom", "{}", "--size", "4"], "`--size` must be at least 32 voxels but is 4."),
         (["report", "{}/nowhere"], "`folder` must be a run's folder but "),
         (["predict", "{}", "--bundle", "{}", "--output", "{}/out"], "`bundle` must be one of acdc, la, or the"),
         (["zip", "la", "--run", "{}"], "`run` must be the `output_dir` of a training but "),
@@ -246,7 +247,7 @@ def test_train_says_in_one_sentence_that_nothing_can_be_written(monkeypatch, sta
     [
         (["train", "la"], "The working folder must be writable, for a copy of the bundle in ./knowsam_la, but "),
         (["zip", "./b"], "The working folder must be writable, for b.zip, but "),
-        (["phantom", "p", "--size", "32"], "`folder` must be writable but p is not (File too large)"),
+        (["phantom", "p", "--size", "32"], "`FOLDER` must be writable but p is not (File too large)"),
     ],
     ids=("train", "zip", "phantom"),
 )

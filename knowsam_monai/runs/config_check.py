@@ -241,9 +241,16 @@ def _refuse_none_on_the_command_line(config: Mapping[str, Any]) -> None:
     """MONAI ignores an option whose value is None, so the run would use the config's own value."""
     for key, value in _options_of_command_line():
         if value == "None" and key.split("#")[0] in config:
-            raise KnowSAMValueError(
-                f"`{key}` must not be None on the command line, where MONAI ignores it; write --{key} '$None'."
-            )
+            remedy = f"write --{key} '$None'" if _accepts_none(key) else "leave it out for the bundle's own value"
+            raise KnowSAMValueError(f"`{key}` must not be None on the command line, where MONAI ignores it; {remedy}.")
+
+
+def _accepts_none(key: str) -> bool:
+    try:
+        from knowsam_monai.runs.values import accepts_none
+    except ModuleNotFoundError:  # without pydantic
+        return True
+    return accepts_none(key)
 
 
 def _given_paths(config: Mapping[str, Any]) -> dict[str, str | os.PathLike]:

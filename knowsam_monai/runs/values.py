@@ -386,6 +386,13 @@ def check_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
+def accepts_none(key: str) -> bool:
+    """Whether a setting may be None; a key of no model may be anything."""
+    models = (SliceTraining, VolumeTraining, SliceInference, VolumeInference, Overlays)
+    fields = [model.model_fields[key] for model in models if key in model.model_fields]
+    return not fields or type(None) in get_args(fields[0].annotation)
+
+
 def _validated(models: tuple[type[BaseModel], ...], values: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """The valid values by key, and the keys of the invalid ones."""
     checked, wrong = {}, set()

@@ -103,6 +103,22 @@ def test_none_on_the_command_line_which_monai_would_ignore_is_an_error(word, tmp
     assert last.startswith("ValueError: `sam_checkpoint` must not be None on") and last.endswith("'$None'.")
 
 
+@pytest.mark.parametrize(
+    "key, remedy",
+    [
+        ("output_dir", "leave it out for the bundle's own value."),
+        ("train#method", "write --train#method '$None'."),
+        ("max_grad_norm", "write --max_grad_norm '$None'."),
+    ],
+)
+def test_none_is_only_advised_where_it_is_accepted(key, remedy, home, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", f"--{key}", "None"])
+    with pytest.raises(RuntimeError) as error:
+        started("knowsam_acdc", ("train",))
+    sentence = f"`{key}` must not be None on the command line, where MONAI ignores it; {remedy}"
+    assert str(root_cause(error.value)) == sentence
+
+
 def run_wrong(folder):
     monai.bundle.run(
         config_file=files("knowsam_acdc", ("train", "multi_gpu_train")),
