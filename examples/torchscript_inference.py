@@ -6,6 +6,7 @@
 largest spacing and turned as the bundle does; of a scan with three equal spacings, they are axial.
 """
 
+import os
 import sys
 
 import nibabel
@@ -61,4 +62,9 @@ def main(model, scan, size, output_dir):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5 or not sys.argv[3].isdecimal():
+        sys.exit("usage: python torchscript_inference.py MODEL.ts SCAN.nii.gz IMAGE_SIZE OUTPUT_FOLDER")
+    for path in sys.argv[1:3]:
+        if not os.path.isfile(path):
+            sys.exit(f"error: {path} does not exist; give an exported student (TorchScript) and a NIfTI scan.")
     main(*sys.argv[1:])

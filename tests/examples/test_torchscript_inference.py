@@ -51,3 +51,18 @@ def test_it_gives_the_bundle_s_segmentation_voxel_for_voxel(tmp_path):
         assert len(np.unique(expected.dataobj)) == 4
         np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(expected.dataobj), err_msg=name)
         np.testing.assert_allclose(ours.affine, expected.affine, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "usage: python torchscript_inference.py MODEL.ts"),
+        (["model.ts", "scan.nii", "large", "out"], "usage: "),
+        (["no.ts", "scan.nii", "64", "out"], "error: no.ts does not exist; "),
+    ],
+)
+def test_wrong_arguments_are_one_line(words, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["torchscript_inference.py", *words])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / "examples" / "torchscript_inference.py"), run_name="__main__")
+    assert str(error.value).startswith(said)
