@@ -17,7 +17,7 @@ SIZES=${SIZES:-"--image_size [32,32,32] --spacing [2.0,2.0,2.0] --sam_variant st
 $PYTHON -m knowsam_monai phantom "$FOLDER/scans" --anatomy left_atrium --labeled 2 --validation 1 --unlabeled 17 --test 0
 
 # 2. check the data list
-$PYTHON -m knowsam_monai check "$FOLDER/scans/dataset.json" --num_classes 2
+$PYTHON -m knowsam_monai check "$FOLDER/scans/dataset.json" --bundle "$BUNDLE"
 
 # 3. train; the student is saved into the bundle, and "$FOLDER/run/report.html" reports the run
 $PYTHON -m monai.bundle run --config_file "$BUNDLE/configs/train.json" --bundle_root "$BUNDLE" \
