@@ -88,19 +88,15 @@ class MultiViewCoTraining:
                 "bundle: --train#method#_disabled_ True)."
             )
 
-    def check_views(self, num_views: int) -> None:
-        """Raise a ValueError if a student has fewer views than these."""
-        if max(self.views) >= num_views:
-            raise KnowSAMValueError(
-                f"`pred` must have the stacked views {self.views} but has {num_views}; co-training needs a multi-view "
-                "student such as MultiViewNet or StackedNetworks (in a bundle: add --train#method#_disabled_ True, or "
-                "a method for one view, as in --with network_plain,mean_teacher)."
-            )
-
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         views = unstack_views(output[Keys.PRED], output[Keys.IMAGE])
-        self.check_views(len(views))
+        if max(self.views) >= len(views):
+            raise KnowSAMValueError(
+                f"`pred` must have the stacked views {self.views} but has {len(views)}; co-training needs a multi-view "
+                "student such as MultiViewNet or StackedNetworks (in a bundle: add --train#method#_disabled_ True, or "
+                "a method for one view, as in --with network_plain,mean_teacher)."
+            )
         first, second = (views[v] for v in self.views)
         mutual_weight, entropy_weight = (
             weight_at(weight, engine.state.iteration) for weight in (self.mutual_weight, self.entropy_weight)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +12,8 @@ from torch import nn
 from knowsam_monai import ranks
 from knowsam_monai.data.check import check_datalist
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
-from knowsam_monai.handlers.supervision import has_deep_supervision
 from knowsam_monai.runs.config import check_bundle_root
-from knowsam_monai.tensors import all_in_eval_mode, unstack_views
+from knowsam_monai.tensors import all_in_eval_mode
 
 
 def check_writable(**folders: str | os.PathLike) -> None:
@@ -56,8 +53,6 @@ def check_student(
     class_names: Sequence[str],
     num_classes: int,
     image_size: int | Sequence[int],
-    method: Any = None,
-    taught_views: Sequence[int] = (),
 ) -> None:
     """
     Run the student on one empty slice or patch before any data is read, to check sizes, channels and classes.
@@ -68,8 +63,6 @@ def check_student(
         class_names: names of the classes without the background.
         num_classes: C, background included.
         image_size: height and width of a slice as one number, or the size of a patch along each axis.
-        method: a handler that may need several views, such as MultiViewCoTraining.
-        taught_views: the views that SAM sees and teaches.
 
     Raises:
         ValueError: naming the key that is wrong.
@@ -103,29 +96,6 @@ def check_student(
             f"`class_names`, but {type(network).__name__} returns {given}; set its output channels to `num_classes` (2 "
             "instead of one sigmoid channel)."
         )
-    num_views = _num_views(network, torch.zeros(shape, device=device))
-    if num_views is None:
-        return
-    if hasattr(method, "check_views"):
-        method.check_views(num_views)
-    if max(taught_views, default=0) >= num_views > 1:  # of one view, it is taught whatever its number
-        raise KnowSAMValueError(
-            f"`taught_views` and `prompt_view` must be below {num_views}, the number of views of "
-            f"{type(network).__name__}, but one is {max(taught_views)}; correct it."
-        )
-
-
-def _num_views(network: nn.Module, image: torch.Tensor) -> int | None:
-    """
-    How many views the student has in train mode; None if it cannot be told, or if they are heads of deep supervision.
-    """
-    if has_deep_supervision(network):
-        return None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return len(unstack_views(copy.deepcopy(network).train()(image), image))  # a copy: norms would average it
-    except Exception:  # the first step says what is wrong
-        return None
 
 
 @torch.no_grad()

@@ -12,9 +12,7 @@ from typing import Any
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
 from yaml import YAMLError
 
-from knowsam_monai.errors import KnowSAMValueError, error_line
-
-from knowsam_monai.errors import KnowSAMFileNotFoundError
+from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, error_line
 
 SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  # they hold no settings
 

@@ -207,7 +207,7 @@ class Training(Everywhere):
     epoch_length: Count = _about("iterations in an epoch")
     val_interval: Count = _about("epochs between two validations")
     log_interval: Count = _about("iterations between two readings of the loss terms")
-    num_workers: Workers = _about("processes that load batches: 4, at most one for each usable core; phantom 0")
+    num_workers: Workers = _about("processes that load batches: 4, at most one for each core; phantom 0")
     cache_workers: Workers = _about("processes that read and prepare the data before the first step")
     lr: Rate = _about("initial learning rate of the student")
     momentum: BelowOne = _about("momentum of the student's SGD")

@@ -5,8 +5,6 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from knowsam_monai.handlers import MultiViewCoTraining
-from knowsam_monai.networks import StackedNetworks
 from knowsam_monai.runs.checks import check_student, check_teacher_input, check_writable
 from knowsam_monai.teachers import NetworkTeacher, SAMTeacher, SliceTeacher
 from tests.full_disk import full_disk
@@ -74,31 +72,6 @@ def test_student_that_does_not_fit_the_config_is_one_clear_error(student, change
     with pytest.raises(ValueError, match=message):
         check_student(student, **options)
     assert student.training
-
-
-@pytest.mark.parametrize("outer", [nn.Identity(), nn.Dropout()], ids=("plain", "dropout"))
-def test_views_are_counted_without_a_trace(outer):
-    parts = [nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), outer) for _ in range(2)]
-    student, options = nn.Sequential(StackedNetworks(parts)), (1, ["a", "b"], 3, 8)
-    state, random = {name: value.clone() for name, value in student.state_dict().items()}, torch.get_rng_state()
-    check_student(student, *options, method=MultiViewCoTraining(views=(0, 1)), taught_views=[1, 0])
-    assert torch.equal(torch.get_rng_state(), random) and all(module.training for module in student.modules())
-    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
-    with pytest.raises(
-        ValueError, match=r"must have the stacked views \(1, 2\) but has 2; .*--train#method#_disabled_"
-    ):
-        check_student(student, *options, method=MultiViewCoTraining())
-    with pytest.raises(ValueError, match="`taught_views` and `prompt_view` must be below 2, .* but one is 3"):
-        check_student(student, *options, taught_views=[3, 0])
-
-
-def test_one_view_is_too_few_for_co_training_and_enough_to_be_taught():
-    student, options = nn.Conv2d(1, 3, 1), (1, ["a", "b"], 3, 8)
-    check_student(student, *options, method=None, taught_views=[1, 2])
-    with pytest.raises(
-        ValueError, match=r"views \(1, 2\) but has 1; co-training needs .*--with network_plain,mean_teach"
-    ):
-        check_student(student, *options, method=MultiViewCoTraining())
 
 
 def network(spatial_dims=2, out_channels=3):
