@@ -158,7 +158,7 @@ def _write(folder: Path, counts: dict[str, int], arguments: dict) -> None:
                 _save_nifti(folder / item["image"], image, affine)
                 if name != "unlabeled":
                     item["label"] = f"{patient}/{patient}_{frame}_gt.nii.gz"
-                    _save_nifti(folder / item["label"], label, affine, intent="label")
+                    _save_nifti(folder / item["label"], label, affine)
                 datalist[name].append(item)
     (folder / LIST_NAME).write_text(json.dumps(datalist, indent=1), encoding="utf-8")
 
@@ -192,11 +192,10 @@ def _check_no_foreign_files(folder: Path) -> None:
         )
 
 
-def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray, intent: str = "none") -> None:
+def _save_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     import nibabel
 
     image = nibabel.Nifti1Image(array, affine)
-    image.header.set_intent(intent)  # prediction does not take label maps for scans
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +259,10 @@ def _are_of_a_phantom(scans: Path) -> bool:
 def _origin(ckpt_path: str | os.PathLike) -> dict[str, Any]:
     """What is known of a student's training: its record, or what the run wrote in whose folder it is; maybe nothing."""
     path = Path(ckpt_path)
-    try:
-        if path.name == MODEL and (path.parent / RECORD).exists():
+    with suppress(ValueError):
+        if path.name == MODEL:
             return read_record(path.parent)
+    try:
         return dict(json.loads((path.parent / STARTS).read_text(encoding="utf-8"))["starts"][-1]["student"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):  # the origin of these weights is unknown
         return {}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from knowsam_monai.data import phantom, phantom_datalist, write_phantom
-from knowsam_monai.data.nifti_writer import is_label_map
 
 SMALL = {"num_labeled": 2, "num_unlabeled": 1, "num_validation": 1, "num_test": 1, "max_size": 40}
 
@@ -170,9 +169,3 @@ def test_each_anatomy_has_its_own_default_size_and_another_anatomy_is_refused(tm
         assert all(3 * size // 4 <= length <= size for length in nibabel.load(item["image"]).shape[:2])
     with pytest.raises(ValueError, match=r"`anatomy` must be one of \['short_axis', 'left_atrium'\] but is 'knee'"):
         write_phantom(tmp_path / "knee", anatomy="knee")
-
-
-def test_labels_are_not_taken_for_scans(tmp_path):
-    path = write_phantom(tmp_path, num_labeled=1, num_unlabeled=0, num_validation=0, num_test=0, max_size=32)
-    item, *_ = phantom_datalist(path)["labeled"]
-    assert is_label_map(item["label"]) and not is_label_map(item["image"])
