@@ -19,7 +19,7 @@ from knowsam_monai.tensors import all_in_eval_mode
 def check_writable(**folders: str | os.PathLike) -> None:
     """
     Create the output folders and write 1 MiB to each as a test, before hours of training. In a config, the bundle's own
-    folder is checked before, see :func:`knowsam_monai.runs.config.check_bundle_root`.
+    folder is checked before: its `metadata.json` must name the same bundle as the config does.
 
     Args:
         **folders: created if missing; each is given under the name of its argument.
