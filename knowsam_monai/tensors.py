@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -126,6 +127,26 @@ def are_probabilities(logits: torch.Tensor) -> bool:
         sums = logits.float().sum(1)
         return bool((logits >= 0).all() and ((sums - 1).abs() < 0.02).all())
     return bool(((logits >= 0) & (logits <= 1)).all() and logits.max() > logits.min())
+
+
+def logits_of_in_eval_mode(logits_of: Callable[[Any], torch.Tensor] | None, output: Any) -> Callable[[Any], Any] | None:
+    """
+    What picks the logits in eval mode, in which some networks return them alone, without other outputs.
+
+    Args:
+        logits_of: picks them in train mode; None: the output is the logits.
+        output: the network's output in train mode.
+
+    Example::
+
+        >>> logits = torch.zeros(2, 4, 8, 8)
+        >>> logits_of = logits_of_in_eval_mode(lambda output: output[0], (logits, "features"))
+        >>> logits_of((logits, "features")) is logits, logits_of(logits) is logits
+        (True, True)
+    """
+    if logits_of is None or isinstance(output, torch.Tensor):
+        return logits_of
+    return lambda x: x if isinstance(x, torch.Tensor) else logits_of(x)
 
 
 @contextmanager

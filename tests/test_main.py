@@ -193,23 +193,23 @@ def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(t
         ),
         (
             ["b", "--with", "o.json"],
-            "`--with` must name JSON or YAML files with keys and values but o.json is not one (l",
+            "`--with` must lead to a config with keys and values but o.json is none (line ",
         ),
         (
             ["b", "--with", "o.yaml"],
-            "`--with` must name JSON or YAML files with keys and values but o.yaml is not one (l",
+            "`--with` must lead to a config with keys and values but o.yaml is none (line ",
         ),
         (
             ["b", "--args_file=o.json"],
-            "`--args_file` must name JSON or YAML files with keys and values but o.json is no",
+            "`--args_file` must lead to a config with keys and values but o.json is none (line ",
         ),
         (
             ["b", "--args_file", "x.json"],
-            "`--args_file` must name JSON or YAML files with keys and values but x.json is",
+            "`--args_file` must lead to a config with keys and values but x.json is none",
         ),
         (
             ["b", "--args_file", "empty.yaml"],
-            "`--args_file` must name JSON or YAML files with keys and values but empty",
+            "`--args_file` must lead to a config with keys and values but empty",
         ),
         (
             ["b", "--with", "c.json", "--train#metod#_disabled_", "True"],

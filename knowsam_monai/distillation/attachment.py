@@ -22,7 +22,7 @@ from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoade
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
+from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, logits_of_in_eval_mode, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,9 @@ class Attachment:
             self._may_step = True
             return
         sam_image, label, rows, is_same = selection
-        student = partial(self._student_logits, args, kwargs, images[0], isinstance(output, Tensor))
-        gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
+        student = partial(self._student_output, args, kwargs, images[0])
+        logits_of = logits_of_in_eval_mode(self.logits_of, output)
+        gradient, sam_gradients = self._gradients(student, logits_of, logits, image, sam_image, label, rows)
         backwards_before = self._num_backwards
         was_reached = False
 
@@ -329,7 +330,8 @@ class Attachment:
 
     def _gradients(
         self,
-        student: Callable[[Tensor], Tensor],
+        student: Callable[[Tensor], Any],
+        logits_of: Callable[[Any], Any] | None,
         logits: Tensor,
         image: Tensor,
         sam_image: Tensor,
@@ -343,9 +345,8 @@ class Attachment:
         run = self.iteration // self.every  # counts the teacher's runs
         if distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):
-                distiller.measure_agreement(
-                    student, image, label, rows, turn=run // self.gate_interval, sam_image=sam_image
-                )
+                turn = run // self.gate_interval
+                distiller.measure_agreement(student, image, label, rows, turn, sam_image, logits_of)
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations
@@ -368,27 +369,24 @@ class Attachment:
         # clones: two gradients may share memory, which GradScaler would then unscale twice in place
         return gradient, [(p, g.clone()) for p, g in zip(parameters, sam_gradients) if g is not None]
 
-    def _student_logits(self, args: tuple, kwargs: dict, own: Tensor, returned_tensor: bool, image: Tensor) -> Tensor:
+    def _student_output(self, args: tuple, kwargs: dict, own: Tensor, image: Tensor) -> Any:
         """
-        The student's logits for another image, in a call like the host's.
+        The student's output for another image, in a call like the host's.
 
         This bypasses DistributedDataParallel, which would take the call for its next step.
 
         Args:
             args, kwargs: the host's call.
             own: the image in it.
-            returned_tensor: whether the host got a tensor. In eval mode, some networks return the logits alone.
             image: takes the place of `own`.
         """
         others = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not own]
         if any(x.ndim > 0 and len(x) == len(own) for x in others):
             raise takes_more_than_images("`student` is called with other tensors too")
         network = plain_network(self.student) if ranks.is_distributed() else self.student
-        output = network(
+        return network(
             *(image if x is own else x for x in args), **{key: image if x is own else x for key, x in kwargs.items()}
         )
-        is_bare = isinstance(output, Tensor) and not returned_tensor
-        return output if self.logits_of is None or is_bare else self.logits_of(output)
 
 
 class _ForwardHook:

@@ -24,7 +24,13 @@ from knowsam_monai.handlers.supervision import check_ignores, check_supervision,
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
-from knowsam_monai.tensors import all_in_eval_mode, predicted_label, unstack_views, without_meta
+from knowsam_monai.tensors import (
+    all_in_eval_mode,
+    logits_of_in_eval_mode,
+    predicted_label,
+    unstack_views,
+    without_meta,
+)
 
 
 class SAMDistillation:
@@ -158,11 +164,12 @@ class SAMDistillation:
         if self.distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
-                    partial(self._student_logits, engine, isinstance(output[Keys.PRED], Tensor)),
+                    partial(engine.inferer, network=engine.network),
                     image,
                     label,
                     rows,
                     turn=run // self.gate_interval,
+                    logits_of=logits_of_in_eval_mode(self.logits_of, output[Keys.PRED]),
                     sam_image=sam_image,
                 )
 
@@ -192,12 +199,6 @@ class SAMDistillation:
             ignore_index = self.distiller.ignore_index
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
-
-    def _student_logits(self, engine: Engine, returned_tensor: bool, image: Tensor) -> Tensor:
-        """The student's logits in eval mode, in which some networks return them alone, without other outputs."""
-        output = engine.inferer(image, engine.network)
-        is_bare = isinstance(output, Tensor) and not returned_tensor
-        return logits_from(output, None if is_bare else self.logits_of)
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:

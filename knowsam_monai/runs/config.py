@@ -19,14 +19,14 @@ SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  
 
 def read_config(file: str | Path, argument: str) -> dict[str, Any]:
     """
-    Read one JSON or YAML file of a command line, which MONAI would do under a traceback.
+    Read one JSON or YAML file; MONAI alone would end in a traceback if it is damaged.
 
     Args:
         file: a config, or the file of `--args_file`.
         argument: name of the argument, for the error.
 
     Raises:
-        ValueError: naming the file, and the line if its syntax is wrong.
+        ValueError: if it cannot be read or has no keys, with the line if its syntax is wrong.
     """
     try:
         config = ConfigParser.load_config_file(file)
@@ -40,7 +40,7 @@ def read_config(file: str | Path, argument: str) -> dict[str, Any]:
             return config
         found = "it has no keys"
     raise KnowSAMValueError(
-        f"`{argument}` must name JSON or YAML files with keys and values but {file} is not one ({found}); correct it."
+        f"`{argument}` must lead to a config with keys and values but {file} is none ({found}); correct the file."
     )
 
 

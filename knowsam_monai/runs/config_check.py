@@ -17,12 +17,7 @@ from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, Co
 from monai.bundle.utils import merge_kv
 
 from knowsam_monai.data.datalist import load_datalist
-from knowsam_monai.errors import (
-    KnowSAMFileNotFoundError,
-    KnowSAMImportError,
-    KnowSAMRuntimeError,
-    KnowSAMValueError,
-)
+from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.files import VARIABLE, expand_path
 from knowsam_monai.runs.config import literal, plain_values, read_config, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
@@ -81,11 +76,6 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = plain_values(parser.config)
-    if not os.path.isdir(values.get("bundle_root", ".")):
-        raise KnowSAMFileNotFoundError(
-            f"`bundle_root` must be the bundle's folder but {values['bundle_root']} does not exist; correct it, or "
-            "leave it out."
-        )
     data, is_training = values.get("dataset_dir"), "train" in parser.config
     is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
     if is_training and is_path and data is not None and not os.path.exists(data):

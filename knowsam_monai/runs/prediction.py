@@ -15,9 +15,9 @@ from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAM
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.bundle_folder import SHIPPED
 from knowsam_monai.runs.checks import check_writable
-from knowsam_monai.runs.config import literal, plain_values
+from knowsam_monai.runs.config import literal, plain_values, read_config
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
-from knowsam_monai.runs.trained_student import CONFIG, MODEL, read_config, student_options, trained_settings
+from knowsam_monai.runs.trained_student import CONFIG, MODEL, student_options, trained_settings
 
 # Keys of inference.json that `predict_folder` has arguments for.
 OWN_ARGUMENTS = {

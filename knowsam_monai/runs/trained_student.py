@@ -19,6 +19,7 @@ from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
 from knowsam_monai.files import InvalidCheckpointError, copy_whole, read_csv, read_tensor_file, write_text
+from knowsam_monai.runs.config import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -221,33 +222,6 @@ def student_options(config: str | os.PathLike, known: Iterable[str]) -> dict[str
                     f"({root_cause(error)}); copy the file again from where it was trained."
                 ) from error
     return options
-
-
-def read_config(path: str | os.PathLike, argument: str) -> dict[str, Any]:
-    """
-    Read a config file.
-
-    Args:
-        path: a JSON or YAML file.
-        argument: name of the argument, for the error.
-
-    Raises:
-        ValueError: if it cannot be read or holds no config.
-
-    Example:
-        >>> read_config("bundles/knowsam_acdc/configs/inference.json", "bundle")["num_classes"]     # doctest: +SKIP
-        4
-    """
-    try:
-        config = ConfigParser.load_config_file(str(path))
-    except Exception as error:  # errors of JSON, YAML and the operating system
-        reason = " ".join(str(error).split())
-        raise KnowSAMValueError(
-            f"`{argument}` must have an intact config but {path} is damaged ({reason}); copy it again."
-        ) from error
-    if not isinstance(config, dict):
-        raise KnowSAMValueError(f"`{argument}` must have a config of keys and values but {path} is not; copy it again.")
-    return config
 
 
 def _are_of_a_phantom(scans: Path) -> bool:

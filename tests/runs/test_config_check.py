@@ -188,11 +188,6 @@ def test_path_that_is_derived_follows(bundle, home):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (
-            "bundle_root",
-            "/nope",
-            "`bundle_root` must be the bundle's folder but /nope does not exist; correct it",
-        ),
         ("network_def", "unet", "`network_def` must be a component, as in .*, but is the text 'unet'"),
         (
             "network_def#spatial_dim",
