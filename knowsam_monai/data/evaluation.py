@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.nifti_writer import is_label_map
-from knowsam_monai.data.phantom import phantom_datalist, write_phantom
+from knowsam_monai.data.phantom import LIST_NAME, phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
 
@@ -92,9 +92,13 @@ def inference_items(
     label_maps = {path for path in images if is_label_map(path)}
     if written | label_maps == set(images):
         found = f"only has {len(images)} that are segmentations" if images else "has none"
+        datalist = os.path.join(folder, LIST_NAME)
+        remedy = "set `image_pattern`, for example --image_pattern '**/*.nii.gz'"
+        if os.path.isfile(datalist):
+            remedy = f"pass the data list {datalist} to segment its test images, or {remedy}"
         raise KnowSAMValueError(
-            f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; set `image_pattern`, "
-            "for example --image_pattern '**/*.nii.gz'. DICOM must be converted first, for example with dcm2niix."
+            f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; {remedy}. DICOM must be "
+            "converted first, for example with dcm2niix."
         )
     left_out = {path: f"`image` must not lie in `output_dir` but {path} does; move it." for path in written}
     for path in label_maps:

@@ -106,13 +106,13 @@ def predict_folder(
         )
     if device is not None:
         options["device"] = literal(device)  # `check_config` turns it into a device
-    check_writable(output=output)
     options.update({key: literal(value) for key, value in values.items()})
 
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
     try:
-        loader = _segment(ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options))
+        workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
+        loader = _segment(workflow, output)
     except Exception as error:
         root = root_cause(error)
         if not overrides or isinstance(root, KnowSAMError):
@@ -127,13 +127,14 @@ def predict_folder(
     return loader.num_segmented
 
 
-def _segment(workflow: ConfigWorkflow) -> SkippingLoader:
+def _segment(workflow: ConfigWorkflow, output: str) -> SkippingLoader:
     """Run the workflow, and return its loader, which knows the images that could not be segmented."""
     if "datalist" in workflow.parser:
         workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
     workflow.initialize()
     loader = SkippingLoader(workflow.evaluator)
     ProgressBar(desc="Segmenting", persist=True).attach(workflow.evaluator)
+    check_writable(output=output)
     workflow.run()
     workflow.finalize()
     loader.raise_if_faulty()

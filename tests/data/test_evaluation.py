@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from knowsam_monai.data.evaluation import images_root, inference_items, split_items
+from knowsam_monai.data.phantom import write_phantom
 
 
 def touch(folder, *names):
@@ -111,7 +112,13 @@ def test_label_maps_are_no_images_and_images_in_the_output_folder_are_left_out(t
 def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         inference_items(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must contain files that match '\*\.nii\*' but .* has none"):
+    with pytest.raises(ValueError, match=r"must contain files that match '\*\.nii\*' but .* has none; set"):
+        inference_items(tmp_path)
+
+
+def test_a_folder_with_a_data_list_and_images_in_subfolders_leads_to_the_list(tmp_path):
+    file = write_phantom(tmp_path, num_labeled=1, num_unlabeled=0, num_validation=0, num_test=1, max_size=32)
+    with pytest.raises(ValueError, match=f"has none; pass the data list {file} to segment its test images, or set"):
         inference_items(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_weights_of_a_run_alone_are_used_with_the_settings_of_its_training(scans
     (tmp_path / "run.json").write_text(json.dumps({"starts": [{"student": None}, {"student": student}]}))
     (tmp_path / name).touch()
     used = []
-    monkeypatch.setattr("knowsam_monai.runs.prediction._segment", used.append)
+    monkeypatch.setattr("knowsam_monai.runs.prediction._segment", lambda workflow, output: used.append(workflow))
     with pytest.raises(AttributeError):  # no loader
         predict_folder(scans, bundle=BUNDLE, output=tmp_path / "out", ckpt_path=tmp_path / name, device="cpu")
     parser = used[0].parser
@@ -202,7 +202,9 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
 )
 def test_mistake_is_one_sentence(scans, run, tmp_path, change, message):
     with pytest.raises(Exception) as error:
-        predict_folder(**{"scans": scans, "bundle": BUNDLE, "output": tmp_path, "run": run, "device": "cpu", **change})
+        own = {"scans": scans, "bundle": BUNDLE, "output": tmp_path / "out", "run": run, "device": "cpu"}
+        predict_folder(**{**own, **change})
+    assert not list(tmp_path.rglob("*.nii.gz")) and (not (tmp_path / "out").exists() or "num_classes" in str(change))
     cause = root_cause(error.value)
     assert isinstance(cause, (ValueError, OSError)) and isinstance(cause, KnowSAMError)
     assert re.search(message, str(cause)) and "\n" not in str(cause), str(cause)
