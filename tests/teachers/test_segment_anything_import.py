@@ -33,7 +33,8 @@ def fresh_modules(monkeypatch):
 def write_torchvision(folder, text: str, with_functions: bool = False) -> None:
     for module, functions in TORCHVISION_NAMES.items():
         package = folder.joinpath(*module.split("."))
-        package.mkdir(parents=True, exist_ok=True)
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").touch()
         lines = [f"def {function}(*_): return 'real'\n" for function in functions if with_functions]
         (package / "__init__.py").write_text("".join(lines))
     (folder / "torchvision" / "__init__.py").write_text(text)
