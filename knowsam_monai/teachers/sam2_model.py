@@ -275,10 +275,9 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
         raise KnowSAMValueError(
             f"{expectation} is a folder without config.json but with {some(single)}; name that file instead."
         )
-    expected, found = _numbers(config.vision_config.backbone_config), {}
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = content["model_type"]
+        model, found = content["model_type"], {}
         if model in ("sam2", "sam2_video"):
             backbone = (content.get("vision_config") or {}).get("backbone_config") or {}
             found = _numbers(import_transformers().Sam2HieraDetConfig.from_dict(backbone))
@@ -289,14 +288,12 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
     if not found:
         remedy = f"use {SAM1_TEACHER} and Meta's .pth for SAM 1" if model == "sam" else "use the folder of a SAM 2"
         raise KnowSAMValueError(f"{expectation} holds a {model!r}; {remedy}.")
-    blocks = {name: numbers["blocks_per_stage"] for name, numbers in SAM2_VARIANTS.items()}
-    variant_found = next((name for name, stages in blocks.items() if found["blocks_per_stage"] == stages), None)
-    for key in expected:
-        if found[key] != expected[key]:
-            remedy = f"set `variant` to {variant_found!r}" if variant_found else "pass its Sam2Config as `variant`"
+    variant_found = next((name for name, numbers in SAM2_VARIANTS.items() if numbers == found), None)
+    remedy = f"set `variant` to {variant_found!r}" if variant_found else "pass its Sam2Config as `variant`"
+    for key, value in _numbers(config.vision_config.backbone_config).items():
+        if found[key] != value:
             raise KnowSAMValueError(
-                f"{expectation} has {key} {found[key]} instead of {expected[key]}; {remedy}, or use a folder of "
-                f"{_name(variant)}."
+                f"{expectation} has {key} {found[key]} instead of {value}; {remedy}, or use a folder of {_name(variant)}."
             )
 
 

@@ -401,6 +401,11 @@ def test_a_folder_of_another_variant_or_model_is_named(tmp_path, folder):
         build_sam2("small", tmp_path / "small")
     with pytest.raises(ValueError, match="embed_dim_per_stage .*pass its Sam2Config as `variant`"):
         build_sam2("tiny", folder)
+    backbone = transformers.Sam2HieraDetConfig(window_size_per_stage=[8, 4, 7, 7])  # else a tiny
+    vision = transformers.Sam2VisionConfig(backbone_config=backbone)
+    transformers.Sam2Config(vision_config=vision).save_pretrained(tmp_path / "windows")
+    with pytest.raises(ValueError, match=r"window_size_per_stage \[8, 4, 7, 7\] .*pass its Sam2Config as `variant`"):
+        build_sam2("tiny", tmp_path / "windows")
     transformers.SamConfig().save_pretrained(tmp_path / "sam1")
     with pytest.raises(ValueError, match="holds a 'sam'; use SAMTeacher .* and Meta's .pth for SAM 1"):
         build_sam2("tiny", tmp_path / "sam1")
