@@ -64,7 +64,7 @@ def build_bundle_network(folder: Path) -> nn.Module:
         ) from None
     except Exception as error:  # the errors of JSON and YAML
         raise KnowSAMValueError(f"`path` must be a bundle but {config_file} cannot be read; copy it again.") from error
-    network = _built(_resolved(definition, config, config_file), config_file)
+    network = _built(_resolved(definition, ConfigParser(config, globals=False), config_file), config_file)
     if not isinstance(network, nn.Module):
         raise KnowSAMValueError(f"`network_def` of {config_file} must be a network but is {definition!r}.")
     expectation = f"`path` must be a bundle with its network's weights but {folder / MODEL}"
@@ -140,29 +140,20 @@ def read_bundle_facts(folder: Path) -> BundleFacts:
     return facts._replace(license=next((line.strip() for line in text.splitlines() if line.strip()), None))
 
 
-def _resolved(value: Any, config: dict[str, Any], file: Path, seen: tuple[str, ...] = ()) -> Any:
+def _resolved(value: Any, config: ConfigParser, file: Path, seen: tuple[str, ...] = ()) -> Any:
     """A value with its references to other plain values resolved."""
     if isinstance(value, dict):
         return {key: _resolved(item, config, file, seen) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolved(item, config, file, seen) for item in value]
     if isinstance(value, str) and value.startswith("@"):
-        found: Any = config
-        keys = value[1:].replace("#", "::").split("::")
-        for key in keys:
-            found = _item(found, key)
+        found = config.get(value[1:])  # as the file has it: nothing is evaluated
         if value in seen or found is None:
             raise _refused(file, f"the reference {value}, which has no plain value")
         return _resolved(found, config, file, (*seen, value))
     if isinstance(value, str) and value.startswith(("$", "%")):
         raise _refused(file, f"the expression {value}")
     return value
-
-
-def _item(container: Any, key: str) -> Any:
-    if isinstance(container, list):
-        container = {str(index): item for index, item in enumerate(container)}
-    return container.get(key) if isinstance(container, dict) else None
 
 
 def _built(value: Any, file: Path) -> Any:
