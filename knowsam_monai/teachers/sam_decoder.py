@@ -38,7 +38,7 @@ def token_centers(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
     """
     y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
     x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-    return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
 
 
 def embed_masks(prompt_encoder: nn.Module, masks: torch.Tensor) -> torch.Tensor:
