@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,24 +130,32 @@ def are_probabilities(logits: torch.Tensor) -> bool:
     return bool(((logits >= 0) & (logits <= 1)).all() and logits.max() > logits.min())
 
 
-def logits_of_in_eval_mode(logits_of: Callable[[Any], torch.Tensor] | None, output: Any) -> Callable[[Any], Any] | None:
+def eval_mode_logits(output: Any, logits_of: Callable[[Any], Any] | None, image: torch.Tensor) -> Any:
     """
-    What picks the logits in eval mode, in which some networks return them alone, without other outputs.
+    The logits in a network's output in eval mode, in which some networks return them alone, without other outputs.
 
     Args:
-        logits_of: picks them in train mode; None: the output is the logits.
-        output: the network's output in train mode.
+        output: the network's output.
+        logits_of: picks the logits in train mode; None: the output is the logits.
+        image: (B, channels, *spatial), the network's input; only its shape matters.
 
     Example::
 
-        >>> logits = torch.zeros(2, 4, 8, 8)
-        >>> logits_of = logits_of_in_eval_mode(lambda output: output[0], (logits, "features"))
-        >>> logits_of((logits, "features")) is logits, logits_of(logits) is logits
-        (True, True)
+        >>> image, logits = torch.zeros(2, 1, 8, 8), torch.zeros(2, 4, 8, 8)
+        >>> eval_mode_logits(logits, lambda output: output[0], image) is logits  # and not the first row
+        True
     """
-    if logits_of is None or isinstance(output, torch.Tensor):
-        return logits_of
-    return lambda x: x if isinstance(x, torch.Tensor) else logits_of(x)
+    if logits_of is None:
+        return output
+    if not (isinstance(output, torch.Tensor) and output.ndim == image.ndim):
+        return logits_of(output)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an index that is a text
+            picked = logits_of(output)  # such as some of the channels
+    except (AttributeError, IndexError, KeyError, TypeError):  # it picks from a tuple, a dictionary or a data class
+        return output
+    return picked if isinstance(picked, torch.Tensor) and picked.ndim == image.ndim else output
 
 
 @contextmanager

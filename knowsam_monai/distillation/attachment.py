@@ -22,7 +22,7 @@ from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoade
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, logits_of_in_eval_mode, without_meta
+from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -227,8 +227,13 @@ class Attachment:
             return
         sam_image, label, rows, is_same = selection
         student = partial(self._student_output, args, kwargs, images[0])
-        logits_of = logits_of_in_eval_mode(self.logits_of, output)
-        gradient, sam_gradients = self._gradients(student, logits_of, logits, image, sam_image, label, rows)
+        gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
+        source = logits
+        if self.logits_of is not None and isinstance(output, Tensor):  # the host picks its logits from it again
+            source, whole = output, output.detach().requires_grad_()
+            if gradient is not None:
+                picked = self.logits_of(whole)
+                (gradient,) = torch.autograd.grad(picked, whole, gradient.to(picked.dtype))
         backwards_before = self._num_backwards
         was_reached = False
 
@@ -257,7 +262,7 @@ class Attachment:
             sam_gradients.clear()  # the host may keep the logits, and with them this function
             return host_gradient if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
-        logits.register_hook(add_gradients)
+        source.register_hook(add_gradients)
 
     def _watch(self, loader: WatchedLoader) -> None:
         if self.next_batch in loader.watched_by:  # each batch counts once
@@ -331,7 +336,6 @@ class Attachment:
     def _gradients(
         self,
         student: Callable[[Tensor], Any],
-        logits_of: Callable[[Any], Any] | None,
         logits: Tensor,
         image: Tensor,
         sam_image: Tensor,
@@ -346,7 +350,7 @@ class Attachment:
         if distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):
                 turn = run // self.gate_interval
-                distiller.measure_agreement(student, image, label, rows, turn, sam_image, logits_of)
+                distiller.measure_agreement(student, image, label, rows, turn, sam_image, self.logits_of)
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations

@@ -39,6 +39,7 @@ from knowsam_monai.tensors import (
     are_probabilities,
     at_least_float32,
     check_tensor,
+    eval_mode_logits,
     unstack_views,
     without_meta,
 )
@@ -333,7 +334,8 @@ class SAMDistiller(nn.Module):
             label, labeled_rows: as in :meth:`forward`.
             turn: any integer, selects a flip or rotation; count it up by 1 at each measurement.
             sam_image: what the teacher sees, row by row; None: `image`.
-            logits_of: picks the logits from the student's output, such as ``operator.itemgetter(0)``.
+            logits_of: picks the logits from the student's output in train mode, such as ``operator.itemgetter(0)``. In
+                eval mode the output may be the logits alone.
         """
         if self.gate.mode == "none":
             return
@@ -364,7 +366,7 @@ class SAMDistiller(nn.Module):
                 if "argument" not in str(error):
                     raise
                 raise takes_more_than_images(error_line(error)) from error
-            output = output if logits_of is None else logits_of(output)
+            output = eval_mode_logits(output, logits_of, x)
             return self._without_sigmoid(_view(unstack_views(output, x), self.prompt_view))
 
         if is_counted or labeled is not None or ranks.is_distributed():

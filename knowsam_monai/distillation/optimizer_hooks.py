@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -255,7 +254,7 @@ def _average_over_ranks(parameters: Sequence[Tensor]) -> None:
             groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for group in groups.values():
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-        buffer = _flatten_dense_tensors(gradients).div_(ranks.world_size())
+        buffer = torch.cat([gradient.flatten() for gradient in gradients]).div_(ranks.world_size())
         torch.distributed.all_reduce(buffer)
-        for p, gradient, average in zip(group, gradients, _unflatten_dense_tensors(buffer, gradients)):
-            p.grad = gradient.copy_(average)
+        for p, gradient, average in zip(group, gradients, buffer.split([g.numel() for g in gradients])):
+            p.grad = gradient.copy_(average.view_as(gradient))

@@ -127,7 +127,7 @@ class Wiring:
                 f"the logits required no gradient in {UNTAUGHT_CALLS} steps, so nothing is distilled: pass the logits "
                 "of the trained student, not detached and not of its averaged copy."
             )
-        if self.num_calls in INSPECTED_CALLS:
+        if self.num_calls in INSPECTED_CALLS and len(image) > 0:
             # each of several regions has a sigmoid of its own
             logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
             self._inspect(image, logits.detach())

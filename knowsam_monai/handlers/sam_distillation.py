@@ -24,13 +24,7 @@ from knowsam_monai.handlers.supervision import check_ignores, check_supervision,
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
-from knowsam_monai.tensors import (
-    all_in_eval_mode,
-    logits_of_in_eval_mode,
-    predicted_label,
-    unstack_views,
-    without_meta,
-)
+from knowsam_monai.tensors import all_in_eval_mode, predicted_label, unstack_views, without_meta
 
 
 class SAMDistillation:
@@ -169,7 +163,7 @@ class SAMDistillation:
                     label,
                     rows,
                     turn=run // self.gate_interval,
-                    logits_of=logits_of_in_eval_mode(self.logits_of, output[Keys.PRED]),
+                    logits_of=self.logits_of,
                     sam_image=sam_image,
                 )
 

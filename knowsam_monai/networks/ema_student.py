@@ -226,12 +226,14 @@ class EMAStudent:
                 buffer.copy_(value)
 
 
-def _contains(optimizer: Any, inner: Optimizer) -> bool:
-    """Whether an optimizer is another one or holds it, in wrappers or lists."""
+def _contains(optimizer: Any, inner: Optimizer, outer: tuple[Any, ...] = ()) -> bool:
+    """Whether an optimizer is another one or holds it, in wrappers or lists; `outer` hold it."""
     if optimizer is inner:
         return True
     parts = optimizer if isinstance(optimizer, (list, tuple)) else getattr(optimizer, "__dict__", {}).values()
-    return any(_contains(part, inner) for part in parts if isinstance(part, (list, tuple, Optimizer)))
+    outer = (*outer, optimizer)
+    new = (part for part in parts if isinstance(part, (list, tuple, Optimizer)) and not any(part is o for o in outer))
+    return any(_contains(part, inner, outer) for part in new)
 
 
 def _is_dropout(module: nn.Module) -> bool:

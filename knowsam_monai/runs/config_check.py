@@ -107,7 +107,7 @@ def check_command(configs: Sequence[str], words: Sequence[str]) -> None:
     """
     from fire.parser import DefaultParseValue
 
-    given = list(_options_of_command_line(words))
+    given = [(key.removeprefix("+"), value) for key, value in _options_of_command_line(words)]  # MONAI drops the +
     files = [("--with", file) for file in configs] + [(f"--{key}", file) for key, file in given if key == "args_file"]
     pairs = [pair for argument, file in files for pair in read_config(file, argument).items()]
     config = ConfigParser({})

@@ -9,6 +9,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+LARGEST_ERROR = 1e-5  # of float32 products, compared with float64
+_given_precisions: list[str] = []  # before each change
+
 
 def keep_freed_memory() -> None:
     """
@@ -34,6 +37,8 @@ def fast_cpu_matmul() -> bool:
     """
     Make torch multiply float32 matrices on the CPU with oneDNN instead of MKL, if it is faster and as exact here.
 
+    :func:`give_back_matmul` undoes it.
+
     On AMD processors with AVX-512 it is up to twice as fast. It means
     ``torch.set_float32_matmul_precision("medium")``, which on some processors is bfloat16, and on CUDA less precision,
     so call it for runs on a CPU only. A short probe decides: the setting stays if products and gradients of a float32
@@ -46,7 +51,10 @@ def fast_cpu_matmul() -> bool:
 
         fast_cpu_matmul()     # once, before training on a CPU
     """
-    previous = torch.get_float32_matmul_precision()
+    previous = matmul_precision()
+    if previous is None:
+        return False
+    _given_precisions.append(previous)
     if previous == "medium":
         return True
     is_better = _is_better("medium", previous)
@@ -54,10 +62,40 @@ def fast_cpu_matmul() -> bool:
     return is_better
 
 
+def matmul_precision() -> str | None:
+    """What ``torch.set_float32_matmul_precision`` set; None if torch's newer ``fp32_precision`` says something else."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def match_matmul(precision: str | None) -> None:
+    """
+    Multiply float32 matrices on the CPU as the run did that is resumed, unless that is less exact on this machine.
+
+    Args:
+        precision: what :func:`matmul_precision` returned there.
+    """
+    previous = matmul_precision()
+    if None not in (precision, previous) and precision != previous:
+        _given_precisions.append(previous)
+        torch.set_float32_matmul_precision(precision)
+        if _largest_error() > LARGEST_ERROR:
+            torch.set_float32_matmul_precision(previous)
+
+
+def give_back_matmul() -> None:
+    """Set torch's precision as it was before the run; on CUDA it matters too."""
+    if _given_precisions:
+        torch.set_float32_matmul_precision(_given_precisions[0])
+    _given_precisions.clear()
+
+
 @cache
 def _is_better(precision: str, other: str) -> bool:
     torch.set_float32_matmul_precision(precision)
-    return _largest_error() <= 1e-5 and _is_faster(precision, other)
+    return _largest_error() <= LARGEST_ERROR and _is_faster(precision, other)
 
 
 def _largest_error() -> float:

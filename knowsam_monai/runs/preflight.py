@@ -18,6 +18,7 @@ from knowsam_monai import ranks
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.sam_image import num_orientations
 from knowsam_monai.networks.ema_student import EMAStudent
+from knowsam_monai.runs.cpu import matmul_precision
 from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
@@ -104,7 +105,7 @@ class Preflight:
             ("student", f"{type(plain_network(self.network)).__name__}, {_trainable(self.network)}"),
             *self._teacher_rows(),
             *self._process_rows(),
-            ("device", f"{engine.state.device}, {torch.get_num_threads()} threads"),
+            ("device", self._device(engine)),
             ("iterations", f"{remaining} of {seconds:.2f} s each (mean of start, middle and end)"),
             *self._embedding_rows(embeddings),
             ("peak memory", f"{memory:.1f} GiB"),
@@ -185,6 +186,11 @@ class Preflight:
                 f"{embeddings.asked:,}",
                 f"{embeddings.encoded:,}",
             )
+
+    def _device(self, engine: Engine) -> str:
+        device = torch.device(engine.state.device)
+        is_fast = device.type == "cpu" and matmul_precision() == "medium"
+        return f"{device}, {torch.get_num_threads()} threads{', matrix products by oneDNN' if is_fast else ''}"
 
     def _process_rows(self) -> list[tuple[str, str]]:
         """The number of processes, and whether batch normalization is synchronized between them."""

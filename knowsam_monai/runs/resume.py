@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointSaver
 
@@ -20,6 +21,7 @@ from knowsam_monai.runs import stop_signals
 from knowsam_monai.runs.at_exception import add_exception_handler
 from knowsam_monai.runs.comparison import configured, digests, other_data, other_settings
 from knowsam_monai.runs.config import running_config
+from knowsam_monai.runs.cpu import match_matmul, matmul_precision
 from knowsam_monai.runs.last_iteration import last_iteration
 from knowsam_monai.runs.starting import release
 from knowsam_monai.seeds import random_state, set_random_state
@@ -27,7 +29,7 @@ from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
-KEYS = ("trainer", "best", "random", "validate", "settings", "data")  # of a file, besides the objects' names
+KEYS = ("trainer", "best", "random", "matmul", "validate", "settings", "data")  # of a file, besides the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
 STEPS_BETWEEN_AGREEMENTS = 10  # several processes must agree where to stop, and each agreement waits for the device
 REMEDY = "choose another --output_dir, or start over with --resume False, which replaces that run"
@@ -226,6 +228,7 @@ class Resume:
             best = self.evaluator.state
             state["best"] = [float(best.best_metric), float(best.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
+        state["matmul"] = matmul_precision()  # a run may choose it by a measurement
         state["validate"] = self._before_validation is not None  # a resumed run starts with this validation
         state["settings"] = None if self.settings is None else dict(self.settings)
         state["data"] = digests(self.data)
@@ -286,6 +289,8 @@ class Resume:
                 self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = metric, int(epoch)
                 if self.best_saver is not None and epoch >= 0:
                     self.best_saver.load_state_dict({"_saved": [(metric, "")]})
+            if torch.device(engine.state.device).type == "cpu":
+                match_matmul(state["matmul"])
             if ranks.rank() < len(state["random"]):
                 set_random_state(state["random"][ranks.rank()])
         except Exception as error:  # every object refuses a foreign state in its own way

@@ -16,7 +16,7 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, named_as_set
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config import keys_of_arguments, running_parser
-from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory
+from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, keep_freed_memory
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
 from knowsam_monai.runs.messages import ignore_known_warnings
 from knowsam_monai.runs.run_record import open_log
@@ -119,12 +119,14 @@ def end_run(process_timeout: float | None = None) -> None:
 
 def release() -> None:
     """
-    Give back signal handlers and the lock of the folder. After an error the log stays open, for the traceback.
+    Give back signal handlers, torch's precision and the lock of the folder. After an error the log stays open, for
+    the traceback.
 
     Example:
         >>> release()
     """
     give_back()
+    give_back_matmul()
     unlock_folder()
 
 

@@ -293,7 +293,8 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
     for key, value in _numbers(config.vision_config.backbone_config).items():
         if found[key] != value:
             raise KnowSAMValueError(
-                f"{expectation} has {key} {found[key]} instead of {value}; {remedy}, or use a folder of {_name(variant)}."
+                f"{expectation} has {key} {found[key]} instead of {value}; {remedy}, or use a folder of "
+                f"{_name(variant)}."
             )
 
 

@@ -92,15 +92,24 @@ class Pair(nn.Module):
         return logits, logits.mean()
 
 
-def test_logits_may_be_a_part_of_what_the_student_returns():
+class Stacked(Pair):
+    """A network with deep supervision, as MONAI's DynUNet: in training a stack of its output and of another head."""
+
+    def forward(self, image):
+        logits = self.network(image)
+        return torch.stack([logits, 2 * logits], 1) if self.training else logits
+
+
+@pytest.mark.parametrize("kind, pick", [(Pair, itemgetter(0)), (Stacked, lambda output: output[:, 0])])
+def test_logits_may_be_a_part_of_what_the_student_returns(kind, pick):
     def loss(pred, label):
-        return PartiallyLabeledLoss(dice_ce_loss(3))(pred[0], label) + pred[1]
+        return PartiallyLabeledLoss(dice_ce_loss(3))(pick(pred), label) + pred[1].mean()
 
     ours, expected = (build(gate="agreement") for _ in range(2))
-    handler = SAMDistillation(expected[2], logits_of=itemgetter(0), gate_interval=1)
-    toy_trainer(Pair(expected[0]), expected[3], loss, [handler], optimizer=expected[1]).run()
-    student = Pair(ours[0])
-    skd = ours[2].attach(student, ours[1], logits_of=itemgetter(0), gate_interval=1)
+    handler = SAMDistillation(expected[2], logits_of=pick, gate_interval=1)
+    toy_trainer(kind(expected[0]), expected[3], loss, [handler], optimizer=expected[1]).run()
+    student = kind(ours[0])
+    skd = ours[2].attach(student, ours[1], logits_of=pick, gate_interval=1)
     toy_trainer(student, skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == len(ours[3])

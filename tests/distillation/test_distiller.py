@@ -667,15 +667,29 @@ def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(stud
     assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
 
 
-def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(student, teacher):
-    class Tuple(nn.Module):
+@pytest.mark.parametrize(
+    "output, logits_of",
+    [
+        (lambda logits: ("features", logits), itemgetter(1)),
+        (lambda logits: torch.cat([logits, logits], 1), lambda output: output[:, :3]),
+        # the logits alone, in eval mode
+        (lambda logits: logits, itemgetter(0)),
+        (lambda logits: logits, itemgetter("logits")),
+        (lambda logits: logits, lambda output: output[:, 0]),
+        (lambda logits: logits, lambda output: output.logits),
+    ],
+)
+def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(teacher, output, logits_of):
+    student = nn.Conv2d(1, 3, 3, padding=1).double()
+
+    class Several(nn.Module):
         def forward(self, x):
-            return "features", student(x)
+            return output(student(x))
 
     image = toy_batches(1)[0]["image"]
     distillers = SAMDistiller(teacher), SAMDistiller(teacher)
     distillers[0].measure_agreement(student, image)
-    distillers[1].measure_agreement(Tuple(), image, logits_of=itemgetter(1))
+    distillers[1].measure_agreement(Several(), image, logits_of=logits_of)
     torch.testing.assert_close(*(distiller.gate.agreement_scores for distiller in distillers))
     assert distillers[0].gate.num_measured == 1
 

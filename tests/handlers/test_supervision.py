@@ -164,6 +164,7 @@ def test_average_of_another_student_is_an_error_at_the_start(wrong, method):
     handler = method(average) if method is MeanTeacher else method(average, loss)
     student = ToyStudent() if wrong == "network" else average._student
     trainer = toy_trainer(student, toy_batches(1), loss, [handler])
+    trainer.optimizer.partners = [trainer.optimizer]  # as some wrappers do
     with pytest.raises(ValueError, match=f"`{wrong}` of EMAStudent must be the trainer's but is another, so nothing"):
         trainer.run()
 

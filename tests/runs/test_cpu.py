@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from knowsam_monai.runs import cpu
-from knowsam_monai.runs.cpu import fast_cpu_matmul
+from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, match_matmul, matmul_precision
+from knowsam_monai.runs.starting import end_run, start_run
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def usual_precision():
     cpu._is_better.cache_clear()
     yield
     cpu._is_better.cache_clear()
+    cpu._given_precisions.clear()
     torch.set_float32_matmul_precision(precision)
 
 
@@ -61,6 +63,35 @@ def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_pr
     monkeypatch.setattr(cpu, "_is_faster", lambda *_: True)
     assert not fast_cpu_matmul()
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("error, taken", [(1e-5, "medium"), (2e-5, "highest")])
+def test_resumed_run_multiplies_as_before_if_that_is_exact_here(usual_precision, monkeypatch, error, taken):
+    monkeypatch.setattr(cpu, "_largest_error", lambda: error)
+    match_matmul("medium")
+    assert matmul_precision() == taken
+    give_back_matmul()
+    assert matmul_precision() == "highest"
+
+
+def test_precision_is_as_before_after_the_run(usual_precision, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "_is_better", lambda *_: True)
+    start_run(tmp_path, tmp_path, torch.device("cpu"), preflight=True, fast_matmul=True)
+    assert matmul_precision() == "medium"
+    end_run()
+    assert matmul_precision() == "highest"
+
+
+def test_precision_that_is_set_in_both_of_torch_s_ways_stays():
+    code = """
+import torch
+from knowsam_monai.runs.cpu import fast_cpu_matmul, match_matmul, matmul_precision
+torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "ieee", "tf32"
+match_matmul("medium")
+print(matmul_precision(), fast_cpu_matmul(), torch.backends.cuda.matmul.fp32_precision)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["None", "False", "tf32"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

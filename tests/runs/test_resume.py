@@ -13,7 +13,7 @@ from monai.handlers import StatsHandler, ValidationHandler
 from torch import nn
 
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
-from knowsam_monai.runs import TrainingProgress, WholeCheckpointSaver
+from knowsam_monai.runs import TrainingProgress, WholeCheckpointSaver, cpu
 from knowsam_monai.runs.resume import Resume
 from tests.toys import ToyStudent, toy_batches, toy_trainer
 
@@ -135,6 +135,20 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, stop_after):
     assert run(resumed) and resumed.state.iteration == 6
     for ours, theirs in zip(student.parameters(), expected.parameters()):
         assert torch.equal(ours, theirs)
+
+
+def test_resumed_run_multiplies_matrices_as_the_interrupted_one(tmp_path, monkeypatch):
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # by a measurement, which may find something else the next time
+        run(training(tmp_path, stop_after=3)[0])
+        torch.set_float32_matmul_precision("highest")
+        monkeypatch.setattr(cpu, "_largest_error", lambda: 0.0)
+        run(training(tmp_path)[0])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        cpu.give_back_matmul()
+        torch.set_float32_matmul_precision(precision)
 
 
 def test_signal_saves_after_the_step_and_the_run_goes_on_in_the_middle_of_an_epoch(tmp_path):

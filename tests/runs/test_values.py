@@ -42,8 +42,13 @@ def test_shipped_values_are_right_and_stay_as_they_are(bundle, names, data):
 
 @pytest.mark.parametrize("cores, workers", [(1, 1), (2, 2), (64, 4)])
 @pytest.mark.parametrize("bundle", [ACDC, LA])
-def test_loader_has_no_more_workers_than_usable_cores(bundle, cores, workers, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_loader_has_no_more_workers_than_usable_cores(bundle, cores, workers, is_linux, monkeypatch):
+    if is_linux:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 99 if is_linux else cores)
     for data, expected in {LIST: workers, None: 0}.items():
         assert ConfigParser(merged(bundle, TRAIN, dataset_dir=data)).get_parsed_content("num_workers") == expected
 
