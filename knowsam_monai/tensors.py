@@ -60,6 +60,13 @@ def check_tensor(name: str, value: object) -> None:
         raise KnowSAMTypeError(f"`{name}` must be a tensor but is a {type(value).__name__}.")
 
 
+def in_precision_of(module: nn.Module, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in the precision of a module's first weights, as convolutions need it; without any, in float32."""
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantized
+    dtype = next((p.dtype for p in module.parameters() if p.dtype in usual), None)
+    return [at_least_float32(tensor) if dtype is None else tensor.to(dtype) for tensor in tensors]
+
+
 def without_meta(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor; a MetaTensor runs extra Python code at every operation."""
     if not torch.jit.is_scripting():

@@ -40,6 +40,7 @@ from knowsam_monai.tensors import (
     at_least_float32,
     check_tensor,
     eval_mode_logits,
+    in_precision_of,
     unstack_views,
     without_meta,
 )
@@ -424,7 +425,7 @@ class SAMDistiller(nn.Module):
     def ask_teacher(self, image: Tensor, prompt_logits: Tensor) -> Tensor:
         """The teacher's logits (B, C, *spatial) for whole images or volumes, without a graph."""
         with self._autocast(image.device.type):
-            logits = self.teacher(*self._given(image, prompt_logits))
+            logits = self.teacher(*in_precision_of(self.teacher, image, prompt_logits))
         self._check_output(logits, prompt_logits)
         return logits
 
@@ -467,7 +468,7 @@ class SAMDistiller(nn.Module):
         outputs = []
         with self._autocast(image.device.type):
             for part in parts:
-                given = self._given(_select(image, part), _select(prompt_logits, part))
+                given = in_precision_of(self.teacher, _select(image, part), _select(prompt_logits, part))
                 with torch.set_grad_enabled(builds_graph and part is rows):
                     outputs.append(teacher(*given))
                 self._check_output(outputs[-1], given[1])
@@ -478,12 +479,6 @@ class SAMDistiller(nn.Module):
         for part, output in zip(parts, outputs):
             _put(logits, part, output.detach())
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
-
-    def _given(self, *inputs: Tensor) -> list[Tensor]:
-        """What the teacher gets: tensors of the precision of its first weights, as convolutions need."""
-        usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantized
-        dtype = next((p.dtype for p in self.teacher.parameters() if p.dtype in usual), None)
-        return [at_least_float32(x) if dtype is None else x.to(dtype) for x in inputs]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
         """Autocast with `autocast_dtype`; without one, keep the caller's."""

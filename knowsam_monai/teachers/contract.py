@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.provenance import origin
-from knowsam_monai.tensors import without_meta
+from knowsam_monai.tensors import in_precision_of, without_meta
 
 TOLERANCE = 1e-3  # relative to the largest logit: a batch and its single rows are computed in different orders
 
@@ -131,7 +131,7 @@ def check_teacher(teacher: nn.Module, image: Tensor, num_classes: int | None = N
     )
     with kept_random_state(), _restored(teacher):
         _check_modes(teacher)
-        image = _different_rows(without_meta(image))
+        (image,) = in_precision_of(teacher, _different_rows(without_meta(image)))
         _check_calls(teacher, image, num_classes)
         _check_graph(teacher, image, num_classes)
     return facts

@@ -39,6 +39,7 @@ TEACHERS = {
     "SAM 1, slices": (lambda: SliceTeacher(sam_teacher()), VOLUME),
     "SAM 1, some slices a step": (lambda: SliceTeacher(sam_teacher(), slices=2), VOLUME),
     "network": (teacher_network, IMAGE),
+    "network, float64": (lambda: teacher_network().double(), IMAGE),
     "network, windows": (lambda: teacher_network(patch_size=(32, 32)), IMAGE),
     "network, z-score": (lambda: teacher_network(normalize="z_score"), IMAGE),
     "network, merged": (lambda: NetworkTeacher(network(channels=4), channels=[(0, 3), 2, 1]), IMAGE),
