@@ -114,8 +114,7 @@ class SAMDistiller(nn.Module):
             :class:`~knowsam_monai.distillation.TeacherGate`. The default is "agreement": it needs no
             evaluator, and is 0 for a teacher that is clearly worse than its student, or that does not learn and is not
             better than its student.
-        gate_tolerance: by how much (Dice, 0..1) a teacher that learns may be worse than its student before g is 0, and
-            one that does not learn must be better for g to be 1.
+        gate_tolerance: by how much (Dice, 0..1) a teacher that learns may be worse than its student before g is 0.
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
             as in BraTS. Both losses and the gate treat them as C binary problems: they get one channel at a time, and

@@ -42,11 +42,15 @@ class TeacherGate(nn.Module):
 
     Both models are measured, the teacher's result d is compared with the student's, and g is the product of the factors
 
-    .. math:: \\min(1, \\max(0, a + (d_{teacher} - d_{student}) / tolerance))
+    .. math:: \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
-    with a = 1, or a = 0 with `must_lead`, for a teacher that does not learn: it must be better than its student, and it
-    stops when the student has caught up. Otherwise it could hold the student at its own level, where both look equally
-    good.
+    or, with `must_lead`, for a teacher that does not learn,
+
+    .. math:: \\max(0, (d_{teacher} - d_{student}) / (1 - d_{student}))
+
+    the share of the student's errors that the teacher does not make. Such a teacher must be better than its student: it
+    teaches less as the student comes closer, and stops when the student has caught up. Otherwise it could hold the
+    student at its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 
@@ -74,8 +78,8 @@ class TeacherGate(nn.Module):
 
     Args:
         mode: "none", "agreement" or "validation".
-        tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; with
-            `must_lead`, by how much it must be better for g to be 1.
+        tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; without effect
+            if `must_lead`.
         momentum: weight of the old value in the running means, per measurement; the first ones are plain means.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
@@ -177,8 +181,9 @@ class TeacherGate(nn.Module):
     def _factor(self, scores: Tensor) -> Tensor:
         """0 if the teacher finds nothing, or nothing was measured, which scores of -1 mean."""
         student, teacher = scores
-        at_equality = 0 if self.must_lead else 1
-        return torch.clamp(at_equality + (teacher - student) / self.tolerance, 0, 1) * (teacher > 0)
+        lead = teacher - student
+        factor = lead / (1 - student).clamp(min=1e-6) if self.must_lead else 1 + lead / self.tolerance
+        return torch.clamp(factor, 0, 1) * (teacher > 0)
 
     @torch.no_grad()
     def measure_agreement(

@@ -246,8 +246,7 @@ class Training(Everywhere):
         "how the weight of the teacher is determined"
     )
     distillation_gate_tolerance: Positive = _about(
-        "Dice by which the teacher may trail the student before the gate is closed; a teacher that does not learn must "
-        "lead by it for the gate to be fully open"
+        "Dice by which a teacher that learns may trail the student before the gate is closed"
     )
     taught_rows: Literal["all", "unlabeled"] = _about("the rows that SAM teaches")
 
