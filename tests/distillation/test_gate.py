@@ -39,7 +39,16 @@ def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weig
 
 @pytest.mark.parametrize(
     ("student", "teacher", "weight"),
-    [(0.6, 1, 1), (0.6, 0.9, 0.75), (0.6, 0.7, 0.25), (0, 0.5, 0.5), (0.6, 0.6, 0), (0.6, 0.5, 0), (0, 0, 0), (1, 1, 0)],
+    [
+        (0.6, 1, 1),
+        (0.6, 0.9, 0.75),
+        (0.6, 0.7, 0.25),
+        (0, 0.5, 0.5),
+        (0.6, 0.6, 0),
+        (0.6, 0.5, 0),
+        (0, 0, 0),
+        (1, 1, 0),
+    ],
 )
 def test_teacher_that_must_lead_weighs_as_much_as_its_share_of_the_student_s_errors(student, teacher, weight):
     gate = TeacherGate("validation", tolerance=0.1, must_lead=True)
