@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -136,7 +137,7 @@ def train(options: argparse.Namespace) -> int:
 
     bundle = working_bundle(options.bundle)
     configs = [str(config_file(bundle, name)) for name in ("train", *options.overlays)]
-    if not is_simple(configs, options.keys, bundle):
+    if not is_simple(configs, options.keys):
         from knowsam_monai.runs.config_check import check_command  # imports MONAI, which takes seconds
 
         check_command(configs, options.keys)
@@ -150,16 +151,12 @@ def train(options: argparse.Namespace) -> int:
     os.execv(sys.executable, [sys.executable, *trusted, *command])
 
 
-def is_simple(configs: Sequence[str], keys: Sequence[str], bundle: Path) -> bool:
-    """Whether MONAI surely merges the command line: only JSON of the bundle, and no key that leads into a part."""
-    if any(key.startswith("--") and ("#" in key or "::" in key or "args" in key) for key in keys):
+def is_simple(configs: Sequence[str], keys: Sequence[str]) -> bool:
+    """Whether MONAI surely merges the command line: only train.json, and no key that leads into a part or to a file."""
+    if len(configs) > 1 or any(key.startswith("--") and re.search("#|::|args", key) for key in keys):
         return False
     try:
-        return all(
-            Path(config).parent == bundle / "configs"
-            and isinstance(json.loads(Path(config).read_text(encoding="utf-8")), dict)
-            for config in configs
-        )
+        return isinstance(json.loads(Path(configs[0]).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError, RecursionError):
         return False
 

@@ -61,7 +61,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def in_precision_of(module: nn.Module, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in the precision of a module's first weights, as convolutions need it; without any, in float32."""
+    """The tensors in the precision of a module's first weights, as convolutions need it."""
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others are quantized
     dtype = next((p.dtype for p in module.parameters() if p.dtype in usual), None)
     return [at_least_float32(tensor) if dtype is None else tensor.to(dtype) for tensor in tensors]
@@ -143,7 +143,8 @@ def eval_mode_logits(output: Any, logits_of: Callable[[Any], Any] | None, image:
 
     Args:
         output: the network's output.
-        logits_of: picks the logits in train mode; None: the output is the logits.
+        logits_of: picks the logits in train mode; None: the output is the logits. It must not cut channels from logits
+            that the network returns alone in eval mode.
         image: (B, channels, *spatial), the network's input; only its shape matters.
 
     Example::
@@ -160,7 +161,7 @@ def eval_mode_logits(output: Any, logits_of: Callable[[Any], Any] | None, image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an index that is a text
             picked = logits_of(output)  # such as some of the channels
-    except (AttributeError, IndexError, KeyError, TypeError):  # it picks from a tuple, a dictionary or a data class
+    except Exception:  # it picks from a tuple, a dictionary or a data class, and each refuses in its own way
         return output
     return picked if isinstance(picked, torch.Tensor) and picked.ndim == image.ndim else output
 

@@ -193,19 +193,19 @@ def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(t
         ),
         (
             ["b", "--with", "o.json"],
-            "`--with` must lead to a config with keys and values but o.json is none (line ",
+            "`--with` must lead to a config with keys and values but o.json is not one (line ",
         ),
         (
             ["b", "--with", "o.yaml"],
-            "`--with` must lead to a config with keys and values but o.yaml is none (line ",
+            "`--with` must lead to a config with keys and values but o.yaml is not one (line ",
         ),
         (
             ["b", "--args_file=o.json"],
-            "`--args_file` must lead to a config with keys and values but o.json is none (line ",
+            "`--args_file` must lead to a config with keys and values but o.json is not one (line ",
         ),
         (
             ["b", "--args_file", "x.json"],
-            "`--args_file` must lead to a config with keys and values but x.json is none",
+            "`--args_file` must lead to a config with keys and values but x.json is not one",
         ),
         (
             ["b", "--args_file", "empty.yaml"],
@@ -221,11 +221,16 @@ def test_train_copies_the_shipped_bundle_once_and_predict_reads_it_where_it_is(t
             "`tran#x` must lead to a part of this config but the config has no 'tran'; correct it.",
         ),
         (["b", "--with", "c.json", "--train#handlers#3#x", "1"], "`train#handlers#3#x` must lead to a part of this"),
+        (
+            ["b", "--with", "nested"],
+            "`trian#nope` must lead to a part of this config but the config has no 'trian'; corr",
+        ),
     ],
 )
 def test_train_says_what_it_does_not_find(tmp_path, monkeypatch, started, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "b", "mean_teacher")
+    (tmp_path / "b" / "configs" / "nested.json").write_text('{"trian#nope": 1}')
     (tmp_path / "o.json").write_text('{\n"lr": 1,\n}')
     (tmp_path / "o.yaml").write_text("lr: 1\nseed: [\n")
     (tmp_path / "empty.yaml").touch()

@@ -95,10 +95,11 @@ def inference_items(
         datalist = os.path.join(folder, LIST_NAME)
         remedy = "set `image_pattern`, for example --image_pattern '**/*.nii.gz'"
         if os.path.isfile(datalist):
-            remedy = f"pass the data list {datalist} to segment its test images, or {remedy}"
+            remedy = f"pass the data list {datalist} to segment its test images, or {remedy}."
+        else:
+            remedy += ". DICOM must be converted first, for example with dcm2niix."
         raise KnowSAMValueError(
-            f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; {remedy}. DICOM must be "
-            "converted first, for example with dcm2niix."
+            f"`dataset_dir` must contain files that match {pattern!r} but {folder} {found}; {remedy}"
         )
     left_out = {path: f"`image` must not lie in `output_dir` but {path} does; move it." for path in written}
     for path in label_maps:

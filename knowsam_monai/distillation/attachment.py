@@ -229,11 +229,13 @@ class Attachment:
         student = partial(self._student_output, args, kwargs, images[0])
         gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
         source = logits
-        if self.logits_of is not None and isinstance(output, Tensor):  # the host picks its logits from it again
-            source, whole = output, output.detach().requires_grad_()
-            if gradient is not None:
-                picked = self.logits_of(whole)
-                (gradient,) = torch.autograd.grad(picked, whole, gradient.to(picked.dtype))
+        if self.logits_of is not None and isinstance(output, Tensor):
+            whole = output.detach().requires_grad_()
+            picked = self.logits_of(whole)
+            given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
+            (part,) = torch.autograd.grad(picked, whole, given, retain_graph=True, allow_unused=True)
+            if part is not None:  # the host picks its logits from the output again, as another view of it
+                source, gradient = output, None if gradient is None else part
         backwards_before = self._num_backwards
         was_reached = False
 

@@ -38,19 +38,20 @@ class LabeledImages(NamedTuple):
 
 class TeacherGate(nn.Module):
     """
-    A factor of the distillation loss: 1 if the teacher is as good as its student, 0 if it is clearly worse.
+    A factor of the distillation loss, which tells how much a teacher is trusted.
 
     Both models are measured, the teacher's result d is compared with the student's, and g is the product of the factors
 
     .. math:: \\min(1, \\max(0, 1 + (d_{teacher} - d_{student}) / tolerance))
 
-    or, with `must_lead`, for a teacher that does not learn,
+    which are 1 if the teacher is as good as its student and 0 if it is clearly worse. With `must_lead`, for a teacher
+    that does not learn, they are
 
     .. math:: \\max(0, (d_{teacher} - d_{student}) / (1 - d_{student}))
 
-    the share of the student's errors that the teacher does not make. Such a teacher must be better than its student: it
-    teaches less as the student comes closer, and stops when the student has caught up. Otherwise it could hold the
-    student at its own level, where both look equally good.
+    the share of what the student lacks to a perfect d that the teacher has. Such a teacher must be better than its
+    student: it teaches less as the student comes closer, and stops when the student has caught up. Otherwise it could
+    hold the student at its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
 

@@ -226,14 +226,14 @@ class EMAStudent:
                 buffer.copy_(value)
 
 
-def _contains(optimizer: Any, inner: Optimizer, outer: tuple[Any, ...] = ()) -> bool:
-    """Whether an optimizer is another one or holds it, in wrappers or lists; `outer` hold it."""
-    if optimizer is inner:
-        return True
+def _contains(optimizer: Any, inner: Optimizer, seen: set[int] | None = None) -> bool:
+    """Whether an optimizer is another one or holds it, in wrappers or lists; `seen` has the ids of parts."""
+    seen = set() if seen is None else seen
+    if optimizer is inner or id(optimizer) in seen:
+        return optimizer is inner
+    seen.add(id(optimizer))
     parts = optimizer if isinstance(optimizer, (list, tuple)) else getattr(optimizer, "__dict__", {}).values()
-    outer = (*outer, optimizer)
-    new = (part for part in parts if isinstance(part, (list, tuple, Optimizer)) and not any(part is o for o in outer))
-    return any(_contains(part, inner, outer) for part in new)
+    return any(_contains(part, inner, seen) for part in parts if isinstance(part, (list, tuple, Optimizer)))
 
 
 def _is_dropout(module: nn.Module) -> bool:

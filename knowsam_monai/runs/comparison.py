@@ -17,7 +17,7 @@ LEFT_OUT = {
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "run_name", "sam_cache_dir", "cache_dir", "log_dir"),
     "teacher_pretrained_on",  # a note for the report
     # machine, processes and threads
-    *("device", "sync_batchnorm", "process_timeout", "num_workers", "cache_workers", "pin_memory", "fast_cpu_matmul"),
+    *("device", "sync_batchnorm", "process_timeout", "num_workers", "cache_workers", "pin_memory"),
     # starting and logging
     *(*SECTIONS, "log_interval", "preflight", "resume"),
 }

@@ -19,7 +19,7 @@ SECTIONS = ("imports", "initialize", "run", "finalize", ConfigParser.meta_key)  
 
 def read_config(file: str | Path, argument: str) -> dict[str, Any]:
     """
-    Read one JSON or YAML file; MONAI alone would end in a traceback if it is damaged.
+    Read one JSON or YAML file. An error is one sentence, not MONAI's traceback.
 
     Args:
         file: a config, or the file of `--args_file`.
@@ -40,7 +40,7 @@ def read_config(file: str | Path, argument: str) -> dict[str, Any]:
             return config
         found = "it has no keys"
     raise KnowSAMValueError(
-        f"`{argument}` must lead to a config with keys and values but {file} is none ({found}); correct the file."
+        f"`{argument}` must lead to a config with keys and values but {file} is not one ({found}); correct the file."
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+logger = logging.getLogger(__name__)
+
 LARGEST_ERROR = 1e-5  # of float32 products, compared with float64
-_given_precisions: list[str] = []  # before each change
+_before_run: str | None = None  # torch's precision
 
 
 def keep_freed_memory() -> None:
@@ -37,8 +40,6 @@ def fast_cpu_matmul() -> bool:
     """
     Make torch multiply float32 matrices on the CPU with oneDNN instead of MKL, if it is faster and as exact here.
 
-    :func:`give_back_matmul` undoes it.
-
     On AMD processors with AVX-512 it is up to twice as fast. It means
     ``torch.set_float32_matmul_precision("medium")``, which on some processors is bfloat16, and on CUDA less precision,
     so call it for runs on a CPU only. A short probe decides: the setting stays if products and gradients of a float32
@@ -54,7 +55,6 @@ def fast_cpu_matmul() -> bool:
     previous = matmul_precision()
     if previous is None:
         return False
-    _given_precisions.append(previous)
     if previous == "medium":
         return True
     is_better = _is_better("medium", previous)
@@ -79,17 +79,24 @@ def match_matmul(precision: str | None) -> None:
     """
     previous = matmul_precision()
     if None not in (precision, previous) and precision != previous:
-        _given_precisions.append(previous)
         torch.set_float32_matmul_precision(precision)
         if _largest_error() > LARGEST_ERROR:
             torch.set_float32_matmul_precision(previous)
+            logger.warning("Matrix products as in the interrupted run would be less exact on this CPU, so they differ.")
+
+
+def keep_matmul() -> None:
+    """Note torch's precision at the start of a run, for :func:`give_back_matmul`."""
+    global _before_run
+    _before_run = matmul_precision()
 
 
 def give_back_matmul() -> None:
-    """Set torch's precision as it was before the run; on CUDA it matters too."""
-    if _given_precisions:
-        torch.set_float32_matmul_precision(_given_precisions[0])
-    _given_precisions.clear()
+    """Set torch's precision as at the start of the run; on CUDA it matters too."""
+    global _before_run
+    if _before_run not in (None, matmul_precision()):
+        torch.set_float32_matmul_precision(_before_run)
+    _before_run = None
 
 
 @cache

@@ -16,7 +16,7 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, named_as_set
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config import keys_of_arguments, running_parser
-from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, keep_freed_memory
+from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, keep_freed_memory, keep_matmul
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
 from knowsam_monai.runs.messages import ignore_known_warnings
 from knowsam_monai.runs.run_record import open_log
@@ -61,6 +61,7 @@ def start_run(
     """
     ignore_known_warnings()
     end_on_signals()
+    keep_matmul()
     try:
         keep_freed_memory()
         if process_timeout is not None:

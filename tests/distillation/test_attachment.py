@@ -100,6 +100,28 @@ class Stacked(Pair):
         return torch.stack([logits, 2 * logits], 1) if self.training else logits
 
 
+def test_logits_may_be_kept_beside_the_output():
+    class Softmax(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, image):
+            self.logits = self.network(image)
+            return self.logits.softmax(-3)
+
+    (plain, optimizer, distiller, batches), (network, *ours, _) = build(), build()
+    skd, student = distiller.attach(plain, optimizer), Softmax(network)
+    theirs = ours[1].attach(student, ours[0], logits_of=lambda _: student.logits)
+    for batch in skd.watch(batches):
+        optimizer.zero_grad(), ours[0].zero_grad()
+        theirs.next_batch(batch)
+        plain(batch["image"]).softmax(-3).square().mean().backward()
+        student(batch["image"]).square().mean().backward()
+        optimizer.step(), ours[0].step()
+    assert_same((network, *ours), (plain, optimizer, distiller))
+
+
 @pytest.mark.parametrize("kind, pick", [(Pair, itemgetter(0)), (Stacked, lambda output: output[:, 0])])
 def test_logits_may_be_a_part_of_what_the_student_returns(kind, pick):
     def loss(pred, label):

@@ -667,6 +667,11 @@ def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(stud
     assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
 
 
+def unpacked(output):
+    logits, _ = output
+    return logits
+
+
 @pytest.mark.parametrize(
     "output, logits_of",
     [
@@ -677,6 +682,8 @@ def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(stud
         (lambda logits: logits, itemgetter("logits")),
         (lambda logits: logits, lambda output: output[:, 0]),
         (lambda logits: logits, lambda output: output.logits),
+        (lambda logits: logits, lambda output: list(output.values())[0]),
+        (lambda logits: logits, unpacked),
     ],
 )
 def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(teacher, output, logits_of):

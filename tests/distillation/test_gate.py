@@ -50,7 +50,7 @@ def test_weight_falls_linearly_to_zero_over_the_tolerance(student, teacher, weig
         (1, 1, 0),
     ],
 )
-def test_teacher_that_must_lead_weighs_as_much_as_its_share_of_the_student_s_errors(student, teacher, weight):
+def test_teacher_that_must_lead_weighs_as_much_as_it_has_of_what_the_student_lacks(student, teacher, weight):
     gate = TeacherGate("validation", tolerance=0.1, must_lead=True)
 
     def one_sided(x):  # finds nothing in an image turned by 180 degrees, so it does not agree with itself

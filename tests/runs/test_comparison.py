@@ -31,10 +31,11 @@ def test_where_and_how_a_run_is_computed_is_no_setting(settings):
     places = {"dataset_dir": "/a", "output_dir": "/a/out", "ckpt_dir": "/a/models", "run_name": "a", "num_workers": 0}
     others = {"dataset_dir": "b", "output_dir": "b/out", "bundle_root": "/b", "device": "cuda:1", "cache_workers": 9}
     without_file = {"sam_variant": "stand_in"}
-    logging = {"log_interval": 7, "preflight": True, "resume": False, "sam_cache_dir": "/c", "fast_cpu_matmul": True}
+    logging = {"log_interval": 7, "preflight": True, "resume": False, "sam_cache_dir": "/c"}
     expected = settings(**places, **without_file)
     assert settings(**others, **logging, **without_file) == expected
     assert settings("multi_gpu_train.json", **places, **without_file) == expected
+    assert settings(**places, **without_file, fast_cpu_matmul=False) != expected
 
 
 def test_handlers_that_only_watch_are_no_setting(settings):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from knowsam_monai.runs import cpu
-from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, match_matmul, matmul_precision
+from knowsam_monai.runs.cpu import fast_cpu_matmul, match_matmul, matmul_precision
 from knowsam_monai.runs.starting import end_run, start_run
 
 
@@ -20,7 +20,6 @@ def usual_precision():
     cpu._is_better.cache_clear()
     yield
     cpu._is_better.cache_clear()
-    cpu._given_precisions.clear()
     torch.set_float32_matmul_precision(precision)
 
 
@@ -66,20 +65,22 @@ def test_route_that_rounds_a_linear_layer_or_either_gradient_is_refused(usual_pr
 
 
 @pytest.mark.parametrize("error, taken", [(1e-5, "medium"), (2e-5, "highest")])
-def test_resumed_run_multiplies_as_before_if_that_is_exact_here(usual_precision, monkeypatch, error, taken):
+def test_resumed_run_multiplies_as_before_if_that_is_exact_here(usual_precision, monkeypatch, caplog, error, taken):
     monkeypatch.setattr(cpu, "_largest_error", lambda: error)
     match_matmul("medium")
     assert matmul_precision() == taken
-    give_back_matmul()
-    assert matmul_precision() == "highest"
+    assert len(caplog.messages) == (taken == "highest")
 
 
-def test_precision_is_as_before_after_the_run(usual_precision, monkeypatch, tmp_path):
+@pytest.mark.parametrize("before", ["highest", "medium"])
+def test_precision_is_as_before_after_the_run(usual_precision, monkeypatch, tmp_path, before):
     monkeypatch.setattr(cpu, "_is_better", lambda *_: True)
+    fast_cpu_matmul()  # of the program
+    torch.set_float32_matmul_precision(before)
     start_run(tmp_path, tmp_path, torch.device("cpu"), preflight=True, fast_matmul=True)
     assert matmul_precision() == "medium"
     end_run()
-    assert matmul_precision() == "highest"
+    assert matmul_precision() == before
 
 
 def test_precision_that_is_set_in_both_of_torch_s_ways_stays():

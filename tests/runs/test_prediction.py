@@ -316,8 +316,8 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
             "`run` must be .*is 3D and the bundle's is 2D; choose the",
         ),
         ({"image_size": "$1/0"}, "`image_size` in .*config.json cannot be \\(division by zero\\)"),
-        ("{", "`run` must lead to a config with .* but .*config.json is none \\(line 1: "),
-        ("[]", "`run` must lead to a config with .* but .*config.json is none \\(it has no keys"),
+        ("{", "`run` must lead to a config with .* but .*config.json is not one \\(line 1: "),
+        ("[]", "`run` must lead to a config with .* but .*config.json is not one \\(it has no keys"),
     ],
 )
 def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, of_the_run, message):
@@ -333,7 +333,7 @@ def test_run_that_does_not_fit_the_bundle_is_one_sentence(scans, run, tmp_path, 
 def test_damaged_config_of_the_bundle_is_one_sentence(scans, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "inference.json").write_text("{")
-    with pytest.raises(ValueError, match="`bundle` must lead to a config with .* but .*inference.json is none"):
+    with pytest.raises(ValueError, match="`bundle` must lead to a config with .* but .*inference.json is not one"):
         predict_folder(scans, tmp_path, tmp_path / "out")
 
 

@@ -147,7 +147,6 @@ def test_resumed_run_multiplies_matrices_as_the_interrupted_one(tmp_path, monkey
         run(training(tmp_path)[0])
         assert torch.get_float32_matmul_precision() == "high"
     finally:
-        cpu.give_back_matmul()
         torch.set_float32_matmul_precision(precision)
 
 
