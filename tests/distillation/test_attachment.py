@@ -81,7 +81,7 @@ def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
 
 
 class Pair(nn.Module):
-    """A network whose output contains its logits."""
+    """A network around another one, whose output contains its logits."""
 
     def __init__(self, network):
         super().__init__()
@@ -101,11 +101,7 @@ class Stacked(Pair):
 
 
 def test_logits_may_be_kept_beside_the_output():
-    class Softmax(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
+    class Softmax(Pair):
         def forward(self, image):
             self.logits = self.network(image)
             return self.logits.softmax(-3)
@@ -446,11 +442,7 @@ def test_sam_sees_the_batch_s_own_image_and_a_cached_teacher_needs_it():
 
 
 def test_student_that_is_not_called_on_a_tensor_is_an_error():
-    class OfBatches(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
+    class OfBatches(Pair):
         def forward(self, batch):
             return self.network(batch["image"])
 
