@@ -6,9 +6,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform, Rotate90
 
 from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.tensors import without_meta
 
 SAM_IMAGE = "sam_image"
 NUM_ORIENTATIONS = 8
@@ -18,7 +20,7 @@ def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
     """Rotate a square image by `orientation % 4` quarter turns, then flip axis 0 if `orientation` is 4 or more.
 
     Args:
-        image: (ch, n, n). A MetaTensor's affine is updated.
+        image: (ch, n, n). A MetaTensor's affine is updated; a plain tensor stays one.
         orientation: 0 (no change) to 7.
 
     Raises:
@@ -33,9 +35,9 @@ def orient(image: torch.Tensor, orientation: int) -> torch.Tensor:
             f"`image` must be 2D and square, (channels, n, n), to be flipped and rotated but has shape "
             f"{tuple(image.shape)}; resize or pad it first."
         )
-    if orientation % 4:
-        image = Rotate90(k=orientation % 4)(image)
-    return Flip(spatial_axis=0)(image) if orientation >= 4 else image
+    oriented = Rotate90(k=orientation % 4)(image) if orientation % 4 else image
+    oriented = Flip(spatial_axis=0)(oriented) if orientation >= 4 else oriented
+    return oriented if isinstance(image, MetaTensor) else without_meta(oriented)  # all rows of a batch are of one type
 
 
 class RandOrientationd(RandomizableTransform, MapTransform):

@@ -26,6 +26,14 @@ def test_affine_of_an_image_follows_it():
     assert flipped.affine[:2, :2].tolist() == [[-1, 0], [0, 1]] and flipped.affine[0, 3] == 3
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor, MetaTensor])
+def test_all_orientations_are_of_the_type_of_the_image(kind):
+    """A loader collates only rows of one type."""
+    image = torch.rand(1, 4, 4)
+    given = MetaTensor(image) if kind is MetaTensor else image
+    assert all(type(orient(given, orientation)) is kind for orientation in range(8))
+
+
 def test_image_and_label_move_together_and_the_image_for_sam_is_theirs():
     transform = RandOrientationd(**BOTH).set_random_state(0)
     seen = set()
