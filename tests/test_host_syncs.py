@@ -131,6 +131,8 @@ ALLOWED = {  # (module, function): reason
     ("distillation/watched_loader.py", "image_and_label"): "wraps an image of NumPy; a tensor stays as it is",
     ("teachers/intensity_window.py", "is_sam_range"): "once, on the first images",
     ("distillation/wiring.py", "has_each_row_twice"): "at calls 1 and 50",
+    ("distillation/wiring.py", "Wiring._check_scale"): "at the first backward pass",
+    ("distillation/wiring.py", "Wiring.is_loss_finite"): "only with a GradScaler, whose step waits too",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.pseudo_label"): "connected components",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.box_mask"): ON_HOST,
     ("losses/supervised.py", "check_label"): ON_HOST,

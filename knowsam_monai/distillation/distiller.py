@@ -90,8 +90,10 @@ class SAMDistiller(nn.Module):
     loss reads: with `weight` 0 or while the gate is 0, these are the labeled rows, or none if it does not learn.
 
     Every call restores the global random generators: with `weight` 0, or while the gate is 0, the student is, bit for
-    bit, the one trained without a teacher, even if the teacher's output is not finite. A custom teacher that draws
-    random numbers needs its own generator, since from the global ones it would draw the same numbers at every call.
+    bit, the one trained without a teacher, even if the teacher's output is not finite. (One exception: as always if
+    optimizers share a GradScaler, an overflow of SAM's gradients lowers the student's scale too.) A custom teacher that
+    draws random numbers needs its own generator, since from the global ones it would draw the same numbers at every
+    call.
 
     Args:
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), always in eval mode,
@@ -295,6 +297,8 @@ class SAMDistiller(nn.Module):
         sam_loss = prompt_logits.new_zeros((), dtype=torch.float32)
         if label is not None:
             sam_loss = self._sam_loss(labeled_logits, label)
+            if self.training:
+                self.wiring.watch_loss(sam_loss)
         target = teacher_logits
         if not teaches_labeled:
             rest = other_rows(rows, len(image))
@@ -557,7 +561,8 @@ class SAMDistiller(nn.Module):
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
-        handle = follow(self.optimizer, optimizer, scaler)
+        self.wiring.expects_no_scaler = scaler is None
+        handle = follow(self.optimizer, optimizer, scaler, self.wiring.is_loss_finite)
         weakref.finalize(self, handle.remove).atexit = False
         return handle
 

@@ -19,7 +19,12 @@ from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 Scaler = torch.amp.GradScaler | Callable[[], torch.amp.GradScaler | None] | None
 
 
-def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
+def follow(
+    teacher_optimizer: Optimizer,
+    optimizer: Optimizer,
+    scaler: Scaler = None,
+    is_finite: Callable[[], bool] | None = None,
+) -> FollowHandle:
     """
     Make a teacher's optimizer follow a student's, see :meth:`knowsam_monai.distillation.SAMDistiller.follow`.
 
@@ -28,7 +33,10 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         optimizer: the student's; may be wrapped, as by Accelerate and Lightning.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
             Hooks cannot see loss scaling, so pass it explicitly. After a skipped step ``optimizer.zero_grad()`` also
-            clears the teacher's gradients; ``student.zero_grad()`` does not.
+            clears the teacher's gradients; ``student.zero_grad()`` does not. The teacher's overflows count in it, as
+            always if several optimizers share a scaler.
+        is_finite: whether the teacher's loss is. If not, no scale would help, so the teacher does not step, and the
+            scaler never hears of it. Asked only with a scaler, which waits for the device too. None: always.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -48,11 +56,13 @@ def follow(teacher_optimizer: Optimizer, optimizer: Optimizer, scaler: Scaler = 
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips overflows itself
         if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)
+        current = scaler_now(scaler)
+        if current is not None and is_finite is not None and not is_finite():
+            teacher_optimizer.zero_grad(set_to_none=True)  # to the other ranks, this one had no labeled row
         if ranks.is_distributed():
             _average_over_ranks(parameters)
         if all(p.grad is None for p in parameters):  # GradScaler raises on an optimizer without gradients
             return
-        current = scaler_now(scaler)
         if current is None:
             teacher_optimizer.step()
         else:
@@ -139,9 +149,17 @@ class FollowHandle:
             remove()
 
 
+def missing_scaler() -> KnowSAMRuntimeError:
+    """The error of a GradScaler that was not passed."""
+    return KnowSAMRuntimeError(
+        "`scaler` must be the GradScaler that steps the student's optimizer but is None; pass it to `follow` or "
+        "`attach`, or pass GradScaler(enabled=False) if the host uses none or scales its gradients itself."
+    )
+
+
 class ScalerCheck:
     """
-    Detects a GradScaler that was not passed.
+    Detects a GradScaler that was not passed, unless the host clips the gradients of the first step.
 
     Between backward and step, a GradScaler divides the gradients by its scale, a power of two. A fused optimizer does
     that itself and has the scale as an attribute during the step. The check ends after the first step with gradients.
@@ -154,13 +172,11 @@ class ScalerCheck:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        trained = [parameter for parameter in stepped_parameters(optimizer) if parameter.requires_grad]
-        self._parameter = min(trained, key=Tensor.numel, default=None)
+        self._parameter: Tensor | None = None  # the smallest one that got a gradient
         self._gradient: Tensor | None = None
         self._step_handle = optimizer.register_step_post_hook(self._check)
-        self._gradient_handle: Any = None
-        if self._parameter is not None:
-            self._gradient_handle = self._parameter.register_post_accumulate_grad_hook(self._remember)
+        trained = [parameter for parameter in stepped_parameters(optimizer) if parameter.requires_grad]
+        self._gradient_handles = [p.register_post_accumulate_grad_hook(self._remember) for p in trained]
 
     def remove(self) -> None:
         """Leave optimizer and parameter as they were; further calls do nothing."""
@@ -168,12 +184,13 @@ class ScalerCheck:
         self._end()
 
     def _end(self) -> None:
-        if self._gradient_handle is not None:
-            self._gradient_handle.remove()
+        for handle in self._gradient_handles:
+            handle.remove()
         self._gradient = self._parameter = None
 
     def _remember(self, parameter: Tensor) -> None:
-        self._gradient = None if parameter.grad is None else parameter.grad.detach().clone()
+        if parameter.grad is not None and (self._parameter is None or parameter.numel() <= self._parameter.numel()):
+            self._parameter, self._gradient = parameter, parameter.grad.detach().clone()
 
     def _check(self, optimizer: Optimizer, *_: Any) -> None:
         is_scaled = getattr(optimizer, "grad_scale", None) is not None
@@ -186,10 +203,7 @@ class ScalerCheck:
             mantissa, exponent = torch.frexp(before / now)
             is_scaled = bool((mantissa == 0.5).all() and (exponent == exponent[0]).all() and exponent[0] > 7)
         if is_scaled:
-            raise KnowSAMRuntimeError(
-                "`scaler` must be the GradScaler that steps the student's optimizer but is None; pass it to `follow` "
-                "or `attach`, or pass GradScaler(enabled=False) if the host scales its gradients itself."
-            )
+            raise missing_scaler()
         if before is not None and now is not None:
             self._end()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from knowsam_monai.distillation.optimizer_hooks import missing_scaler
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError
 from knowsam_monai.teachers.provenance import named
 from knowsam_monai.tensors import are_probabilities
@@ -37,9 +39,10 @@ class Wiring:
         attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
         num_calls: number of training calls.
         num_missed: consecutive measurements of agreement that had no unlabeled rows.
+        expects_no_scaler: whether the next backward pass must come without a GradScaler.
 
     Raises:
-        RuntimeError: if the distiller is called while it is attached to a student.
+        RuntimeError: if the distiller is called while it is attached to a student, or if `expects_no_scaler` is wrong.
 
     Example::
 
@@ -51,6 +54,8 @@ class Wiring:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
         self.num_calls = 0
         self.num_missed = 0
+        self.expects_no_scaler = False
+        self._sam_losses: Tensor | None = None  # their sum since SAM's last step
         self._agreement_requested = False
         self._num_empty = 0  # consecutive calls without a row to teach
         self._saw_label = False
@@ -64,7 +69,32 @@ class Wiring:
 
     def teacher_stepped(self) -> None:
         """Note that the teacher has stepped."""
-        self._since_step = 0
+        self._since_step, self._sam_losses = 0, None
+
+    def watch_loss(self, sam_loss: Tensor) -> None:
+        """Note a loss from which SAM learns, and look once for a GradScaler in its backward pass."""
+        loss = sam_loss.detach()
+        self._sam_losses = loss if self._sam_losses is None else self._sam_losses + loss
+        if self.expects_no_scaler and sam_loss.requires_grad:
+            sam_loss.register_hook(self._check_scale)
+
+    def is_loss_finite(self) -> bool:
+        """Whether SAM's losses since its last step are finite; asks the device."""
+        if self._sam_losses is None or bool(torch.isfinite(self._sam_losses)):
+            return True
+        self._since_step, self._sam_losses = 0, None
+        self.warn(
+            "SAM's loss was not finite, so SAM did not step. If this goes on, SAM no longer learns: start again from "
+            "its checkpoint, with a lower learning rate or without float16."
+        )
+        return False
+
+    def _check_scale(self, gradient: Tensor) -> None:
+        if self.expects_no_scaler:
+            self.expects_no_scaler = False
+            mantissa, exponent = math.frexp(float(gradient))
+            if mantissa == 0.5 and exponent > 7:  # a power of two of at least 128
+                raise missing_scaler()
 
     def check_once(self, logits: Tensor) -> None:
         """Raise a RuntimeError if the distiller is called while it is attached to a student; warn of repeated calls.

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
@@ -33,17 +33,20 @@ class SAMDistillation:
 
     Put it into the ``train_handlers`` of any ``SupervisedTrainer`` whose ``pred`` is logits or contains them
     (`logits_of`). The teacher's optimizer steps after the trainer's, also under AMP and gradient accumulation. Whenever
-    the teacher runs (see `every`), the handler writes `distillation_loss`, `sam_loss` (if the teacher learns),
-    `gate_weight` and `teacher_logits`, all detached, into ``engine.state.output``. Every `log_interval` iterations it
-    adds `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how
-    good the teacher is, since it learns from these rows.
+    the teacher runs (see `every`), the handler writes `distillation_loss`, `sam_loss` (if the teacher learns) and
+    `gate_weight`, all detached, into ``engine.state.output``. Every `log_interval` iterations it adds
+    `teacher_labeled_dice` and `student_labeled_dice`: foreground Dice on the labeled rows. They do not show how good
+    the teacher is, since it learns from these rows.
 
-    The teacher processes only the rows that something reads; the others are NaN in `teacher_logits`. A handler that
-    reads the unlabeled rows sets ``engine.state.output["teacher_logits"] = None`` at
-    ``IterationEvents.FORWARD_COMPLETED``; while the gate is 0 they stay NaN.
+    The teacher processes only the rows that something reads. A handler that reads its logits for the unlabeled rows
+    sets ``engine.state.output["teacher_logits"] = None`` at ``IterationEvents.FORWARD_COMPLETED``. While the gate is
+    above 0 they take its place; labeled rows that nothing else reads are NaN in them.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws them by iteration. The
     terms and Dice are then those of the slices, and there are no `teacher_logits`.
+
+    If the gate is to be measured, the network is called in eval mode right before its own forward pass, so features
+    that it keeps for another handler are those of the training step.
 
     If a batch has a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`), the teacher sees that: the image
     before intensity augmentation. A teacher with encoder "cached" requires it; the pipeline is checked at the start of
@@ -101,10 +104,12 @@ class SAMDistillation:
         self.every = every
         self.logits_of = logits_of
         self._handle: Any = None
+        self._forward_handle: Any = None
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer that has ``optimizer``, ``network`` and MONAI's iteration events."""
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.iteration_started)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.completed)
@@ -139,26 +144,29 @@ class SAMDistillation:
             self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
 
     def completed(self, engine: Engine) -> None:
-        """Leave the trainer's optimizer as it was."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Leave the trainer's optimizer and network as they were."""
+        for handle in filter(None, (self._handle, self._forward_handle)):
+            handle.remove()
+        self._handle = self._forward_handle = None
 
-    def __call__(self, engine: Engine) -> None:
-        output, iteration = engine.state.output, engine.state.iteration
-        if iteration % self.every:
+    def iteration_started(self, engine: Engine) -> None:
+        """Have the gate measured before the network's next call, if that is due."""
+        run, rest = divmod(engine.state.iteration, self.every)  # counts the teacher's runs
+        if self._forward_handle is not None:  # of an iteration that an exception ended
+            self._forward_handle.remove()
+            self._forward_handle = None
+        if rest or not self.distiller.is_measurement_due(run, self.gate_interval):
             return
-        label, pred = output[Keys.LABEL], logits_from(output[Keys.PRED], self.logits_of)
-        batch = engine.state.batch
-        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
-        image = without_meta(output[Keys.IMAGE])
-        sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
-        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
-        run = iteration // self.every  # counts the teacher's runs
-        if self.distiller.is_measurement_due(run, self.gate_interval):
-            with all_in_eval_mode(engine.network):
+
+        @torch.compiler.disable
+        def measure(network: nn.Module, _: Any) -> None:
+            if not network.training:
+                return
+            self._forward_handle.remove()
+            image, sam_image, label, rows = self._rows_of(engine)
+            with all_in_eval_mode(network):
                 self.distiller.measure_agreement(
-                    partial(engine.inferer, network=engine.network),
+                    partial(engine.inferer, network=network),
                     image,
                     label,
                     rows,
@@ -167,14 +175,31 @@ class SAMDistillation:
                     sam_image=sam_image,
                 )
 
+        self._forward_handle = engine.network.register_forward_pre_hook(measure)
+
+    def _rows_of(self, engine: Engine) -> tuple[Tensor, Tensor, Tensor | None, Rows]:
+        """Image, image for the teacher, label and labeled rows of the current step."""
+        output, batch = engine.state.output, engine.state.batch
+        image = without_meta(output[Keys.IMAGE])
+        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
+        sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
+        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
+        return image, sam_image, output[Keys.LABEL], rows
+
+    def __call__(self, engine: Engine) -> None:
+        output, iteration = engine.state.output, engine.state.iteration
+        if iteration % self.every:
+            return
+        image, sam_image, label, rows = self._rows_of(engine)
+        pred = logits_from(output[Keys.PRED], self.logits_of)
         labeled = labeled_slice(rows, label, len(image))
         # the teacher's first run since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
         is_logged &= label is not None and len(range(len(image))[labeled]) > 0
         also_read = ["labeled"] if is_logged else []
         draws_slices = getattr(self.distiller.teacher, "slices", None) is not None
-        if "teacher_logits" in output and self.distiller.gate.is_open and not draws_slices:
-            also_read.append("unlabeled")
+        is_asked = "teacher_logits" in output and self.distiller.gate.is_open and not draws_slices
+        also_read += ["unlabeled"] if is_asked else []
         weight = weight_at(self.weight, iteration, self.start)
         result = self.distiller(sam_image, pred, label, rows, weight, iteration, also_read)
         output[Keys.LOSS] = output[Keys.LOSS] + result.loss
@@ -182,7 +207,7 @@ class SAMDistillation:
         if self.distiller.learns:
             output["sam_loss"] = result.sam_loss.detach()
         output["gate_weight"] = self.distiller.gate.weight.clone()
-        if result.slices is None:
+        if is_asked:
             output["teacher_logits"] = result.teacher_logits
         if is_logged:
             label = label[labeled] if len(label) == len(image) else label

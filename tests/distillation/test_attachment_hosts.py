@@ -17,7 +17,7 @@ from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.tensors import unstack_views
 from tests.attached import assert_same, build, host, loss_of, plain_loop
 from tests.processes import finish, start_ranks
-from tests.toys import toy_batches
+from tests.toys import ToyTeacher, toy_batches
 
 # --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
 
@@ -250,6 +250,73 @@ def test_gradscaler_that_was_not_passed_is_an_error(fused, learns):
     scaler.scale(loss_of(student(batch["image"]), batch)).backward()
     with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler .* but is None; pass it to"):
         scaler.step(optimizer)
+
+
+def test_gradscaler_that_was_not_passed_to_a_float16_host_is_an_error_even_if_it_clips():
+    student, optimizer, distiller, batches = build(dtype=torch.float32)
+    skd = distiller.attach(student, optimizer)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="`scaler` must be the GradScal"):
+        student(next(skd.watch(batches))["image"])
+
+
+@pytest.mark.parametrize("way", ["loop", "attachment"])
+def test_sam_that_is_no_longer_finite_neither_steps_nor_lowers_the_hosts_scale(way, caplog):
+    """Weights are those without SKD, bit for bit."""
+    students = []
+    for is_taught in (True, False):
+        student, optimizer, distiller, batches = build(dtype=torch.float32, num_batches=40)
+        students.append(student)
+        scaler = torch.amp.GradScaler("cpu")
+        next(distiller.teacher.parameters()).data.fill_(torch.nan)
+        if is_taught and way == "loop":
+            distiller.follow(optimizer, scaler)
+        elif is_taught:
+            batches = distiller.attach(student, optimizer, scaler=scaler, weight=0.0).watch(batches)
+        for batch in batches:
+            optimizer.zero_grad()
+            logits = student(batch["image"])
+            loss = loss_of(logits, batch)
+            if is_taught and way == "loop":
+                loss = loss + distiller(batch["image"], logits, batch["label"], weight=0.0).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**16
+    assert all(torch.equal(ours, bare) for ours, bare in zip(*(student.parameters() for student in students)))
+    assert len([message for message in caplog.messages if "SAM's loss was not finite, so SAM did not" in message]) == 1
+
+
+class KeepsFeatures(nn.Module):
+    """Batch normalization, dropout, and features that the host reads after the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, image):
+        self.features = self.encoder(image)
+        return self.head(self.features)
+
+
+def test_host_reads_features_of_its_own_call_where_the_gate_is_measured():
+    students = []
+    for is_taught in (True, False):
+        torch.manual_seed(0)
+        student, batches = KeepsFeatures(), toy_batches(4)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        distiller = SAMDistiller(ToyTeacher().float())
+        if is_taught:
+            batches = distiller.attach(student, optimizer, weight=0.0, gate_interval=1).watch(batches)
+        for batch in batches:
+            optimizer.zero_grad()
+            logits = student(batch["image"].float())
+            (nn.functional.cross_entropy(logits[:2], batch["label"][:2, 0].long()) + student.features.std()).backward()
+            optimizer.step()
+        assert distiller.gate.num_measured == 4 * is_taught
+        students.append(student)
+    for (name, ours), bare in zip(students[0].state_dict().items(), students[1].state_dict().values()):
+        assert torch.equal(ours, bare), name
 
 
 def test_disabled_gradscaler_need_not_be_passed():

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from ignite.engine import Events
+from ignite.handlers import TerminateOnNan
 from monai.data import Dataset
+from monai.engines.utils import IterationEvents
 from monai.losses import DiceLoss
 from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
@@ -75,7 +77,32 @@ def test_terms_are_logged_under_their_names_and_detached():
     output = trainer.state.output
     names = {"distillation_loss", "sam_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
     assert all(output[name].ndim == 0 and not output[name].requires_grad for name in names)
-    assert output["teacher_logits"].shape == (4, 3, 8, 8) and not output["teacher_logits"].requires_grad
+
+
+def test_rows_that_the_teacher_left_out_do_not_end_a_run_that_stops_at_nan():
+    student, _, distiller = build(gate="agreement")
+    trainer = toy_trainer(student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)])
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
+    trainer.run()
+    assert trainer.state.iteration == 3
+
+
+def test_handler_after_skd_reads_features_of_the_trainers_own_call_where_the_gate_is_measured():
+    student, _, distiller = build(gate="agreement")
+    seen = []
+    student.register_forward_hook(lambda module, args, output: setattr(module, "kept", output))
+    trainer = toy_trainer(
+        student,
+        toy_batches(3),
+        PartiallyLabeledLoss(dice_ce_loss(3)),
+        [SAMDistillation(distiller, gate_interval=1)],
+    )
+    trainer.add_event_handler(
+        IterationEvents.LOSS_COMPLETED, lambda engine: seen.append(engine.network.kept is engine.state.output["pred"])
+    )
+    trainer.run()
+    assert seen == [True] * 3 and distiller.gate.num_measured == 3
+    assert not student._forward_pre_hooks
 
 
 def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
@@ -293,12 +320,17 @@ def volume_trainer(slices, **kwargs):
     return toy_trainer(student, toy_batches(2, size=(4, 5, 6)), loss, [handler]), distiller
 
 
-def test_teacher_logits_are_of_whole_volumes_or_there_are_none():
-    (whole, _), (drawn, _) = volume_trainer(slices=None), volume_trainer(slices=2)
-    whole.run()
-    drawn.run()
-    assert whole.state.output["teacher_logits"].shape == (4, 3, 4, 5, 6)
-    assert "teacher_logits" not in drawn.state.output
+def test_teacher_logits_are_there_if_a_handler_asks_for_them_and_of_whole_volumes_or_none():
+    (silent, _), (whole, _), (drawn, _) = volume_trainer(slices=None), volume_trainer(None), volume_trainer(2)
+    for trainer in (whole, drawn):
+        trainer.add_event_handler(
+            IterationEvents.FORWARD_COMPLETED, lambda engine: engine.state.output.update(teacher_logits=None)
+        )
+    for trainer in (silent, whole, drawn):
+        trainer.run()
+    logits = whole.state.output["teacher_logits"]
+    assert logits.shape == (4, 3, 4, 5, 6) and not logits.requires_grad and torch.isfinite(logits).all()
+    assert drawn.state.output["teacher_logits"] is None and "teacher_logits" not in silent.state.output
     names = {"distillation_loss", "sam_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
     assert all(drawn.state.output[name].ndim == 0 for name in names)
 
