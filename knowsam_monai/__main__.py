@@ -264,7 +264,9 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("report", help="one HTML page about runs", description=REPORT, **form)
     verb.add_argument("folders", nargs="+", metavar="FOLDER", help="`output_dir` of a training")
-    verb.add_argument("--output", metavar="FILE", help="default: report.html in the folder; of several in this one")
+    verb.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the folder; of several comparison.html here"
+    )
     verb.set_defaults(call=report)
 
     verb = verbs.add_parser("zip", help="zip a bundle with its student", description=ZIP, **form)

@@ -34,7 +34,8 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
 
     Args:
         folders: `output_dir` of each run, finished or not.
-        output: the file; by default ``report.html`` in the run's folder, or in the working directory for several runs.
+        output: the file; by default ``report.html`` in the run's folder, or for several runs ``comparison.html`` in the
+            working directory.
 
     Returns:
         The file's path; None in all but the first of several processes, which alone writes.
@@ -52,7 +53,7 @@ def write_report(*folders: str | os.PathLike, output: str | os.PathLike | None =
     if not 1 <= len(folders) <= NUM_SERIES:
         raise KnowSAMValueError(f"`folders` must be 1 to {NUM_SERIES} folders of runs but has {len(folders)}.")
     runs = [read_run(folder) for folder in folders]
-    default = (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    default = runs[0].path / "report.html" if len(runs) == 1 else Path("comparison.html")
     path = Path(expand_path(output, "output")) if output else default
     page = render(runs).encode("utf-8", "replace")
     try:

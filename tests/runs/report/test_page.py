@@ -61,9 +61,9 @@ def test_several_runs_stand_side_by_side_with_what_differs(run_folder, tmp_path,
     configs = {"lr": 0.1, "train": {"method": {"weight": 1}}}, {"lr": 0.2, "train": {"method": {}}}
     for folder, config in zip((first, second), configs):
         (folder / "config.json").write_text(json.dumps({"seed": 7, **config}))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(first)
     text = write_report(first, second).read_text(encoding="utf-8")
-    assert (tmp_path / "report.html").is_file()
+    assert (first / "comparison.html").is_file() and not (first / "report.html").exists()
     rows = re.findall(r"<tr><th>(lr|seed|train#method#weight)</th><td>(.*?)</td><td>(.*?)</td></tr>", text)
     assert rows == [("lr", "0.1", "0.2"), ("train#method#weight", "1", "–"), ("seed", "7", "7")]
 
