@@ -207,8 +207,8 @@ def quoted(word: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Names with commas in between."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Names with commas in between, or one file, whose path may have commas."""
+    return [text] if os.path.isfile(text) else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def seed(text: str) -> int:
@@ -256,9 +256,10 @@ def parser() -> argparse.ArgumentParser:
         "--with",
         dest="overlays",
         type=names,
+        action="extend",
         default=[],
         metavar="NAME[,NAME...]",
-        help="further configs of the bundle, or files, each of which overrides those before it",
+        help="further configs of the bundle, or files, each of which overrides those before it; may be repeated",
     )
     verb.set_defaults(call=train)
 

@@ -149,6 +149,15 @@ def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_gi
 
 
 def test_zip_has_the_bundle_and_the_student_of_a_run_and_nothing_else(tmp_path, monkeypatch):
+def test_overlay_may_be_repeated_and_be_a_file_with_commas(tmp_path, monkeypatch, started):
+    monkeypatch.chdir(tmp_path)
+    bundle_at(tmp_path / "mine", "evaluate", "network_plain")
+    (tmp_path / "a,b.json").write_text("{}")
+    main(["train", "./mine", "--with", "a,b.json", "--with", "network_plain,evaluate"])
+    files = ["mine/configs/train.json", "a,b.json", "mine/configs/network_plain.json", "mine/configs/evaluate.json"]
+    assert started[0][1][7] == str(files)
+
+
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "knowsam_mine")
     for folder in ("run", "knowsam_mine/models", "knowsam_mine/data"):

@@ -45,8 +45,7 @@ def next_steps(output_dir: str | os.PathLike, start: Mapping[str, Any], config: 
     files = {name: os.path.join(run, name) for name in ("model.pt", "model.ts", "config.json")}
     steps = {"segment": [*program, "predict", scan, "--bundle", bundle, "--run", run, "--output", "segmentations"]}
     if "LOCAL_RANK" not in json.dumps(config):  # else the config is for torchrun
-        overlays = f"{files['config.json']},evaluate"
-        steps["evaluate"] = [*program, "train", bundle, "--with", overlays]
+        steps["evaluate"] = [*program, "train", bundle, "--with", files["config.json"], "--with", "evaluate"]
         steps["evaluate"] += ["--ckpt_path", files["model.pt"], "--split", start["split"]]
         steps["evaluate"] += ["--output_dir", os.path.join(run, f"evaluation_{start['split']}")]
     steps["zip"] = [*program, "zip", bundle, "--run", run]

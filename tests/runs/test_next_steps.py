@@ -34,7 +34,7 @@ def shell(command, folder):
 def test_commands_on_the_screen_and_on_the_page_work_as_they_are_pasted(
     small_phantom, small_volumes, tmp_path, name, data  # noqa: F811
 ):
-    folder = tmp_path / "my study"
+    folder = tmp_path / "my study, 2"
     shutil.copytree(BUNDLES / name / "configs", folder / name / "configs")
     phantom = {"knowsam_acdc": small_phantom, "knowsam_la": small_volumes}[name].parent
     keys = {**TINY, **(TINY_3D if name == "knowsam_la" else {}), **BRIEF, "device": "cpu"}
