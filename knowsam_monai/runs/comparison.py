@@ -96,7 +96,7 @@ def other_data(
     before: Mapping[str, Sequence[str]] | None, contents: Mapping[str, Sequence[tuple[str, str]]] | None
 ) -> list[str]:
     """
-    The files whose content has changed, one phrase for each; empty if either argument is None. Paths may differ.
+    The items that changed, moved to another list or are new; empty if either argument is None. Paths may differ.
 
     Args:
         before: the result of :func:`digests` in the run to be resumed.
@@ -104,18 +104,24 @@ def other_data(
 
     Example:
         >>> other_data({"labeled": ["07", "1e"]}, {"labeled": [("a.nii", "07"), ("b.nii", "5f")]})
-        ['b.nii or its label must be unchanged but has different content']
+        ['b.nii or its label must be unchanged but is new or has different content']
     """
     if before is None or contents is None:
         return []
+    places = {digest: name for name, all_of_list in before.items() for digest in all_of_list}
     differences = []
     for name in TRAINED_ON:
         old, new = before.get(name, []), contents.get(name, [])
+        known = set(old)
+        others = [(file, places.get(digest)) for file, digest in new if digest not in known]
         if len(old) != len(new):
             differences.append(f"`{name}` must have {len(old)} items but has {len(new)}")
-            continue
-        changed = [file for (file, digest), old_digest in zip(new, old) if digest != old_digest]
-        differences += [f"{file} or its label must be unchanged but has different content" for file in changed]
+        elif not others and list(old) != [digest for _, digest in new]:
+            differences.append(f"`{name}` must have its items in the same order but has them in another")
+        for file, place in others:
+            moved = f"{file} must be in `{place}` of the data list but is in `{name}`"
+            changed = f"{file} or its label must be unchanged but is new or has different content"
+            differences.append(moved if place else changed)
     return differences
 
 

@@ -109,6 +109,23 @@ def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
     changed = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "00")]}
     kept = digests(before)
     assert kept == {"labeled": ["07", "1e"]} and other_data(kept, moved) == []
-    assert other_data(kept, changed) == ["b/2.nii or its label must be unchanged but has different content"]
+    assert other_data(kept, changed) == ["b/2.nii or its label must be unchanged but is new or has different content"]
     assert other_data(kept, {"labeled": [("b/1.nii", "07")]}) == ["`labeled` must have 2 items but has 1"]
     assert other_data(None, moved) == other_data(kept, None) == [] and digests(None) is None
+
+
+def test_item_that_is_in_another_list_or_place_is_not_called_changed():
+    a, b, c, d = items = [(f"{name}.nii", name) for name in "abcd"]
+    kept = digests({"labeled": items[:2], "validation": items[2:]})
+    swapped = {"labeled": [c, b], "validation": [a, d]}
+    assert other_data(kept, swapped) == [
+        "c.nii must be in `validation` of the data list but is in `labeled`",
+        "a.nii must be in `labeled` of the data list but is in `validation`",
+    ]
+    assert other_data(kept, {"labeled": [b, a], "validation": [c, d]}) == [
+        "`labeled` must have its items in the same order but has them in another"
+    ]
+    assert other_data(kept, {"labeled": [("new.nii", "e"), a, b], "validation": [c, d]}) == [
+        "`labeled` must have 2 items but has 3",
+        "new.nii or its label must be unchanged but is new or has different content",
+    ]
