@@ -87,7 +87,7 @@ def check_datalist(
     number of channels or axes; a label of another shape or with values that are not classes; only empty labels; an item
     with a slice number that is not scaled to 0..1. *Warnings* are: a label with another spacing or orientation than its
     image; an empty label; a mask of 0 and 255; a class that no label has; a constant image; a duplicate image in a set;
-    slices among volumes; volumes whose spacing does not show their slices, unless `num_axes` is 3; items without a
+    slices beside volumes; volumes whose spacing does not show their slices, unless `num_axes` is 3; items without a
     patient.
 
     The table is logged. Errors are not raised: call `DatalistReport.raise_if_wrong`.
@@ -139,6 +139,7 @@ def check_datalist(
     report.errors += _unscaled_slices(items, facts_of_all)
     report.errors += _errors_across_sets(sets, facts)
     report.warnings += [sentence for name in sets for sentence in _warnings_of_set(name, sets[name], facts[name])]
+    report.warnings += _slices_beside_volumes(sets, facts)
     if num_axes != 3:
         report.warnings += _unclear_slices(sets, facts)
     report.warnings += _warnings_across_sets(sets, facts, num_classes)
@@ -271,9 +272,18 @@ def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> It
     )
     are_constant = [case.channels > 0 and not case.content and not case.fault for case in facts]
     yield from _warning(name, items, "images are constant", are_constant, len(facts))
-    if any(len(case.size) == 3 for case in facts):
-        are_slices = [len(case.size) == 2 for case in facts]
-        yield from _warning(name, items, "images are slices, the others are volumes", are_slices, len(facts))
+
+
+def _slices_beside_volumes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
+    """2D files in a set with volumes, or in another one if both have a geometry, by which volumes alone are turned."""
+    is_turned = any(len(case.size) == 3 and case.spacing is not None for cases in facts.values() for case in cases)
+    for name, items in sets.items():
+        has_volumes = any(len(case.size) == 3 for case in facts[name])
+        are_beside = [
+            len(case.size) == 2 and (has_volumes or is_turned and case.spacing is not None) for case in facts[name]
+        ]
+        sentence = "images are slices beside volumes, which alone the 2D bundle turns to one orientation"
+        yield from _warning(name, items, sentence, are_beside, len(items))
 
 
 def _unclear_slices(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:

@@ -252,7 +252,7 @@ WARNINGS = {
     "slices twice": (
         lambda f: f.datalist.update(
             unlabeled=[
-                {"image": f.write(name, np.random.default_rng(int(name[0])).random((6, 5))), "patient": name}
+                {"image": f.write(name, np.random.default_rng(int(name[0])).random((6, 5, 1))), "patient": name}
                 for name in ("0.nii", "1.nii", "0_again.nii", "1_again.nii")
             ]
         ),
@@ -264,7 +264,11 @@ WARNINGS = {
     ),
     "slices and volumes": (
         spoil_array("unlabeled1.nii.gz", np.random.default_rng(0).random((6, 5))),
-        "`unlabeled`: 1 of 2 images are slices, the others are volumes: .*unlabeled1.nii.gz",
+        "`unlabeled`: 1 of 2 images are slices beside volumes, which alone the 2D bundle turns .*: .*unlabeled1.nii.gz",
+    ),
+    "slices in another set than volumes": (
+        lambda f: [f.write(f"unlabeled{n}.nii.gz", np.random.default_rng(n).random((6, 5))) for n in range(2)],
+        "`unlabeled`: 2 of 2 images are slices beside volumes, which alone the 2D bundle turns to one orientation: ",
     ),
     "patient": (lambda f: f.datalist["test"][0].pop("patient"), "`test`: items have no `patient`"),
 }
