@@ -58,8 +58,8 @@ def write_phantom(
         anatomy: "short_axis" or "left_atrium".
 
     Raises:
-        ValueError: if a count is negative, if no patient is labeled, if `anatomy` is unknown, or if `folder` has other
-            files.
+        ValueError: if a count is negative, if no patient is labeled, if `anatomy` is unknown, or if `folder` is a file
+            or has other files.
         PermissionError: if `folder` is not writable.
 
     Example:
@@ -180,10 +180,12 @@ def _move_into_place(temporary: Path, folder: Path, arguments: dict) -> None:
 
 def _check_no_foreign_files(folder: Path) -> None:
     """A folder may only be replaced if it is new or empty, or if `write_phantom` wrote all its files."""
+    if folder.is_file():
+        raise KnowSAMValueError(f"`folder` must be a folder but {folder} is a file; choose another name.")
     parts = _written(folder / LIST_NAME).values()
     items = [item for part in parts if isinstance(part, list) for item in part]
     own = {item[key] for item in items for key in ("image", "label") if key in item} | ({LIST_NAME} if parts else set())
-    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if not path.is_dir())
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     foreign = next((path for path in files if path.relative_to(folder).as_posix() not in own), None)
     if foreign is not None:
         raise KnowSAMValueError(

@@ -128,6 +128,12 @@ def test_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_file_in_place_of_the_folder_is_called_one(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`folder` must be a folder but .*/file is a file; choose another name."):
+        write_phantom(tmp_path / "file", **SMALL)
+
+
 def test_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match="`folder` must be writable but .*file/phantom is not"):
