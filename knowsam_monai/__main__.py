@@ -290,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         type=key_value,
         metavar="KEY=VALUE",
-        help="keys of inference.json, their values as JSON or text; nothing in them is evaluated",
+        help="keys of inference.json, their values as JSON, as in Python, or text; nothing in them is evaluated",
     )
     verb.set_defaults(call=predict)
     return program

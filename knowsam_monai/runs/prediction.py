@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,8 @@ def predict_folder(
             those of `run` or ``inference.json``.
         image_pattern: glob pattern of the images below `scans`; None for the config's own.
         device: such as "cpu"; None for the config's own.
-        overrides: further keys of ``inference.json`` by name, with values as JSON (`256`, `[64, 64, 32]`, `null`) or
-            text. Expressions, references and components are refused.
+        overrides: further keys of ``inference.json`` by name, with values as JSON (`256`, `[64, 64, 32]`, `null`), as
+            in Python (`True`, `None`), or text. Expressions, references and components are refused.
 
     Returns:
         Number of scans.
@@ -151,7 +153,7 @@ def _existing_weights(path: Path) -> Path:
 
 
 def _parsed_overrides(overrides: Mapping[str, str], known: Iterable[str], config_file: Path) -> dict[str, Any]:
-    """The values as JSON or text; whatever the config's parser would evaluate, look up or build is refused."""
+    """The values as JSON, Python or text; whatever the config's parser would evaluate, look up or build is refused."""
     values = {}
     for key, text in overrides.items():
         if key not in known:
@@ -162,13 +164,10 @@ def _parsed_overrides(overrides: Mapping[str, str], known: Iterable[str], config
             raise KnowSAMValueError(
                 f"`{key}` must be left out of `overrides` (--set) but is {text!r}; {OWN_ARGUMENTS[key]}."
             )
-        try:
-            values[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            values[key] = text
+        values[key] = _parsed(text)
         if _is_code(values[key]):
             raise KnowSAMValueError(
-                f"`{key}` must be plain JSON or text in `overrides` (--set) but is {text!r}; pass the value itself, or "
+                f"`{key}` must be a plain value in `overrides` (--set) but is {text!r}; pass the value itself, or "
                 "put the expression into a config of your own."
             )
     return values
@@ -176,9 +175,17 @@ def _parsed_overrides(overrides: Mapping[str, str], known: Iterable[str], config
 
 def _is_code(value: Any) -> bool:
     """Whether MONAI's parser would evaluate, look up or build something in a value."""
+def _parsed(text: str) -> Any:
+    """The value of JSON or a Python literal; other texts as they are, which fire would cut at a `#`."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return parse(text)
+    return text
+
+
     if isinstance(value, Mapping):
-        return any(key.startswith("_") or _is_code(item) for key, item in value.items())
-    if isinstance(value, list):
+        return any(str(key).startswith("_") or _is_code(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
         return any(map(_is_code, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
 

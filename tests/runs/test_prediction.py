@@ -151,6 +151,7 @@ def test_bundle_s_own_student_and_further_keys(scans, run, tmp_path):
     (bundle / "models").mkdir()
     shutil.copy(run / "model.pt", bundle / "models" / "model.pt")
     overrides = {"image_size": "32", "num_classes": "3", "output_postfix": "mask#@x"}
+    overrides |= {"largest_component": "True", "intensity_window": "(0, 500)"}  # as in Python
     assert (
         predict_folder(scans / "phantom001_ED.nii.gz", bundle, tmp_path / "out", overrides=overrides, device="cpu") == 1
     )
@@ -231,6 +232,8 @@ CODE = f"$__import__('os').mkdir('{TRACE}')"
         ("network_def::_target_", "os.mkdir"),
         ("output_dir", ".."),
         ("bundle_root", ".."),
+        ("image_size", repr((64, CODE))),
+        ("image_size", repr({1: {CODE}})),
         ("dataset_dir", ".."),
         ("device", "cpu"),
         ("ckpt_path", "model.pt"),
