@@ -172,7 +172,7 @@ def predict(options: argparse.Namespace) -> int:
     from knowsam_monai.runs.bundle_folder import find_bundle
     from knowsam_monai.runs.prediction import predict_folder
 
-    with named_as_set({"dataset_dir": "SCANS", "scans": "SCANS"}):
+    with named_as_set({"dataset_dir": "SCANS", "scans": "SCANS", "output": "--output"}):
         predict_folder(
             options.scans,
             find_bundle(options.bundle),

@@ -46,6 +46,7 @@ def test_report_is_written_where_it_is_told_to(tmp_path, capsys):
         (["zip", "la", "--run", "{}"], "`run` must be the `output_dir` of a training but "),
         (["check", "{}/nowhere"], "`DATA` must be the official ACDC release"),
         (["predict", "{}/nowhere", "--bundle", "acdc", "--output", "{}/out"], "`SCANS` must be"),
+        (["predict", "{}", "--bundle", "acdc", "--output", "{}"], "`--output` must not be the folder of the images"),
         (["check", "{}/list.json", "--labeled_patients", "7"], "`labeled_patients` must be left out with a data-list"),
     ],
 )
@@ -148,7 +149,6 @@ def test_train_puts_overlays_after_train_json_and_keeps_a_bundle_root_that_is_gi
     assert started[0][1][4:] == ["monai.bundle", "run", "--config_file", configs, "--bundle_root", "elsewhere"]
 
 
-def test_zip_has_the_bundle_and_the_student_of_a_run_and_nothing_else(tmp_path, monkeypatch):
 def test_overlay_may_be_repeated_and_be_a_file_with_commas(tmp_path, monkeypatch, started):
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "mine", "evaluate", "network_plain")
@@ -158,6 +158,7 @@ def test_overlay_may_be_repeated_and_be_a_file_with_commas(tmp_path, monkeypatch
     assert started[0][1][7] == str(files)
 
 
+def test_zip_has_the_bundle_and_the_student_of_a_run_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bundle_at(tmp_path / "knowsam_mine")
     for folder in ("run", "knowsam_mine/models", "knowsam_mine/data"):

@@ -43,7 +43,7 @@ def check_spatial_size(image: torch.Tensor, divisor: int) -> None:
         if size % divisor != 0:
             raise KnowSAMValueError(
                 f"`image` must have spatial sizes that are multiples of {divisor} but has {list(image.shape[2:])}; "
-                f"resize it, or pad it with monai.transforms.DivisiblePad(k={divisor})."
+                f"resize it (`image_size` of a bundle), or pad it with monai.transforms.DivisiblePad(k={divisor})."
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
 
-from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, root_cause
+from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, named_as_set, root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.bundle_folder import SHIPPED
 from knowsam_monai.runs.checks import check_writable
@@ -112,20 +112,22 @@ def predict_folder(
 
     _quieten()
     sys.path.insert(1, str(bundle))  # `scripts` of the bundle
+    assignments = " ".join(f"{key}={value}" for key, value in (overrides or {}).items())
     try:
         workflow = ConfigWorkflow(str(config_file), logging_file=False, workflow_type="infer", **options)
-        loader = _segment(workflow, output)
+        with named_as_set({"output_dir": "output"}):
+            loader = _segment(workflow, output)
     except Exception as error:
         root = root_cause(error)
         if not overrides or isinstance(root, KnowSAMError):
             raise
-        assignments = " ".join(f"{key}={value}" for key, value in overrides.items())
         raise KnowSAMValueError(
             f"`overrides` (--set) must be values that {config_file} works with but {assignments} failed with "
             f"{reason(root)}; correct them or leave them out."
         ) from error
     logger.info("%d segmentation%s in %s", loader.num_segmented, "" if loader.num_segmented == 1 else "s", output)
-    loader.raise_if_broken("scans")
+    with named_as_set({"output_dir": "output"}):
+        loader.raise_if_broken("scans", f"correct --set {assignments}, or " if assignments else "")
     return loader.num_segmented
 
 
@@ -173,8 +175,6 @@ def _parsed_overrides(overrides: Mapping[str, str], known: Iterable[str], config
     return values
 
 
-def _is_code(value: Any) -> bool:
-    """Whether MONAI's parser would evaluate, look up or build something in a value."""
 def _parsed(text: str) -> Any:
     """The value of JSON or a Python literal; other texts as they are, which fire would cut at a `#`."""
     for parse in (json.loads, ast.literal_eval):
@@ -183,6 +183,8 @@ def _parsed(text: str) -> Any:
     return text
 
 
+def _is_code(value: Any) -> bool:
+    """Whether MONAI's parser would evaluate, look up or build something in a value."""
     if isinstance(value, Mapping):
         return any(str(key).startswith("_") or _is_code(item) for key, item in value.items())
     if isinstance(value, (list, tuple, set)):

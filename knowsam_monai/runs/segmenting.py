@@ -91,12 +91,13 @@ class SkippingLoader:
         if not self.num_segmented and not any(isinstance(root, KnowSAMError) for _, root in self.broken):
             raise self.broken[0][1]
 
-    def raise_if_broken(self, argument: str) -> None:
+    def raise_if_broken(self, argument: str, remedy: str = "") -> None:
         """
         Raise an error that lists the broken images.
 
         Args:
             argument: the argument that named the images.
+            remedy: another one, in words before that for the images.
 
         Raises:
             ValueError: with the reason for each image.
@@ -107,7 +108,7 @@ class SkippingLoader:
         lines = dict.fromkeys(f"\n  {text}" if image in text else f"\n  {image}: {text}" for image, text in reasons)
         raise KnowSAMValueError(
             f"`{argument}` must be images that can be segmented but {len(self.broken)} of {len(self.loader.dataset)} "
-            f"could not be; repair or remove:{''.join(lines)}"
+            f"could not be; {remedy}repair or remove:{''.join(lines)}"
         )
 
     def _skip(self, error: BaseException) -> None:

@@ -167,9 +167,11 @@ def warn_of_other_settings(ckpt_path: str | os.PathLike, settings: Mapping[str, 
         value = list(settings[key]) if isinstance(settings[key], tuple) else settings[key]
         if value != trained[key]:
             logger.warning(
-                "`%s` is %s but %s was trained with %s; set it to that (--%s %s; in `knowsam predict` --run FOLDER).",
+                "`%s` is %s but %s was trained with %s; set it to that (--%s %s; in `knowsam predict` --run FOLDER "
+                "without --set %s).",
                 *(key, value, ckpt_path, trained[key], key),
                 "'$None'" if trained[key] is None else shlex.quote(str(trained[key])),
+                key,
             )
 
 

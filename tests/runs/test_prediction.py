@@ -195,6 +195,7 @@ def test_home_folder_is_meant_in_every_path(scans, run, tmp_path, monkeypatch):
         ({"image_pattern": "*.mha"}, "`dataset_dir` must contain files that match '\\*.mha'"),
         ({"ckpt_path": "/nowhere.pt"}, "`ckpt_path` must be a file with .* weights but /nowhere.pt does not exist"),
         ({"ckpt_path": BUNDLE}, "`ckpt_path` must be a file with .* weights but .*knowsam_acdc is a folder"),
+        ({"output": BUNDLE, "scans": BUNDLE}, "`output` must not be the folder of the images but"),
         ({"output": __file__}, "`output` must be a writable folder but .*; choose another, such as --output "),
         ({"overrides": {"image_size": "abc"}}, "`image_size` must be a whole number, .* but is 'abc'"),
         ({"overrides": {"num_classes": "x"}}, "`num_classes` must be a number of classes, .* but is 'x'"),
@@ -211,6 +212,12 @@ def test_mistake_is_one_sentence(scans, run, tmp_path, change, message):
     assert re.search(message, str(cause)) and "\n" not in str(cause), str(cause)
 
 
+def test_setting_that_no_scan_can_be_segmented_with_is_named_before_the_scans(scans, run, tmp_path):
+    with pytest.raises(ValueError, match="; correct --set image_size=24, or repair or remove:") as error:
+        predict_folder(scans, BUNDLE, tmp_path / "out", run=run, overrides={"image_size": "24"}, device="cpu")
+    assert "but has [24, 24]; resize it (`image_size` of a bundle), or pad it" in str(error.value)
+
+
 TRACE = "it_ran"
 CODE = f"$__import__('os').mkdir('{TRACE}')"
 
@@ -225,6 +232,8 @@ CODE = f"$__import__('os').mkdir('{TRACE}')"
         ("output_postfix", f"%{BUNDLE}/configs/metadata.json::version"),
         ("image_size", json.dumps([64, CODE])),
         ("run", json.dumps([CODE])),
+        ("image_size", repr((64, CODE))),
+        ("image_size", repr({1: {CODE}})),
         ("network_def", json.dumps({"_target_": "os.mkdir", "path": TRACE})),
         ("network_def", json.dumps({"nested": [{"_target_": "os.mkdir", "path": TRACE}]})),
         ("network_def#_target_", "os.mkdir"),
@@ -232,8 +241,6 @@ CODE = f"$__import__('os').mkdir('{TRACE}')"
         ("network_def::_target_", "os.mkdir"),
         ("output_dir", ".."),
         ("bundle_root", ".."),
-        ("image_size", repr((64, CODE))),
-        ("image_size", repr({1: {CODE}})),
         ("dataset_dir", ".."),
         ("device", "cpu"),
         ("ckpt_path", "model.pt"),
@@ -304,7 +311,7 @@ def test_output_among_the_scans_is_not_segmented_the_next_time(scans, run, tmp_p
     for output in (folder, tmp_path / "link"):
         with pytest.raises(Exception) as error:
             predict_folder(folder, BUNDLE, output, **options)
-        assert "`output_dir` must not be the folder of the images" in str(root_cause(error.value))
+        assert "`output` must not be the folder of the images" in str(root_cause(error.value))
 
 
 @pytest.mark.parametrize(

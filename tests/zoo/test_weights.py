@@ -109,7 +109,7 @@ def test_images_of_another_size_than_in_training_are_warned_of(tmp_path, caplog)
     warn_of_other_settings(weights, {**settings, "image_size": [32, 32, 16]})
     assert caplog.messages == [
         f"`image_size` is [32, 32, 16] but {weights} was trained with [32, 32, 8]; set it to that "
-        "(--image_size '[32, 32, 8]'; in `knowsam predict` --run FOLDER)."
+        "(--image_size '[32, 32, 8]'; in `knowsam predict` --run FOLDER without --set image_size)."
     ]
 
 
