@@ -20,9 +20,9 @@ from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
 
 # keys that hold components instead of settings
 COMPONENTS = (
-    *("data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
+    *("adamw", "data_check", "datalist", "dataloader", "dataset", "distiller", "ema_student", "evaluator"),
     *("handlers", "inferer", "key_metric", "loss", "lr_scheduler", "network", "network_def", "optimizer"),
-    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "student_check"),
+    *("postprocessing", "preprocessing", "sam_lr_scheduler", "sam_optimizer", "sgd", "student_check"),
     *("teacher", "teacher_check", "train", "validate"),
 )
 MLFLOW = ("experiment_name", "is_not_rank0", "save_execute_config", "tracking_uri")  # of MONAI's --tracking mlflow
@@ -211,7 +211,7 @@ class Training(Everywhere):
     cache_workers: Workers = _about("processes that read and prepare the data before the first step")
     lr: Rate = _about("initial learning rate of the student")
     momentum: BelowOne = _about("momentum of the student's SGD")
-    weight_decay: BelowOne = _about("weight decay of the student's SGD")
+    weight_decay: BelowOne = _about("weight decay of the student's optimizer")
     lr_power: Factor = _about("exponent of the polynomial decay of both learning rates; 0 keeps them constant")
     max_grad_norm: PositiveOrNone = _about("largest norm of the student's gradients in a step; None: no limit")
     accumulation_steps: Count = _about("iterations whose gradients are accumulated for one optimizer step")

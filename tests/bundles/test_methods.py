@@ -65,6 +65,8 @@ class Built:
                 "out_channels": "@num_classes",
                 **({"channels": "@channels"} if bundle == CONFIGS_3D else {}),
             }
+        config["lr"] = 0.03  # with SGD, so that two steps change the student visibly
+        config["optimizer"] = "@sgd" if "sgd" in config else config["optimizer"]
         if method not in TWO_VIEWS:
             config["view_weights"] = None  # the overlays have that of a plain network
         torch.manual_seed(0)

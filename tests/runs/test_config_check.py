@@ -200,7 +200,7 @@ def test_path_that_is_derived_follows(bundle, home):
             "`train#trainer#max_epoch` must be an argument of .*Trainer but is not; did you",
         ),
         ("validate#evaluator#x", 3, "`validate#evaluator#x` must be an argument of .*Evaluator but is not; it takes "),
-        ("optimizer#momentumm", True, "`optimizer#momentumm` must be an argument of torch.optim.SGD .* `momentum`"),
+        ("lr_scheduler#powerr", True, "`lr_scheduler#powerr` must be an argument of torch.optim.* `power`"),
     ],
 )
 def test_component_that_could_not_be_built_ends_before_anything_is_read(bundle, key, value, message, home):
@@ -351,4 +351,4 @@ def test_signal_during_the_import_of_a_component_is_not_lost(home, tmp_path, mon
 
 def test_disabled_component_may_have_any_argument(bundle):
     """MONAI never builds it."""
-    started(bundle, ("train",), **{"optimizer#momentumm": 1, "optimizer#_disabled_": True})
+    started(bundle, ("train",), **{"lr_scheduler#powerr": 1, "lr_scheduler#_disabled_": True})
