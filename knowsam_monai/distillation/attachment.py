@@ -177,8 +177,8 @@ class Attachment:
         self._chosen: tuple[Taught | None] | None = None  # before the call of the student that is running
         self._measured_at = 0  # iteration of the gate's last measurement
         self._handles: list[Any] = [
-            student.register_forward_pre_hook(_ForwardHook(self, "_before_call"), with_kwargs=True),
-            student.register_forward_hook(_ForwardHook(self, "_student_called"), with_kwargs=True),
+            student.register_forward_pre_hook(_ForwardHook(self, Attachment._before_call), with_kwargs=True),
+            student.register_forward_hook(_ForwardHook(self, Attachment._student_called), with_kwargs=True),
         ]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
         if distiller.optimizer is not None:
@@ -433,7 +433,7 @@ class Attachment:
 class _ForwardHook:
     """A hook of the student's call; in a copied or saved student, a function that does nothing replaces it."""
 
-    def __init__(self, attachment: Attachment, method: str) -> None:
+    def __init__(self, attachment: Attachment, method: Callable[..., None]) -> None:
         self._attachment = weakref.ref(attachment)
         self._method = method
 
@@ -441,7 +441,7 @@ class _ForwardHook:
     def __call__(self, module: nn.Module, *call: Any) -> None:
         attachment = self._attachment()
         if attachment is not None and module.training and torch.is_grad_enabled():
-            getattr(attachment, self._method)(*call)
+            self._method(attachment, *call)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # accepts any arguments
