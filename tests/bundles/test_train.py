@@ -444,7 +444,7 @@ def test_term_that_is_not_finite_stops_the_run_by_name_and_no_checkpoint_is_writ
 
 
 def test_weights_that_are_not_finite_reach_no_checkpoint_even_if_the_loss_is_finite(training):
-    run = training(whole=True, max_iterations=1, **{"adamw#lr": float("inf")})
+    run = training(whole=True, max_iterations=1, **{"sgd#lr": float("inf")})
     with pytest.raises(RuntimeError) as error:
         run.run()
     assert "Weights must be finite in a checkpoint but unet." in str(root_cause(error.value))
