@@ -16,14 +16,7 @@ from torch.optim import Optimizer
 from knowsam_monai import ranks
 from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.labeled_rows import Rows
-from knowsam_monai.distillation.optimizer_hooks import (
-    Scaler,
-    ScalerCheck,
-    call_after_step,
-    check_apart,
-    missing_scaler,
-    scaler_now,
-)
+from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.distillation.wiring import takes_more_than_images
@@ -50,9 +43,8 @@ class Attachment:
     z are the student's logits, g_sam the gradients of SAM's parameters, s the scaler's scale, and k is
     `accumulation_steps`. When the student is called in train mode, the teacher runs at once, under the host's autocast,
     on a detached copy of the logits in at least float32. Both gradients are added when the host's own backward reaches
-    z, so a forward pass without a backward pass has no effect. The teacher's optimizer follows the student's. If the
-    gate is to be measured, the student is called in eval mode right before the host's call, so features that it keeps
-    for the host are those of that call. Calls in eval mode or without a graph are ignored.
+    z, so a forward pass without a backward pass has no effect. The teacher's optimizer follows the student's. Calls in
+    eval mode or without a graph are ignored.
 
     The labels come from the batch: the host iterates over ``watch(loader)`` instead of its loader, or a callback or
     event calls ``next_batch(batch)`` before each step. The student must be called once for each batch, on the batch's
@@ -174,12 +166,7 @@ class Attachment:
         self._num_backwards = 0  # backward passes that reached the student's logits
         self._may_step = False  # a backward pass reached them since the last step, or none was expected
 
-        self._chosen: tuple[Taught | None] | None = None  # before the call of the student that is running
-        self._measured_at = 0  # iteration of the gate's last measurement
-        self._handles: list[Any] = [
-            student.register_forward_pre_hook(_ForwardHook(self, Attachment._before_call), with_kwargs=True),
-            student.register_forward_hook(_ForwardHook(self, Attachment._student_called), with_kwargs=True),
-        ]
+        self._handles: list[Any] = [student.register_forward_hook(_ForwardHook(self), with_kwargs=True)]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
         if distiller.optimizer is not None:
             self._handles.append(distiller.follow(optimizer, scaler))
@@ -219,31 +206,7 @@ class Attachment:
         _remove_all(self._handles)
         self._batch = CurrentBatch()
 
-    def _before_call(self, args: tuple, kwargs: dict) -> None:
-        """Measure the gate if that is due; once, since activation checkpointing calls again in the backward pass."""
-        self._chosen = None
-        run, rest = divmod(self.iteration, self.every)  # counts the teacher's runs
-        if rest or self._measured_at == self.iteration:
-            return
-        if not self.distiller.is_measurement_due(run, self.gate_interval):
-            return
-        if not any(parameter.requires_grad for parameter in self.student.parameters()):
-            return
-        image = self._image(args, kwargs)
-        selection = self._selection(without_meta(image))
-        self._chosen = (selection,)
-        if selection is None:
-            return
-        self._measured_at = self.iteration
-        sam_image, label, rows, _ = selection
-        distiller = self._distiller_on(image.device)
-        with all_in_eval_mode(self.student):
-            student = partial(self._student_output, args, kwargs, image)
-            turn = run // self.gate_interval
-            distiller.measure_agreement(student, image, label, rows, turn, sam_image, self.logits_of)
-
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
-        chosen, self._chosen = self._chosen, None
         logits = output if self.logits_of is None else self.logits_of(output)
         if not isinstance(logits, Tensor):
             raise KnowSAMTypeError(
@@ -251,17 +214,26 @@ class Attachment:
             )
         if not logits.requires_grad:
             return
-        image = without_meta(self._image(args, kwargs))
-        (selection,) = chosen or (self._selection(image),)
+        images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not images:
+            raise KnowSAMTypeError(
+                "`student` must be called with an image tensor but is not; attach to the part of it that is."
+            )
+        image = without_meta(images[0])
+        selection = self._selection(image)
         self._num_untaught = self._num_untaught if selection is None else 0
         if selection is None or self.iteration % self.every:
             self._may_step = True
             return
         device = logits.device.type
         if self.scaler is None and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half:
-            raise missing_scaler()
+            self.distiller.wiring.warn(
+                "the student runs in float16 but `scaler` is None: pass the host's GradScaler, or "
+                "GradScaler(enabled=False) if it has none."
+            )
         sam_image, label, rows, is_same = selection
-        gradient, sam_gradients = self._gradients(logits, sam_image, label, rows)
+        student = partial(self._student_output, args, kwargs, images[0])
+        gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
         source = logits
         if self.logits_of is not None and isinstance(output, Tensor):
             whole = output.detach().requires_grad_()
@@ -369,16 +341,24 @@ class Attachment:
         label = label if label is None else torch.as_tensor(label).to(image.device, non_blocking=True)
         return sam_image, label, rows, is_same
 
-    def _distiller_on(self, device: torch.device) -> nn.Module:
-        if self.distiller.gate.weight.device != device:
-            self.distiller.move(device)
-        return self.distiller.train()
-
     def _gradients(
-        self, logits: Tensor, sam_image: Tensor, label: Tensor | None, rows: Rows
+        self,
+        student: Callable[[Tensor], Any],
+        logits: Tensor,
+        image: Tensor,
+        sam_image: Tensor,
+        label: Tensor | None,
+        rows: Rows,
     ) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
-        distiller = self._distiller_on(logits.device)
+        distiller = self.distiller.train()
+        if distiller.gate.weight.device != logits.device:
+            distiller.move(logits.device)
+        run = self.iteration // self.every  # counts the teacher's runs
+        if distiller.is_measurement_due(run, self.gate_interval):
+            with all_in_eval_mode(self.student):
+                turn = run // self.gate_interval
+                distiller.measure_agreement(student, image, label, rows, turn, sam_image, self.logits_of)
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations
@@ -401,15 +381,6 @@ class Attachment:
         # clones: two gradients may share memory, which GradScaler would then unscale twice in place
         return gradient, [(p, g.clone()) for p, g in zip(parameters, sam_gradients) if g is not None]
 
-    def _image(self, args: tuple, kwargs: dict) -> Tensor:
-        """The image in a call of the student, its first tensor."""
-        images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not images:
-            raise KnowSAMTypeError(
-                "`student` must be called with an image tensor but is not; attach to the part of it that is."
-            )
-        return images[0]
-
     def _student_output(self, args: tuple, kwargs: dict, own: Tensor, image: Tensor) -> Any:
         """
         The student's output for another image, in a call like the host's.
@@ -431,17 +402,16 @@ class Attachment:
 
 
 class _ForwardHook:
-    """A hook of the student's call; in a copied or saved student, a function that does nothing replaces it."""
+    """The student's forward hook; in a copied or saved student, a function that does nothing replaces it."""
 
-    def __init__(self, attachment: Attachment, method: Callable[..., None]) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         self._attachment = weakref.ref(attachment)
-        self._method = method
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, *call: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         attachment = self._attachment()
         if attachment is not None and module.training and torch.is_grad_enabled():
-            self._method(attachment, *call)
+            attachment._student_called(args, kwargs, output)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # accepts any arguments

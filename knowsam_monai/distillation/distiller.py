@@ -561,10 +561,10 @@ class SAMDistiller(nn.Module):
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
-        self.wiring.expects_no_scaler = scaler is None
-        handle = follow(self.optimizer, optimizer, scaler, self.wiring.is_loss_finite)
+        self.wiring.expects_no_scaler = scaler is None and self.wiring.expects_no_scaler is not False
+        handle = follow(self.optimizer, optimizer, scaler, self.wiring.is_broken)
         weakref.finalize(self, handle.remove).atexit = False
-        return handle
+        return FollowHandle([handle.remove, self.wiring.follows_no_longer])
 
     def check_student(self, student: nn.Module) -> None:
         """

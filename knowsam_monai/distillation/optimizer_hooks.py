@@ -23,7 +23,7 @@ def follow(
     teacher_optimizer: Optimizer,
     optimizer: Optimizer,
     scaler: Scaler = None,
-    is_finite: Callable[[], bool] | None = None,
+    is_broken: Callable[[Sequence[Tensor]], bool] | None = None,
 ) -> FollowHandle:
     """
     Make a teacher's optimizer follow a student's, see :meth:`knowsam_monai.distillation.SAMDistiller.follow`.
@@ -35,8 +35,9 @@ def follow(
             Hooks cannot see loss scaling, so pass it explicitly. After a skipped step ``optimizer.zero_grad()`` also
             clears the teacher's gradients; ``student.zero_grad()`` does not. The teacher's overflows count in it, as
             always if several optimizers share a scaler.
-        is_finite: whether the teacher's loss is. If not, no scale would help, so the teacher does not step, and the
-            scaler never hears of it. Asked only with a scaler, which waits for the device too. None: always.
+        is_broken: ``f(parameters)``, whether their gradients are not finite for another reason than the scale. Then the
+            teacher does not step, and the scaler never hears of it. Asked only with a scaler, which waits for the
+            device too. None: never.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -57,7 +58,7 @@ def follow(
         if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)
         current = scaler_now(scaler)
-        if current is not None and is_finite is not None and not is_finite():
+        if current is not None and is_broken is not None and is_broken(parameters):
             teacher_optimizer.zero_grad(set_to_none=True)  # to the other ranks, this one had no labeled row
         if ranks.is_distributed():
             _average_over_ranks(parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Wiring:
         attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
         num_calls: number of training calls.
         num_missed: consecutive measurements of agreement that had no unlabeled rows.
-        expects_no_scaler: whether the next backward pass must come without a GradScaler.
+        expects_no_scaler: whether no GradScaler may scale SAM's next loss; None before SAM follows a student.
 
     Raises:
         RuntimeError: if the distiller is called while it is attached to a student, or if `expects_no_scaler` is wrong.
@@ -54,7 +55,7 @@ class Wiring:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
         self.num_calls = 0
         self.num_missed = 0
-        self.expects_no_scaler = False
+        self.expects_no_scaler: bool | None = None
         self._sam_losses: Tensor | None = None  # their sum since SAM's last step
         self._agreement_requested = False
         self._num_empty = 0  # consecutive calls without a row to teach
@@ -71,6 +72,10 @@ class Wiring:
         """Note that the teacher has stepped."""
         self._since_step, self._sam_losses = 0, None
 
+    def follows_no_longer(self) -> None:
+        """Note that the host steps SAM itself, perhaps with a GradScaler."""
+        self.expects_no_scaler = False
+
     def watch_loss(self, sam_loss: Tensor) -> None:
         """Note a loss from which SAM learns, and look once for a GradScaler in its backward pass."""
         loss = sam_loss.detach()
@@ -78,22 +83,30 @@ class Wiring:
         if self.expects_no_scaler and sam_loss.requires_grad:
             sam_loss.register_hook(self._check_scale)
 
-    def is_loss_finite(self) -> bool:
-        """Whether SAM's losses since its last step are finite; asks the device."""
-        if self._sam_losses is None or bool(torch.isfinite(self._sam_losses)):
-            return True
-        self._since_step, self._sam_losses = 0, None
+    def is_broken(self, parameters: Sequence[Tensor]) -> bool:
+        """
+        Whether SAM's gradients are not finite because its loss was not, which no loss scale would help.
+
+        Args:
+            parameters: those that SAM's optimizer is to step.
+        """
+        losses, self._sam_losses = self._sam_losses, None
+        if losses is None or bool(torch.isfinite(losses)):
+            return False
+        if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):  # of a step never taken
+            return False
+        self._since_step = 0
         self.warn(
             "SAM's loss was not finite, so SAM did not step. If this goes on, SAM no longer learns: start again from "
             "its checkpoint, with a lower learning rate or without float16."
         )
-        return False
+        return True
 
     def _check_scale(self, gradient: Tensor) -> None:
         if self.expects_no_scaler:
-            self.expects_no_scaler = False
+            self.expects_no_scaler = False  # one look is enough
             mantissa, exponent = math.frexp(float(gradient))
-            if mantissa == 0.5 and exponent > 7:  # a power of two of at least 128
+            if mantissa == 0.5 and exponent > 10:  # a power of two of at least 1024
                 raise missing_scaler()
 
     def check_once(self, logits: Tensor) -> None:

@@ -108,9 +108,8 @@ class UncertaintyGuidedMixing:
             return
         logits = views[self.view if len(views) > 1 else 0].detach()
         pseudo_logits = logits
-        teacher_logits = output.pop("teacher_logits", None) if self.pseudo_label == "teacher" else None
-        if teacher_logits is not None:
-            pseudo_logits = gated(teacher_logits, logits, output.get("gate_weight", logits.new_ones(())))
+        if self.pseudo_label == "teacher" and output.get("teacher_logits") is not None:
+            pseudo_logits = gated(output["teacher_logits"], logits, output.get("gate_weight", logits.new_ones(())))
         mixed_image, mixed_label = self.mix(image, label, logits, pseudo_logits)
         # free the first graph before the second one is built
         output[Keys.PRED] = output[Keys.PRED].detach()

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.metrics import DiceHelper
 from monai.utils import CommonKeys as Keys
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
@@ -39,14 +39,12 @@ class SAMDistillation:
     the teacher is, since it learns from these rows.
 
     The teacher processes only the rows that something reads. A handler that reads its logits for the unlabeled rows
-    sets ``engine.state.output["teacher_logits"] = None`` at ``IterationEvents.FORWARD_COMPLETED``. While the gate is
-    above 0 they take its place; labeled rows that nothing else reads are NaN in them.
+    sets ``engine.state.output["teacher_logits"] = None`` at ``IterationEvents.FORWARD_COMPLETED``, and reads them after
+    this handler, up to ``IterationEvents.BACKWARD_COMPLETED``. Rows that nothing reads are NaN in them, and while the
+    gate is 0 the value stays None.
 
     A teacher that draws slices of volumes (:class:`knowsam_monai.teachers.SliceTeacher`) draws them by iteration. The
     terms and Dice are then those of the slices, and there are no `teacher_logits`.
-
-    If the gate is to be measured, the network is called in eval mode right before its own forward pass, so features
-    that it keeps for another handler are those of the training step.
 
     If a batch has a `"sam_image"` (:class:`knowsam_monai.data.RandOrientationd`), the teacher sees that: the image
     before intensity augmentation. A teacher with encoder "cached" requires it; the pipeline is checked at the start of
@@ -104,14 +102,13 @@ class SAMDistillation:
         self.every = every
         self.logits_of = logits_of
         self._handle: Any = None
-        self._forward_handle: Any = None
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer that has ``optimizer``, ``network`` and MONAI's iteration events."""
         engine.add_event_handler(Events.STARTED, self.started)
-        engine.add_event_handler(Events.ITERATION_STARTED, self.iteration_started)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, check_supervision)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self.step_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
@@ -144,29 +141,30 @@ class SAMDistillation:
             self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
 
     def completed(self, engine: Engine) -> None:
-        """Leave the trainer's optimizer and network as they were."""
-        for handle in filter(None, (self._handle, self._forward_handle)):
-            handle.remove()
-        self._handle = self._forward_handle = None
+        """Leave the trainer's optimizer as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
-    def iteration_started(self, engine: Engine) -> None:
-        """Have the gate measured before the network's next call, if that is due."""
-        run, rest = divmod(engine.state.iteration, self.every)  # counts the teacher's runs
-        if self._forward_handle is not None:  # of an iteration that an exception ended
-            self._forward_handle.remove()
-            self._forward_handle = None
-        if rest or not self.distiller.is_measurement_due(run, self.gate_interval):
+    def step_completed(self, engine: Engine) -> None:
+        """Remove the teacher's logits, in which handlers such as ``TerminateOnNan`` would find NaN or None."""
+        engine.state.output.pop("teacher_logits", None)
+
+    def __call__(self, engine: Engine) -> None:
+        output, iteration = engine.state.output, engine.state.iteration
+        if iteration % self.every:
             return
-
-        @torch.compiler.disable
-        def measure(network: nn.Module, _: Any) -> None:
-            if not network.training:
-                return
-            self._forward_handle.remove()
-            image, sam_image, label, rows = self._rows_of(engine)
-            with all_in_eval_mode(network):
+        label, pred = output[Keys.LABEL], logits_from(output[Keys.PRED], self.logits_of)
+        batch = engine.state.batch
+        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
+        image = without_meta(output[Keys.IMAGE])
+        sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
+        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
+        run = iteration // self.every  # counts the teacher's runs
+        if self.distiller.is_measurement_due(run, self.gate_interval):
+            with all_in_eval_mode(engine.network):
                 self.distiller.measure_agreement(
-                    partial(engine.inferer, network=network),
+                    partial(engine.inferer, network=engine.network),
                     image,
                     label,
                     rows,
@@ -175,23 +173,6 @@ class SAMDistillation:
                     sam_image=sam_image,
                 )
 
-        self._forward_handle = engine.network.register_forward_pre_hook(measure)
-
-    def _rows_of(self, engine: Engine) -> tuple[Tensor, Tensor, Tensor | None, Rows]:
-        """Image, image for the teacher, label and labeled rows of the current step."""
-        output, batch = engine.state.output, engine.state.batch
-        image = without_meta(output[Keys.IMAGE])
-        sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
-        sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
-        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
-        return image, sam_image, output[Keys.LABEL], rows
-
-    def __call__(self, engine: Engine) -> None:
-        output, iteration = engine.state.output, engine.state.iteration
-        if iteration % self.every:
-            return
-        image, sam_image, label, rows = self._rows_of(engine)
-        pred = logits_from(output[Keys.PRED], self.logits_of)
         labeled = labeled_slice(rows, label, len(image))
         # the teacher's first run since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval

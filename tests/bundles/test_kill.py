@@ -191,7 +191,7 @@ def test_data_may_be_moved_and_a_file_of_other_content_is_refused_by_name(whole,
     nibabel.save(nibabel.Nifti1Image(np.where(voxels == 1, 2, voxels), image.affine, image.header), label)
     with pytest.raises(
         AssertionError,
-        match=r"ValueError: This run differs .*: \S+ or its label must be unchanged but is new or has different content",
+        match=r"ValueError: This run differs .*: \S+ or its label must be unchanged but is new or has different",
     ):
         run.finish(dataset_dir=relative)
     label.write_bytes(whole_label)

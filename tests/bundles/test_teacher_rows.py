@@ -61,7 +61,6 @@ class Counted:
         self.distiller.gate.agreement_scores.copy_(torch.tensor([10.0, 0.0]))  # one measurement does not open the gate
         self.trainer.state.iteration, self.trainer.state.batch = iteration, self.batch
         self.calls.clear()
-        self.distillation.iteration_started(self.trainer)
         self.trainer._process_function(self.trainer, self.batch)
         return list(self.calls)
 

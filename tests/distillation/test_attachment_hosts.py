@@ -17,7 +17,7 @@ from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.tensors import unstack_views
 from tests.attached import assert_same, build, host, loss_of, plain_loop
 from tests.processes import finish, start_ranks
-from tests.toys import ToyTeacher, toy_batches
+from tests.toys import toy_batches
 
 # --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
 
@@ -252,11 +252,14 @@ def test_gradscaler_that_was_not_passed_is_an_error(fused, learns):
         scaler.step(optimizer)
 
 
-def test_gradscaler_that_was_not_passed_to_a_float16_host_is_an_error_even_if_it_clips():
+def test_float16_host_without_a_gradscaler_is_warned(caplog):
     student, optimizer, distiller, batches = build(dtype=torch.float32)
-    skd = distiller.attach(student, optimizer)
-    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="`scaler` must be the GradScal"):
-        student(next(skd.watch(batches))["image"])
+    for batch in distiller.attach(student, optimizer).watch(batches):
+        with torch.autocast("cpu", dtype=torch.float16):
+            student(batch["image"])
+    assert [message.split(":")[1] for message in caplog.messages] == [
+        " the student runs in float16 but `scaler` is None"
+    ]
 
 
 @pytest.mark.parametrize("way", ["loop", "attachment"])
@@ -284,39 +287,6 @@ def test_sam_that_is_no_longer_finite_neither_steps_nor_lowers_the_hosts_scale(w
         assert scaler.get_scale() == 2.0**16
     assert all(torch.equal(ours, bare) for ours, bare in zip(*(student.parameters() for student in students)))
     assert len([message for message in caplog.messages if "SAM's loss was not finite, so SAM did not" in message]) == 1
-
-
-class KeepsFeatures(nn.Module):
-    """Batch normalization, dropout, and features that the host reads after the call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5))
-        self.head = nn.Conv2d(4, 3, 1)
-
-    def forward(self, image):
-        self.features = self.encoder(image)
-        return self.head(self.features)
-
-
-def test_host_reads_features_of_its_own_call_where_the_gate_is_measured():
-    students = []
-    for is_taught in (True, False):
-        torch.manual_seed(0)
-        student, batches = KeepsFeatures(), toy_batches(4)
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        distiller = SAMDistiller(ToyTeacher().float())
-        if is_taught:
-            batches = distiller.attach(student, optimizer, weight=0.0, gate_interval=1).watch(batches)
-        for batch in batches:
-            optimizer.zero_grad()
-            logits = student(batch["image"].float())
-            (nn.functional.cross_entropy(logits[:2], batch["label"][:2, 0].long()) + student.features.std()).backward()
-            optimizer.step()
-        assert distiller.gate.num_measured == 4 * is_taught
-        students.append(student)
-    for (name, ours), bare in zip(students[0].state_dict().items(), students[1].state_dict().values()):
-        assert torch.equal(ours, bare), name
 
 
 def test_disabled_gradscaler_need_not_be_passed():

@@ -144,13 +144,47 @@ def test_scaler_that_was_not_passed_is_an_error_of_the_backward_pass(student, te
     student, teacher = student.float(), teacher.float()
     distiller = distiller_of(teacher)
     distiller.follow(torch.optim.SGD(student.parameters(), lr=0.1))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler = torch.amp.GradScaler("cpu")
     image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
     loss = scaler.scale(distiller(image, student(image), label).loss)
     with pytest.raises(
         RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None; pass it to `follow`"
     ):
         loss.backward()
+
+
+def test_teacher_steps_after_a_step_that_the_host_left_out_because_its_loss_was_not_finite(student, teacher, caplog):
+    student, teacher = student.float(), teacher.float()
+    distiller = distiller_of(teacher)
+    optimizer, scaler = torch.optim.SGD(student.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    distiller.follow(optimizer, scaler)
+    image, label = (toy_batches(1)[0][key].float() for key in ("image", "label"))
+    for scale in (torch.inf, 1.0):
+        before = copy.deepcopy(teacher.state_dict())
+        loss = distiller(scale * image, student(scale * image), label).loss
+        if not torch.isfinite(loss):
+            continue
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert not all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("host", ["weights its loss", "has a scaler for one of two students", "steps SAM itself"])
+def test_hosts_whose_losses_have_a_factor_of_their_own(student, teacher, host):
+    distiller = distiller_of(teacher)
+    optimizers = [torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2)]
+    scaler = torch.amp.GradScaler("cpu")
+    if host.startswith("has"):
+        distiller.follow(optimizers[0], scaler)
+    handle = distiller.follow(optimizers[1])
+    if host.startswith("steps"):
+        handle.remove()
+    image, label = (toy_batches(1)[0][key] for key in ("image", "label"))
+    loss = distiller(image, student(image), label).loss
+    (256 * loss if host.startswith("weights") else scaler.scale(loss)).backward()
 
 
 @pytest.mark.parametrize("fused", [False, True])

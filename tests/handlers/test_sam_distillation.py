@@ -87,24 +87,6 @@ def test_rows_that_the_teacher_left_out_do_not_end_a_run_that_stops_at_nan():
     assert trainer.state.iteration == 3
 
 
-def test_handler_after_skd_reads_features_of_the_trainers_own_call_where_the_gate_is_measured():
-    student, _, distiller = build(gate="agreement")
-    seen = []
-    student.register_forward_hook(lambda module, args, output: setattr(module, "kept", output))
-    trainer = toy_trainer(
-        student,
-        toy_batches(3),
-        PartiallyLabeledLoss(dice_ce_loss(3)),
-        [SAMDistillation(distiller, gate_interval=1)],
-    )
-    trainer.add_event_handler(
-        IterationEvents.LOSS_COMPLETED, lambda engine: seen.append(engine.network.kept is engine.state.output["pred"])
-    )
-    trainer.run()
-    assert seen == [True] * 3 and distiller.gate.num_measured == 3
-    assert not student._forward_pre_hooks
-
-
 def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
     all_labeled = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
     first_labeled = {**all_labeled, "label": all_labeled["label"][:2]}
@@ -326,11 +308,17 @@ def test_teacher_logits_are_there_if_a_handler_asks_for_them_and_of_whole_volume
         trainer.add_event_handler(
             IterationEvents.FORWARD_COMPLETED, lambda engine: engine.state.output.update(teacher_logits=None)
         )
+    read = {}
     for trainer in (silent, whole, drawn):
+        trainer.add_event_handler(
+            IterationEvents.BACKWARD_COMPLETED,
+            lambda engine: read.update({engine: engine.state.output.get("teacher_logits", "nothing")}),
+        )
         trainer.run()
-    logits = whole.state.output["teacher_logits"]
+        assert "teacher_logits" not in trainer.state.output
+    logits = read[whole]
     assert logits.shape == (4, 3, 4, 5, 6) and not logits.requires_grad and torch.isfinite(logits).all()
-    assert drawn.state.output["teacher_logits"] is None and "teacher_logits" not in silent.state.output
+    assert read[drawn] is None and read[silent] == "nothing"
     names = {"distillation_loss", "sam_loss", "gate_weight", "teacher_labeled_dice", "student_labeled_dice"}
     assert all(drawn.state.output[name].ndim == 0 for name in names)
 
