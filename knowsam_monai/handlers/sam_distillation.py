@@ -137,8 +137,8 @@ class SAMDistillation:
             check_orientations(engine.data_loader)
         self.distiller.move(engine.state.device).train()
         if self.distiller.optimizer is not None:
-            trainer = weakref.proxy(engine)  # its optimizer must not keep trainer and distiller alive
-            self._handle = self.distiller.follow(engine.optimizer, lambda: trainer.scaler if trainer.amp else None)
+            trainer = weakref.ref(engine)  # its optimizer must not keep trainer and distiller alive
+            self._handle = self.distiller.follow(engine.optimizer, lambda: _scaler_of(trainer()))
 
     def completed(self, engine: Engine) -> None:
         """Leave the trainer's optimizer as it was."""
@@ -199,6 +199,11 @@ class SAMDistillation:
             ignore_index = self.distiller.ignore_index
             output["teacher_labeled_dice"] = _foreground_dice(result.teacher_logits[labeled], label, ignore_index)
             output["student_labeled_dice"] = _foreground_dice(student_logits, label, ignore_index)
+
+
+def _scaler_of(trainer: Engine | None) -> torch.amp.GradScaler | None:
+    """None without AMP, and for a trainer that is gone: an exception ended its run, but its optimizer lives on."""
+    return trainer.scaler if trainer is not None and trainer.amp else None
 
 
 def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_rows_that_the_teacher_left_out_do_not_end_a_run_that_stops_at_nan():
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
     trainer.run()
     assert trainer.state.iteration == 3
+
+
+def test_optimizer_steps_on_after_an_exception_ended_the_run_of_its_trainer():
+    student, _, distiller = build()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = toy_trainer(student, toy_batches(1), None, [SAMDistillation(distiller)], optimizer=optimizer)
+    with pytest.raises(TypeError):
+        trainer.run()
+    del trainer
+    gc.collect()
+    batch = toy_batches(1)[0]
+    distiller(batch["image"], student(batch["image"]), batch["label"]).loss.backward()
+    optimizer.step()
 
 
 def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
