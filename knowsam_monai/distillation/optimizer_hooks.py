@@ -36,8 +36,8 @@ def follow(
             clears the teacher's gradients; ``student.zero_grad()`` does not. The teacher's overflows count in it, as
             always if several optimizers share a scaler.
         is_broken: ``f(parameters)``, whether their gradients are not finite for another reason than the scale. Then the
-            teacher does not step, and the scaler never hears of it. Asked only with a scaler, which waits for the
-            device too. None: never.
+            teacher does not step, and the scaler never hears of it. Asked only with an enabled scaler, which waits
+            for the device too. None: never.
 
     Raises:
         TypeError: if `optimizer` is not an optimizer.
@@ -58,7 +58,8 @@ def follow(
         if found_inf is not None and bool(found_inf):
             teacher_optimizer.zero_grad(set_to_none=True)
         current = scaler_now(scaler)
-        if current is not None and is_broken is not None and is_broken(parameters):
+        is_scaled = current is not None and current.is_enabled()
+        if is_scaled and is_broken is not None and is_broken(parameters):
             teacher_optimizer.zero_grad(set_to_none=True)  # to the other ranks, this one had no labeled row
         if ranks.is_distributed():
             _average_over_ranks(parameters)
