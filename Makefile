@@ -44,7 +44,9 @@ table: $(VENV)/.installed
 	$(venv_python) benchmarks/hosts.py --published $(ARGS)
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# tests wait for processes of their own and for files, so there are three workers for two cores
+	OMP_NUM_THREADS=1 $(venv_python) -m pytest --numprocesses $$(($$(env -u OMP_NUM_THREADS nproc) * 3 / 2)) \
+		--dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint $(VENV)/.installed-test
 	$(venv_python) -m pytest -m "slow or not slow" $(ARGS)
