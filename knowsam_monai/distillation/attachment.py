@@ -352,8 +352,6 @@ class Attachment:
     ) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
         distiller = self.distiller.train()
-        if distiller.gate.weight.device != logits.device:
-            distiller.move(logits.device)
         run = self.iteration // self.every  # counts the teacher's runs
         if distiller.is_measurement_due(run, self.gate_interval):
             with all_in_eval_mode(self.student):

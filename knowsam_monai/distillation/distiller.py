@@ -230,6 +230,11 @@ class SAMDistiller(nn.Module):
                         state[name] = value.to(parameter.device)
         return self
 
+    def _join(self, device: torch.device) -> None:
+        """Move to the student's device, if not there yet."""
+        if self.gate.weight.device != device:
+            self.move(device)
+
     @kept_random_state()
     def forward(
         self,
@@ -265,6 +270,7 @@ class SAMDistiller(nn.Module):
             self.wiring.check_once(logits)
         image = without_meta(image).detach()
         prompt_logits = _view(views, self.prompt_view).detach()
+        self._join(prompt_logits.device)
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
@@ -345,6 +351,7 @@ class SAMDistiller(nn.Module):
             return
         self.gate.must_lead = not self.learns
         image = without_meta(image)
+        self._join(image.device)
         sam_image = image if sam_image is None else without_meta(sam_image)
         rows = labeled_slice(labeled_rows, label, len(image))
         all_rows = torch.arange(len(image), device=image.device)
@@ -542,8 +549,9 @@ class SAMDistiller(nn.Module):
         """
         Make the teacher's optimizer step after each step of the student's; both clear their gradients together.
 
-        This also handles skipped steps, gradient accumulation and its flush. In a distributed run all processes start
-        with the first one's teacher and step with the mean gradient: move the distiller to its device before.
+        This also handles skipped steps, gradient accumulation and its flush. The distiller moves to the device of the
+        student's parameters. In a distributed run all processes start with the first one's teacher and step with the
+        mean gradient.
 
         Args:
             optimizer: the student's.
@@ -559,6 +567,7 @@ class SAMDistiller(nn.Module):
         """
         if self.optimizer is None:
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
+        self._join(stepped_parameters(plain_optimizer(optimizer))[0].device)
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
         self.wiring.expects_no_scaler = scaler is None and self.wiring.expects_no_scaler is not False

@@ -428,6 +428,16 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
     assert distiller.gate.weight.is_meta and optimizer.param_groups is groups  # schedulers hold them
 
 
+def test_plain_loop_needs_no_move_of_the_teacher(teacher):
+    """The device "meta" stands for a GPU; it computes no values, so the teacher is not asked here."""
+    frozen = SAMDistiller(ToyTeacher()).eval()
+    frozen(torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, 3, 8, 8, device="meta"), weight=0.0)
+    assert all(p.is_meta for p in frozen.teacher.parameters()) and frozen.gate.weight.is_meta
+    student_optimizer = torch.optim.SGD(nn.Conv2d(1, 3, 3, device="meta").parameters(), lr=0.1)
+    distiller_of(teacher).follow(student_optimizer)
+    assert all(p.is_meta for p in teacher.parameters())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
