@@ -25,6 +25,7 @@ for name in $methods; do configs+=",'$bundle/configs/$name'"; done
 configs+=",'$bundle/configs/multi_gpu_train.json'"
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # seconds to save in; torchrun's own are 30
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))
 
 stopped=

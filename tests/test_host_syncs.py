@@ -46,6 +46,12 @@ def is_mask(index: ast.AST) -> bool:
     return is_named or isinstance(index, ast.Compare) or isinstance(getattr(index, "op", None), ast.Invert)
 
 
+def is_list(index: ast.AST) -> bool:
+    """Whether an index is a list, which torch turns into a tensor that it copies to the device."""
+    is_call = isinstance(index, ast.Call) and getattr(index.func, "id", "") in ("list", "sorted")
+    return is_call or isinstance(index, (ast.List, ast.ListComp))
+
+
 def may_be_a_device(argument: ast.AST) -> bool:
     """Whether `to(argument)` may move a tensor: to a device, or to where another tensor is."""
     text = ast.unparse(argument)
@@ -69,6 +75,13 @@ def culprits(tree: ast.AST) -> Iterator[tuple[str, str]]:
             tensors = tensors - {a.arg for a in arguments} | typed
         if isinstance(node, ast.Subscript) and is_mask(node.slice):
             yield name, "[mask]"
+        is_type = isinstance(node, ast.Subscript) and ast.unparse(node.value)[0].isupper()  # Callable[[Tensor], Tensor]
+        if (
+            isinstance(node, ast.Subscript)
+            and not is_type
+            and any(map(is_list, getattr(node.slice, "elts", [node.slice])))
+        ):
+            yield name, "[list]"
         if is_condition and isinstance(node, (ast.Name, ast.Compare)):
             operands = [node] if isinstance(node, ast.Name) else [node.left, *node.comparators]
             reads = not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in getattr(node, "ops", ()))
@@ -182,6 +195,8 @@ def test_no_code_of_the_hot_path_waits_for_the_device_except_in_listed_places():
         ("y = x[x > 0]", "[mask]"),
         ("y = x[:, ~mask & other]", "[mask]"),
         ("y = x[is_valid]", "[mask]"),
+        ("y = x[:, list(group)]", "[list]"),
+        ("y = x[[i for i in group]]", "[list]"),
         ("if x > 0: pass", "if tensor"),
         ("y = 1 if x is not None and x else 0", "if tensor"),
         ("x.equal(other)", "equal"),

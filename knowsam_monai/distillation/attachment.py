@@ -6,6 +6,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -236,41 +237,34 @@ class Attachment:
         gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
         source = logits
         if self.logits_of is not None and isinstance(output, Tensor):
-            whole = output.detach().requires_grad_()
-            picked = self.logits_of(whole)
-            given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
-            (part,) = torch.autograd.grad(picked, whole, given, retain_graph=True, allow_unused=True)
-            if part is not None:  # the host picks its logits from the output again, as another view of it
-                source, gradient = output, None if gradient is None else part
-        backwards_before = self._num_backwards
-        was_reached = False
+            source, gradient = _of_output(self.logits_of, output, logits, gradient)
+        pending = _Pending(image, is_same, gradient, sam_gradients, self._num_backwards)
+        source.register_hook(partial(self._add_gradients, pending))
 
-        def add_gradients(host_gradient: Tensor) -> Tensor | None:
-            nonlocal was_reached
-            if not self._handles:  # the attachment was removed since
-                return None
-            check_same_image(is_same, image)  # only now that the device has the teacher's work to do
-            if was_reached:
-                raise KnowSAMRuntimeError(
-                    "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum "
-                    "the losses before `backward`, or call the student once for each."
-                )
-            if self._num_backwards == backwards_before and all(p.grad is None for p in self.student.parameters()):
-                # the host skipped a step and cleared its gradients with `student.zero_grad()`
-                self._withdraw_gradients()
-            was_reached = self._may_step = True
-            self._num_backwards += 1
-            for parameter, sam_gradient in sam_gradients:
-                added = self.distiller.added_gradients.setdefault(parameter, {})
-                if parameter.grad is None:
-                    added.clear()
-                parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
-                is_alone = added.keys() <= {id(self)}
-                added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
-            sam_gradients.clear()  # the host may keep the logits, and with them this function
-            return host_gradient if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
-
-        source.register_hook(add_gradients)
+    def _add_gradients(self, pending: _Pending, host_gradient: Tensor) -> Tensor | None:
+        """The hook on the logits: their gradient with SKD's; None leaves it as it is."""
+        if not self._handles:  # the attachment was removed since
+            return None
+        check_same_image(pending.is_same, pending.image)  # only now that the device has the teacher's work to do
+        if pending.was_added:
+            raise KnowSAMRuntimeError(
+                "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum the "
+                "losses before `backward`, or call the student once for each."
+            )
+        if self._num_backwards == pending.num_backwards and all(p.grad is None for p in self.student.parameters()):
+            # the host skipped a step and cleared its gradients with `student.zero_grad()`
+            self._withdraw_gradients()
+        pending.was_added = self._may_step = True
+        self._num_backwards += 1
+        for parameter, sam_gradient in pending.sam_gradients:
+            added = self.distiller.added_gradients.setdefault(parameter, {})
+            if parameter.grad is None:
+                added.clear()
+            parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
+            is_alone = added.keys() <= {id(self)}
+            added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
+        pending.sam_gradients.clear()  # the host may keep the logits, and with them this hook
+        return None if pending.gradient is None else host_gradient + pending.gradient.to(host_gradient.dtype)
 
     def _watch(self, loader: WatchedLoader) -> None:
         if self.next_batch in loader.watched_by:  # each batch counts once
@@ -397,6 +391,35 @@ class Attachment:
         return network(
             *(image if x is own else x for x in args), **{key: image if x is own else x for key, x in kwargs.items()}
         )
+
+
+@dataclass
+class _Pending:
+    """What SKD adds in the backward pass of one call of the student."""
+
+    image: Tensor
+    is_same: Tensor | None  # whether the batch has the same image
+    gradient: Tensor | None  # of the logits
+    sam_gradients: list[tuple[nn.Parameter, Tensor]]
+    num_backwards: int  # before this one
+    was_added: bool = False
+
+
+def _of_output(
+    logits_of: Callable[[Any], Tensor], output: Tensor, logits: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """
+    The tensor to watch and its gradient, for logits that are a part of a larger output.
+
+    The host picks its logits from the output again, as another view of it, so a hook on ours would see nothing.
+    """
+    whole = output.detach().requires_grad_()
+    picked = logits_of(whole)
+    given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
+    (part,) = torch.autograd.grad(picked, whole, given, retain_graph=True, allow_unused=True)
+    if part is None:
+        return logits, gradient
+    return output, None if gradient is None else part
 
 
 class _ForwardHook:

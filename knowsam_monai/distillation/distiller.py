@@ -78,6 +78,16 @@ class Distillation(NamedTuple):
         return self.distillation_loss + self.sam_loss
 
 
+class _Inputs(NamedTuple):
+    """What a step uses: the image and the prompt, detached; the taught views; the label of the labeled rows, if any."""
+
+    image: Tensor
+    prompt_logits: Tensor
+    taught: list[Tensor]
+    label: Tensor | None
+    rows: slice
+
+
 class SAMDistiller(nn.Module):
     """
     A promptable teacher (SAM) that learns from the labeled rows of a batch and teaches a student on all rows.
@@ -90,7 +100,8 @@ class SAMDistiller(nn.Module):
     loss reads: with `weight` 0 or while the gate is 0, these are the labeled rows, or none if it does not learn.
 
     Every call restores the global random generators: with `weight` 0, or while the gate is 0, the student is, bit for
-    bit, the one trained without a teacher, even if the teacher's output is not finite. (One exception: as always if
+    bit, the one trained without a teacher, even if the teacher's output is not finite. (On a GPU as far as torch's own
+    operations repeat themselves. One exception: as always if
     optimizers share a GradScaler, an overflow of SAM's gradients lowers the student's scale too.) A custom teacher that
     draws random numbers needs its own generator, since from the global ones it would draw the same numbers at every
     call.
@@ -264,34 +275,13 @@ class SAMDistiller(nn.Module):
             raise KnowSAMValueError(f"`weight` must be a number, 0 or more, but is {weight!r}.")
         for kind in also_read:
             check_choice("also_read", kind, ("labeled", "unlabeled"))
-        check_tensor("image", image)
-        views = unstack_views(without_meta(logits), image)
-        if self.training:
-            self.wiring.check_once(logits)
-        image = without_meta(image).detach()
-        prompt_logits = _view(views, self.prompt_view).detach()
-        self._join(prompt_logits.device)
-        taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
-        self._check_shapes(image, prompt_logits)
-        rows = labeled_slice(labeled_rows, label, len(image))
-        learns = self.learns
-        if len(range(len(image))[rows]) == 0 or not learns:
-            label = None
-        if label is not None:
-            check_tensor("label", label)
-            label = without_meta(label)
-            label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
-            if labeled_rows is None:
-                self._check_not_all(label, len(image))
-        if self.training:
-            self.wiring.count_call(self, image, _view(views, self.prompt_view), label is not None)
-
+        image, prompt_logits, taught, label, rows = self._checked(image, logits, label, labeled_rows)
         teacher, slices = self._draw_slices(prompt_logits, iteration)
         if slices is not None:
             image, prompt_logits = slices.take(image), slices.take(prompt_logits)
             taught = [slices.take(view) for view in taught]
             label = label if label is None else slices.take(label, rows)
+
         is_teaching = weight != 0 and self.gate.is_open
         teaches_labeled = self.taught_rows == "all" or self.ignore_index is not None
         reads = {
@@ -309,14 +299,37 @@ class SAMDistiller(nn.Module):
         if not teaches_labeled:
             rest = other_rows(rows, len(image))
             target, *taught = (_select(x, rest) for x in (target, *taught))
-        distillation_loss = sam_loss.new_zeros(())
         self.wiring.count_taught(len(target))
+        distillation_loss = sam_loss.new_zeros(())
         if len(target) > 0 and is_teaching:
-            kd_terms = [self._mean_loss(self.distillation_loss, view, target) for view in taught]
-            distillation_loss = self.gate.weight * weight * torch.stack(kd_terms).sum()
+            distillation_loss = self.gate.weight * weight * self._distillation_loss(taught, target)
         elif len(target) > 0 and weight != 0:  # 0, but with a graph: the same parameters have a gradient
             distillation_loss = torch.stack([at_least_float32(view[:0]).sum() for view in taught]).sum()
         return Distillation(distillation_loss, sam_loss, teacher_logits, slices)
+
+    def _checked(self, image: Tensor, logits: Tensor, label: Tensor | None, labeled_rows: Rows) -> _Inputs:
+        check_tensor("image", image)
+        views = unstack_views(without_meta(logits), image)
+        if self.training:
+            self.wiring.check_once(logits)
+        image = without_meta(image).detach()
+        prompt_logits = _view(views, self.prompt_view).detach()
+        self._join(prompt_logits.device)
+        taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
+        self._check_shapes(image, prompt_logits)
+        rows = labeled_slice(labeled_rows, label, len(image))
+        if len(range(len(image))[rows]) == 0 or not self.learns:
+            label = None
+        if label is not None:
+            check_tensor("label", label)
+            label = without_meta(label)
+            label = label[rows] if len(label) == len(image) else label
+            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
+            if labeled_rows is None:
+                self._check_not_all(label, len(image))
+        if self.training:
+            self.wiring.count_call(self, image, _view(views, self.prompt_view), label is not None)
+        return _Inputs(image, prompt_logits, taught, label, rows)
 
     @kept_random_state()
     @check_types
@@ -502,6 +515,11 @@ class SAMDistiller(nn.Module):
             label = label.to(logits.dtype)  # MONAI's Dice of a sigmoid takes floats
         with torch.autocast(logits.device.type, enabled=False):
             return self._mean_loss(loss, logits, label)
+
+    def _distillation_loss(self, views: Sequence[Tensor], target: Tensor) -> Tensor:
+        loss, target = self.distillation_loss, at_least_float32(target)
+        with torch.autocast(target.device.type, enabled=False):
+            return torch.stack([self._mean_loss(loss, at_least_float32(view), target) for view in views]).sum()
 
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
         return region_loss(loss, logits, target) if self.overlapping else loss_of(loss, logits, target).mean()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError
-from knowsam_monai.handlers.supervision import check_ignores, check_one_channel
+from knowsam_monai.handlers.supervision import autocast_of, check_ignores, check_one_channel
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
@@ -153,7 +153,9 @@ class BidirectionalCopyPaste:
         if num_pairs == 0:
             raise KnowSAMValueError("`image` must have labeled and unlabeled rows but has only one kind.")
         unlabeled_image = image[len(label) :][:num_pairs]
-        pseudo_label = self.pseudo_label(self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer))
+        with autocast_of(engine):
+            pseudo_logits = self.ema_student.logits(unlabeled_image, self.ema_mode, engine.inferer)
+        pseudo_label = self.pseudo_label(pseudo_logits)
         engine.state.batch = self.mix(
             (image[:num_pairs], label[:num_pairs]), (unlabeled_image, pseudo_label.to(label.dtype)), box_mask
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from numbers import Integral
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
-from knowsam_monai.handlers.supervision import check_exclusive_classes, weight_now
+from knowsam_monai.handlers.supervision import autocast_of, check_exclusive_classes, weight_now
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, check_weights
 from knowsam_monai.tensors import class_logits, predicted_label, unstack_views, without_meta
@@ -116,8 +115,7 @@ class UncertaintyGuidedMixing:
         output[Keys.LOSS] = output[Keys.LOSS].detach()
 
         scaler = engine.scaler if engine.amp else None
-        autocast = nullcontext() if scaler is None else torch.autocast("cuda", **engine.amp_kwargs)
-        with autocast:
+        with autocast_of(engine):
             pred = engine.inferer(mixed_image, engine.network)
             loss = self._weight_now * self.loss(pred, mixed_label).mean()
         output["mixing_loss"] = loss.detach()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from ignite.engine import Engine
 from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
@@ -126,6 +128,26 @@ def has_deep_supervision(network: nn.Module) -> bool:
         network: wrapped or not.
     """
     return getattr(plain_network(network), "deep_supervision", False) is True
+
+
+def autocast_of(engine: Engine) -> AbstractContextManager:
+    """
+    Mixed precision as in the trainer's own forward pass, for a pass outside of it.
+
+    Args:
+        engine: a MONAI trainer.
+
+    Example::
+
+        >>> from ignite.engine import Engine
+        >>> engine = Engine(lambda engine, batch: None)
+        >>> engine.amp = False
+        >>> with autocast_of(engine):
+        ...     torch.is_autocast_enabled("cuda")
+        False
+    """
+    is_off = not engine.amp or engine.scaler is None
+    return nullcontext() if is_off else torch.autocast("cuda", **engine.amp_kwargs)
 
 
 def unlabeled_rows(output: dict) -> slice:

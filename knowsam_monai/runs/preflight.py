@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys as Keys
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai import ranks
@@ -203,7 +203,9 @@ class Preflight:
     @kept_random_state()
     def _seconds_per_iteration(self, engine: Engine) -> float:
         """Mean seconds per step at the start, in the middle and at the end of the run."""
-        states = [copy.deepcopy(item.state_dict()) for item in self._objects(engine)]
+        states = [_copied_to_cpu(item.state_dict()) for item in self._objects(engine)]
+        if torch.device(engine.state.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.state.device)
         modes = [(module, module.training) for module in self.network.modules()]
         is_followed = self.ema_student is not None and self.ema_student.is_followed
         state = engine.state
@@ -263,6 +265,15 @@ class _Embeddings(NamedTuple):
     different: int
     asked: int
     encoded: int
+
+
+def _copied_to_cpu(state: Any) -> Any:
+    """A copy of a state dict that takes no memory of a GPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copied_to_cpu(value) for key, value in state.items()}
+    return [_copied_to_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _peak_process_memory() -> float:

@@ -37,7 +37,7 @@ REMEDY = "choose another --output_dir, or start over with --resume False, which 
 
 class Resume:
     """
-    Save everything a run depends on, so that the same command resumes it after an interruption, bit for bit.
+    Save everything a run depends on, so that the same command resumes it after an interruption, on a CPU bit for bit.
 
     After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
     so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
@@ -46,7 +46,8 @@ class Resume:
 
     SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
     the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
-    validation first. A second signal ends the process at once.
+    validation first, for which ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` must be long enough. A second signal ends the process
+    at once, except for a second SIGTERM below torchrun, which SLURM sends too.
 
     Put it after the ``ValidationHandler`` and everything else that runs after a step, and before :class:`Preflight`.
     Handlers of exceptions may be anywhere. Directly after the ``ValidationHandler`` a single process also saves when a
@@ -219,8 +220,11 @@ class Resume:
         if not self.saves:
             return
         random_states = idist.all_gather(self._before_validation or random_state())
-        if ranks.rank() != 0:
-            return
+        if ranks.rank() == 0:
+            self._write(engine, random_states)
+        idist.barrier()  # torchrun ends all processes once one has ended, and this one may be about to
+
+    def _write(self, engine: Engine, random_states: Any) -> None:
         state: dict[str, Any] = {name: plain_network(item).state_dict() for name, item in self.objects.items()}
         state["trainer"] = dict(engine.state_dict())
         state["best"] = []

@@ -64,6 +64,8 @@ def start_run(
     keep_matmul()
     try:
         keep_freed_memory()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # whose random state a resumed run restores
         if process_timeout is not None:
             _join_processes(device, process_timeout)
         elif not ranks.is_distributed() and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
@@ -150,6 +152,4 @@ def _join_processes(device: torch.device, timeout: float) -> None:
                 "configs/multi_gpu_train.json with `torchrun --nproc_per_node=2 -m monai.bundle run ...`."
             ) from error
     idist.sync()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     logging.getLogger().setLevel(logging.ERROR if ranks.rank() > 0 else logging.INFO)

@@ -53,6 +53,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None:
+            if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+                return  # SLURM and torchrun each send it; torchrun kills the process after a while
             raise SystemExit(128 + number)
         self.received = number
         if ranks.rank() == 0:

@@ -19,8 +19,7 @@ class TrainingProgress:
     is a file instead of a terminal, the bar is written at most once a minute.
 
     Args:
-        evaluator: the validation engine, whose ``state.metrics[metric_name]`` is shown; None shows only the loss.
-        metric_name: the metric to show.
+        evaluator: the validation engine, whose metric `val_mean_dice` is shown; None shows only the loss.
         interval: iterations between two updates.
 
     Example::
@@ -28,9 +27,8 @@ class TrainingProgress:
         SupervisedTrainer(..., train_handlers=[*methods, LossTerms(), TrainingProgress(evaluator)])
     """
 
-    def __init__(self, evaluator: Engine | None = None, metric_name: str = "val_mean_dice", interval: int = 10) -> None:
+    def __init__(self, evaluator: Engine | None = None, interval: int = 10) -> None:
         self.evaluator = evaluator
-        self.metric_name = metric_name
         self.interval = interval
         self.bar: tqdm | None = None
         self._redirection = ExitStack()
@@ -77,6 +75,6 @@ class TrainingProgress:
         terms = getattr(engine.state, "terms", {})
         shown = {"loss": terms["loss"]} if "loss" in terms else {}
         metrics = {} if self.evaluator is None else self.evaluator.state.metrics
-        if self.metric_name in metrics:
-            shown["dice"] = float(metrics[self.metric_name])
+        if "val_mean_dice" in metrics:
+            shown["dice"] = float(metrics["val_mean_dice"])
         return shown

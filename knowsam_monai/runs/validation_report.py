@@ -38,12 +38,13 @@ class ValidationReport:
     """
     A table of Dice and pictures of a few validation slices, with image, truth and prediction side by side.
 
-    The report keeps the best validation so far, or the last one. At the end of the run :meth:`write` logs a table and
-    writes three more products:
+    The report keeps the best validation so far, by the key metric of the evaluator, as checkpoints do, or by the mean
+    Dice if there is none. At the end of the run :meth:`write` logs a table and writes three more products:
 
     - The table has the Dice per structure over whole volumes, averaged over the cases, for the student and, if the
       evaluator's output has ``teacher_pred``, for the teacher. The best validation is chosen on the same volumes, so
-      the student of the last validation is reported too.
+      the student of the last validation is reported too. If a label is empty but something was predicted, the table
+      counts a Dice of 0, while MONAI's MeanDice skips the case.
     - ``validation.png``: the first rows are slices with large structures, of cases spread evenly from the best to the
       median; the last row is the worst slice.
     - ``validation_slices/``: the same slices, one file each, described in the PNG's text fields.
@@ -54,13 +55,9 @@ class ValidationReport:
         class_names: names of classes 1, 2, ... (no background).
         num_slices: rows of the picture.
         split: the volumes' part of the data set, for the head of the table.
-        keep: "best" keeps the validation with the highest key metric of the evaluator, as checkpoints do, or the
-            highest mean Dice if there is no key metric; "last" keeps the last. If a label is empty but something was
-            predicted, the table counts a Dice of 0, while MONAI's MeanDice skips the case.
 
     Raises:
-        ValueError: if `class_names` is empty, a single string or contains a name twice, `num_slices` is below 1, or
-            `keep` is neither "best" nor "last".
+        ValueError: if `class_names` is empty, a single string or contains a name twice, or `num_slices` is below 1.
 
     Example::
 
@@ -76,17 +73,13 @@ class ValidationReport:
         class_names: Sequence[str],
         num_slices: int = 4,
         split: str = "validation",
-        keep: str = "best",
     ) -> None:
         if num_slices < 1:
             raise KnowSAMValueError(f"`num_slices` must be at least 1 but is {num_slices}.")
-        if keep not in ("best", "last"):
-            raise KnowSAMValueError(f'`keep` must be "best" or "last" but is {keep!r}.')
         self.output_dir = str(output_dir)
         self.class_names = check_class_names(class_names, reserved=["case", "model", "mean"])
         self.num_slices = num_slices
         self.split = split
-        self.keep = keep
         self.score = float("-inf")  # of the kept validation
         self._num_validations = 0
         self._num_restored = 0
@@ -135,7 +128,7 @@ class ValidationReport:
         if math.isnan(self._last[-1]):
             logger.warning("No label of the validation has a structure, so there is no Dice; list cases that have one.")
         score = engine.state.metrics.get(getattr(engine.state, "key_metric_name", None), self._last[-1])
-        if self.keep == "last" or not self._kept or score > self.score:
+        if not self._kept or score > self.score:
             self.score = float(score)
             self._kept = {
                 "dice": means,
@@ -167,10 +160,10 @@ class ValidationReport:
     def table(self) -> list[str]:
         """The lines of the table, for a fixed-width font."""
         kept = self._kept
-        which = f", the {self.keep} of {self._num_validations} validations (number {kept['validation']})"
+        which = f", the best of {self._num_validations} validations (number {kept['validation']})"
         which = which if self._num_validations > 1 else ""
         columns = [(MODELS[PRED_KEYS.index(key)], dice) for key, dice in kept["dice"].items()]
-        if self.keep == "best" and self._num_validations > 1:
+        if self._num_validations > 1:
             columns.append((f"{MODELS[0]}, last", self._last))
         names = [shortened(name, 40) for name in (*self.class_names, "mean")]
         width = max(len(name) for name in (*names, "structure"))

@@ -261,7 +261,7 @@ class NetworkTeacher(nn.Module):
             raise KnowSAMValueError(
                 f"`channels` must be below {logits.shape[1]}, the network's channels, but are {self.channels}."
             )
-        return logits[:, [channel for (channel,) in self.channels]]
+        return torch.cat([logits[:, channel : channel + 1] for (channel,) in self.channels], dim=1)
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         used = [channel for group in self.channels for channel in group]
@@ -285,7 +285,8 @@ class NetworkTeacher(nn.Module):
 
 
 def _merged(logits: Tensor, group: Sequence[int]) -> Tensor:
-    return torch.logsumexp(logits[:, list(group)], dim=1, keepdim=True)
+    channels = [logits[:, channel : channel + 1] for channel in group]  # a GPU would have to wait for a list of indices
+    return channels[0] if len(channels) == 1 else torch.logsumexp(torch.cat(channels, dim=1), dim=1, keepdim=True)
 
 
 def _groups(channels: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:

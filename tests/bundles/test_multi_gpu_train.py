@@ -114,8 +114,9 @@ def test_ranks_without_the_overlay_end_before_anything_is_written(configs, small
 
 def test_two_ranks_train_and_the_first_writes_the_plain_student(small_phantom, tmp_path):
     """With torchrun's environment alone: the group is the config's."""
-    ranks = Ranks(tmp_path / "run", small_phantom, max_iterations=4)
+    ranks = Ranks(tmp_path / "run", small_phantom, max_iterations=12)  # the gate is first measured at iteration 10
     assert ranks.run(in_group=False) == [0, 0], ranks.log()
+    assert (ranks.result()["distiller"]["gate.labeled_scores"] >= 0).all()  # was measured
     output = "".join((ranks.folder / f"rank{rank}.log").read_text() for rank in (0, 1))
     assert output.count("Preflight") == 1 and output.count("structure") == 1
     assert "2, batch normalization: per process" in output

@@ -428,6 +428,22 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
     assert distiller.gate.weight.is_meta and optimizer.param_groups is groups  # schedulers hold them
 
 
+def test_distillation_loss_of_one_s_own_gets_float32_outside_of_autocast(student, teacher):
+    seen = []
+
+    def loss(student_logits, teacher_logits):
+        seen.append((student_logits.dtype, teacher_logits.dtype, torch.is_autocast_enabled("cpu")))
+        return F.mse_loss(student_logits, teacher_logits)
+
+    batch = toy_batches(1)[0]
+    distiller = distiller_of(teacher.float(), gate="none", distillation_loss=loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = student.float()(batch["image"].float())
+        assert logits.dtype == torch.bfloat16
+        distiller(batch["image"].float(), logits, batch["label"])
+    assert set(seen) == {(torch.float32, torch.float32, False)}
+
+
 def test_plain_loop_needs_no_move_of_the_teacher(teacher):
     """The device "meta" stands for a GPU; it computes no values, so the teacher is not asked here."""
     frozen = SAMDistiller(ToyTeacher()).eval()

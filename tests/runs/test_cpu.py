@@ -72,6 +72,16 @@ def test_resumed_run_multiplies_as_before_if_that_is_exact_here(usual_precision,
     assert len(caplog.messages) == (taken == "highest")
 
 
+def test_run_on_another_gpu_than_the_first_selects_it(usual_precision, monkeypatch, tmp_path):
+    """A resumed run restores the random state of the current GPU."""
+    selected = []
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        start_run(tmp_path, tmp_path, torch.device(name), preflight=True)
+        end_run()
+    assert selected == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("before", ["highest", "medium"])
 def test_precision_is_as_before_after_the_run(usual_precision, monkeypatch, tmp_path, before):
     monkeypatch.setattr(cpu, "_is_better", lambda *_: True)

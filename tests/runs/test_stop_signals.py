@@ -29,6 +29,18 @@ def test_first_signal_is_noted_and_a_second_ends_the_process(number, capfd):
     assert stop.value.code == 128 + number and not capfd.readouterr().err
 
 
+def test_torchrun_may_send_sigterm_after_slurm_has(monkeypatch):
+    """srun signals every process of a step, and torchrun forwards what it got to its own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    signals = StopSignals()
+    signals.listen()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_worker_that_ends_afterwards_raises_nothing_in_the_main_process():
     signal.signal(signal.SIGCHLD, lambda *_: pytest.fail("torch's handler raises here"))
     signals = StopSignals()

@@ -60,12 +60,10 @@ def test_table_without_a_teacher_has_one_column(tmp_path):
     assert lines[1].split() == ["structure", "student"]
 
 
-@pytest.mark.parametrize("keep,first_class", [("best", "1.000"), ("last", "0.667")])
-def test_best_or_last_validation_is_reported(tmp_path, keep, first_class):
-    report = validate(ValidationReport(tmp_path, NAMES, keep=keep), [item("a", 3)], [item("a", 0)], [item("a", 2)])
-    expected = "number 2" if keep == "best" else "number 3"
-    assert f"the {keep} of 3 validations ({expected})" in report.table()[0]
-    assert first_class in report.table()[3]
+def test_best_validation_is_reported(tmp_path):
+    report = validate(ValidationReport(tmp_path, NAMES), [item("a", 3)], [item("a", 0)], [item("a", 2)])
+    assert "the best of 3 validations (number 2)" in report.table()[0]
+    assert "1.000" in report.table()[3]
 
 
 def test_best_is_that_of_the_evaluators_key_metric(tmp_path):
@@ -177,7 +175,6 @@ def test_one_slice_and_no_foreground_can_be_drawn(tmp_path):
     [
         ({"class_names": "LV"}, "`class_names` must be a list"),
         ({"num_slices": 0}, "`num_slices` must be at least 1"),
-        ({"keep": "first"}, '`keep` must be "best" or "last"'),
     ],
 )
 def test_wrong_arguments_are_one_clear_error(tmp_path, options, message):
