@@ -14,6 +14,22 @@ from torch import nn
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 
 
+def class_numbers(label: torch.Tensor) -> torch.Tensor:
+    """
+    A label without metadata; of unsigned numbers with more than 8 bits, for which torch lacks operations, as int64.
+
+    Args:
+        label: of any type and shape.
+
+    Example::
+
+        >>> class_numbers(torch.tensor([1, 2], dtype=torch.uint16)).dtype, class_numbers(torch.tensor([True])).dtype
+        (torch.int64, torch.bool)
+    """
+    label = without_meta(label)
+    return label.long() if label.dtype in (torch.uint16, torch.uint32, torch.uint64) else label
+
+
 def class_logits(logits: torch.Tensor) -> torch.Tensor:
     """Logits of at least two classes, in at least float32, without metadata.
 

@@ -145,6 +145,7 @@ ALLOWED = {  # (module, function): reason
     ("teachers/intensity_window.py", "is_sam_range"): "once, on the first images",
     ("distillation/wiring.py", "has_each_row_twice"): "at calls 1 and 50",
     ("distillation/wiring.py", "Wiring._check_scale"): "at the first backward pass",
+    ("distillation/wiring.py", "Wiring.watch_loss"): INTERVAL,
     ("distillation/wiring.py", "Wiring.is_broken"): "only with a GradScaler, whose step waits too",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.pseudo_label"): "connected components",
     ("handlers/bidirectional_copy_paste.py", "BidirectionalCopyPaste.box_mask"): ON_HOST,

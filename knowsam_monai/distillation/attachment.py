@@ -81,7 +81,7 @@ class Attachment:
             on.
 
     Attributes:
-        iteration: number of batches so far. Set it when you resume a run.
+        iteration: number of batches so far on which the student was trained. Set it when you resume a run.
         terms: distillation_loss, sam_loss (if the teacher learns) and gate_weight of the last taught call, detached.
 
     Raises:
@@ -193,7 +193,6 @@ class Attachment:
             self._warn_of_untaught()
         self._num_untaught += 1
         self._batch.take(batch)
-        self.iteration += 1
 
     def remove(self) -> None:
         """Leave student and optimizer as they were, at any time; a watched loader then acts as the bare one."""
@@ -305,6 +304,7 @@ class Attachment:
     def _selection(self, image: Tensor) -> Taught | None:
         """SAM's image, label and labeled rows for a call of the student; None to skip the call."""
         num_calls = self._batch.count_call()
+        self.iteration += num_calls == 1
         selection: Selection | None = None
         if self.select is not None:
             selection = self.select(self._batch.on(image.device), image)

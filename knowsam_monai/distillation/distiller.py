@@ -39,6 +39,8 @@ from knowsam_monai.tensors import (
     are_probabilities,
     at_least_float32,
     check_tensor,
+    class_logits,
+    class_numbers,
     eval_mode_logits,
     in_precision_of,
     unstack_views,
@@ -318,11 +320,14 @@ class SAMDistiller(nn.Module):
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
-        if len(range(len(image))[rows]) == 0 or not self.learns:
+        if label is None or len(range(len(image))[rows]) == 0:
             label = None
+        else:
+            self.wiring.has_labels = True
+            label = label if self.learns else None
         if label is not None:
             check_tensor("label", label)
-            label = without_meta(label)
+            label = class_numbers(label)
             label = label[rows] if len(label) == len(image) else label
             check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
             if labeled_rows is None:
@@ -375,11 +380,13 @@ class SAMDistiller(nn.Module):
             is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
             judged_rows = all_rows[rows][is_partial]
         is_counted = len(judged_rows) > 0
-        was_missed = self.wiring.count_measurement(self, is_counted, labeled_rows is None)
-        if was_missed and not is_counted and not ranks.is_distributed():
-            return  # the labeled rows were measured when agreement was missed
         judged_rows = judged_rows if is_counted else all_rows[:1]
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
+        kinds = {"unlabeled"} if is_counted else set()
+        kinds |= {"labeled"} if labeled is not None else set()
+        is_of_use = self.wiring.count_measurement(self, kinds, labeled_rows is None)
+        if not is_of_use and not ranks.is_distributed():
+            return
 
         def student_logits(x: Tensor) -> Tensor:
             try:
@@ -409,19 +416,21 @@ class SAMDistiller(nn.Module):
     def is_measurement_due(self, run: int, interval: int) -> bool:
         """
         Whether to call :meth:`measure_agreement`: first after a few runs of the teacher, then at intervals, and soon
-        again after a batch that had no unlabeled rows.
+        again after a batch that had only labeled or only unlabeled rows.
 
         Args:
             run: number of this run of the teacher, 1 or more.
             interval: number of runs between measurements.
         """
-        is_missed = self.wiring.num_missed > 0 and self.gate.mode != "none" and not ranks.is_distributed()
-        return is_missed or self.gate.is_due(run, interval)
+        is_due = self.gate.is_due(run, interval)
+        is_missing = len(self.wiring.missing) > 0 and self.gate.mode != "none" and not ranks.is_distributed()
+        self.wiring.makes_up = is_missing and not is_due
+        return is_due or is_missing
 
     def _without_sigmoid(self, logits: Tensor) -> Tensor:
         """The student's logits, if it returns probabilities in eval mode; those of a softmax rank classes as well."""
         is_sigmoid = self.overlapping or logits.shape[1] == 1
-        if is_sigmoid and self.wiring.num_calls > 1 and are_probabilities(logits.flatten(0, 1)[:, None]):
+        if is_sigmoid and are_probabilities(logits.flatten(0, 1)[:, None]):
             return torch.logit(at_least_float32(logits), eps=1e-6)
         return logits
 
@@ -433,7 +442,7 @@ class SAMDistiller(nn.Module):
         is_unclear = labeled_rows is None and label is not None and len(label) == len(image)
         if label is None or len(range(len(image))[rows]) == 0 or (is_unclear and self.ignore_index is None):
             return None
-        label = without_meta(label[rows] if len(label) == len(image) else label)
+        label = class_numbers(label[rows] if len(label) == len(image) else label)
         channels = getattr(self.teacher, "num_classes", label.shape[1]) if self.overlapping else 1
         if label.shape[1:] != (channels, *image.shape[2:]):  # a teacher that learns has an error of its own for this
             self.wiring.warn(
@@ -519,7 +528,13 @@ class SAMDistiller(nn.Module):
     def _distillation_loss(self, views: Sequence[Tensor], target: Tensor) -> Tensor:
         loss, target = self.distillation_loss, at_least_float32(target)
         with torch.autocast(target.device.type, enabled=False):
-            return torch.stack([self._mean_loss(loss, at_least_float32(view), target) for view in views]).sum()
+            views = [at_least_float32(view) for view in views]
+            if views[0].shape[1] != target.shape[1]:  # one channel and the two classes of a softmax mean the same
+                views, target = [class_logits(view) for view in views], class_logits(target)
+            is_finite = target.isfinite().flatten(1).all(1).reshape(-1, *[1] * (target.ndim - 1))
+            # where SAM has broken down, the student's own row teaches nothing
+            targets = [torch.where(is_finite, target, view.detach()) for view in views]
+            return torch.stack([self._mean_loss(loss, *pair) for pair in zip(views, targets)]).sum()
 
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
         return region_loss(loss, logits, target) if self.overlapping else loss_of(loss, logits, target).mean()
@@ -572,7 +587,7 @@ class SAMDistiller(nn.Module):
         mean gradient.
 
         Args:
-            optimizer: the student's.
+            optimizer: the student's. With another `scaler` than in an earlier call for it, that call is undone.
             scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
                 Hooks cannot see loss scaling, so pass it explicitly.
 
@@ -588,8 +603,12 @@ class SAMDistiller(nn.Module):
         self._join(stepped_parameters(plain_optimizer(optimizer))[0].device)
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
+        former_scaler, former_handle = self.wiring.followed.get(plain_optimizer(optimizer), (scaler, None))
+        if former_scaler is not scaler:  # of a run that an exception ended, or before AMP was switched on
+            former_handle.remove()
         self.wiring.expects_no_scaler = scaler is None and self.wiring.expects_no_scaler is not False
         handle = follow(self.optimizer, optimizer, scaler, self.wiring.is_broken)
+        self.wiring.followed[plain_optimizer(optimizer)] = scaler, handle
         weakref.finalize(self, handle.remove).atexit = False
         return FollowHandle([handle.remove, self.wiring.follows_no_longer])
 

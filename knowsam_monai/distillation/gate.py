@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,34 +54,38 @@ class TeacherGate(nn.Module):
     hold the student at its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
+    d is the mean Dice of the foreground classes, each over the pixels of many measurements, the older ones counting
+    less, since a structure may be absent from most batches.
 
     The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what
     is measured:
 
     - "none": nothing; g is always 1, as in the paper.
-    - "agreement": d is a running mean over unlabeled rows. It is the foreground Dice between a model's segmentation of
-      an image and its segmentation of the flipped or rotated image, transformed back. A teacher that has memorized its
-      labeled rows does not agree with itself on other rows.
+    - "agreement": d is the Dice between a model's segmentation of an unlabeled image and its segmentation of the
+      flipped or rotated image, transformed back. A teacher that has memorized its labeled rows does not agree with
+      itself on other rows.
     - "validation": agreement, and in a second factor the Dice in the run's own validations
       (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
       back at its own level never looks worse.
 
     g is 0 until everything that the mode compares is measured. Neither d notices every bad teacher: one with the same
     answer for every image agrees with itself, and any teacher is as good in validation as a student that has learned
-    nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has two more factors, from running means
-    of both models' Dice there. The first is 1 if the teacher's Dice is at least 3/4 of the student's, or the student
-    finds nothing, and falls to 0 at half of it. The second is 1 if the teacher's Dice is at least 0.3, and falls to 0
+    nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has two more factors, from both models'
+    Dice there. The first is 1 if the teacher's Dice is at least 3/4 of the student's, or the student finds nothing, and
+    falls to 0 at half of it. The second is 1 if the teacher's Dice is at least 0.3, and falls to 0
     at 0.1: compared with a student that has just begun, a useless teacher is no worse. Both are 1 if no row has a
     label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher (-1: not measured), and the number of measurements of agreement.
+    has g, the scores of student and teacher (-1: not measured) and the pixels behind them, and the number of
+    measurements of agreement.
 
     Args:
         mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; without effect
             if `must_lead`.
-        momentum: weight of the old value in the running means, per measurement; the first ones are plain means.
+        momentum: the share of the old pixels of a class that a measurement with as many pixels of it as usual leaves;
+            one with fewer leaves more.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
@@ -117,11 +121,16 @@ class TeacherGate(nn.Module):
         self.agreement_scores: Tensor
         self.validation_scores: Tensor
         self.labeled_scores: Tensor
+        self.agreement_counts: Tensor
+        self.labeled_counts: Tensor
         self.num_measured: Tensor
         self.register_buffer("weight", torch.tensor(1.0 if mode == "none" else 0.0))
         self.register_buffer("agreement_scores", torch.full((2,), -1.0))  # Dice of student, teacher
         self.register_buffer("validation_scores", torch.full((2,), -1.0))
         self.register_buffer("labeled_scores", torch.full((2,), -1.0))
+        # common and total pixels of each class, (student and teacher, 2, C); the first measurement tells C
+        self.register_buffer("agreement_counts", torch.zeros(2, 2, 0))
+        self.register_buffer("labeled_counts", torch.zeros(2, 2, 0))
         self.register_buffer("num_measured", torch.tensor(0))
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
@@ -156,13 +165,9 @@ class TeacherGate(nn.Module):
         new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(scores) for d in (student_dice, teacher_dice)])
         self._take(scores, new)
 
-    def _take(self, scores: Tensor, new: Tensor, momentum: float | Tensor = 0.0) -> None:
-        """Mix finite results into the running means `scores`, and set the weight."""
-        is_valid = torch.isfinite(new).all()
-        mixed = torch.where(scores >= 0, momentum * scores + (1 - momentum) * new, new)
-        scores.copy_(torch.where(is_valid, mixed, scores))
-        if scores is self.agreement_scores:
-            self.num_measured.add_(is_valid)
+    def _take(self, scores: Tensor, new: Tensor) -> None:
+        """Replace `scores` by finite results, and set the weight."""
+        scores.copy_(torch.where(torch.isfinite(new).all(), new, scores))
         if self.mode != "none":
             factors = [self._labeled_factor(), *(self._factor(scores) for scores in self._compared)]
             self.weight.copy_(torch.stack(factors).prod())
@@ -223,10 +228,34 @@ class TeacherGate(nn.Module):
         counts = torch.stack([torch.zeros_like(known) if part is None else part for part in (agreement, truth)])
         if ranks.is_distributed():
             torch.distributed.all_reduce(counts)
-        agreement_dice, labeled_dice = (_dice(*both) for both in counts)
-        momentum = torch.clamp(self.num_measured / (self.num_measured + 1), max=self.momentum)
-        self._take(self.labeled_scores, labeled_dice, momentum)
-        self._take(self.agreement_scores, agreement_dice, momentum)
+        agreement, truth = counts
+        total = agreement[:, 1]
+        self.num_measured.add_((total > 0).any())
+        # a class that only the other model finds counts too: who finds nothing must not agree perfectly
+        agreement = torch.stack([agreement[:, 0], torch.where(total > 0, total, total.flip(0))], dim=1)
+        self.labeled_counts = self._added(self.labeled_counts, truth)
+        self.agreement_counts = self._added(self.agreement_counts, agreement)
+        self._take(self.labeled_scores, _dice(self.labeled_counts))
+        self._take(self.agreement_scores, _dice(self.agreement_counts))
+
+    def _added(self, old: Tensor, new: Tensor) -> Tensor:
+        """
+        Old counts, partly forgotten, plus new ones, both (2, 2, C).
+
+        A rare class has few pixels in most measurements, and these must not make its other pixels forgotten.
+        """
+        if old.shape != new.shape:
+            return new
+        num_old, num_new = old[:, 1].sum(0), new[:, 1].sum(0)
+        usual = (1 - self.momentum) * num_old  # of one measurement, if all have as many
+        share = torch.where(usual > 0, (num_new / usual).clamp(max=1), 1)
+        return old * self.momentum**share + new
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("agreement_counts", "labeled_counts"):
+            shape = state_dict.get(prefix + name, self.weight.new_zeros(2, 2, 0)).shape
+            setattr(self, name, self.weight.new_zeros(shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _agreement(
         self,
@@ -274,22 +303,10 @@ class TeacherGate(nn.Module):
         return self.overlapping or logits.shape[1] == 1
 
 
-def _dice(student: Tensor, teacher: Tensor) -> Tensor:
-    """
-    Dice of both models from their counts, (2,); NaN if neither finds anything.
-
-    A class that either model finds counts for both: a teacher that finds nothing must not agree perfectly.
-
-    Args:
-        student, teacher: common and total pixels of each class, (2, C).
-    """
-    found = (student[1] + teacher[1]) > 0
-    return torch.stack(
-        [
-            torch.where(found, 2 * common / total.clamp(min=1), torch.nan).nanmean()
-            for common, total in (student, teacher)
-        ]
-    )
+def _dice(counts: Tensor) -> Tensor:
+    """Mean Dice of each model, (2,), from common and total pixels of each class, (2, 2, C); NaN without any pixel."""
+    common, total = counts.unbind(1)
+    return torch.where(total > 0, 2 * common / total, torch.nan).nanmean(1)
 
 
 def _turns(

@@ -70,7 +70,7 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
         if labeled_rows < 0:
             raise KnowSAMValueError(f"`labeled_rows` must be 0 or more but is {labeled_rows}.")
     count = labeled_rows if labeled_rows is not None else 0 if label is None else len(label)
-    if label is not None and len(label) == num_rows:  # a last batch may be smaller
+    if label is None or len(label) == num_rows:  # a last batch may be smaller
         count = min(count, num_rows)
     if count > num_rows or (label is not None and len(label) not in (count, num_rows)):
         raise KnowSAMValueError(

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
 UNTAUGHT_CALLS = 100  # the same for a teacher without labels or steps, and for logits without a graph
 INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are checked
+CHECKED_LOSS = 50  # every so often SAM's loss is read
 MISSED = 3  # calls in a row with labeled rows only; some hosts have separate calls for the others
 MEASURED_BY = {
     "agreement": "call `measure_agreement` about every 50 steps",
@@ -39,7 +40,10 @@ class Wiring:
     Attributes:
         attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
         num_calls: number of training calls.
-        num_missed: consecutive measurements of agreement that had no unlabeled rows.
+        missing: what the last measurement at an interval had no rows for, "unlabeled" or "labeled", and none since.
+        makes_up: whether the next measurement is only to make up for that.
+        has_labels: whether a batch had labels.
+        followed: the scaler and the handle of each optimizer that SAM follows.
         expects_no_scaler: whether no GradScaler may scale SAM's next loss; None before SAM follows a student.
 
     Raises:
@@ -54,9 +58,14 @@ class Wiring:
     def __init__(self) -> None:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
         self.num_calls = 0
-        self.num_missed = 0
+        self.missing: set[str] = set()
+        self.makes_up = False
+        self.has_labels = False
+        self.followed: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        self._num_missed = 0  # consecutive measurements without unlabeled rows
         self.expects_no_scaler: bool | None = None
         self._sam_losses: Tensor | None = None  # their sum since SAM's last step
+        self._num_losses = 0
         self._agreement_requested = False
         self._num_empty = 0  # consecutive calls without a row to teach
         self._saw_label = False
@@ -80,6 +89,12 @@ class Wiring:
         """Note a loss from which SAM learns, and look once for a GradScaler in its backward pass."""
         loss = sam_loss.detach()
         self._sam_losses = loss if self._sam_losses is None else self._sam_losses + loss
+        self._num_losses += 1
+        if self._num_losses % CHECKED_LOSS == 0 and not bool(torch.isfinite(loss)):
+            self.warn(
+                "SAM's loss is not finite, so SAM teaches nothing: start again from its checkpoint, with a lower "
+                "learning rate or without float16."
+            )
         if self.expects_no_scaler and sam_loss.requires_grad:
             sam_loss.register_hook(self._check_scale)
 
@@ -175,27 +190,31 @@ class Wiring:
             logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
             self._inspect(image, logits.detach())
 
-    def count_measurement(self, distiller: nn.Module, is_counted: bool, may_say_rows: bool) -> bool:
+    def count_measurement(self, distiller: nn.Module, rows: set[str], may_say_rows: bool) -> bool:
         """
-        Count a measurement of agreement.
+        Count a measurement.
 
         Args:
             distiller: the distiller that measures.
-            is_counted: whether there are rows to measure it on.
+            rows: the kinds of rows that there are to measure on, "unlabeled" and "labeled".
             may_say_rows: whether the remedy is to say which rows are labeled.
 
         Returns:
-            Whether the measurement before had none either.
+            Whether the measurement is of use. One that makes up for another is not without the rows that this missed.
         """
-        was_missed, self._agreement_requested = self.num_missed > 0, True
-        self.num_missed = 0 if is_counted else self.num_missed + 1
-        if self.num_missed == MISSED and distiller.ignore_index is None:
+        makes_up, self.makes_up, self._agreement_requested = self.makes_up, False, True
+        is_of_use = not makes_up or not self.missing.isdisjoint(rows)
+        if not makes_up:
+            self.missing = {"unlabeled", "labeled"} if self.has_labels else {"unlabeled"}
+        self.missing -= rows
+        self._num_missed = 0 if "unlabeled" in rows else self._num_missed + 1
+        if self._num_missed == MISSED and distiller.ignore_index is None:
             remedy = "Pass `labeled_rows`, or return it from `select`."
             self.warn(
                 f"the gate {distiller.gate.mode!r} was not measured: every row is labeled. "
                 f"{remedy if may_say_rows else 'Build the distiller with the gate none.'}"
             )
-        return was_missed
+        return is_of_use
 
     def count_taught(self, num_rows: int) -> None:
         """Warn if call after call has no row that the teacher teaches."""

@@ -18,7 +18,7 @@ from knowsam_monai.handlers.supervision import autocast_of, check_ignores, check
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.seeds import derive_seed
-from knowsam_monai.tensors import predicted_label, without_meta
+from knowsam_monai.tensors import class_numbers, predicted_label
 
 PSEUDO_LABEL = "pseudo_label"
 
@@ -132,11 +132,12 @@ class BidirectionalCopyPaste:
         if not isinstance(batch, Mapping) or Keys.LABEL not in batch:
             raise KnowSAMValueError("`batch` must be a dictionary with `image` and `label` but is not.")
         image, label = (
-            without_meta(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
+            class_numbers(batch[key]).to(engine.state.device, non_blocking=engine.non_blocking)
             for key in (Keys.IMAGE, Keys.LABEL)
         )
+        label = label.byte() if label.dtype == torch.bool else label
         check_one_channel(label, image)
-        limits = None if label.is_floating_point() or label.dtype == torch.bool else torch.iinfo(label.dtype)
+        limits = None if label.is_floating_point() else torch.iinfo(label.dtype)
         if limits is not None and not limits.min <= self.ignore_index <= limits.max:
             raise KnowSAMValueError(
                 f"`label` must have a type that holds the `ignore_index` {self.ignore_index} but has {label.dtype}; "

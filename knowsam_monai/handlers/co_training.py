@@ -91,6 +91,11 @@ class MultiViewCoTraining:
     def __call__(self, engine: Engine) -> None:
         output = engine.state.output
         views = unstack_views(output[Keys.PRED], output[Keys.IMAGE])
+        if max(self.views) >= len(views) == 2:
+            raise KnowSAMValueError(
+                f"`views` must be (0, 1) for a student of two views but is {self.views}; published CPS also has "
+                "`entropy_weight=0`."
+            )
         if max(self.views) >= len(views):
             raise KnowSAMValueError(
                 f"`pred` must have the stacked views {self.views} but has {len(views)}; co-training needs a multi-view "

@@ -18,7 +18,7 @@ from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.handlers.supervision import autocast_of, check_exclusive_classes, weight_now
 from knowsam_monai.losses import entropy_map
 from knowsam_monai.losses.ramp_up import Weight, check_weights
-from knowsam_monai.tensors import class_logits, predicted_label, unstack_views, without_meta
+from knowsam_monai.tensors import class_logits, class_numbers, predicted_label, unstack_views, without_meta
 
 
 class UncertaintyGuidedMixing:
@@ -136,7 +136,7 @@ class UncertaintyGuidedMixing:
         Returns:
             Images (2 P, channels, *spatial) and labels (2 P, 1, *spatial); the P mostly unlabeled images come first.
         """
-        image, label = without_meta(image), without_meta(label)
+        image, label = without_meta(image), class_numbers(label)
         logits, pseudo_logits = without_meta(logits), without_meta(pseudo_logits)
         num_labeled = len(label)
         num_pairs = min(num_labeled, len(image) - num_labeled)

@@ -214,6 +214,6 @@ def _foreground_dice(logits: Tensor, label: Tensor, ignore_index: int | None = N
     if ignore_index is not None:  # background in both counts for no foreground class
         ignored_mask = label == ignore_index
         labels, label = labels.masked_fill(ignored_mask, 0), label.masked_fill(ignored_mask, 0)
-    helper = DiceHelper(include_background=False, num_classes=max(logits.shape[1], 2), reduction="mean_batch")
-    dice, _ = helper(labels, label)
-    return torch.nanmean(dice)
+    helper = DiceHelper(include_background=False, num_classes=max(logits.shape[1], 2), reduction="none")
+    dice = helper(labels, label)[0]  # NaN for a class that the row lacks
+    return dice.nanmean(0).nanmean()

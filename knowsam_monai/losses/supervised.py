@@ -13,7 +13,7 @@ from monai.losses import DiceLoss, FocalLoss
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.regions import region_loss
-from knowsam_monai.tensors import at_least_float32, class_logits, unstack_views, without_meta
+from knowsam_monai.tensors import at_least_float32, class_logits, class_numbers, unstack_views, without_meta
 
 
 def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
@@ -55,7 +55,7 @@ class _DiceCELoss(nn.Module):
         self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, squared_pred=True, ignore_index=ignore_index)
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits, label = class_logits(logits), without_meta(label)
+        logits, label = class_logits(logits), class_numbers(label)
         target = label[:, 0].long()
         if self.ignore_index is None:
             return self.dice(logits, label) + F.cross_entropy(logits, target)
@@ -118,7 +118,7 @@ class PartiallyLabeledLoss(nn.Module):
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label is None:
             raise KnowSAMTypeError("`label` must be a tensor but is None; put a labeled item into every batch.")
-        label = without_meta(label)
+        label = class_numbers(label)
         if label.ndim > 1 and label.shape[1] != 1 and not self.overlapping:
             # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
@@ -146,7 +146,12 @@ def loss_of(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
     """A loss for (B, C, *spatial) and (B, 1, *spatial); torch's cross-entropy takes class indices without channel."""
-    if isinstance(loss, nn.CrossEntropyLoss) and target.shape[1] == 1 < logits.shape[1]:
+    if isinstance(loss, nn.CrossEntropyLoss) and logits.shape[1] == 1:
+        raise KnowSAMValueError(
+            "`loss` must be one of a sigmoid for a network of one channel, such as BCEWithLogitsLoss, but is "
+            "CrossEntropyLoss, which is 0 for a single class."
+        )
+    if isinstance(loss, nn.CrossEntropyLoss) and target.shape[1] == 1:
         target = target[:, 0].long()
     return loss(logits, target)
 

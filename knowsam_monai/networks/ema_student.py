@@ -44,7 +44,7 @@ class EMAStudent:
 
     Args:
         network: the student; may be wrapped in DistributedDataParallel, DataParallel or torch.compile.
-        optimizer: the student's.
+        optimizer: the student's; of several, the one that steps last.
         decay: alpha, 0..1; SSL4MIS and BCP use 0.99.
         warm_up: True: alpha_t follows the equation (Mean Teacher). False: alpha_t is alpha from the start (BCP).
         buffers: how to update the statistics of batch normalization: "copy" the student's after each step (SSL4MIS

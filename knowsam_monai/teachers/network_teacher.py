@@ -105,6 +105,7 @@ class NetworkTeacher(nn.Module):
         check_counts(windows_per_call=windows_per_call)
         self.channels = _groups(channels)
         self.num_classes = len(self.channels)
+        self._is_number = type(channels) is int
         if overlapping and any(len(group) > 1 for group in self.channels):
             raise KnowSAMValueError(
                 f"`channels` must have one channel for each overlapping region but are {channels!r}; probabilities of "
@@ -194,9 +195,9 @@ class NetworkTeacher(nn.Module):
         """
         folder = check_bundle(path)
         facts = read_bundle_facts(folder)
-        channels = [
-            [_index(name, facts.channel_names, folder) for name in _as_sequence(entry)] for entry in _entries(channels)
-        ]
+        if type(channels) is not int:
+            names = [_as_sequence(entry) for entry in _entries(channels)]
+            channels = [[_index(name, facts.channel_names, folder) for name in group] for group in names]
         options = {"patch_size": facts.patch_size} | options
         for name, stated in (("pretrained_on", facts.data_source), ("license", facts.license)):
             options[name] = stated if options.get(name) is None else options[name]
@@ -236,7 +237,16 @@ class NetworkTeacher(nn.Module):
                 f"`network` must return logits of the image's batch and spatial size, {tuple(image.shape)}, but "
                 f"returns {tuple(logits.shape)}; set `patch_size`, or wrap it in a module that resizes."
             )
-        return self._student_regions(logits) if self.overlapping else self._student_classes(class_logits(logits))
+        if self.overlapping:
+            return self._student_regions(logits)
+        if self.channels == ((0,),) and logits.shape[1] == 1:
+            return logits
+        if self._is_number and self.num_classes == 1:
+            raise KnowSAMValueError(
+                f"`channels` must name the foreground for a student of one class, as in [1], but is 1; {self.variant} "
+                f"has {logits.shape[1]} channels, and 0 is usually the background."
+            )
+        return self._student_classes(class_logits(logits))
 
     def _remedy(self, spatial_dims: int) -> str:
         own = next((weight.ndim - 2 for weight in self.network.parameters() if weight.ndim in (4, 5)), spatial_dims)

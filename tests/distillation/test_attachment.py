@@ -538,6 +538,7 @@ def test_gate_is_measured_if_labeled_and_unlabeled_rows_alternate(gate, caplog):
         (student(batch["image"]).square().mean()).backward()
         optimizer.step()
     assert distiller.gate.num_measured == 1 and not caplog.messages
+    assert (distiller.gate.labeled_scores >= 0).all()
 
 
 @pytest.mark.parametrize("when", ["before the first batch", "after the last one"])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.distillation.wiring import UNMEASURED_CALLS
 from knowsam_monai.handlers import SAMDistillation
-from knowsam_monai.losses import DistillationLoss, dice_ce_loss
+from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, dice_ce_loss
 from knowsam_monai.teachers import NetworkTeacher, SliceTeacher
 from tests.toys import (
     RegionTeacher,
@@ -444,6 +444,34 @@ def test_distillation_loss_of_one_s_own_gets_float32_outside_of_autocast(student
     assert set(seen) == {(torch.float32, torch.float32, False)}
 
 
+def test_frozen_teacher_without_labels_takes_a_smaller_last_batch(student):
+    image = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    distiller = SAMDistiller(ToyTeacher().double(), gate="none", taught_views=(1, 2))
+    assert distiller(image, student(image), labeled_rows=4).distillation_loss > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_long_unsigned_numbers_teach(student, teacher, dtype):
+    batch = toy_batches(1)[0]
+    label = batch["label"].long()
+    distiller = distiller_of(teacher)
+    logits = student(batch["image"])
+    losses = [distiller(batch["image"], logits, given).sam_loss for given in (label, label.to(dtype))]
+    torch.testing.assert_close(*losses)
+    losses = [PartiallyLabeledLoss()(logits[:, 0], given) for given in (label, label.to(dtype))]
+    torch.testing.assert_close(*losses)
+
+
+def test_loss_that_one_channel_makes_zero_is_refused():
+    image, label = torch.rand(2, 1, 8, 8), torch.randint(2, (1, 1, 8, 8))
+    with pytest.raises(ValueError, match="must be one of a sigmoid for a network of one channel"):
+        PartiallyLabeledLoss(nn.CrossEntropyLoss())(torch.zeros(2, 1, 8, 8), label)
+    teacher = ToyTeacher(1)
+    distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), sam_loss=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="must be one of a sigmoid for a network of one channel"):
+        distiller(image, torch.zeros(2, 1, 8, 8), label)
+
+
 def test_plain_loop_needs_no_move_of_the_teacher(teacher):
     """The device "meta" stands for a GPU; it computes no values, so the teacher is not asked here."""
     frozen = SAMDistiller(ToyTeacher()).eval()
@@ -847,8 +875,6 @@ def test_probabilities_of_a_sigmoid_student_in_eval_mode_are_no_logits(teacher):
     for kind in (ToyStudent, InEvalMode):
         torch.manual_seed(0)
         student, distiller = kind(1).double(), distiller_of(ToyTeacher(1).double(), gate="agreement")
-        for _ in range(2):
-            distiller(batch["image"], student(batch["image"]), batch["label"])
         distiller.measure_agreement(student, batch["image"], batch["label"])
         scores.append(distiller.gate.agreement_scores[0])
     assert 0 < scores[0] < 1

@@ -265,18 +265,54 @@ def test_useless_teacher_beside_a_student_that_has_just_begun_teaches_nothing(si
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
 
-def test_first_measurements_are_averaged_before_the_mean_runs():
-    """A teacher that learns soon leaves its first answers behind."""
-    gate, shapes, scores = TeacherGate("agreement", momentum=0.8), images(), []
-    labeled = LabeledImages(shapes, shapes, shapes)
-    for turn in range(7):  # right from the second measurement on
-        gate.measure_agreement(
-            threshold_student, lambda x, prompt: prompt if turn else -prompt, shapes, 0, labeled=labeled
-        )
+def answer(pixels, size=10):
+    """Logits of one channel, and the image that has them, of a row of pixels; those below `pixels` are found."""
+    return torch.where(torch.arange(size) < pixels, 1.0, -1.0).reshape(1, 1, 1, size)
+
+
+def test_old_pixels_count_less_with_each_measurement():
+    """The label has 4 pixels. The teacher finds none of them, then all: 8 new pixels beside 0.8 of 4 old ones, ..."""
+    gate, image, scores = TeacherGate("agreement", momentum=0.8), answer(4), []
+    labeled = LabeledImages(image, image, (image > 0).float())
+    for turn in range(3):
+        teacher = answer(4) if turn else answer(0)
+        gate.measure_agreement(lambda x: image, lambda x, prompt: teacher, image, 0, labeled=labeled)
         scores.append(gate.labeled_scores[1].item())
-    wrong = scores[0]
-    expected = [wrong + (1 - wrong) * (1 - part) for part in (1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 0.8 / 5, 0.64 / 5)]
-    assert wrong < 0.5 and scores == pytest.approx(expected, abs=1e-6)
+    assert scores == pytest.approx([0, 8 / (8 + 0.8 * 4), (8 + 0.8 * 8) / (8 + 0.8 * (8 + 0.8 * 4))], abs=1e-3)
+
+
+@pytest.mark.parametrize("must_lead", [False, True])
+def test_perfect_teacher_of_a_rare_structure_teaches(must_lead):
+    """One slice of ten has it. The student finds its left half, and one false pixel in each other slice."""
+    gate, weights = TeacherGate("agreement", must_lead=must_lead), []
+    column = torch.arange(200).reshape(1, 1, 1, 200)
+    structure, left_half, false_pixel = ((column >= 50) & (column < 150), (column >= 50) & (column < 100), column == 9)
+    for number in range(200):
+        label = (structure if number % 10 == 0 else column < 0).float()
+        student = (left_half if number % 10 == 0 else false_pixel).float() - 0.5
+        labeled = LabeledImages(label, label, label)
+        gate.measure_agreement(lambda x: student, lambda x, prompt: label - 0.5, label, 0, labeled=labeled)
+        weights.append(gate.weight.item())
+    assert min(weights[100:]) > 0.8
+
+
+def test_teacher_that_no_longer_finds_anything_is_shut_out():
+    gate = TeacherGate("agreement")
+    weights = []
+    for number in range(30):
+        logits = images() - 0.5
+        teacher = logits if number < 10 else torch.full_like(logits, -1.0)
+        gate.measure_agreement(lambda x: x - 0.5, lambda x, prompt: teacher if number >= 10 else prompt, images(), 0)
+        weights.append(gate.weight.item())
+    assert weights[9] == 1 and weights[12] < 1 and weights[-1] == 0
+
+
+def test_saved_gate_goes_on_with_the_pixels_that_it_has_counted():
+    gate, other = with_agreement(TeacherGate("agreement")), TeacherGate("agreement")
+    other.load_state_dict(gate.state_dict())
+    assert torch.equal(other.agreement_counts, gate.agreement_counts) and gate.agreement_counts.numel() > 0
+    other.load_state_dict(TeacherGate("agreement").state_dict())
+    assert other.agreement_counts.numel() == 0
 
 
 def test_agreement_of_not_square_images_uses_flips_only():

@@ -310,8 +310,50 @@ def test_loader_that_is_watched_twice_counts_each_batch_once():
     watched_loader = WatchedLoader(batches)
     skd = distiller.attach(student, optimizer, loader=watched_loader)
     assert skd.watch(watched_loader) is watched_loader
-    for number, _ in enumerate(skd.watch(watched_loader), start=1):
+    for number, batch in enumerate(skd.watch(watched_loader), start=1):
+        student(batch["image"])
         assert skd.iteration == number
+    with torch.no_grad():
+        for batch in watched_loader:  # the host evaluates its training set
+            student.eval()(batch["image"])
+    assert skd.iteration == number
+
+
+@pytest.mark.parametrize("way", ["loop", "attachment"])
+def test_following_again_with_another_scaler_undoes_the_former_call(way):
+    """As in a notebook whose training is started again with AMP, or after an exception."""
+    found = []
+    for again in (False, True):
+        student, optimizer, distiller, batches = build(num_batches=2)
+        if again:
+            distiller.follow(optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**16))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        skd = distiller.attach(student, optimizer, scaler=scaler) if way == "attachment" else None
+        if skd is None:
+            distiller.follow(optimizer, scaler)
+        for batch in batches:
+            if skd is not None:
+                skd.next_batch(batch)
+            optimizer.zero_grad()
+            logits = student(batch["image"])
+            loss = loss_of(logits, batch)
+            loss = loss if skd is not None else loss + distiller(batch["image"], logits, batch["label"]).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(copy.deepcopy(distiller.teacher.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sam_that_breaks_down_teaches_nothing_and_is_named(way, caplog, monkeypatch):
+    monkeypatch.setattr("knowsam_monai.distillation.wiring.CHECKED_LOSS", 2)
+    student, optimizer, distiller, batches = build(num_batches=4)
+    with torch.no_grad():
+        distiller.teacher.image_conv.bias.fill_(torch.nan)
+    train(way, student, optimizer, distiller, batches)
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    assert len(warnings_with(caplog, "SAM's loss is not finite")) == 1
 
 
 def test_copied_distiller_hears_the_steps_of_its_own_teacher():

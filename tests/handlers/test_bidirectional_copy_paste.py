@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ignite.engine import Events
 
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.bidirectional_copy_paste import BidirectionalCopyPaste
@@ -20,6 +21,17 @@ def build(student, num_classes=3, **kwargs):
     ema_student = EMAStudent(student, optimizer, warm_up=False, buffers="average")
     loss = PartiallyLabeledLoss(dice_ce_loss(num_classes, ignore_index=255))
     return optimizer, loss, BidirectionalCopyPaste(ema_student, loss, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16])
+def test_pixels_without_a_true_label_are_ignored_for_labels_of_any_type(dtype):
+    student, batch = ToyStudent(2).double(), toy_batches(1, num_classes=2)[0]
+    optimizer, loss, handler = build(student, num_classes=2, pretraining=0)
+    batch["label"] = batch["label"].to(dtype)
+    trainer, seen = toy_trainer(student, [batch], loss, [handler], optimizer=optimizer), []
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda e: seen.append(e.state.batch["label"].unique().tolist()))
+    trainer.run()
+    assert seen == [[0, 1, 255]]
 
 
 @pytest.mark.parametrize("num_classes, size", CASES)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from knowsam_monai.handlers.co_training import MultiViewCoTraining
@@ -93,6 +94,13 @@ def test_two_networks_and_hard_targets_are_cross_pseudo_supervision(num_classes,
     for ours, expected in zip(student.parameters(), [*first.parameters(), *second.parameters()], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(trainer.state.output["mutual_loss"], 1.5 * mutual.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_two_networks_need_views_of_their_own():
+    student = StackedNetworks([nn.Conv2d(1, 3, 1), nn.Conv2d(1, 3, 1)]).double()
+    trainer = toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(), [MultiViewCoTraining()])
+    with pytest.raises(ValueError, match=r"`views` must be \(0, 1\) for a student of two views but is \(1, 2\)"):
+        trainer.run()
 
 
 @pytest.mark.parametrize("views", [(0, -2), (1, -1), (1, 1), (0,)])

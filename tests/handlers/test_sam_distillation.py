@@ -16,7 +16,7 @@ from monai.transforms import Compose, RandFlipd
 from knowsam_monai.data import RandOrientationd, SemiSupervisedLoader
 from knowsam_monai.distillation.distiller import SAMDistiller
 from knowsam_monai.handlers.loss_terms import scalar_terms
-from knowsam_monai.handlers.sam_distillation import SAMDistillation
+from knowsam_monai.handlers.sam_distillation import SAMDistillation, _foreground_dice
 from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.teachers import SAMTeacher, SliceTeacher
 from tests.toys import (
@@ -99,6 +99,15 @@ def test_optimizer_steps_on_after_an_exception_ended_the_run_of_its_trainer():
     batch = toy_batches(1)[0]
     distiller(batch["image"], student(batch["image"]), batch["label"]).loss.backward()
     optimizer.step()
+
+
+def test_labeled_dice_leaves_out_a_class_that_a_row_lacks():
+    label = torch.zeros(2, 1, 4, 4)
+    label[0, :, :2] = 1  # class 2 is in no row, class 1 in one
+    logits = torch.nn.functional.one_hot(label[:, 0].long(), 3).movedim(-1, 1).float()
+    assert _foreground_dice(logits, label) == 1
+    assert _foreground_dice(logits[1:], label[1:]).isnan()
+    assert _foreground_dice(2.0 * label.expand(-1, 2, -1, -1) - 1, torch.cat([label, label], 1)) == 1
 
 
 def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():

@@ -110,6 +110,15 @@ def test_a_sigmoid_student_has_the_foreground_against_the_rest(network, channels
     assert teacher(torch.zeros(1, 1, 1, 1)).item() == 1.5
 
 
+def test_one_channel_for_one_class_is_the_foreground_and_of_several_it_must_be_named():
+    for channels in (1, [0]):
+        assert NetworkTeacher(fixed(1.5), channels)(torch.zeros(1, 1, 1, 1)).item() == 1.5
+    with pytest.raises(
+        ValueError, match=r"`channels` must name the foreground for a student of one class, as in \[1\]"
+    ):
+        NetworkTeacher(fixed(0.5, 2.0), 1)(torch.zeros(1, 1, 1, 1))
+
+
 def test_a_sigmoid_student_of_many_classes_has_the_right_probability():
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     teacher = NetworkTeacher(fixed(*probabilities.log().tolist()), channels=[(1, 3)])
