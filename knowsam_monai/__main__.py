@@ -120,7 +120,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def rules_of_bundle(bundle: str, dataset_dir: str) -> dict[str, Any]:
-    """What a bundle's training demands of data by its defaults: labeled patients, classes, channels and axes."""
+    """What a bundle's training demands of data by its defaults: labeled patients, classes, channels, axes, items."""
     from monai.bundle import ConfigParser
 
     from knowsam_monai.runs.bundle_folder import config_file, find_bundle
@@ -129,6 +129,7 @@ def rules_of_bundle(bundle: str, dataset_dir: str) -> dict[str, Any]:
     parser["dataset_dir"] = dataset_dir
     names = ("num_classes", "num_channels", "slice_axis", "num_axes")
     rules = {name: parser.get_parsed_content(f"data_check#{name}") for name in names if f"data_check#{name}" in parser}
+    rules["batch_sizes"] = {kind: parser.get_parsed_content(f"{kind}_batch_size") for kind in ("labeled", "unlabeled")}
     return {**rules, "labeled_patients": parser.get_parsed_content("labeled_patients")}
 
 
@@ -277,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
 
     form["epilog"] = EXIT_CODES_OF_PREDICT
     verb = verbs.add_parser("predict", help="segment a folder of scans", description=PREDICT, **form)
-    verb.add_argument("scans", metavar="SCANS", help="a folder of images, or one image")
+    verb.add_argument("scans", metavar="SCANS", help="a folder of images, one image, or a data list with `test` items")
     verb.add_argument("--bundle", required=True, metavar="FOLDER", help="acdc, la, or the folder of a bundle")
     verb.add_argument("--output", default="segmentations", metavar="FOLDER", help="default: %(default)s")
     verb.add_argument("--run", metavar="FOLDER", help="`output_dir` of a training; default: the bundle's own student")

@@ -76,6 +76,7 @@ def check_datalist(
     num_channels: int | None = None,
     slice_axis: int = 0,
     num_axes: int | None = None,
+    batch_sizes: Mapping[str, int] | None = None,
     cache_dir: str | os.PathLike | None = None,
     num_workers: int = 4,
     progress: bool = True,
@@ -98,6 +99,8 @@ def check_datalist(
         num_channels: input channels of the network; None: channels of the first image.
         slice_axis: see `H5Reader`.
         num_axes: spatial axes of the network's input; None: 2 or 3.
+        batch_sizes: how many rows of `labeled` and `unlabeled` a step takes; fewer give a warning. A row is an image,
+            or a slice of a volume if `num_axes` is not 3.
         cache_dir: folder that caches the facts of each file, so that later runs only read changed files. None: the
             environment variable `KNOWSAM_CACHE_DIR`, or else `~/.cache/knowsam_monai`.
         num_workers: number of reading threads.
@@ -143,6 +146,7 @@ def check_datalist(
     if num_axes != 3:
         report.warnings += _unclear_slices(sets, facts)
     report.warnings += _warnings_across_sets(sets, facts, num_classes)
+    report.warnings += _small_sets(facts, batch_sizes or {}, num_axes)
     report.rows = [_row(name, sets[name], facts[name]) for name in sets]
     report.header = (
         f"Data: {len(items)} items checked in {time.monotonic() - start:.1f} s, {num_read} of them read, "
@@ -198,6 +202,23 @@ def _misplaced_labels(sets: Mapping[str, list[dict]]) -> list[str]:
         f"`label` must be a path but {image_paths(item)[0]} of `{name}` has none; add one or list it as unlabeled."
         for name, item in missing
     )
+
+
+def _small_sets(
+    facts: Mapping[str, Sequence[CaseFacts]], batch_sizes: Mapping[str, int], num_axes: int | None
+) -> list[str]:
+    """Sets with fewer rows than a step takes; a volume has at most as many slices as its longest axis is long."""
+    sentences = []
+    for name, batch_size in batch_sizes.items():
+        cases = facts.get(name, ())
+        num_rows = sum(max(case.size) if num_axes != 3 and len(case.size) == 3 else 1 for case in cases)
+        if num_rows < batch_size:
+            also = " --mixing_weight 0 --distillation_gate none" if num_rows == 0 else ""
+            sentences.append(
+                f"`{name}` should have the {batch_size} rows of a step but has {num_rows}; add items, or train with "
+                f"--{name}_batch_size {num_rows}{also}."
+            )
+    return sentences
 
 
 def _first_three(sentences: Iterable[str]) -> list[str]:

@@ -141,6 +141,7 @@ class NiftiReader(NibabelReader):
             ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
             check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
             _check_affine(image.affine)
+        _check_one_grid(ensure_tuple(data))
         return super().read(data, **kwargs)
 
 
@@ -253,6 +254,17 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     if isinstance(image, MetaTensor):
         _check_affine(image.affine.numpy())
     return image
+
+
+def _check_one_grid(names: Sequence[PathLike]) -> None:
+    first, *others = map(nibabel.load, names)
+    for name, other in zip(names[1:], others):
+        is_same = other.shape[:3] == first.shape[:3] and np.allclose(other.affine, first.affine, atol=1e-3)
+        if not is_same:
+            raise KnowSAMValueError(
+                f"{name} has another shape, orientation or position than {names[0]}; resample one to the other's grid, "
+                "or correct the list (they may be of two patients)."
+            )
 
 
 def _check_affine(affine: np.ndarray) -> None:

@@ -82,7 +82,8 @@ class CheckDatad(Transform):
         if self.num_channels not in (None, image.shape[0]):
             raise KnowSAMValueError(
                 f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
-                f"{image.shape[0]}; set `in_channels` to the channels of the data, or save each time point as one file."
+                f"{image.shape[0]}; set `in_channels` to the channels of the data, list the files of an image together "
+                "in a data list, or save each time point as one file."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN if there is one
         if not extremes.isfinite().all():

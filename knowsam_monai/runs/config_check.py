@@ -75,7 +75,7 @@ def check_config() -> None:
             raise
     else:
         converted |= check_values(parser.config)
-    values = plain_values(parser.config)
+    values = {**plain_values(parser.config), **{key: path for key, path in converted.items() if key in PATHS}}
     data, is_training = values.get("dataset_dir"), "train" in parser.config
     is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
     if is_training and is_path and data is not None and not os.path.exists(data):

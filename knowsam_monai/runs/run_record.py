@@ -111,14 +111,15 @@ class RunRecord:
 
     def _for_next_steps(self) -> dict[str, Any]:
         """What :func:`knowsam_monai.runs.next_steps.next_steps` needs to know."""
-        bundle_root = plain_values(self.config or {}).get("bundle_root")
+        values = plain_values(self.config or {})
+        bundle_root, has_one_channel = values.get("bundle_root"), values.get("in_channels", 1) == 1
         split = "test" if self.data.get("test") else "validation"
         files = [os.path.abspath(file) for file, _ in self.data.get(split, ())]
         return {
             "folder": os.getcwd(),
             "bundle_root": None if bundle_root is None else os.path.abspath(bundle_root),
             "split": split,
-            "scan": files[0] if files else None,
+            "scan": files[0] if files and has_one_channel else None,  # of several, each may have a file of its own
         }
 
     def _earlier_starts(self) -> list[dict[str, Any]]:

@@ -323,6 +323,31 @@ def test_fewer_than_two_classes_are_refused(folder, num_classes):
         folder.check(num_classes=num_classes)
 
 
+@pytest.mark.parametrize(
+    ("num_axes", "batch_size", "message"),
+    [
+        (3, 2, None),
+        (
+            3,
+            3,
+            "`labeled` should have the 3 rows of a step but has 2; add items, or train with --labeled_batch_size 2.",
+        ),
+        (None, 12, None),  # the longest axis has 6 voxels
+        (None, 13, "`labeled` should have the 13 rows of a step but has 12;"),
+    ],
+)
+def test_sets_with_fewer_rows_than_a_step_are_warned_of(folder, num_axes, batch_size, message):
+    def of_sizes(report):
+        return [sentence for sentence in report.warnings if "rows of a step" in sentence]
+
+    folder.datalist["labeled"] = folder.datalist["labeled"][:2]
+    found = of_sizes(folder.check(num_axes=num_axes, batch_sizes={"labeled": batch_size}))
+    assert len(found) == (message is not None) and all(sentence.startswith(message) for sentence in found)
+    folder.datalist["unlabeled"] = []
+    (sentence,) = of_sizes(folder.check(batch_sizes={"unlabeled": 4}))
+    assert sentence.endswith("--unlabeled_batch_size 0 --mixing_weight 0 --distillation_gate none.")
+
+
 def test_folder_of_a_data_list_is_told_to_give_the_list(folder):
     (folder.path / "another.json").write_text("[1]")
     with pytest.raises(ValueError, match="contains none of them; use the folder that contains one of these.$"):

@@ -113,6 +113,17 @@ def test_several_nifti_files_are_the_channels_of_one_image(tmp_path):
     assert case["image"].shape == (2, 4, 5, 3)
 
 
+@pytest.mark.parametrize("differs", ["shape", "affine"])
+def test_several_nifti_files_of_different_grids_are_named_with_a_remedy(tmp_path, differs):
+    """As of another patient, or stored with its axes in another order."""
+    first = str(write_nifti(tmp_path / "a.nii.gz"))
+    second = str(write_nifti(tmp_path / "b.nii.gz", (5, 4, 3) if differs == "shape" else (4, 5, 3)))
+    if differs == "affine":
+        nibabel.save(nibabel.Nifti1Image(nibabel.load(second).get_fdata(), 2 * np.eye(4)), second)
+    with pytest.raises(ValueError, match="b.nii.gz has another shape, .* position than .*a.nii.gz; resample one to"):
+        LoadCased("image")({"image": [first, second]})
+
+
 def truncate(path: Path) -> Path:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path

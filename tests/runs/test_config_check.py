@@ -16,6 +16,7 @@ import torch
 import yaml
 from monai.bundle import ComponentLocator, ConfigWorkflow
 
+import knowsam_monai.data
 from knowsam_monai.errors import root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.config_check import PATHS, _refuse_unknown_arguments, check_config
@@ -60,7 +61,9 @@ def started(bundle, names, **override):
 @pytest.mark.parametrize("source", ["override", "args_file.json", "args_file.yaml", "overlay.json", "overlay.yaml"])
 @pytest.mark.parametrize("names", RUNS, ids="+".join)
 def test_wrong_value_ends_before_anything_is_read_or_written(bundle, names, source, tmp_path, monkeypatch):
-    for name in ("load_datalist", "evaluation.inference_items"):
+    for name in ("load_datalist", "inference_items"):  # looked up before, since a lazy import would keep the substitute
+        assert callable(getattr(knowsam_monai.data, name))
+    for name in ("load_datalist", "inference_items", "evaluation.inference_items"):
         monkeypatch.setattr(f"knowsam_monai.data.{name}", lambda *args, **kwargs: pytest.fail("data was read"))
     written = {"in_channels": "1", "output_dir": str(tmp_path / "output")}
     arguments, config_file = {}, files(bundle, names)
@@ -295,6 +298,22 @@ def test_hash_in_a_path_of_the_command_line_stays_one(bundle, names, words, monk
     monkeypatch.setattr(sys, "argv", ["run", *words])
     parser = started(bundle, names, output_dir=path)
     assert parser.get_parsed_content("output_dir") == path
+
+
+def test_data_and_student_are_found_below_a_folder_with_a_hash(bundle, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "scans #1"
+    folder.mkdir()
+    (folder / "list.json").write_text('{"labeled": [], "validation": []}')
+    (folder / "last.pt").touch()
+    start = {"student": {"settings": {"image_size": 32}}}
+    (folder / "run.json").write_text(json.dumps({"starts": [start]}))
+    data, student = str(folder / "list.json"), str(folder / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["run", "--dataset_dir", data])
+    started(bundle, ("train",), dataset_dir=data)  # was refused: the file with :: does not exist
+    monkeypatch.setattr(sys, "argv", ["run", "--ckpt_path", student])
+    size = 64 if bundle == "knowsam_acdc" else [16, 16, 16]
+    started(bundle, ("inference",), ckpt_path=student, image_size=size)
+    assert any("was trained with" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("value", ["$@paths#one", "@paths#one", "$'/data/' + @paths#one[1:]"])
