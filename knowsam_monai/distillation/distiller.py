@@ -103,10 +103,9 @@ class SAMDistiller(nn.Module):
 
     Every call restores the global random generators: with `weight` 0, or while the gate is 0, the student is, bit for
     bit, the one trained without a teacher, even if the teacher's output is not finite. (On a GPU as far as torch's own
-    operations repeat themselves. One exception: as always if
-    optimizers share a GradScaler, an overflow of SAM's gradients lowers the student's scale too.) A custom teacher that
-    draws random numbers needs its own generator, since from the global ones it would draw the same numbers at every
-    call.
+    operations repeat themselves. One exception: as always if optimizers share a GradScaler, an overflow of SAM's
+    gradients lowers the student's scale too.) A custom teacher that draws random numbers needs its own generator, since
+    from the global ones it would draw the same numbers at every call.
 
     Args:
         teacher: ``teacher(image, prompt_logits) -> logits``, all (B, channels, *spatial), always in eval mode,
@@ -320,11 +319,10 @@ class SAMDistiller(nn.Module):
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
-        if label is None or len(range(len(image))[rows]) == 0:
-            label = None
-        else:
-            self.wiring.has_labels = True
-            label = label if self.learns else None
+        has_labels = label is not None and len(range(len(image))[rows]) > 0
+        is_unclear = labeled_rows is None and has_labels and len(label) == len(image)
+        self.wiring.has_labels |= has_labels and (not is_unclear or self.ignore_index is not None)
+        label = label if has_labels and self.learns else None
         if label is not None:
             check_tensor("label", label)
             label = class_numbers(label)
