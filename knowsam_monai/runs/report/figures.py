@@ -105,9 +105,12 @@ def case_chart(names: Sequence[str], models: Sequence[Sequence[float]], series: 
 
 
 def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """Mean over a centered window that is cut off at the ends."""
-    kernel, padded = np.ones(2 * (width // 2) + 1), np.asarray(values, dtype=float)
-    return np.convolve(padded, kernel, "same") / np.convolve(np.ones(len(padded)), kernel, "same")
+    """Mean over a centered window that is cut off at the ends, of the finite values."""
+    kernel, numbers = np.ones(2 * (width // 2) + 1), np.asarray(values, dtype=float)
+    is_finite = np.isfinite(numbers)
+    total = np.convolve(np.where(is_finite, numbers, 0), kernel, "same")
+    count = np.convolve(is_finite.astype(float), kernel, "same")
+    return np.where(count > 0.5, total / count.clip(min=1), np.nan)
 
 
 def _svg(draw: Any, height: float) -> str:

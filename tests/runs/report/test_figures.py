@@ -33,6 +33,8 @@ def test_chart_is_an_svg_of_the_page_s_colors_and_width(chart):
 def test_long_curve_has_its_running_mean_over_it():
     assert _running_mean([1.0, 2.0, 6.0, 2.0], 3) == pytest.approx([1.5, 3.0, 10 / 3, 4.0])
     assert _running_mean([1.0, 5.0], 0) == pytest.approx([1.0, 5.0])
+    nan = float("nan")  # the Dice of a batch that lacks every structure
+    assert _running_mean([1.0, nan, 6.0, nan, nan, nan], 3) == pytest.approx([1, 3.5, 6, 6, nan, nan], nan_ok=True)
 
 
 def test_teacher_is_dashed_and_long_case_names_keep_both_ends():
