@@ -211,6 +211,8 @@ def _small_sets(
     sentences = []
     for name, batch_size in batch_sizes.items():
         cases = facts.get(name, ())
+        if not all(case.size for case in cases) or (name == "labeled" and not cases):  # an error says more
+            continue
         num_rows = sum(max(case.size) if num_axes != 3 and len(case.size) == 3 else 1 for case in cases)
         if num_rows < batch_size:
             also = " --mixing_weight 0 --distillation_gate none" if num_rows == 0 else ""

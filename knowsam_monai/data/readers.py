@@ -133,15 +133,15 @@ class NiftiReader(NibabelReader):
         super().__init__(squeeze_non_spatial_dims=True)
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
-        for name in ensure_tuple(data):
-            image = nibabel.load(name)  # only the header, unmodified; MONAI repairs some headers
+        images = {str(name): nibabel.load(name) for name in ensure_tuple(data)}  # only headers; MONAI repairs some
+        for name, image in images.items():
             dtype = image.get_data_dtype()
             if dtype.kind not in "biuf":
                 raise KnowSAMValueError(f"its voxels have type {dtype}; convert them to real numbers.")
             ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
             check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
             _check_affine(image.affine)
-        _check_one_grid(ensure_tuple(data))
+        _check_one_grid(images)
         return super().read(data, **kwargs)
 
 
@@ -256,14 +256,13 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def _check_one_grid(names: Sequence[PathLike]) -> None:
-    first, *others = map(nibabel.load, names)
-    for name, other in zip(names[1:], others):
-        is_same = other.shape[:3] == first.shape[:3] and np.allclose(other.affine, first.affine, atol=1e-3)
-        if not is_same:
+def _check_one_grid(images: Mapping[str, Any]) -> None:
+    (first_name, first), *others = images.items()
+    for name, other in others:
+        if other.shape[:3] != first.shape[:3] or not np.allclose(other.affine, first.affine):
             raise KnowSAMValueError(
-                f"{name} has another shape, orientation or position than {names[0]}; resample one to the other's grid, "
-                "or correct the list (they may be of two patients)."
+                f"{name} has another shape, orientation or position than {first_name}; resample one to the other's "
+                "grid, or correct the list (they may be of two patients)."
             )
 
 

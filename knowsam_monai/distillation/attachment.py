@@ -23,7 +23,7 @@ from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoade
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import all_in_eval_mode, at_least_float32, without_meta
+from knowsam_monai.tensors import at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Attachment:
         self._handles: list[Any] = [student.register_forward_hook(_ForwardHook(self), with_kwargs=True)]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
         if distiller.optimizer is not None:
-            self._handles.append(distiller.follow(optimizer, scaler))
+            self._handles.append(distiller.follow(optimizer, scaler, shared=True))
         elif scaler is None:
             self._handles.append(ScalerCheck(optimizer))
         self._deletion = weakref.finalize(self, _remove_deleted, self._handles, self._batch)
@@ -347,10 +347,8 @@ class Attachment:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
         distiller = self.distiller.train()
         run = self.iteration // self.every  # counts the teacher's runs
-        if distiller.is_measurement_due(run, self.gate_interval):
-            with all_in_eval_mode(self.student):
-                turn = run // self.gate_interval
-                distiller.measure_agreement(student, image, label, rows, turn, sam_image, self.logits_of)
+        rest = (student, image, label, rows, sam_image, self.logits_of)
+        distiller.measure_if_due(run, self.gate_interval, self.student, *rest)
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations

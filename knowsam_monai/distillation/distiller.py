@@ -321,7 +321,7 @@ class SAMDistiller(nn.Module):
         rows = labeled_slice(labeled_rows, label, len(image))
         has_labels = label is not None and len(range(len(image))[rows]) > 0
         is_unclear = labeled_rows is None and has_labels and len(label) == len(image)
-        self.wiring.has_labels |= has_labels and (not is_unclear or self.ignore_index is not None)
+        self.gate.expects_labels |= has_labels and (not is_unclear or self.ignore_index is not None)
         label = label if has_labels and self.learns else None
         if label is not None:
             check_tensor("label", label)
@@ -363,6 +363,49 @@ class SAMDistiller(nn.Module):
             logits_of: picks the logits from the student's output in train mode, such as ``operator.itemgetter(0)``. In
                 eval mode the output may be the logits alone.
         """
+        self._measure(student, student, image, label, labeled_rows, turn, sam_image, logits_of)
+
+    @kept_random_state()
+    def measure_if_due(
+        self,
+        run: int,
+        interval: int,
+        network: nn.Module,
+        student: Callable[[Tensor], Tensor],
+        image: Tensor,
+        label: Tensor | None = None,
+        labeled_rows: Rows = None,
+        sam_image: Tensor | None = None,
+        logits_of: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """
+        Call :meth:`measure_agreement` if it is due: first after a few runs of the teacher, then at intervals, and soon
+        again after a batch that had only labeled or only unlabeled rows.
+
+        Args:
+            run: number of this run of the teacher, 1 or more.
+            interval: number of runs between measurements.
+            network: is put in eval mode for the measurement.
+            student, image, label, labeled_rows, sam_image, logits_of: as in :meth:`measure_agreement`.
+        """
+        is_due = self.gate.is_due(run, interval)
+        if is_due or (self.gate.missing and self.gate.mode != "none" and not ranks.is_distributed()):
+            turn = run // interval
+            self._measure(network, student, image, label, labeled_rows, turn, sam_image, logits_of, run, is_due)
+
+    def _measure(
+        self,
+        network: nn.Module | Callable,
+        student: Callable[[Tensor], Tensor],
+        image: Tensor,
+        label: Tensor | None,
+        labeled_rows: Rows,
+        turn: int,
+        sam_image: Tensor | None,
+        logits_of: Callable[[Any], Tensor] | None,
+        run: int | None = None,
+        is_due: bool = True,
+    ) -> None:
         if self.gate.mode == "none":
             return
         self.gate.must_lead = not self.learns
@@ -382,8 +425,8 @@ class SAMDistiller(nn.Module):
         labeled = self._labeled_images(image, sam_image, label, labeled_rows)
         kinds = {"unlabeled"} if is_counted else set()
         kinds |= {"labeled"} if labeled is not None else set()
-        is_of_use = self.wiring.count_measurement(self, kinds, labeled_rows is None)
-        if not is_of_use and not ranks.is_distributed():
+        self.wiring.count_measurement(self, kinds, labeled_rows is None)
+        if not ranks.is_distributed() and not self.gate.is_of_use(kinds, run, is_due):
             return
 
         def student_logits(x: Tensor) -> Tensor:
@@ -399,7 +442,7 @@ class SAMDistiller(nn.Module):
             return self._without_sigmoid(_view(unstack_views(output, x), self.prompt_view))
 
         if is_counted or labeled is not None or ranks.is_distributed():
-            with all_in_eval_mode(student) if isinstance(student, nn.Module) else nullcontext():
+            with all_in_eval_mode(network) if isinstance(network, nn.Module) else nullcontext():
                 self.gate.measure_agreement(
                     student_logits,
                     self.ask_teacher,
@@ -411,24 +454,10 @@ class SAMDistiller(nn.Module):
                     [axis % 3 - 3 for axis in getattr(self.teacher, "axes", ())],
                 )
 
-    def is_measurement_due(self, run: int, interval: int) -> bool:
-        """
-        Whether to call :meth:`measure_agreement`: first after a few runs of the teacher, then at intervals, and soon
-        again after a batch that had only labeled or only unlabeled rows.
-
-        Args:
-            run: number of this run of the teacher, 1 or more.
-            interval: number of runs between measurements.
-        """
-        is_due = self.gate.is_due(run, interval)
-        is_missing = len(self.wiring.missing) > 0 and self.gate.mode != "none" and not ranks.is_distributed()
-        self.wiring.makes_up = is_missing and not is_due
-        return is_due or is_missing
-
     def _without_sigmoid(self, logits: Tensor) -> Tensor:
         """The student's logits, if it returns probabilities in eval mode; those of a softmax rank classes as well."""
         is_sigmoid = self.overlapping or logits.shape[1] == 1
-        if is_sigmoid and are_probabilities(logits.flatten(0, 1)[:, None]):
+        if is_sigmoid and self.gate.saw_logits and are_probabilities(logits.flatten(0, 1)[:, None]):
             return torch.logit(at_least_float32(logits), eps=1e-6)
         return logits
 
@@ -529,9 +558,11 @@ class SAMDistiller(nn.Module):
             views = [at_least_float32(view) for view in views]
             if views[0].shape[1] != target.shape[1]:  # one channel and the two classes of a softmax mean the same
                 views, target = [class_logits(view) for view in views], class_logits(target)
-            is_finite = target.isfinite().flatten(1).all(1).reshape(-1, *[1] * (target.ndim - 1))
+            is_usable = ~(target.isnan() | (target == torch.inf)).flatten(1).any(1)
+            self.wiring.watch_target(self, is_usable)
+            is_usable = is_usable.reshape(-1, *[1] * (target.ndim - 1))
             # where SAM has broken down, the student's own row teaches nothing
-            targets = [torch.where(is_finite, target, view.detach()) for view in views]
+            targets = [torch.where(is_usable, target, view.detach()) for view in views]
             return torch.stack([self._mean_loss(loss, *pair) for pair in zip(views, targets)]).sum()
 
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
@@ -576,7 +607,7 @@ class SAMDistiller(nn.Module):
                 f"shape {tuple(image.shape)}, a channel: `image[:, None]` if it has none."
             )
 
-    def follow(self, optimizer: Optimizer, scaler: Scaler = None) -> FollowHandle:
+    def follow(self, optimizer: Optimizer, scaler: Scaler = None, shared: bool = False) -> FollowHandle:
         """
         Make the teacher's optimizer step after each step of the student's; both clear their gradients together.
 
@@ -585,9 +616,11 @@ class SAMDistiller(nn.Module):
         mean gradient.
 
         Args:
-            optimizer: the student's. With another `scaler` than in an earlier call for it, that call is undone.
+            optimizer: the student's.
             scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
                 Hooks cannot see loss scaling, so pass it explicitly.
+            shared: whether a later call for this optimizer leaves this one alone, as for the attachments of several
+                students with one optimizer. Otherwise it undoes this one.
 
         Returns:
             A handle; ``handle.remove()``, or deleting the distiller, leaves the student's optimizer as it was.
@@ -598,16 +631,17 @@ class SAMDistiller(nn.Module):
         """
         if self.optimizer is None:
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
-        self._join(stepped_parameters(plain_optimizer(optimizer))[0].device)
+        self._join(next((p.device for p in stepped_parameters(plain_optimizer(optimizer))), self.gate.weight.device))
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
-        former_scaler, former_handle = self.wiring.followed.get(plain_optimizer(optimizer), (scaler, None))
-        if former_scaler is not scaler:  # of a run that an exception ended, or before AMP was switched on
-            former_handle.remove()
+        former = self.wiring.followed.pop(plain_optimizer(optimizer), None)
+        if former is not None:  # as of a run that an exception ended, or before AMP was switched on
+            former.remove()
         self.wiring.expects_no_scaler = scaler is None and self.wiring.expects_no_scaler is not False
         handle = follow(self.optimizer, optimizer, scaler, self.wiring.is_broken)
-        self.wiring.followed[plain_optimizer(optimizer)] = scaler, handle
         weakref.finalize(self, handle.remove).atexit = False
+        if not shared:
+            self.wiring.followed[plain_optimizer(optimizer)] = handle
         return FollowHandle([handle.remove, self.wiring.follows_no_longer])
 
     def check_student(self, student: nn.Module) -> None:

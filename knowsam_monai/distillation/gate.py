@@ -15,6 +15,7 @@ from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
+MOST_TRIES = 10  # to make up for a measurement that lacked rows; then the next interval is waited for
 LEAST_DICE, ENOUGH_DICE = 0.1, 0.3  # of a teacher on labeled rows: up to the first it teaches nothing
 
 
@@ -77,8 +78,8 @@ class TeacherGate(nn.Module):
     label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher (-1: not measured) and the pixels behind them, and the number of
-    measurements of agreement.
+    has g, the scores of student and teacher (-1: not measured) and the pixels behind them, the number of measurements
+    of agreement, and what decides when to measure.
 
     Args:
         mode: "none", "agreement" or "validation".
@@ -132,6 +133,10 @@ class TeacherGate(nn.Module):
         self.register_buffer("agreement_counts", torch.zeros(2, 2, 0))
         self.register_buffer("labeled_counts", torch.zeros(2, 2, 0))
         self.register_buffer("num_measured", torch.tensor(0))
+        self.missing: set[str] = set()  # rows that the last measurement lacked, "labeled" or "unlabeled"
+        self.expects_labels = False  # whether a batch had some
+        self.saw_logits = False  # whether the student's output was outside of 0..1
+        self._measured_run, self._num_tries = 0, 0
         self._read_version = (0, -1)  # address and version of the weight when it was last read
         self._was_open = False
 
@@ -158,6 +163,38 @@ class TeacherGate(nn.Module):
         """
         first = min(FIRST_MEASUREMENT, interval)
         return self.mode != "none" and run >= first and (run - first) % interval == 0
+
+    def is_of_use(self, rows: set[str], run: int | None, is_due: bool) -> bool:
+        """
+        Whether a measurement is of use: one that is not due must have rows that the last one lacked.
+
+        Args:
+            rows: those that it has, "labeled" and "unlabeled".
+            run: number of the teacher's run; None: unknown.
+            is_due: whether it is due at the interval. A batch may have several measurements, one for each call.
+        """
+        if is_due and (run is None or run != self._measured_run):
+            self.missing = {"labeled", "unlabeled"} if self.expects_labels else {"unlabeled"}
+            self._measured_run, self._num_tries = run or 0, 0
+        is_of_use = is_due or not self.missing.isdisjoint(rows)
+        self.missing -= rows
+        self._num_tries += not is_of_use
+        if self._num_tries == MOST_TRIES:
+            self.missing = set()
+        return is_of_use
+
+    def get_extra_state(self) -> Tensor:
+        """What decides, on the host, when to measure."""
+        missing = ["labeled" in self.missing, "unlabeled" in self.missing]
+        return torch.tensor(
+            [*missing, self.expects_labels, self.saw_logits, self._measured_run, self._num_tries], dtype=torch.long
+        )
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore :meth:`get_extra_state`."""
+        *flags, self._measured_run, self._num_tries = state.tolist()
+        self.missing = {kind for kind, is_missing in zip(("labeled", "unlabeled"), flags) if is_missing}
+        self.expects_labels, self.saw_logits = bool(flags[2]), bool(flags[3])
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor) -> None:
         """Take both results of a validation; if one is not finite (nothing to compare), they are ignored."""
@@ -253,8 +290,8 @@ class TeacherGate(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("agreement_counts", "labeled_counts"):
-            shape = state_dict.get(prefix + name, self.weight.new_zeros(2, 2, 0)).shape
-            setattr(self, name, self.weight.new_zeros(shape))
+            if prefix + name in state_dict:
+                setattr(self, name, self.weight.new_zeros(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _agreement(

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 UNMEASURED_CALLS = {"agreement": 100, "validation": 2000}
 UNTAUGHT_CALLS = 100  # the same for a teacher without labels or steps, and for logits without a graph
 INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are checked
-CHECKED_LOSS = 50  # every so often SAM's loss is read
+CHECKED = 50  # every so many calls SAM's loss and output are read
 MISSED = 3  # calls in a row with labeled rows only; some hosts have separate calls for the others
 MEASURED_BY = {
     "agreement": "call `measure_agreement` about every 50 steps",
@@ -40,10 +40,7 @@ class Wiring:
     Attributes:
         attachments: the attachments not yet removed; the host keeps them, or their watched loaders, alive.
         num_calls: number of training calls.
-        missing: what the last measurement at an interval had no rows for, "unlabeled" or "labeled", and none since.
-        makes_up: whether the next measurement is only to make up for that.
-        has_labels: whether a batch had labels.
-        followed: the scaler and the handle of each optimizer that SAM follows.
+        followed: the handle of each optimizer that SAM was told to follow; those of attachments are not among them.
         expects_no_scaler: whether no GradScaler may scale SAM's next loss; None before SAM follows a student.
 
     Raises:
@@ -58,14 +55,12 @@ class Wiring:
     def __init__(self) -> None:
         self.attachments: weakref.WeakSet[Any] = weakref.WeakSet()
         self.num_calls = 0
-        self.missing: set[str] = set()
-        self.makes_up = False
-        self.has_labels = False
-        self.followed: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        self.followed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._num_missed = 0  # consecutive measurements without unlabeled rows
         self.expects_no_scaler: bool | None = None
         self._sam_losses: Tensor | None = None  # their sum since SAM's last step
-        self._num_losses = 0
+        self._num_losses = self._num_broken_losses = 0
+        self._num_targets = self._num_broken_targets = 0
         self._agreement_requested = False
         self._num_empty = 0  # consecutive calls without a row to teach
         self._saw_label = False
@@ -90,13 +85,26 @@ class Wiring:
         loss = sam_loss.detach()
         self._sam_losses = loss if self._sam_losses is None else self._sam_losses + loss
         self._num_losses += 1
-        if self._num_losses % CHECKED_LOSS == 0 and not bool(torch.isfinite(loss)):
-            self.warn(
-                "SAM's loss is not finite, so SAM teaches nothing: start again from its checkpoint, with a lower "
-                "learning rate or without float16."
-            )
+        if self._num_losses % CHECKED == 0:
+            self._num_broken_losses = 0 if bool(torch.isfinite(loss)) else self._num_broken_losses + 1
+            if self._num_broken_losses == 2:
+                self.warn(
+                    "SAM's loss is not finite again and again, so SAM learns nothing: start again from its checkpoint, "
+                    "with a lower learning rate or without float16."
+                )
         if self.expects_no_scaler and sam_loss.requires_grad:
             sam_loss.register_hook(self._check_scale)
+
+    def watch_target(self, distiller: nn.Module, is_finite: Tensor) -> None:
+        """Note which rows of the teacher's output are finite, and warn if some are not twice in a row."""
+        self._num_targets += 1
+        if self._num_targets % CHECKED == 0:
+            self._num_broken_targets = 0 if bool(is_finite.all()) else self._num_broken_targets + 1
+            if self._num_broken_targets == 2:
+                self.warn(
+                    f"the output of {named(distiller.teacher)} is not finite again and again, and such images teach "
+                    "nothing; check its weights and the range of the images."
+                )
 
     def is_broken(self, parameters: Sequence[Tensor]) -> bool:
         """
@@ -188,25 +196,18 @@ class Wiring:
         if self.num_calls in INSPECTED_CALLS and len(image) > 0:
             # each of several regions has a sigmoid of its own
             logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
-            self._inspect(image, logits.detach())
+            self._inspect(distiller, image, logits.detach())
 
-    def count_measurement(self, distiller: nn.Module, rows: set[str], may_say_rows: bool) -> bool:
+    def count_measurement(self, distiller: nn.Module, rows: set[str], may_say_rows: bool) -> None:
         """
-        Count a measurement.
+        Warn if measurement after measurement has no unlabeled rows.
 
         Args:
             distiller: the distiller that measures.
             rows: the kinds of rows that there are to measure on, "unlabeled" and "labeled".
             may_say_rows: whether the remedy is to say which rows are labeled.
-
-        Returns:
-            Whether the measurement is of use. One that makes up for another is not without the rows that this missed.
         """
-        makes_up, self.makes_up, self._agreement_requested = self.makes_up, False, True
-        is_of_use = not makes_up or not self.missing.isdisjoint(rows)
-        if not makes_up:
-            self.missing = {"unlabeled", "labeled"} if self.has_labels else {"unlabeled"}
-        self.missing -= rows
+        self._agreement_requested = True
         self._num_missed = 0 if "unlabeled" in rows else self._num_missed + 1
         if self._num_missed == MISSED and distiller.ignore_index is None:
             remedy = "Pass `labeled_rows`, or return it from `select`."
@@ -214,7 +215,6 @@ class Wiring:
                 f"the gate {distiller.gate.mode!r} was not measured: every row is labeled. "
                 f"{remedy if may_say_rows else 'Build the distiller with the gate none.'}"
             )
-        return is_of_use
 
     def count_taught(self, num_rows: int) -> None:
         """Warn if call after call has no row that the teacher teaches."""
@@ -231,9 +231,11 @@ class Wiring:
             self._warned.add(message)
             logger.warning("SKD: %s", message)
 
-    def _inspect(self, image: Tensor, logits: Tensor) -> None:
+    def _inspect(self, distiller: nn.Module, image: Tensor, logits: Tensor) -> None:
+        is_in_range = are_probabilities(logits)
+        distiller.gate.saw_logits |= not is_in_range
         # at the first step one channel may be in 0..1 by chance
-        if are_probabilities(logits) and (logits.shape[1] > 1 or self.num_calls > 1):
+        if is_in_range and (logits.shape[1] > 1 or self.num_calls > 1):
             self.warn(
                 "the student seems to return probabilities, not logits: they are in 0..1, and several channels sum to "
                 "1. Remove its softmax or sigmoid, or let `logits_of` pick the logits."

@@ -24,7 +24,7 @@ from knowsam_monai.handlers.supervision import check_ignores, check_supervision,
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import has_sigmoid
-from knowsam_monai.tensors import all_in_eval_mode, predicted_label, unstack_views, without_meta
+from knowsam_monai.tensors import class_numbers, predicted_label, unstack_views, without_meta
 
 
 class SAMDistillation:
@@ -161,17 +161,9 @@ class SAMDistillation:
         sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # counts the teacher's runs
-        if self.distiller.is_measurement_due(run, self.gate_interval):
-            with all_in_eval_mode(engine.network):
-                self.distiller.measure_agreement(
-                    partial(engine.inferer, network=engine.network),
-                    image,
-                    label,
-                    rows,
-                    turn=run // self.gate_interval,
-                    logits_of=self.logits_of,
-                    sam_image=sam_image,
-                )
+        student = partial(engine.inferer, network=engine.network)
+        rest = (student, image, label, rows, sam_image, self.logits_of)
+        self.distiller.measure_if_due(run, self.gate_interval, engine.network, *rest)
 
         labeled = labeled_slice(rows, label, len(image))
         # the teacher's first run since the last multiple of the interval
@@ -191,9 +183,9 @@ class SAMDistillation:
         if is_asked:
             output["teacher_logits"] = result.teacher_logits
         if is_logged:
-            label = label[labeled] if len(label) == len(image) else label
+            label = class_numbers(label[labeled] if len(label) == len(image) else label)
             student_logits = unstack_views(pred, image)[self.distiller.prompt_view if pred.ndim > image.ndim else 0]
-            student_logits, label = without_meta(student_logits[labeled].detach()), without_meta(label)
+            student_logits = without_meta(student_logits[labeled].detach())
             if result.slices is not None:
                 student_logits, label = (result.slices.take(x, labeled) for x in (student_logits, label))
             ignore_index = self.distiller.ignore_index

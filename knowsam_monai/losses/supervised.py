@@ -146,7 +146,7 @@ def loss_of(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
     """A loss for (B, C, *spatial) and (B, 1, *spatial); torch's cross-entropy takes class indices without channel."""
-    if isinstance(loss, nn.CrossEntropyLoss) and logits.shape[1] == 1:
+    if type(loss) is nn.CrossEntropyLoss and logits.shape[1] == 1:
         raise KnowSAMValueError(
             "`loss` must be one of a sigmoid for a network of one channel, such as BCEWithLogitsLoss, but is "
             "CrossEntropyLoss, which is 0 for a single class."

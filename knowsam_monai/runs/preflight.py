@@ -271,8 +271,10 @@ def _copied_to_cpu(state: Any) -> Any:
     """A copy of a state dict that takes no memory of a GPU."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: _copied_to_cpu(value) for key, value in state.items()}
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # with the versions of its modules
+        copied.update({key: _copied_to_cpu(value) for key, value in state.items()})
+        return copied
     return [_copied_to_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 

@@ -541,6 +541,53 @@ def test_gate_is_measured_if_labeled_and_unlabeled_rows_alternate(gate, caplog):
     assert (distiller.gate.labeled_scores >= 0).all()
 
 
+def alternating(batches):
+    """Unlabeled and labeled rows in turns."""
+    for number, batch in enumerate(batches):
+        rows = slice(2) if number % 2 else slice(2, None)
+        yield {"image": batch["image"][rows], "label": batch["label"] if number % 2 else batch["label"][:0]}
+
+
+def host_of_parts(student, optimizer, batches):
+    for batch in batches:
+        optimizer.zero_grad()
+        student(batch["image"]).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stop", [9, 10, 11])
+def test_resumed_host_of_alternating_parts_measures_the_same(stop):
+    states = []
+    for is_resumed in (False, True):
+        student, optimizer, distiller, batches = build(num_batches=24, gate="agreement")
+        parts = list(alternating(batches))
+        options = dict(labeled_rows=lambda batch: len(batch["label"]), gate_interval=12)
+        skd = distiller.attach(student, optimizer, **options)
+        if is_resumed:
+            host_of_parts(student, optimizer, skd.watch(parts[:stop]))
+            skd.remove()
+            parts, saved = parts[stop:], copy.deepcopy((distiller.state_dict(), distiller.optimizer.state_dict()))
+            distiller = build(gate="agreement")[2]
+            distiller.load_state_dict(saved[0])
+            distiller.optimizer.load_state_dict(saved[1])
+            skd = distiller.attach(student, optimizer, **options)
+            skd.iteration = stop
+        host_of_parts(student, optimizer, skd.watch(parts))
+        states.append(distiller.state_dict())
+    assert (states[0]["gate.labeled_scores"] >= 0).all()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_measurement_for_labels_that_no_longer_come_is_given_up():
+    student, optimizer, distiller, batches = build(num_batches=40, gate="agreement")
+    skd = distiller.attach(student, optimizer, labeled_rows=lambda batch: len(batch["label"]))
+    modes = []
+    student.register_forward_hook(lambda module, *_: modes.append(module.training))
+    parts = [batches[0], *({**batch, "label": batch["label"][:0]} for batch in batches[1:])]
+    host_of_parts(student, optimizer, skd.watch(parts))
+    assert modes.count(False) == 2 and modes.count(True) == 40  # once as it is, once turned
+
+
 @pytest.mark.parametrize("when", ["before the first batch", "after the last one"])
 def test_step_without_gradients_is_let_be(when):
     """As to silence a scheduler's warning, or to flush accumulated gradients that happen to be none."""

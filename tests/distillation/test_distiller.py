@@ -875,6 +875,7 @@ def test_probabilities_of_a_sigmoid_student_in_eval_mode_are_no_logits(teacher):
     for kind in (ToyStudent, InEvalMode):
         torch.manual_seed(0)
         student, distiller = kind(1).double(), distiller_of(ToyTeacher(1).double(), gate="agreement")
+        distiller(batch["image"], student(batch["image"]), batch["label"])
         distiller.measure_agreement(student, batch["image"], batch["label"])
         scores.append(distiller.gate.agreement_scores[0])
     assert 0 < scores[0] < 1

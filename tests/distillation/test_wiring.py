@@ -347,13 +347,38 @@ def test_following_again_with_another_scaler_undoes_the_former_call(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sam_that_breaks_down_teaches_nothing_and_is_named(way, caplog, monkeypatch):
-    monkeypatch.setattr("knowsam_monai.distillation.wiring.CHECKED_LOSS", 2)
+    monkeypatch.setattr("knowsam_monai.distillation.wiring.CHECKED", 2)
     student, optimizer, distiller, batches = build(num_batches=4)
     with torch.no_grad():
         distiller.teacher.image_conv.bias.fill_(torch.nan)
     train(way, student, optimizer, distiller, batches)
     assert all(parameter.isfinite().all() for parameter in student.parameters())
-    assert len(warnings_with(caplog, "SAM's loss is not finite")) == 1
+    assert len(warnings_with(caplog, "SAM's loss is not finite again and again")) == 1
+    assert len(warnings_with(caplog, "the output of ToyTeacher is not finite again and again")) == 1
+
+
+def test_follower_of_two_students_with_one_optimizer_steps_for_the_other_when_one_is_removed():
+    students = [ToyStudent().double(), ToyStudent().double()]
+    optimizer = torch.optim.SGD([p for student in students for p in student.parameters()], lr=0.1)
+    distiller = distiller_of(ToyTeacher().double())
+    first, second = (distiller.attach(student, optimizer, scaler=lambda: None) for student in students)
+    second.remove()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    host(students[0], optimizer, first.watch(toy_batches(1)))
+    assert any((value != before[name]).any() for name, value in distiller.teacher.state_dict().items())
+
+
+def test_following_keeps_neither_the_optimizer_nor_the_host_alive():
+    class Host:
+        scaler = None
+
+    optimizer, distiller, owner = torch.optim.SGD(ToyStudent().double().parameters(), lr=0.1), build()[2], Host()
+    handle = distiller.follow(optimizer, lambda owner=owner: owner.scaler)
+    handle.remove()
+    alive = [weakref.ref(optimizer), weakref.ref(owner)]
+    del optimizer, owner, handle
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 def test_copied_distiller_hears_the_steps_of_its_own_teacher():
