@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def read_cases(
         cache_dir: folder for a JSON file with the facts, which are valid while a file's size and time stamps are
             unchanged. None reads all items.
         num_workers: number of reading threads.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, on a terminal.
 
     Example:
         >>> facts, num_read = read_cases(items, CaseReader(), cache_dir="facts")     # doctest: +SKIP
@@ -123,7 +124,8 @@ def read_cases(
     unread = [index for index, fact in enumerate(facts) if fact is None]
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         results = pool.map(read, [items[index] for index in unread])
-        bar = tqdm(results, total=len(unread), desc="Checking data", unit="case", disable=not (progress and unread))
+        is_shown = progress and len(unread) > 0 and sys.stderr.isatty()
+        bar = tqdm(results, total=len(unread), desc="Checking data", unit="case", disable=not is_shown)
         for index, fresh in zip(unread, bar):
             facts[index] = fresh
             if states[index] is not None and not fresh.fault:  # a fault may be temporary
