@@ -99,6 +99,7 @@ def measure(row: str, options: speed.Options) -> tuple[float, float]:
             "torch.autocast", lambda device, *a, **k: nullcontext() if device == "meta" else autocast(device, *a, **k)
         ),
         patch("knowsam_monai.distillation.wiring.Wiring._inspect"),
+        patch("knowsam_monai.distillation.gate.TeacherGate.is_open", True),
         patch.object(NoisyPasses, "noise", lambda _, image, iteration, passes=1: image.expand(passes, *image.shape)),
     ):
         step = ROWS[row][1](options)

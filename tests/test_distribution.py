@@ -43,7 +43,8 @@ def fresh(distributions, tmp_path_factory):
     purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # a path in a .pth file gives its modules, but not its own .pth files: an editable install stays out
     (purelib / "needed.pth").write_text(sysconfig.get_path("purelib"))
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", distributions[0])
+    install = (python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", distributions[0])
+    run(*install, env=os.environ | {"PYTHONPATH": ""})  # where pip would find the package of a checkout
     return python
 
 
