@@ -334,7 +334,6 @@ class SAMDistiller(nn.Module):
             self.wiring.count_call(self, image, _view(views, self.prompt_view), label is not None)
         return _Inputs(image, prompt_logits, taught, label, rows)
 
-    @kept_random_state()
     @check_types
     def measure_agreement(
         self,
@@ -365,7 +364,6 @@ class SAMDistiller(nn.Module):
         """
         self._measure(student, student, image, label, labeled_rows, turn, sam_image, logits_of)
 
-    @kept_random_state()
     def measure_if_due(
         self,
         run: int,
@@ -393,6 +391,7 @@ class SAMDistiller(nn.Module):
             turn = run // interval
             self._measure(network, student, image, label, labeled_rows, turn, sam_image, logits_of, run, is_due)
 
+    @kept_random_state()
     def _measure(
         self,
         network: nn.Module | Callable,
