@@ -318,8 +318,10 @@ def read_tensor_file(path: str | os.PathLike) -> Any:
 
     Example::
 
-        >>> torch.save({"weight": torch.zeros(2)}, "model.pt")
-        >>> read_tensor_file("model.pt")
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     torch.save({"weight": torch.zeros(2)}, file.name)
+        ...     read_tensor_file(file.name)
         {'weight': tensor([0., 0.])}
     """
     path = Path(path)
