@@ -347,8 +347,9 @@ class Attachment:
         """The gradients of SKD for the logits (or None) and for SAM's parameters."""
         distiller = self.distiller.train()
         run = self.iteration // self.every  # counts the teacher's runs
-        rest = (student, image, label, rows, sam_image, self.logits_of)
-        distiller.measure_if_due(run, self.gate_interval, self.student, *rest)
+        distiller.measure_if_due(
+            run, self.gate_interval, self.student, student, image, label, rows, sam_image, self.logits_of
+        )
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
         # keeps a host's activation checkpointing from recomputing the teacher's activations

@@ -319,10 +319,9 @@ class SAMDistiller(nn.Module):
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
-        has_labels = label is not None and len(range(len(image))[rows]) > 0
-        is_unclear = labeled_rows is None and has_labels and len(label) == len(image)
-        self.gate.expects_labels |= has_labels and (not is_unclear or self.ignore_index is not None)
-        label = label if has_labels and self.learns else None
+        self.gate.expects_labels |= self._knows_labels(label, labeled_rows, rows, len(image))
+        if len(range(len(image))[rows]) == 0 or not self.learns:
+            label = None
         if label is not None:
             check_tensor("label", label)
             label = class_numbers(label)
@@ -460,13 +459,18 @@ class SAMDistiller(nn.Module):
             return torch.logit(at_least_float32(logits), eps=1e-6)
         return logits
 
+    def _knows_labels(self, label: Tensor | None, labeled_rows: Rows, rows: slice, num_rows: int) -> bool:
+        """Whether rows have a label, and not all of them without anybody saying which the student may see."""
+        if label is None or len(range(num_rows)[rows]) == 0:
+            return False
+        return labeled_rows is not None or len(label) < num_rows or self.ignore_index is not None
+
     def _labeled_images(
         self, image: Tensor, sam_image: Tensor, label: Tensor | None, labeled_rows: Rows
     ) -> LabeledImages | None:
         """The rows whose labels the student may see; None if there are none, or all have one and nobody says which."""
         rows = labeled_slice(labeled_rows, label, len(image))
-        is_unclear = labeled_rows is None and label is not None and len(label) == len(image)
-        if label is None or len(range(len(image))[rows]) == 0 or (is_unclear and self.ignore_index is None):
+        if label is None or not self._knows_labels(label, labeled_rows, rows, len(image)):
             return None
         label = class_numbers(label[rows] if len(label) == len(image) else label)
         channels = getattr(self.teacher, "num_classes", label.shape[1]) if self.overlapping else 1

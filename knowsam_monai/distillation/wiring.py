@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,7 @@ class Wiring:
         self._num_missed = 0  # consecutive measurements without unlabeled rows
         self.expects_no_scaler: bool | None = None
         self._sam_losses: Tensor | None = None  # their sum since SAM's last step
-        self._num_losses = self._num_broken_losses = 0
-        self._num_targets = self._num_broken_targets = 0
+        self._watched: dict[str, tuple[int, int]] = {}  # calls, and checks in a row that found it broken
         self._agreement_requested = False
         self._num_empty = 0  # consecutive calls without a row to teach
         self._saw_label = False
@@ -84,27 +83,30 @@ class Wiring:
         """Note a loss from which SAM learns, and look once for a GradScaler in its backward pass."""
         loss = sam_loss.detach()
         self._sam_losses = loss if self._sam_losses is None else self._sam_losses + loss
-        self._num_losses += 1
-        if self._num_losses % CHECKED == 0:
-            self._num_broken_losses = 0 if bool(torch.isfinite(loss)) else self._num_broken_losses + 1
-            if self._num_broken_losses == 2:
-                self.warn(
-                    "SAM's loss is not finite again and again, so SAM learns nothing: start again from its checkpoint, "
-                    "with a lower learning rate or without float16."
-                )
+        if self._is_broken_again("loss", lambda: torch.isfinite(loss)):
+            self.warn(
+                "SAM's loss is not finite again and again, so SAM learns nothing: start again from its checkpoint, "
+                "with a lower learning rate or without float16."
+            )
         if self.expects_no_scaler and sam_loss.requires_grad:
             sam_loss.register_hook(self._check_scale)
 
     def watch_target(self, distiller: nn.Module, is_finite: Tensor) -> None:
         """Note which rows of the teacher's output are finite, and warn if some are not twice in a row."""
-        self._num_targets += 1
-        if self._num_targets % CHECKED == 0:
-            self._num_broken_targets = 0 if bool(is_finite.all()) else self._num_broken_targets + 1
-            if self._num_broken_targets == 2:
-                self.warn(
-                    f"the output of {named(distiller.teacher)} is not finite again and again, and such images teach "
-                    "nothing; check its weights and the range of the images."
-                )
+        if self._is_broken_again("target", is_finite.all):
+            self.warn(
+                f"the output of {named(distiller.teacher)} is not finite again and again, and such images teach "
+                "nothing; check its weights and the range of the images."
+            )
+
+    def _is_broken_again(self, what: str, is_whole: Callable[[], Tensor]) -> bool:
+        """Whether something that is checked once in a while is broken for the second time in a row."""
+        num_calls, num_broken = self._watched.get(what, (0, 0))
+        is_checked = (num_calls + 1) % CHECKED == 0
+        if is_checked:
+            num_broken = 0 if bool(is_whole()) else num_broken + 1
+        self._watched[what] = num_calls + 1, num_broken
+        return is_checked and num_broken == 2
 
     def is_broken(self, parameters: Sequence[Tensor]) -> bool:
         """

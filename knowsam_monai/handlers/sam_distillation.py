@@ -162,8 +162,9 @@ class SAMDistillation:
         rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # counts the teacher's runs
         student = partial(engine.inferer, network=engine.network)
-        rest = (student, image, label, rows, sam_image, self.logits_of)
-        self.distiller.measure_if_due(run, self.gate_interval, engine.network, *rest)
+        self.distiller.measure_if_due(
+            run, self.gate_interval, engine.network, student, image, label, rows, sam_image, self.logits_of
+        )
 
         labeled = labeled_slice(rows, label, len(image))
         # the teacher's first run since the last multiple of the interval
