@@ -139,7 +139,6 @@ class ConvNormAct(Convolution):
             dropout_dim=1,
             bias=False,
         )
-        self.scale_shape = (out_channels,) + (1,) * (spatial_dims + 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = self.adn.N
@@ -149,6 +148,6 @@ class ConvNormAct(Convolution):
                     return self.adn(PlainWeightGradient.apply(x, self.conv.weight))
             return self.adn(self.conv(x))
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = self.conv.weight * scale.view(self.scale_shape)
+        weight = self.conv.weight * scale.view([-1] + [1] * (self.conv.weight.dim() - 1))
         x = self.conv._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
         return self.adn.A(self.adn.D(x))

@@ -116,6 +116,15 @@ def test_script_equals_python_in_both_modes(spatial_dims, arguments, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_scripted_networks_hold_no_object_that_torchscript_can_take_for_an_operator(spatial_dims):
+    """TorchScript knows operators by their `id`, which a later object can have once the operator is freed."""
+    for module in MultiViewNet(spatial_dims).modules():
+        if type(module).__module__.startswith("knowsam_monai."):
+            values = [value for name, value in vars(module).items() if not name.startswith("_")]
+            assert {type(value) for value in values} <= {bool, int, str}
+
+
 def test_onnx_export_of_torch_s_newer_exporter_equals_torch(tmp_path):
     """The exporter that the bundles use has its test in tests/zoo. At one size: torch.export's solver takes a while."""
     onnxruntime = pytest.importorskip("onnxruntime")
