@@ -38,9 +38,7 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
         >>> encode_image(build_sam("stand_in", image_size=64).image_encoder, torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 128, 8, 8])
     """
-    tokens = encoder.patch_embed(image)  # (B, h, w, channels)
-    if encoder.pos_embed is not None:
-        tokens = tokens + encoder.pos_embed
+    tokens = encoder.patch_embed(image) + encoder.pos_embed  # (B, h, w, channels)
     grid = (tokens.shape[1], tokens.shape[2])
     window_size = max(block.window_size for block in encoder.blocks)
     order, back, layouts = _token_order(grid, window_size, tokens.device, tokens.dtype)
@@ -49,7 +47,7 @@ def encode_image(encoder: nn.Module, image: torch.Tensor) -> torch.Tensor:
     for block in encoder.blocks:
         tokens = tokens + _attend(block.attn, block.norm1(tokens), layouts[block.window_size])
         tokens = tokens + block.mlp(block.norm2(tokens))
-    return _neck(encoder.neck, tokens.index_select(1, back).unflatten(1, grid))
+    return encoder.neck(tokens.index_select(1, back).unflatten(1, grid).permute(0, 3, 1, 2))
 
 
 class _Windows(NamedTuple):
@@ -190,17 +188,3 @@ def _softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     channels = value.shape[-1]
     value = F.pad(value, (0, key.shape[-1] - channels))  # the fused kernels need keys and values of equal width
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :channels]
-
-
-def _neck(neck: nn.Sequential, tokens: torch.Tensor) -> torch.Tensor:
-    """Conv 1x1, norm, conv 3x3, norm, channels-last: the norms are layer norms of the tokens."""
-    project, first_norm, mix, second_norm = neck
-    tokens = F.linear(tokens, project.weight.flatten(1))
-    tokens = layer_norm_of_channels(first_norm, tokens)
-    tokens = mix(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return layer_norm_of_channels(second_norm, tokens).permute(0, 3, 1, 2)
-
-
-def layer_norm_of_channels(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply `segment_anything`'s LayerNorm2d to channels-last tokens (..., C)."""
-    return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
