@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from knowsam_monai.data.declared_size import detached_files
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.readers import LoadCased
 from knowsam_monai.data.slice_axis import slice_axis
-from knowsam_monai.data.transforms import CheckDatad, have_different_affines, known_spacing
+from knowsam_monai.data.transforms import CheckDatad, align_label, known_spacing
 from knowsam_monai.files import expand_path, write_text
 
 logger = logging.getLogger(__name__)
 
 # Increment if facts or checks change; entries of other versions are ignored.
-VERSION = 7
+VERSION = 8
 
 
 @dataclass
@@ -44,7 +45,7 @@ class CaseFacts:
     digest: str = ""  # hash of the data that training uses: voxels of image and label, spacings, orientations
     label_spacing: Sequence[float] | None = None
     label_orientation: str | None = None
-    label_is_elsewhere: bool = False  # another affine than the image's, such as another origin
+    label_alignment: str = ""  # a key of `ALIGNMENTS`
     label_values: Sequence[int] | None = None  # after the check's corrections
     label_is_mask: bool = False  # values 0 and 255, read as 0 and 1
 
@@ -83,7 +84,7 @@ class CaseReader:
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
             facts.label_spacing, facts.label_orientation = _geometry(label)
-            facts.label_is_elsewhere = have_different_affines(image, label)
+            facts.label_alignment = align_label(image, label)[1]
         facts.digest = _digest(facts, image, label)
         try:
             checked = self.check(case)
@@ -173,10 +174,12 @@ def _geometry(image: torch.Tensor) -> tuple[tuple[float, ...] | None, str | None
 
 
 def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
-    """Paths of an item's files, and their sizes and time stamps; None if a file is missing."""
+    """Paths of an item's files, and sizes and time stamps of these and of detached voxels; None if one is missing."""
     files = {key: [os.path.abspath(path) for path in image_paths(item, key)] for key in ("image", "label")}
     try:
-        stats = [os.stat(file) for names in files.values() for file in names]
+        paths = [path for names in files.values() for path in names]
+        headers = [path for path in paths if path.lower().endswith((".nhdr", ".nrrd", ".mhd", ".mha"))]
+        stats = [os.stat(path) for path in (*paths, *(file for path in headers for file in detached_files(path)))]
     except (OSError, ValueError):  # missing, or not a valid file name
         stats = None
     state = None if stats is None else [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]

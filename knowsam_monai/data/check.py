@@ -22,6 +22,7 @@ from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
 
+PLANES = {"LR": "sagittal", "PA": "coronal", "IS": "axial"}  # of slices along an axis of these codes
 COLUMNS = ("set", "items", "patients", "size", "spacing (mm)", "orientation", "intensities", "label values", "empty")
 
 
@@ -86,10 +87,10 @@ def check_datalist(
     *Errors* are: an image (by name, or by the voxels of any slice) or a patient in two sets; a label of an unlabeled
     item, a missing label of a labeled one, or a label file that is also an image; an unreadable file; NaN; a different
     number of channels or axes; a label of another shape or with values that are not classes; only empty labels; an item
-    with a slice number that is not scaled to 0..1. *Warnings* are: a label with another spacing or orientation than its
-    image; an empty label; a mask of 0 and 255; a class that no label has; a constant image; a duplicate image in a set;
-    slices beside volumes; volumes whose spacing does not show their slices, unless `num_axes` is 3; items without a
-    patient.
+    with a slice number that is not scaled to 0..1. *Warnings* are: a label whose voxels are not where those of its
+    image are; an empty label; a mask of 0 and 255; a class that no label has; a constant image; a duplicate image in a
+    set; slices beside volumes; volumes whose spacing does not show their slices, or whose slices are in different
+    planes, unless `num_axes` is 3; items without a patient.
 
     The table is logged. Errors are not raised: call `DatalistReport.raise_if_wrong`.
 
@@ -145,6 +146,7 @@ def check_datalist(
     report.warnings += _slices_beside_volumes(sets, facts)
     if num_axes != 3:
         report.warnings += _unclear_slices(sets, facts)
+        report.warnings += _different_planes(sets, facts)
     report.warnings += _warnings_across_sets(sets, facts, num_classes)
     report.warnings += _small_sets(facts, batch_sizes or {}, num_axes)
     report.rows = [_row(name, sets[name], facts[name]) for name in sets]
@@ -277,19 +279,9 @@ def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> It
     """Possibly intentional issues of one set."""
 
     num_labeled = sum(case.label_values is not None for case in facts)
-    handling = "than their images; they are reoriented if the grids match, else their voxels are assumed to be aligned"
-    spacings_differ = [_differ(case.spacing, case.label_spacing) for case in facts]
-    yield from _warning(name, items, f"labels have another spacing {handling}", spacings_differ, num_labeled, "label")
-    orientations_differ = [len({case.orientation, case.label_orientation} - {None}) > 1 for case in facts]
-    yield from _warning(
-        name, items, f"labels have another orientation {handling}", orientations_differ, num_labeled, "label"
-    )
-    are_elsewhere = [
-        case.label_is_elsewhere and not spacing_differs and not orientation_differs
-        for case, spacing_differs, orientation_differs in zip(facts, spacings_differ, orientations_differ)
-    ]
-    sentence = "labels have another origin or rotation than their images; their voxels are assumed to be aligned"
-    yield from _warning(name, items, sentence, are_elsewhere, num_labeled, "label")
+    alignments = [_alignment(case) for case in facts]
+    for sentence in sorted(set(alignments) - {""}):
+        yield from _warning(name, items, sentence, [own == sentence for own in alignments], num_labeled, "label")
     yield from _warning(
         name, items, "labels are empty", [case.label_values == [0] for case in facts], num_labeled, "label"
     )
@@ -320,6 +312,22 @@ def _unclear_slices(sets: Mapping[str, list[dict]], facts: Mapping[str, list[Cas
         yield from _warning(name, items, sentence, unclear, len(items))
 
 
+def _different_planes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
+    """Volumes whose slices, see `TurnSlicesd`, are in another plane than those of most volumes."""
+    planes: dict[str, list[str]] = {}
+    for name, items in sets.items():
+        for item, case in zip(items, facts[name]):
+            if len(case.size) == 3 and case.orientation is not None:
+                axis = find_slice_axis(case.spacing, case.size)
+                code = "S" if axis is None else case.orientation[axis]
+                plane = next((plane for codes, plane in PLANES.items() if code in codes), "other")
+                planes.setdefault(plane, []).append(f"{image_paths(item)[0]} of `{name}`")
+    if len(planes) > 1:
+        num, counts = sum(map(len, planes.values())), sorted(planes.items(), key=lambda entry: -len(entry[1]))
+        found = ", ".join(f"{len(paths)} {plane}, such as {paths[0]}" for plane, paths in counts)
+        yield f"the slices of {num} images are in different planes, and the 2D bundle mixes them: {found}."
+
+
 def _warning(
     name: str, items: list[dict], sentence: str, affected: list[bool], num: int, key: str = "image"
 ) -> Iterator[str]:
@@ -329,10 +337,16 @@ def _warning(
         yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
 
 
-def _differ(spacing: Sequence[float] | None, other: Sequence[float] | None) -> bool:
-    """Whether two known spacings differ."""
-    known = None not in (spacing, other) and len(spacing) == len(other)  # a different number of axes is an error
-    return known and not np.allclose(spacing, other, rtol=1e-3, atol=0)
+def _alignment(case: CaseFacts) -> str:
+    """How a label on another grid than its image was aligned with it."""
+    if case.label_alignment == "reoriented":
+        return "labels have axes in another order or direction than their images; they are reoriented"
+    if case.label_alignment != "assumed":
+        return ""
+    differs = "origin or rotation" if case.orientation == case.label_orientation else "orientation"
+    if len(case.spacing) == len(case.label_spacing) and not np.allclose(case.spacing, case.label_spacing, rtol=1e-3):
+        differs = "spacing"
+    return f"labels have another {differs} than their images; their voxels are assumed to be aligned"
 
 
 def _warnings_across_sets(
@@ -348,7 +362,7 @@ def _warnings_across_sets(
         yield f"{len(masks)} labels are masks of 0 and 255, such as {first}; they are read as 0 and 1."
     if num_classes is None and found <= {0, 255} and 255 in found:
         yield "`labeled`: labels are masks of 0 and 255; two classes read them as 0 and 1, more classes refuse them."
-    unnamed = [name for name, items in sets.items() if any("patient" not in item for item in items)]
+    unnamed = [name for name, items in sets.items() if not all(patient_key(item.get("patient")) for item in items)]
     if unnamed and len(sets) > 1:
         names = "`, `".join(unnamed)
         yield f"`{names}`: items have no `patient`, so scans of one patient in two sets would not be noticed."
@@ -358,7 +372,7 @@ def _row(name: str, items: list[dict], facts: list[CaseFacts]) -> tuple[str, ...
     read = [case for case in facts if case.size]
     labels = [case.label_values for case in facts if case.label_values is not None]
     values = sorted({value for label_values in labels for value in label_values})
-    patients = {patient_key(item["patient"]) for item in items if "patient" in item}
+    patients = {patient_key(item.get("patient")) for item in items} - {""}
     return (
         name,
         str(len(items)),

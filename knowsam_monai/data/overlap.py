@@ -31,8 +31,9 @@ def shared_names(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
         role = "labeled` or `unlabeled" if name in ("labeled", "unlabeled") else name
         for item in items:
             entries = [("image", real(image), name, image) for image in image_paths(item)]
-            if "patient" in item:
-                entries.append(("patient", patient_key(item["patient"]), role, repr(item["patient"])))
+            patient = patient_key(item.get("patient"))
+            if patient:
+                entries.append(("patient", patient, role, repr(item["patient"])))
             for kind, key, set_name, text in entries:
                 other, other_text = seen.setdefault((kind, key), (set_name, text))
                 if other != set_name and (kind, key, set_name) not in reported:
@@ -63,12 +64,14 @@ def labels_as_images(datalist: Mapping[str, Sequence[dict]]) -> Iterator[str]:
 
 
 def patient_key(patient: object) -> str:
-    """Normalize a patient's name: case, spaces and Unicode form are ignored.
+    """Normalize a patient's name: case, spaces and Unicode form are ignored. None and nan, as of empty cells, give "".
 
     Example:
         >>> patient_key("Patient 01 ") == patient_key("patient01")
         True
     """
+    if patient is None or patient != patient:
+        return ""
     return "".join(unicodedata.normalize("NFKC", str(patient)).casefold().split())
 
 

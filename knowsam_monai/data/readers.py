@@ -7,7 +7,7 @@ import stat
 import zipfile
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -17,8 +17,10 @@ from monai.data import MetaTensor, NibabelReader, NumpyReader, PILReader
 from monai.data.utils import is_supported_format
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
+from PIL import Image, ImageOps
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check_size
+from knowsam_monai.data.grids import check_one_grid
 from knowsam_monai.data.simpleitk_reader import SimpleITKReader
 from knowsam_monai.errors import KnowSAMValueError
 
@@ -138,11 +140,15 @@ class NiftiReader(NibabelReader):
             dtype = image.get_data_dtype()
             if dtype.kind not in "biuf":
                 raise KnowSAMValueError(f"its voxels have type {dtype}; convert them to real numbers.")
-            ratio = LARGEST_RATIO if str(name).endswith(".gz") else 1
+            ratio = LARGEST_RATIO if name.lower().endswith(".gz") else 1
             check_size(image.shape, dtype.itemsize, os.path.getsize(name) - image.dataobj.offset // ratio, ratio)
             _check_affine(image.affine)
-        _check_one_grid(images)
+        check_one_grid({name: (image.shape[:3], image.affine) for name, image in images.items()})
         return super().read(data, **kwargs)
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        first, *others = ensure_tuple(img)  # MONAI refuses affines that differ by rounding
+        return super().get_data([first, *(type(image)(image.dataobj, first.affine, image.header) for image in others)])
 
 
 class ArchiveReader(_WithoutGeometry, NumpyReader):
@@ -178,6 +184,12 @@ class ArchiveReader(_WithoutGeometry, NumpyReader):
 class PictureReader(_WithoutGeometry, PILReader):
     """Read PNG, JPEG and BMP files for MONAI's `LoadImage`; they have no spacing, see `H5Reader`.
 
+    A photo is turned as its EXIF orientation says.
+
+    Args:
+        palette: what the pixels of a file with a palette are. "colors": gray values if all of its colors are gray, else
+            RGB; "numbers": the positions in the palette, as in label maps.
+
     Example:
         >>> from monai.transforms import LoadImage
         >>> load = LoadImage()
@@ -185,8 +197,9 @@ class PictureReader(_WithoutGeometry, PILReader):
         >>> image = load("polyp.png")     # doctest: +SKIP
     """
 
-    def __init__(self) -> None:
-        super().__init__(formats=("PNG", "JPEG", "BMP"))  # PIL would run PostScript in a .png file
+    def __init__(self, palette: Literal["colors", "numbers"] = "colors") -> None:
+        converter = _without_palette if palette == "colors" else ImageOps.exif_transpose
+        super().__init__(converter, formats=("PNG", "JPEG", "BMP"))  # PIL would run PostScript in a .png file
 
 
 class LoadCased(MapTransform):
@@ -220,7 +233,7 @@ class LoadCased(MapTransform):
             self.loaders[key] = LoadImage(image_only=True, **kwargs)
             self.loaders[key].register(NiftiReader())
             self.loaders[key].register(ArchiveReader())
-            self.loaders[key].register(PictureReader())
+            self.loaders[key].register(PictureReader("numbers" if key == "label" else "colors"))
             self.loaders[key].register(SimpleITKReader())
             self.loaders[key].register(H5Reader(dataset=str(key), slice_axis=slice_axis))
 
@@ -241,6 +254,15 @@ class LoadCased(MapTransform):
         return case
 
 
+def _without_palette(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode != "P":
+        return picture
+    rgb = picture.convert("RGB")
+    red, green, blue = rgb.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else rgb
+
+
 def _check_is_file(path: PathLike) -> None:
     """Refuse pipes and devices, whose reading would block; folders may be DICOM series."""
     mode = os.stat(path).st_mode
@@ -254,16 +276,6 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     if isinstance(image, MetaTensor):
         _check_affine(image.affine.numpy())
     return image
-
-
-def _check_one_grid(images: Mapping[str, Any]) -> None:
-    (first_name, first), *others = images.items()
-    for name, other in others:
-        if other.shape[:3] != first.shape[:3] or not np.allclose(other.affine, first.affine):
-            raise KnowSAMValueError(
-                f"{name} has another shape, orientation or position than {first_name}; resample one to the other's "
-                "grid, or correct the list (they may be of two patients)."
-            )
 
 
 def _check_affine(affine: np.ndarray) -> None:

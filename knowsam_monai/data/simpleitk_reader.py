@@ -13,6 +13,7 @@ from monai.data.utils import is_supported_format, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 
 from knowsam_monai.data.declared_size import LARGEST_RATIO, check_size, detached_files
+from knowsam_monai.data.grids import check_one_grid
 from knowsam_monai.errors import KnowSAMValueError
 
 
@@ -44,27 +45,23 @@ class SimpleITKReader(ImageReader):
         return is_supported_format(filename, ["nrrd", "nhdr", "mha", "mhd"])
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list:
-        images = []
+        images = {}
         for name in map(str, ensure_tuple(data)):
             try:
-                images.append(_read_file(name))
+                images[name] = _read_file(name)
             except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).rpartition("ERROR:")[2].split())
                 raise KnowSAMValueError(
                     f"`data` must be an intact image file but {name} is not ({reason}); restore it."
                 ) from error
-        return images
+        check_one_grid({name: (image.GetSize(), _affine(image)) for name, image in images.items()})
+        return list(images.values())
 
     def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
         import SimpleITK
 
         images = ensure_tuple(img)
-        affines = [_affine(image) for image in images]
-        sizes = [image.GetSize() for image in images]
-        if any(size != sizes[0] or not np.allclose(affine, affines[0]) for size, affine in zip(sizes, affines)):
-            raise KnowSAMValueError(
-                f"`data` must be files with one grid, the channels of an image, but their sizes are {sizes}."
-            )
+        affine = _affine(images[0])
         # SimpleITK returns (z, y, x, values).
         arrays = [SimpleITK.GetArrayFromImage(image).T for image in images]
         has_channels = images[0].GetNumberOfComponentsPerPixel() > 1
@@ -73,10 +70,10 @@ class SimpleITKReader(ImageReader):
         else:
             array = np.concatenate(arrays) if has_channels else np.stack(arrays)
         return array, {
-            MetaKeys.AFFINE: affines[0],
-            MetaKeys.ORIGINAL_AFFINE: affines[0].copy(),
+            MetaKeys.AFFINE: affine,
+            MetaKeys.ORIGINAL_AFFINE: affine.copy(),
             MetaKeys.SPACE: SpaceKeys.RAS,
-            MetaKeys.SPATIAL_SHAPE: np.asarray(sizes[0]),
+            MetaKeys.SPATIAL_SHAPE: np.asarray(images[0].GetSize()),
             MetaKeys.ORIGINAL_CHANNEL_DIM: 0 if has_channels or len(arrays) > 1 else float("nan"),
         }
 

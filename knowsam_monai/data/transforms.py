@@ -13,9 +13,16 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Orientation, ScaleIntensity, ScaleIntensityRange, SplitDim, Transform
 from monai.transforms.traits import MultiSampleTrait
 
+from knowsam_monai.data.grids import is_same_grid
 from knowsam_monai.errors import KnowSAMValueError
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
+
+# How a label was aligned with its image, "" if both have one grid; see `align_label`.
+ALIGNMENTS = {
+    "reoriented": "its label has axes in another order or direction and is reoriented to the image",
+    "assumed": "its label has another spacing, orientation or position, and its voxels are assumed to be aligned",
+}
 
 # Tolerance for labels that resampling or float32 arithmetic moved off their integers.
 ROUNDED = 1e-3
@@ -28,10 +35,9 @@ logger = logging.getLogger(__name__)
 class CheckDatad(Transform):
     """Refuse cases that would silently spoil training, and fix a label's grid and values.
 
-    A label with the image's grid but another order or direction of axes is reoriented to the image. With other
-    differences, such as a lost header, voxels are assumed to be aligned, and the label gets the image's affine. Both
-    cause a warning. Label values within 0.001 of an integer are rounded. With two classes, a mask of 0 and 255 is read
-    as 0 and 1, with one warning.
+    The label gets the image's geometry, see `align_label`, with a warning unless both agree within half a voxel. Label
+    values within 0.001 of an integer are rounded. With two classes, a mask of 0 and 255 is read as 0 and 1, with one
+    warning.
 
     Args:
         image_key: key of the image, channel first.
@@ -99,24 +105,11 @@ class CheckDatad(Transform):
             )
         if self.label_key not in data:
             return data
-        label = self._on_grid_of(image, data[self.label_key])
+        label, alignment = align_label(image, data[self.label_key])
+        if alignment and self.warn:
+            logger.warning("%s: %s.", image_name(image), ALIGNMENTS[alignment])
         label = self._as_classes(image, label)
         return data if label is data[self.label_key] else {**data, self.label_key: label}
-
-    def _on_grid_of(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        if not have_different_affines(image, label):
-            return label
-        difference = "different affines: their voxels are assumed to be aligned"
-        aligned = label.clone()
-        if image.ndim == label.ndim == 4:
-            turned = Orientation(axcodes=nibabel.aff2axcodes(image.affine.numpy()), labels=AXES)(label)
-            if turned.shape[1:] == image.shape[1:] and _is_close(turned.affine, image.affine):
-                difference = "axes in another order or direction: the label is reoriented to the image"
-                aligned = turned
-        aligned.affine, aligned.applied_operations = image.affine.clone(), []
-        if self.warn:
-            logger.warning("%s and its label have %s.", image_name(image), difference)
-        return aligned
 
     def _as_classes(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
@@ -148,16 +141,15 @@ class CheckDatad(Transform):
 
 
 class ScaleVolumed(MapTransform):
-    """Scale an image to 0..1 over its whole volume.
+    """Scale each channel of an image to 0..1 over its whole volume.
 
     A slice file of a pack, an item with a `"slice"` number, is not changed: it was scaled with its volume when the pack
     was made. Scaled by its own range, it would be brighter in training than its volume in validation.
 
     Args:
         keys: keys of the images.
-        channel_wise: whether to scale each channel separately.
-        window: two intensities, such as HU, that become 0 and 1, with values beyond them clipped; None: the smallest
-            and the largest of the volume.
+        window: two intensities, such as HU, that become 0 and 1 in every channel, with values beyond them clipped;
+            None: the smallest and the largest of the channel.
 
     Raises:
         ValueError: if a slice file has values outside of 0..1, or there is a `window` for it.
@@ -168,12 +160,10 @@ class ScaleVolumed(MapTransform):
         [[[0.0, 1.0], [0.5, 0.0]]]
     """
 
-    def __init__(
-        self, keys: Any = "image", channel_wise: bool = False, window: tuple[float, float] | None = None
-    ) -> None:
+    def __init__(self, keys: Any = "image", window: tuple[float, float] | None = None) -> None:
         super().__init__(keys)
         self.window = window
-        self.scale: Callable = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=channel_wise)
+        self.scale: Callable = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=True)
         if window is not None:
             self.scale = ScaleIntensityRange(*window, b_min=0.0, b_max=1.0, clip=True)
 
@@ -247,14 +237,36 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
         )
 
 
-def have_different_affines(image: torch.Tensor, label: torch.Tensor) -> bool:
-    """Whether both affines are known and differ by more than 0.01 in an entry."""
-    is_known = all(known_spacing(x) is not None for x in (image, label))
-    return is_known and not (image.affine.shape == label.affine.shape and _is_close(image.affine, label.affine))
+def align_label(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """A label with the geometry of its image, and how it was aligned, a key of `ALIGNMENTS`.
 
+    A label with the image's grid but another order or direction of axes is reoriented to the image. With other
+    differences of more than half a voxel, such as a lost header, voxels are assumed to be aligned. So they are if the
+    label's format has no geometry, such as .npy. Nothing is changed if that of the image is unknown.
 
-def _is_close(affine: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(affine, other, rtol=0, atol=1e-2)
+    Args:
+        image: (ch, *spatial).
+        label: (1, *spatial).
+
+    Example:
+        >>> align_label(MetaTensor(torch.rand(1, 8, 8)), MetaTensor(torch.zeros(1, 8, 8)))[1]
+        ''
+    """
+    if known_spacing(image) is None or not isinstance(label, MetaTensor):
+        return label, ""
+    is_known = known_spacing(label) is not None
+    if is_known and torch.equal(image.affine, label.affine):
+        return label, ""
+    aligned, alignment = label.clone(), ""
+    if is_known and not is_same_grid(image.affine, label.affine, image.shape[1:]):
+        alignment = "assumed"
+        if image.ndim == label.ndim == 4:
+            turned = Orientation(axcodes=nibabel.aff2axcodes(image.affine.numpy()), labels=AXES)(label)
+            if turned.shape[1:] == image.shape[1:] and is_same_grid(image.affine, turned.affine, image.shape[1:]):
+                aligned, alignment = turned, "reoriented"
+    aligned.affine, aligned.applied_operations = image.affine.clone(), []
+    aligned.meta["spacing_known"] = True
+    return aligned, alignment
 
 
 def known_spacing(image: torch.Tensor) -> torch.Tensor | None:

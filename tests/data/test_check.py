@@ -12,6 +12,7 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from knowsam_monai.data import (
     LoadCased,
@@ -270,6 +271,18 @@ WARNINGS = {
         lambda f: [f.write(f"unlabeled{n}.nii.gz", np.random.default_rng(n).random((6, 5))) for n in range(2)],
         "`unlabeled`: 2 of 2 images are slices beside volumes, which alone the 2D bundle turns to one orientation: ",
     ),
+    "turned labels": (
+        lambda f: nibabel.save(
+            nibabel.load(f.path / "labeled0_gt.nii.gz").as_reoriented([[0, -1], [2, 1], [1, 1]]),
+            f.path / "labeled0_gt.nii.gz",
+        ),
+        "`labeled`: 1 of 2 labels have axes in another order or direction than their images; they are reoriented: ",
+    ),
+    "planes": (
+        spoil_array("unlabeled0.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.diag([8.0, 2, 2, 1])),
+        "the slices of 8 images are in different planes, .*: 7 axial, such as .*labeled0.nii.gz of `labeled`, "
+        "1 sagittal, such as .*unlabeled0.nii.gz of `unlabeled`.",
+    ),
     "patient": (lambda f: f.datalist["test"][0].pop("patient"), "`test`: items have no `patient`"),
 }
 
@@ -292,6 +305,28 @@ def test_unknown_and_rounded_label_spacings_cause_no_warning(folder):
     folder.datalist["test"][0]["label"] = str(folder.path / "gt.h5")
     folder.write("test1_gt.nii.gz", label(), affine=OBLIQUE * (1 + 1e-5))
     assert not folder.check().warnings
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+def test_empty_names_of_patients_are_not_one_patient(folder, empty):
+    for items in folder.datalist.values():
+        items[0]["patient"] = empty
+    report = folder.check()
+    assert not report.errors and [row[2] for row in report.rows] == ["1"] * 4
+    assert report.warnings == [
+        "`labeled`, `unlabeled`, `validation`, `test`: items have no `patient`, so scans of one patient in two sets "
+        "would not be noticed."
+    ]
+
+
+def test_changed_voxels_beside_a_header_are_read_again(folder):
+    volume = sitk.GetImageFromArray(np.random.default_rng(0).random((3, 5, 6)).astype(np.float32))
+    sitk.WriteImage(volume, str(folder.path / "a.mhd"))
+    folder.datalist["unlabeled"][0]["image"] = str(folder.path / "a.mhd")
+    before = folder.check().contents
+    voxels = np.fromfile(folder.path / "a.raw", np.float32)
+    (-voxels).tofile(folder.path / "a.raw")
+    assert folder.check().contents["unlabeled"][0] != before["unlabeled"][0]
 
 
 def test_one_patient_may_be_labeled_and_unlabeled(folder):

@@ -26,7 +26,7 @@ def test_a_pattern_reaches_into_folders(tmp_path):
     touch(tmp_path, "p1/p1_frame01.nii.gz", "p1/p1_frame01_gt.nii.gz", "p1/p1_4d.nii.gz")
     found = inference_items(tmp_path, "*/*frame[0-9][0-9].nii.gz")
     assert found == [{"image": str(tmp_path / "p1" / "p1_frame01.nii.gz")}]
-    assert len(inference_items(tmp_path, "**/*.nii.gz")) == 3
+    assert set(left_out(inference_items(tmp_path, "**/*.nii.gz"))) == {"p1_frame01_gt.nii.gz"}
 
 
 def test_brackets_in_the_folder_s_name_are_no_pattern(tmp_path):
@@ -107,6 +107,17 @@ def test_label_maps_are_no_images_and_images_in_the_output_folder_are_left_out(t
     assert all("is a label map by its header, such as" in reason for reason in reasons.values())
     with pytest.raises(ValueError, match="but .*earlier only has 1 that are segmentations; set"):
         inference_items(tmp_path / "earlier")
+
+
+def test_files_named_as_the_label_of_a_scan_are_left_out(tmp_path):
+    scans = ["a.nii", "b_image.nii", "c_mask.nii", "d1.nii", "gt.nii", "e_frame01.nii.gz", "sub/label.nii"]
+    labels = ["a_seg.nii", "b_label.nii", "d1_GT.nii", "e_frame01_gt.nii.gz"]
+    items = inference_items(touch(tmp_path, *scans, *labels, "d_gt.nii"), "**/*.nii*")
+    assert set(left_out(items)) == set(labels) and len(items) == len(scans) + len(labels) + 1
+    assert left_out(items)["a_seg.nii"].endswith(
+        "a_seg.nii is named as the label of a.nii; move it, or select the " "scans with `image_pattern`."
+    )
+    assert not left_out(inference_items(tmp_path, "*_gt.nii*"))  # selected by the user
 
 
 def test_a_missing_folder_and_an_empty_one_are_clear_errors(tmp_path):

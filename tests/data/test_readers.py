@@ -154,3 +154,39 @@ def test_slices_of_different_shapes_are_no_volume(tmp_path):
     paths = [write_h5(tmp_path / "a.h5", (4, 5)), write_h5(tmp_path / "b.h5", (5, 5))]
     with pytest.raises(ValueError, match=r"must be slices of one shape \(H, W\) but their shapes are"):
         H5Reader().read(paths)
+
+
+@pytest.mark.parametrize("palette", ["gray", "color"])
+def test_palette_is_the_colors_of_an_image_and_the_numbers_of_a_label(tmp_path, palette):
+    numbers = np.arange(12, dtype=np.uint8).reshape(4, 3) % 3
+    colors = [(200, 200, 200), (0, 0, 0), (90, 90, 90)] if palette == "gray" else [(9, 0, 0), (0, 200, 7), (1, 2, 3)]
+    picture = Image.fromarray(numbers, mode="P")
+    picture.putpalette([value for color in colors for value in color])
+    picture.save(tmp_path / "a.png")
+    case = LoadCased(["image", "label"], ensure_channel_first=True)(
+        {key: tmp_path / "a.png" for key in ("image", "label")}
+    )
+    np.testing.assert_array_equal(case["label"][0], numbers.T)
+    expected = np.asarray(colors)[numbers.T].transpose(2, 0, 1)
+    np.testing.assert_array_equal(case["image"], expected[:1] if palette == "gray" else expected)
+
+
+def test_photo_is_turned_as_its_exif_orientation_says(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(4, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(LoadCased("image")({"image": tmp_path / "a.png"})["image"], pixels[::-1, ::-1].T)
+
+
+def test_upper_case_suffix_is_compressed_as_well(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", (32, 32, 8)).rename(tmp_path / "A.NII.GZ")
+    assert LoadCased("image")({"image": tmp_path / "A.NII.GZ"})["image"].shape == (32, 32, 8)
+
+
+def test_channels_whose_headers_are_rounded_are_one_image(tmp_path):
+    paths = [write_nifti(tmp_path / f"{name}.nii.gz") for name in "ab"]
+    image = nibabel.load(paths[1])
+    affine = image.affine + 1e-3 * np.eye(4)[[1, 0, 2, 3]]
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), affine), paths[1])
+    assert LoadCased("image", ensure_channel_first=True)({"image": list(map(str, paths))})["image"].shape[0] == 2

@@ -94,7 +94,9 @@ def test_voxels_of_several_values_and_several_files_are_channels(tmp_path):
     paths = [write(tmp_path / f"{name}.nrrd") for name in "ab"]
     np.testing.assert_array_equal(load(paths), np.stack([VOXELS, VOXELS]))
     moved = write(tmp_path / "c.nrrd", origin=(0.0, 0.0, 0.0))
-    with pytest.raises(ValueError, match="must be files with one grid"):
+    with pytest.raises(
+        ValueError, match="c.nrrd has another shape, orientation or position than .*a.nrrd; resample one"
+    ):
         load([paths[0], moved])
 
 

@@ -69,7 +69,7 @@ def test_label_in_another_place_is_warned_about(caplog):
     case = {"image": volume(1, 4, 5, affine=torch.eye(4)), "label": label(1, 4, 5)}
     with caplog.at_level(logging.WARNING):
         CheckDatad()(case)
-    assert "case.nii.gz and its label have different affines" in caplog.text
+    assert "case.nii.gz: its label has another spacing, orientation or position, and" in caplog.text
 
 
 def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing():
@@ -80,13 +80,25 @@ def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacin
     torch.testing.assert_close(placed.as_tensor(), turned.as_tensor())
 
 
+@pytest.mark.parametrize("geometry", ["rounded", "unknown"])
+def test_label_whose_header_is_rounded_or_has_no_geometry_gets_its_image_s_without_a_warning(caplog, geometry):
+    image, stored = volume(1, 4, 5, 3), label(1, 4, 5, 3)
+    stored.affine = stored.affine + 0.02 if geometry == "rounded" else torch.eye(4)
+    stored.meta["spacing_known"] = geometry == "rounded"
+    placed = CheckDatad()({"image": image, "label": stored})["label"]
+    assert torch.equal(placed.affine, image.affine) and known_spacing(placed).tolist() == [1.5, 1.4, 8.0]
+    assert torch.equal(placed.as_tensor(), stored.as_tensor()) and not caplog.text
+
+
+@pytest.mark.parametrize("shift", [0, 0.3])
 @pytest.mark.parametrize("axcodes", ["LAS", "RPI", "SAR", "PIL"])
-def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(caplog, axcodes):
+def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(caplog, axcodes, shift):
     image, right = volume(1, 4, 5, 3), label(1, 4, 5, 3)
     stored = Orientation(axcodes=axcodes, labels=AXES)(right)
+    stored.affine[:3, 3] += shift  # less than half a voxel, 0.7 mm
     placed = CheckDatad()({"image": image, "label": stored})["label"]
     assert torch.equal(placed.as_tensor(), right.as_tensor()) and torch.equal(placed.affine, image.affine)
-    assert not placed.applied_operations and "the label is reoriented to the image" in caplog.text
+    assert not placed.applied_operations and "and is reoriented to the image" in caplog.text
 
 
 def test_slice_for_a_network_of_volumes_is_refused_by_name():
@@ -102,10 +114,9 @@ def test_image_is_scaled_over_its_volume(shape):
     assert scaled.meta["filename_or_obj"] == "case.nii.gz"
 
 
-def test_channels_are_scaled_together_or_each_by_itself():
-    image = torch.stack([torch.arange(4.0), 2 * torch.arange(4.0)])[:, None]
-    assert ScaleVolumed()({"image": image})["image"].amax((1, 2)).tolist() == [0.5, 1.0]
-    assert ScaleVolumed(channel_wise=True)({"image": image})["image"].amax((1, 2)).tolist() == [1.0, 1.0]
+def test_each_channel_is_scaled_by_itself():
+    image = torch.stack([torch.arange(5.0), 1e-6 * torch.arange(5.0)])[:, None]
+    assert ScaleVolumed()({"image": image})["image"][:, 0].tolist() == [[0, 0.25, 0.5, 0.75, 1]] * 2
 
 
 def test_slice_file_keeps_the_brightness_of_its_volume():

@@ -22,7 +22,7 @@ CONFIG = {
         {"_target_": "knowsam_monai.data.CheckDatad", "num_classes": 2},
         {"_target_": "knowsam_monai.data.ResampleVolumed", "pixdim": [3.0, 3.0, 3.0]},
         {"_target_": "knowsam_monai.data.CropCenterd", "size": 80},
-        {"_target_": "NormalizeIntensityd", "keys": "image"},
+        {"_target_": "NormalizeIntensityd", "keys": "image", "channel_wise": True},
         {"_target_": "knowsam_monai.data.PadVolumed", "spatial_size": PATCH},
     ],
     "patches": [{"_target_": "RandSpatialCropd", **BOTH, "roi_size": PATCH, "random_size": False}],
