@@ -11,6 +11,7 @@ from .host_trainer import SKDSettings as SKDSettings
 from .host_trainer import skd_trainer as skd_trainer
 from .inferers import AutocastInferer as AutocastInferer
 from .last_iteration import LastIteration as LastIteration
+from .mean_case_dice import MeanCaseDice as MeanCaseDice
 from .preflight import Preflight as Preflight
 from .report import write_report as write_report
 from .resume import Resume as Resume

@@ -120,8 +120,8 @@ def validation_cases(
                     f"`engine.state.output` must have {key!r} for every case but has {', '.join(item)}; "
                     "every validation and test item needs a label file."
                 )
-        label = _label_map(item[Keys.LABEL], num_classes, Keys.LABEL)
-        preds = {key: _label_map(item[key], num_classes, key) for key in pred_keys if item.get(key) is not None}
+        label = label_map(item[Keys.LABEL], num_classes, Keys.LABEL)
+        preds = {key: label_map(item[key], num_classes, key) for key in pred_keys if item.get(key) is not None}
         for key, pred in preds.items():
             if pred.shape != label.shape:
                 raise KnowSAMValueError(
@@ -236,7 +236,18 @@ def _index(engine: Engine, num_before: int) -> int:
     return index
 
 
-def _label_map(x: Tensor, num_classes: int, key: str) -> Tensor:
+def label_map(x: Tensor, num_classes: int, key: str) -> Tensor:
+    """
+    The class numbers (*spatial) of a case's label or prediction, on the CPU.
+
+    Args:
+        x: (1, *spatial) class numbers, or (C, *spatial) one-hot or scores.
+        num_classes: C, background included.
+        key: its key in the engine's output, for the error.
+
+    Raises:
+        ValueError: if it has another number of channels, or values that are not class numbers.
+    """
     x = torch.as_tensor(without_meta(x)).detach().cpu()
     if x.shape[0] not in (1, num_classes):
         raise KnowSAMValueError(

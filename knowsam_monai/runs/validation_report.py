@@ -43,8 +43,8 @@ class ValidationReport:
 
     - The table has the Dice per structure over whole volumes, averaged over the cases, for the student and, if the
       evaluator's output has ``teacher_pred``, for the teacher. The best validation is chosen on the same volumes, so
-      the student of the last validation is reported too. If a label is empty but something was predicted, the table
-      counts a Dice of 0, while MONAI's MeanDice skips the case.
+      the student of the last validation is reported too. A class that is predicted where the
+      label lacks it has a Dice of 0; one that both lack is left out.
     - ``validation.png``: the first rows are slices with large structures, of cases spread evenly from the best to the
       median; the last row is the worst slice.
     - ``validation_slices/``: the same slices, one file each, described in the PNG's text fields.
