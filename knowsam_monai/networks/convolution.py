@@ -87,6 +87,7 @@ class PlainWeightGradient(torch.autograd.Function):
         """
         return (
             x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
             and x.dtype == torch.float32
             and x.ndim == 4
             and weight.shape[1] >= 32

@@ -81,10 +81,10 @@ class AdaptedAttention(nn.Module):
 class AdaptedMLP(nn.Module):
     """SAM's MLP with an adapter in parallel.
 
-    ``y = mlp(x) + 0.5 A(x)``
+    ``y = mlp(x) + 0.5 A(x)``, or ``mlp(x) + 0.5 A(norm(x))`` for an MLP that normalizes its input itself.
 
     Args:
-        mlp: the module to wrap.
+        mlp: the module to wrap; its layer norm, if it begins with one, is ``mlp.norm``, as in timm's TinyViT.
         dim: number of input and output channels.
 
     Shape:
@@ -104,7 +104,9 @@ class AdaptedMLP(nn.Module):
         self.adapter = Adapter(dim, skip=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.add(self.mlp(x), self.adapter(x), alpha=MLP_ADAPTER_SCALE)
+        norm = getattr(self.mlp, "norm", None)
+        normalized = norm(x) if isinstance(norm, nn.LayerNorm) else x
+        return torch.add(self.mlp(x), self.adapter(normalized), alpha=MLP_ADAPTER_SCALE)
 
 
 def add_adapters(sam: nn.Module, encoder: bool = True) -> None:

@@ -280,7 +280,7 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
         model, found = content["model_type"], {}
         if model in ("sam2", "sam2_video"):
             backbone = (content.get("vision_config") or {}).get("backbone_config") or {}
-            found = _numbers(import_transformers().Sam2HieraDetConfig.from_dict(backbone))
+            found = backbone_numbers(import_transformers().Sam2HieraDetConfig.from_dict(backbone))
     except FileNotFoundError:
         raise KnowSAMValueError(f"{expectation} has no config.json; download the complete folder.") from None
     except Exception as error:  # of JSON and of transformers' own checks
@@ -290,7 +290,7 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
         raise KnowSAMValueError(f"{expectation} holds a {model!r}; {remedy}.")
     variant_found = next((name for name, numbers in SAM2_VARIANTS.items() if numbers == found), None)
     remedy = f"set `variant` to {variant_found!r}" if variant_found else "pass its Sam2Config as `variant`"
-    for key, value in _numbers(config.vision_config.backbone_config).items():
+    for key, value in backbone_numbers(config.vision_config.backbone_config).items():
         if found[key] != value:
             raise KnowSAMValueError(
                 f"{expectation} has {key} {found[key]} instead of {value}; {remedy}, or use a folder of "
@@ -298,7 +298,8 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
             )
 
 
-def _numbers(backbone: Any) -> dict[str, list[int]]:
+def backbone_numbers(backbone: Any) -> dict[str, list[int]]:
+    """The numbers of a `Sam2HieraDetConfig` that tell variants apart; not all of them show in tensor shapes."""
     return {key: list(getattr(backbone, key)) for key in SAM2_VARIANTS["tiny"]}
 
 

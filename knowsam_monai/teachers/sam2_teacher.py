@@ -15,7 +15,7 @@ from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
-from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, build_sam2
+from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, backbone_numbers, build_sam2
 from knowsam_monai.teachers.sam_decoder import token_centers
 from knowsam_monai.tensors import without_meta
 
@@ -122,6 +122,7 @@ class Sam2Teacher(PromptedTeacher):
             UNUSED_IN_SAM2,
             facts={
                 "variant": f"SAM 2 {self.variant}",
+                "backbone": backbone_numbers(self.sam.config.vision_config.backbone_config),
                 "image_size": self.image_size,
                 "pixel_mean_and_std": [MEAN, STD],
             },

@@ -73,10 +73,14 @@ class TinyViTEncoder(nn.Module):
         return [block for stage in self.vit.stages[1:] for block in stage.blocks]
 
     def forward(self, image: Tensor) -> Tensor:
-        for module in self.vit.modules():
-            if hasattr(module, "attention_bias_cache"):  # kept in eval mode, with the graph and the values of a call
-                module.attention_bias_cache = {}
-        return self.neck(self.vit.forward_features(image))
+        try:
+            return self.neck(self.vit.forward_features(image))
+        finally:
+            for module in self.vit.modules():
+                if hasattr(
+                    module, "attention_bias_cache"
+                ):  # kept in eval mode, with the graph and the values of a call
+                    module.attention_bias_cache = {}
 
 
 def is_of_mobile_sam(state: dict[str, Tensor]) -> bool:

@@ -125,6 +125,14 @@ def test_scripted_networks_hold_no_object_that_torchscript_can_take_for_an_opera
             assert {type(value) for value in values} <= {bool, int, str}
 
 
+def test_student_compiles_as_one_graph_for_training():
+    network = MultiViewNet(2, channels=(4, 32), dropout=(0, 0), num_convs=(1, 2), **WIDTHS).train()
+    x = torch.rand(2, 1, 16, 16)
+    expected = network(x)
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
 def test_onnx_export_of_torch_s_newer_exporter_equals_torch(tmp_path):
     """The exporter that the bundles use has its test in tests/zoo. At one size: torch.export's solver takes a while."""
     onnxruntime = pytest.importorskip("onnxruntime")

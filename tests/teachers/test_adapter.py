@@ -69,6 +69,16 @@ def test_mlp_adapter_is_added_with_half_its_value():
     torch.testing.assert_close(mlp(x), mlp.mlp(x) + 0.5 * mlp.adapter(x))
 
 
+def test_mlp_adapter_reads_what_the_norm_inside_of_an_mlp_gives():
+    """As in TinyViT, whose blocks have no norm before their MLP."""
+    mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    mlp.norm = mlp[0]
+    adapted = AdaptedMLP(mlp, dim=8)
+    randomized(adapted)
+    x = 100 * torch.randn(5, 8)
+    torch.testing.assert_close(adapted(x), mlp(x) + 0.5 * adapted.adapter(mlp.norm(x)))
+
+
 def test_attention_adapter_sees_the_attentions_output():
     attention = AdaptedAttention(nn.Linear(8, 8), dim=8)
     randomized(attention)

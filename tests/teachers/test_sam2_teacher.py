@@ -174,6 +174,15 @@ def test_the_cache_is_another_when_the_high_resolution_projections_change():
     assert not torch.equal(teacher.encode(image), before)
 
 
+def test_a_folder_of_embeddings_belongs_to_the_windows_of_its_encoder_too(tmp_path):
+    """Two configs whose tensors have the same shapes."""
+    toy_teacher(encoder="cached", cache_dir=tmp_path)
+    config = toy_config()
+    config.vision_config.backbone_config.global_attention_blocks = []
+    with pytest.raises(ValueError, match="`cache_dir` must"):
+        Sam2Teacher(3, 64, config, encoder="cached", cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -115,6 +117,16 @@ def test_adapters_at_zero_change_nothing_and_new_weights_count_at_once(timm, fil
     for block in sam.image_encoder.blocks:
         block.attn.attention_biases.data.normal_()
     assert not torch.equal(sam.image_encoder(normalized), before)
+
+
+def test_a_copy_is_possible_after_a_step_and_its_mlp_adapters_see_normalized_tokens(timm, file):
+    teacher = SAMTeacher(3, image_size=64, variant="mobile_sam", checkpoint=file, trainable="all")
+    block, seen = teacher.sam.image_encoder.blocks[0], []
+    block.mlp.adapter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    block.mlp.mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher(torch.rand(2, 1, 64, 64), torch.randn(2, 3, 64, 64)).sum().backward()
+    assert torch.equal(*seen)
+    copy.deepcopy(teacher)
 
 
 @pytest.mark.parametrize("given, taken", [("mobile_sam", "vit_b"), ("stand_in", "mobile_sam")])
