@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -51,14 +51,13 @@ class RandOrientationd(RandomizableTransform, MapTransform):
     Args:
         keys: keys to transform equally.
         image_key: the key of the image for SAM.
-        orientations: orientations to draw from; default: all eight.
         allow_missing_keys: True for unlabeled items.
 
     Shape:
         (ch, n, n) each.
 
     Raises:
-        ValueError: if `image_key` is not one of `keys`, an orientation is not 0 to 7, or an image is not 2D and square.
+        ValueError: if `image_key` is not one of `keys`, or an image is not 2D and square.
 
     Example:
         >>> item = RandOrientationd(keys="image")({"image": torch.rand(1, 8, 8)})
@@ -70,22 +69,18 @@ class RandOrientationd(RandomizableTransform, MapTransform):
         self,
         keys: Any = ("image", "label"),
         image_key: str = "image",
-        orientations: Sequence[int] = tuple(range(NUM_ORIENTATIONS)),
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, prob=1.0)
         if image_key not in self.keys:
             raise KnowSAMValueError(f"`image_key` must be one of `keys`, {list(self.keys)}, but is {image_key!r}.")
-        if len(orientations) == 0 or any(o not in range(NUM_ORIENTATIONS) for o in orientations):
-            raise KnowSAMValueError(f"`orientations` must be numbers from 0 to 7 but is {list(orientations)}.")
         self.image_key = image_key
-        self.orientations = tuple(orientations)
-        self.orientation = self.orientations[0]
+        self.orientation = 0
 
     def randomize(self, data: Any = None) -> None:
         super().randomize(data)
-        self.orientation = self.orientations[self.R.randint(len(self.orientations))]
+        self.orientation = self.R.randint(NUM_ORIENTATIONS)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         self.randomize()

@@ -10,7 +10,7 @@ import torch
 from monai.transforms import Compose, Randomizable, RandSimulateLowResolution, RandSimulateLowResolutiond
 from monai.transforms.traits import LazyTrait
 
-from knowsam_monai.data.orientation import NUM_ORIENTATIONS, SAM_IMAGE, RandOrientationd
+from knowsam_monai.data.orientation import SAM_IMAGE, RandOrientationd
 from knowsam_monai.errors import KnowSAMValueError
 
 logger = logging.getLogger(__name__)
@@ -72,27 +72,6 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
         _check_pipeline([t for t in transforms if isinstance(t, Randomizable)], label_key)
         oriented = next(i for i, transform in enumerate(transforms) if isinstance(transform, RandOrientationd))
         _check_later(transforms[oriented + 1 :], label_key)
-
-
-def num_orientations(loader: Any) -> int:
-    """
-    In how many orientations a cached teacher sees each row.
-
-    Args:
-        loader: as in :func:`check_orientations`.
-
-    Example::
-
-        >>> num_orientations([])  # of no known pipeline
-        8
-    """
-    counts = [
-        len(set(t.orientations))
-        for transforms in _pipelines(loader)
-        for t in transforms
-        if isinstance(t, RandOrientationd)
-    ]
-    return max(counts, default=NUM_ORIENTATIONS)
 
 
 def _check_pipeline(transforms: list[Any], label_key: str) -> None:

@@ -38,7 +38,6 @@ class FixMatch:
         weight: w, a number or a function of the iteration; the paper uses 1.
         threshold: tau, 0..1; the paper uses 0.95.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning.
-        average: which pixels N counts, "all" (the paper) or the confident ones ("sure").
 
     Raises:
         ValueError: if an argument is not as described, or a batch lacks unlabeled rows or a matching `image_strong`.
@@ -51,17 +50,11 @@ class FixMatch:
     """
 
     @check_types
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        threshold: float = 0.95,
-        start: int = 0,
-        average: str = "all",
-    ) -> None:
+    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95, start: int = 0) -> None:
         check_weights(weight=weight)
         self.weight = weight
         self.start = start
-        self.loss = PseudoLabelLoss(threshold, average)
+        self.loss = PseudoLabelLoss(threshold)
 
     def attach(self, engine: Engine) -> None:
         """Register with a MONAI trainer."""

@@ -25,12 +25,12 @@ class UncertaintyGuidedMixing:
     """
     Uncertainty-guided data augmentation (UGDA): train on labeled and unlabeled images mixed where one is uncertain.
 
-    The student's entropy map is averaged over a grid of cells. In each pair of a labeled and an unlabeled row, labeled
-    content replaces the most uncertain cells of the unlabeled image, and unlabeled content the most uncertain cells of
-    the labeled image. The labels are mixed alike, from true labels and pseudo-labels. The mixed images take a second
-    forward and backward pass, so only one graph exists at a time; the sum of the gradients is the same. The i-th
-    labeled row is paired with the i-th unlabeled row, since the loader shuffles both. The handler writes `mixing_loss`,
-    weighted and detached, into ``engine.state.output``.
+    The entropy map of the student's first view, the fused one, is averaged over a grid of cells. In each pair of a
+    labeled and an unlabeled row, labeled content replaces the most uncertain cells of the unlabeled image, and
+    unlabeled content the most uncertain cells of the labeled image. The labels are mixed alike, from true labels and
+    pseudo-labels. The mixed images take a second forward and backward pass, so only one graph exists at a time; the sum
+    of the gradients is the same. The i-th labeled row is paired with the i-th unlabeled row, since the loader shuffles
+    both. The handler writes `mixing_loss`, weighted and detached, into ``engine.state.output``.
 
     Args:
         loss: ``f(pred, label)`` on the mixed rows, usually the trainer's supervised loss.
@@ -42,12 +42,10 @@ class UncertaintyGuidedMixing:
         pseudo_label: "teacher" (SAM's argmax, the paper) or "student". With a gate g, "teacher" is the argmax of
             g p_sam + (1 - g) p_student, and of p_student where SAM's output is NaN. Without a teacher, or with one that
             draws slices (``SliceTeacher(slices=k)``) and so has no logits of whole volumes, it means "student".
-        view: the view whose entropy selects the cells and whose argmax is the student's pseudo-label; 0 is the fused
-            view.
 
     Raises:
         ValueError: if `num_cells` is not below the number of cells, `pseudo_label` is unknown, or (at the first step)
-            the student has no such `view` or `grid_size` does not have one number for each axis of the image.
+            `grid_size` does not have one number for each axis of the image.
 
     Example::
 
@@ -67,12 +65,9 @@ class UncertaintyGuidedMixing:
         grid_size: int | Sequence[int] = 4,
         num_cells: int = 5,
         pseudo_label: str = "teacher",
-        view: int = 0,
     ) -> None:
         grid_size = int(grid_size) if isinstance(grid_size, Integral) else tuple(grid_size)
         _check_cells(num_cells, grid=(grid_size,) * 3 if isinstance(grid_size, int) else grid_size)
-        if view < 0:
-            raise KnowSAMValueError(f"`view` must be the number of a view, 0 or more, but is {view}.")
         check_weights(weight=weight)
         check_choice("pseudo_label", pseudo_label, ("teacher", "student"))
         self.loss = loss
@@ -81,7 +76,6 @@ class UncertaintyGuidedMixing:
         self.grid_size = grid_size
         self.num_cells = num_cells
         self.pseudo_label = pseudo_label
-        self.view = view
         self._weight_now = 0.0  # at this iteration
 
     def attach(self, engine: Engine) -> None:
@@ -100,12 +94,9 @@ class UncertaintyGuidedMixing:
         output = engine.state.output
         image, label = output[Keys.IMAGE], output[Keys.LABEL]
         self.grid(image)  # raises at the first step if the grid does not fit, not thousands of steps later
-        views = unstack_views(output[Keys.PRED], image)
-        if len(views) > 1 and self.view >= len(views):
-            raise KnowSAMValueError(f"`view` must be below {len(views)}, the student's views, but is {self.view}.")
         if not self._weight_now:
             return
-        logits = views[self.view if len(views) > 1 else 0].detach()
+        logits = unstack_views(output[Keys.PRED], image)[0].detach()
         pseudo_logits = logits
         if self.pseudo_label == "teacher" and output.get("teacher_logits") is not None:
             pseudo_logits = gated(output["teacher_logits"], logits, output.get("gate_weight", logits.new_ones(())))

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMValueError, check_choice
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.tensors import class_logits
 
 
@@ -15,38 +15,35 @@ class PseudoLabelLoss(nn.Module):
     """Cross-entropy against pseudo-labels; pixels below a confidence threshold are ignored.
 
     ``L = 1/N sum_i 1(max_c q_ic >= threshold) CE(p_i, argmax_c q_ic)`` with ``q = softmax(target)``, which gets no
-    gradient. N counts all pixels (the paper: the term grows with the network's confidence) or only the confident ones
-    ("sure"). Ignored pixels give no gradient; they do not count as background.
+    gradient. N counts all pixels, so the term grows with the network's confidence. Ignored pixels give no gradient;
+    they do not count as background.
 
     Args:
         threshold: minimum probability of a pixel that counts, 0..1; the paper uses 0.95.
-        average: which pixels N counts, ``"all"`` or ``"sure"``.
 
     Shape:
         - student_logits, target_logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
         - output: scalar, at least float32; 0 if no pixel reaches the threshold
 
     Raises:
-        ValueError: if ``threshold`` or ``average`` is not as described, or the shapes differ.
+        ValueError: if ``threshold`` is not a probability, or the shapes differ.
 
     Example::
 
         >>> target_logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0]]])  # only the first pixel is confident
-        >>> PseudoLabelLoss(average="sure")(torch.zeros(1, 2, 2), target_logits).item()  # log 2
-        0.6931471824645996
+        >>> PseudoLabelLoss()(torch.zeros(1, 2, 2), target_logits).item()  # log 2 / 2
+        0.3465735912322998
 
     Reference:
         Sohn et al., "FixMatch", NeurIPS 2020, arXiv:2001.07685, eq. 4, with each pixel as an example.
     """
 
     @check_types
-    def __init__(self, threshold: float = 0.95, average: str = "all") -> None:
+    def __init__(self, threshold: float = 0.95) -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
             raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}; the paper has 0.95.")
-        check_choice("average", average, ("all", "sure"))
         self.threshold = threshold
-        self.average = average
 
     def forward(self, student_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
         if student_logits.shape != target_logits.shape:
@@ -59,8 +56,7 @@ class PseudoLabelLoss(nn.Module):
     def masked(self, student_logits: torch.Tensor, pseudo_label: torch.Tensor, sure_mask: torch.Tensor) -> torch.Tensor:
         """The loss of logits (B, C, *spatial) for what :meth:`pseudo_label` returned."""
         loss_map = F.cross_entropy(class_logits(student_logits), pseudo_label, reduction="none") * sure_mask
-        num_pixels = sure_mask.numel() if self.average == "all" else sure_mask.sum().clamp(min=1)
-        return loss_map.sum() / num_pixels
+        return loss_map.sum() / sure_mask.numel()
 
     def pseudo_label(self, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pseudo-labels and the mask of confident pixels, both (B, *spatial), for logits (B, C, *spatial)."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMValueError, check_choice
+from knowsam_monai.errors import KnowSAMValueError
 
 
 class StackedNetworks(nn.Module):
@@ -20,15 +20,14 @@ class StackedNetworks(nn.Module):
 
     Args:
         networks: each returns logits (B, C, *spatial). Initialize them differently.
-        deployed: the output in eval mode: the logits of the "first" network (CPS), or the "mean" of all logits.
 
     Shape:
         - image: (B, in_channels, *spatial)
         - output in train mode: (B, V, C, *spatial), the views in the order of ``networks``
-        - output in eval mode: logits (B, C, *spatial)
+        - output in eval mode: logits (B, C, *spatial) of the first network
 
     Raises:
-        ValueError: if there is no network, two of them share a parameter, or ``deployed`` is unknown.
+        ValueError: if there is no network, or two of them share a parameter.
 
     Example::
 
@@ -43,21 +42,18 @@ class StackedNetworks(nn.Module):
     """
 
     @check_types
-    def __init__(self, networks: Sequence[nn.Module], deployed: str = "first") -> None:
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
         if len(networks) == 0:
             raise KnowSAMValueError("`networks` must have one network or more but is empty; pass two for CPS.")
-        check_choice("deployed", deployed, ("first", "mean"))
         parameters = [id(parameter) for network in networks for parameter in network.parameters()]
         if len(set(parameters)) < len(parameters):
             raise KnowSAMValueError(
                 "`networks` must not share parameters but do, so they would teach themselves; build each separately."
             )
         self.networks = nn.ModuleList(networks)
-        self.averages = deployed == "mean"
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        if not (self.training or self.averages):
+        if not self.training:
             return self.networks[0](image)
-        logits = torch.stack([network(image) for network in self.networks], dim=1)
-        return logits if self.training else logits.mean(dim=1)
+        return torch.stack([network(image) for network in self.networks], dim=1)

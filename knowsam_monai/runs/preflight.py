@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from knowsam_monai import ranks
+from knowsam_monai.data.orientation import NUM_ORIENTATIONS
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.distillation.sam_image import num_orientations
 from knowsam_monai.networks.ema_student import EMAStudent
 from knowsam_monai.runs.cpu import matmul_precision
 from knowsam_monai.runs.last_iteration import last_iteration
@@ -146,14 +146,13 @@ class Preflight:
         Within each kind, rows and orientations are taken as drawn with equal probability.
         """
         if self._cache is None or sum(self.num_rows) == 0:
-            return _Embeddings(0, 0, 0, 0)
-        orientations = num_orientations(engine.data_loader)
+            return _Embeddings(0, 0, 0)
         remaining = last_iteration(engine) - engine.state.iteration
-        different = [orientations * number for number in self.num_rows]
+        different = [NUM_ORIENTATIONS * number for number in self.num_rows]
         asked = [lookups * remaining for lookups in self._lookups_per_iteration]
         seen = sum(d * (1 - (1 - 1 / d) ** n) for d, n in zip(different, asked) if d > 0)
         encoded = seen * max(0.0, 1 - len(self._cache) / sum(different))
-        return _Embeddings(orientations, sum(different), round(sum(asked)), round(encoded))
+        return _Embeddings(sum(different), round(sum(asked)), round(encoded))
 
     def _encoding_seconds(self, embeddings: _Embeddings) -> float:
         return embeddings.encoded * self._seconds_per_embedding
@@ -167,7 +166,7 @@ class Preflight:
         return [
             (
                 "embeddings",
-                f"{embeddings.different:,} different, {embeddings.orientations} of each row ({memory:.1f} GiB); the "
+                f"{embeddings.different:,} different, {NUM_ORIENTATIONS} of each row ({memory:.1f} GiB); the "
                 f"run uses {embeddings.asked:,} and encodes about {embeddings.encoded:,} of them, {each:.2f} s each "
                 f"({timedelta(seconds=round(self._encoding_seconds(embeddings)))} in all)",
             )
@@ -259,9 +258,8 @@ class Preflight:
 
 
 class _Embeddings(NamedTuple):
-    """Of a cached encoder: orientations of a row, different images, and how many a run asks for and encodes."""
+    """Of a cached encoder: different images, and how many a run asks for and encodes."""
 
-    orientations: int
     different: int
     asked: int
     encoded: int

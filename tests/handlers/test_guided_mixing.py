@@ -230,8 +230,6 @@ def test_bad_arguments_are_errors():
         UncertaintyGuidedMixing(PartiallyLabeledLoss(), grid_size=(2, 3), num_cells=6)
     with pytest.raises(ValueError, match="`pseudo_label` must be"):
         UncertaintyGuidedMixing(PartiallyLabeledLoss(), pseudo_label="truth")
-    with pytest.raises(ValueError, match="`view` must be the number of a view, 0 or more, but is -1"):
-        UncertaintyGuidedMixing(PartiallyLabeledLoss(), view=-1)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +238,9 @@ def test_bad_arguments_are_errors():
         (dict(num_cells=16), "`num_cells` must be between 1 and 15"),
         (dict(grid_size=(4, 4, 4)), "`grid_size` must be at most the image's size .*, one number for each axis"),
         (dict(grid_size=9), "`grid_size` must be at most the image's size .* but is .9, 9."),
-        (dict(view=3), "`view` must be below 3, the student's views, but is 3"),
     ],
 )
-def test_grid_or_view_that_does_not_fit_is_an_error_long_before_the_start(arguments, message):
+def test_grid_that_does_not_fit_is_an_error_long_before_the_start(arguments, message):
     loss = PartiallyLabeledLoss(dice_ce_loss(3))
     mixing = UncertaintyGuidedMixing(loss, start=1000, **arguments)
     with pytest.raises(ValueError, match=message):

@@ -7,9 +7,9 @@ from torch import nn
 from knowsam_monai.networks import StackedNetworks, UNet
 
 
-def pair(deployed="first", spatial_dims=2):
+def pair(spatial_dims=2):
     small = {"spatial_dims": spatial_dims, "channels": (4, 8), "dropout": (0, 0)}
-    return StackedNetworks([UNet(**small), UNet(**small)], deployed)
+    return StackedNetworks([UNet(**small), UNet(**small)])
 
 
 def test_two_networks_built_one_after_another_differ():
@@ -28,11 +28,9 @@ def test_train_mode_stacks_the_logits_in_order(size):
 
 
 @pytest.mark.parametrize("scripted", [False, True])
-@pytest.mark.parametrize("deployed", ["first", "mean"])
-def test_eval_mode_gives_the_deployed_logits_alone(deployed, scripted):
-    network, image = pair(deployed).eval(), torch.rand(2, 1, 8, 8)
-    first, second = (one(image) for one in network.networks)
-    expected = first if deployed == "first" else (first + second) / 2
+def test_eval_mode_gives_the_logits_of_the_first_network_alone(scripted):
+    network, image = pair().eval(), torch.rand(2, 1, 8, 8)
+    expected = network.networks[0](image)
     deployed_network = torch.jit.script(network) if scripted else network
     torch.testing.assert_close(deployed_network(image), expected)
     assert deployed_network.train()(image).shape == (2, 2, 4, 8, 8)
@@ -44,5 +42,3 @@ def test_bad_arguments_are_one_clear_error():
         StackedNetworks([conv, conv])
     with pytest.raises(ValueError, match="one network or more"):
         StackedNetworks([])
-    with pytest.raises(ValueError, match="`deployed` must be 'first' or 'mean' but is 'second'"):
-        StackedNetworks([conv], deployed="second")
