@@ -165,7 +165,8 @@ class Attachment:
         self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
         self._num_untaught = 0  # consecutive batches without a taught call
         self._num_backwards = 0  # backward passes that reached the student's logits
-        self._may_step = False  # a backward pass reached them since the last step, or none was expected
+        # since the last step: a gradient reached a taught call, a call was skipped, a taught call waits for its gradient
+        self._was_reached = self._was_skipped = self._is_waiting = False
 
         self._handles: list[Any] = [student.register_forward_hook(_ForwardHook(self), with_kwargs=True)]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
@@ -192,6 +193,7 @@ class Attachment:
         if self._num_untaught == UNTAUGHT_BATCHES:
             self._warn_of_untaught()
         self._num_untaught += 1
+        self._is_waiting = False  # a forward pass without a backward pass has no effect
         self._batch.take(batch)
 
     def remove(self) -> None:
@@ -223,7 +225,7 @@ class Attachment:
         selection = self._selection(image)
         self._num_untaught = self._num_untaught if selection is None else 0
         if selection is None or self.iteration % self.every:
-            self._may_step = True
+            self._was_skipped = True
             return
         device = logits.device.type
         if self.scaler is None and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half:
@@ -238,6 +240,7 @@ class Attachment:
         if self.logits_of is not None and isinstance(output, Tensor):
             source, gradient = _of_output(self.logits_of, output, logits, gradient)
         pending = _Pending(image, is_same, gradient, sam_gradients, self._num_backwards)
+        self._is_waiting = True
         source.register_hook(partial(self._add_gradients, pending))
 
     def _add_gradients(self, pending: _Pending, host_gradient: Tensor) -> Tensor | None:
@@ -253,7 +256,7 @@ class Attachment:
         if self._num_backwards == pending.num_backwards and all(p.grad is None for p in self.student.parameters()):
             # the host skipped a step and cleared its gradients with `student.zero_grad()`
             self._withdraw_gradients()
-        pending.was_added = self._may_step = True
+        pending.was_added = self._was_reached = True
         self._num_backwards += 1
         for parameter, sam_gradient in pending.sam_gradients:
             added = self.distiller.added_gradients.setdefault(parameter, {})
@@ -284,13 +287,15 @@ class Attachment:
         self.distiller.wiring.warn(f"nothing was distilled in {UNTAUGHT_BATCHES} batches: {reason}.")
 
     def _student_stepped(self) -> None:
-        if not self._may_step and any(parameter.grad is not None for parameter in self._stepped):
+        may_step = self._was_reached or (self._was_skipped and not self._is_waiting)
+        if not may_step and any(parameter.grad is not None for parameter in self._stepped):
             raise KnowSAMRuntimeError(
                 "The optimizer stepped, but no gradient reached the student's logits. Attach to the module that the "
                 "host calls in train mode, not to an averaged copy, and before it is compiled; let `logits_of` pick "
                 "the logits that the host's loss uses; or call `remove()` for this stage."
             )
-        self._may_step, self._batch.is_over = False, True
+        self._was_reached = self._was_skipped = self._is_waiting = False
+        self._batch.is_over = True
         for added in self.distiller.added_gradients.values():
             added.pop(id(self), None)
 

@@ -313,6 +313,29 @@ def test_step_without_a_backward_through_the_logits_is_an_error():
         optimizer.step()
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_step_without_a_gradient_for_the_taught_call_is_an_error_even_if_another_call_is_skipped(learns):
+    """The weak view only gives the pseudo label of the strong one."""
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.requires_grad_(learns)
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if x is b["image"] else None)
+    batch = next(skd.watch(batches))
+    weak, strong = student(batch["image"]), student(batch["image"] + 0.1)
+    (strong - weak.detach()).square().mean().backward()
+    with pytest.raises(RuntimeError, match="The optimizer stepped, but no gradient reached the student's logits"):
+        optimizer.step()
+
+
+def test_step_on_a_skipped_call_is_let_be_after_a_batch_whose_taught_call_got_no_backward():
+    student, optimizer, distiller, (first, second, _) = build()
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if b is first else None)
+    skd.next_batch(first)
+    student(first["image"])
+    skd.next_batch(second)
+    student(second["image"]).sum().backward()
+    optimizer.step()
+
+
 def test_student_compiled_and_called_before_it_was_attached_to_is_taught_or_an_error():
     torch.compiler.reset()
     student, optimizer, distiller, batches = build()
