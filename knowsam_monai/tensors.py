@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +94,46 @@ def without_meta(tensor: torch.Tensor) -> torch.Tensor:
 @torch.jit.unused
 def _as_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
+def mapped_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """
+    A batch or an output with a function applied to each of its tensors.
+
+    Args:
+        values: nested mappings, lists, tuples and named tuples; other values stay as they are.
+        function: is called with each tensor; parts for which it returns the tensor itself are returned without a copy.
+
+    Example::
+
+        >>> batch = {"image": torch.zeros(2, 1, 8, 8), "name": ["a", "b"]}
+        >>> mapped_tensors(batch, lambda tensor: tensor) is batch
+        True
+        >>> mapped_tensors((torch.zeros(1), "a"), lambda tensor: tensor + 1)
+        (tensor([1.]), 'a')
+    """
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        items: Any = {key: mapped_tensors(value, function) for key, value in values.items()}
+        if all(items[key] is value for key, value in values.items()):
+            return values
+        if not isinstance(values, MutableMapping):
+            return items
+        mapped = copy.copy(values)
+        for key, item in items.items():
+            mapped[key] = item
+        return mapped
+    if isinstance(values, (tuple, list)):
+        items = [mapped_tensors(value, function) for value in values]
+        if all(item is former for item, former in zip(items, values)):
+            return values
+        if isinstance(values, tuple):
+            return values._make(items) if hasattr(values, "_make") else tuple(items)
+        mapped = copy.copy(values)
+        mapped[:] = items
+        return mapped
+    return values
 
 
 def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, ...]:

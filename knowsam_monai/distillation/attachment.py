@@ -23,7 +23,7 @@ from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoade
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import at_least_float32, without_meta
+from knowsam_monai.tensors import at_least_float32, mapped_tensors, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class Attachment:
             :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label).
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
             the host's batch that returns one of these. None: the first ``len(label)``, which must not be all rows.
-        logits_of: picks the logits from the student's output, for example ``operator.itemgetter(0)``; None: the output
-            is the logits.
+        logits_of: picks the logits from the student's output, for example ``operator.itemgetter(0)``, or computes them
+            from its tensors, all of which the host's loss must then use; None: the output is the logits.
         weight: factor of the distillation loss, a number or a function of `iteration`.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             always learns from the beginning.
@@ -236,19 +236,20 @@ class Attachment:
         sam_image, label, rows, is_same = selection
         student = partial(self._student_output, args, kwargs, images[0])
         gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
-        source = logits
-        if self.logits_of is not None and isinstance(output, Tensor):
-            source, gradient = _of_output(self.logits_of, output, logits, gradient)
-        pending = _Pending(image, is_same, gradient, sam_gradients, self._num_backwards)
+        sources = [(logits, gradient)]
+        if self.logits_of is not None:
+            sources = _of_output(self.logits_of, output, logits, gradient)
+        pending = _Pending(image, is_same, dict(enumerate(g for _, g in sources)), sam_gradients, self._num_backwards)
         self._is_waiting = True
-        source.register_hook(partial(self._add_gradients, pending))
+        for number, (source, _) in enumerate(sources):
+            source.register_hook(partial(self._add_gradients, pending, number))
 
-    def _add_gradients(self, pending: _Pending, host_gradient: Tensor) -> Tensor | None:
-        """The hook on the logits: their gradient with SKD's; None leaves it as it is."""
+    def _add_gradients(self, pending: _Pending, number: int, host_gradient: Tensor) -> Tensor | None:
+        """The hook on the logits, or on an output behind them: its gradient with SKD's; None leaves it as it is."""
         if not self._handles:  # the attachment was removed since
             return None
         check_same_image(pending.is_same, pending.image)  # only now that the device has the teacher's work to do
-        if pending.was_added:
+        if number not in pending.gradients:
             raise KnowSAMRuntimeError(
                 "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum the "
                 "losses before `backward`, or call the student once for each."
@@ -256,7 +257,8 @@ class Attachment:
         if self._num_backwards == pending.num_backwards and all(p.grad is None for p in self.student.parameters()):
             # the host skipped a step and cleared its gradients with `student.zero_grad()`
             self._withdraw_gradients()
-        pending.was_added = self._was_reached = True
+        gradient = pending.gradients.pop(number)
+        self._was_reached |= not pending.gradients
         self._num_backwards += 1
         for parameter, sam_gradient in pending.sam_gradients:
             added = self.distiller.added_gradients.setdefault(parameter, {})
@@ -266,7 +268,7 @@ class Attachment:
             is_alone = added.keys() <= {id(self)}
             added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
         pending.sam_gradients.clear()  # the host may keep the logits, and with them this hook
-        return None if pending.gradient is None else host_gradient + pending.gradient.to(host_gradient.dtype)
+        return None if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
     def _watch(self, loader: WatchedLoader) -> None:
         if self.next_batch in loader.watched_by:  # each batch counts once
@@ -290,9 +292,10 @@ class Attachment:
         may_step = self._was_reached or (self._was_skipped and not self._is_waiting)
         if not may_step and any(parameter.grad is not None for parameter in self._stepped):
             raise KnowSAMRuntimeError(
-                "The optimizer stepped, but no gradient reached the student's logits. Attach to the module that the "
-                "host calls in train mode, not to an averaged copy, and before it is compiled; let `logits_of` pick "
-                "the logits that the host's loss uses; or call `remove()` for this stage."
+                "The optimizer stepped, but no gradient reached the student's logits (or not each output that "
+                "`logits_of` combines). Attach to the module that the host calls in train mode, not to an averaged "
+                "copy, and before it is compiled; let `logits_of` pick the logits that the host's loss uses; or call "
+                "`remove()` for this stage."
             )
         self._was_reached = self._was_skipped = self._is_waiting = False
         self._batch.is_over = True
@@ -403,27 +406,34 @@ class _Pending:
 
     image: Tensor
     is_same: Tensor | None  # whether the batch has the same image
-    gradient: Tensor | None  # of the logits
+    gradients: dict[int, Tensor | None]  # of the logits or the outputs behind them, until they are added
     sam_gradients: list[tuple[nn.Parameter, Tensor]]
     num_backwards: int  # before this one
-    was_added: bool = False
 
 
 def _of_output(
-    logits_of: Callable[[Any], Tensor], output: Tensor, logits: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    logits_of: Callable[[Any], Tensor], output: Any, logits: Tensor, gradient: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
     """
-    The tensor to watch and its gradient, for logits that are a part of a larger output.
+    The tensors to watch and their gradients, for logits that are computed from a larger output.
 
-    The host picks its logits from the output again, as another view of it, so a hook on ours would see nothing.
+    The host computes its logits from the output again, as other tensors, so a hook on ours would see nothing.
     """
-    whole = output.detach().requires_grad_()
-    picked = logits_of(whole)
+    leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def leaf_of(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        return leaves.setdefault(id(tensor), (tensor, tensor.detach().requires_grad_()))[1]
+
+    picked = logits_of(mapped_tensors(output, leaf_of))
     given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
-    (part,) = torch.autograd.grad(picked, whole, given, retain_graph=True, allow_unused=True)
-    if part is None:
-        return logits, gradient
-    return output, None if gradient is None else part
+    inputs = [leaf for _, leaf in leaves.values()]
+    parts = torch.autograd.grad(picked, inputs, given, retain_graph=True, allow_unused=True) if inputs else ()
+    pairs = [(tensor, part) for (tensor, _), part in zip(leaves.values(), parts) if part is not None]
+    if not pairs:  # the student keeps its logits elsewhere
+        return [(logits, gradient)]
+    return [(tensor, None if gradient is None else part) for tensor, part in pairs]
 
 
 class _ForwardHook:

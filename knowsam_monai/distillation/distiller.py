@@ -600,7 +600,8 @@ class SAMDistiller(nn.Module):
         if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
             raise KnowSAMValueError(
                 f"`image` must have the rows and the size of `logits`, {tuple(prompt_logits.shape)}, but has shape "
-                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller."
+                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller, "
+                "with `attach` or the handler in `logits_of`."
             )
         num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
         if prompt_logits.shape[1] != num_classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
-from knowsam_monai.tensors import without_meta
+from knowsam_monai.tensors import mapped_tensors, without_meta
 
 
 class WatchedLoader:
@@ -194,27 +194,8 @@ def on_device(batch: Any, device: torch.device) -> Any:
         >>> on_device(batch, torch.device("cpu")) is batch
         True
     """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=device.type != "cpu")  # a host waits for its copies
-    if isinstance(batch, Mapping):
-        items: Any = {key: on_device(value, device) for key, value in batch.items()}
-        if all(items[key] is value for key, value in batch.items()):
-            return batch
-        if not isinstance(batch, MutableMapping):
-            return items
-        moved = copy.copy(batch)
-        moved.update(items)
-        return moved
-    if isinstance(batch, (tuple, list)):
-        items = [on_device(item, device) for item in batch]
-        if all(item is former for item, former in zip(items, batch)):
-            return batch
-        if isinstance(batch, tuple):
-            return batch._make(items) if hasattr(batch, "_make") else tuple(items)
-        moved = copy.copy(batch)
-        moved[:] = items
-        return moved
-    return batch
+    # a host waits for its copies
+    return mapped_tensors(batch, lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 
 
 def _image_of(batch: Any) -> Tensor | None:

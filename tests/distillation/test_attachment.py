@@ -10,6 +10,7 @@ from operator import itemgetter
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -131,6 +132,72 @@ def test_logits_may_be_a_part_of_what_the_student_returns(kind, pick):
     toy_trainer(student, skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == len(ours[3])
+
+
+class Heads(Pair):
+    """A network whose smaller logits come from several outputs."""
+
+    def __init__(self, network, kind):
+        super().__init__(network)
+        self.kind = kind
+
+    def forward(self, image):
+        logits = self.network(image)
+        if self.kind == "smaller":
+            return {"logits": functional.avg_pool2d(logits.flatten(0, 1), 2), "name": "head"}
+        first, second = logits.chunk(2, 2) if self.kind == "parts" else (logits, logits.square())
+        return [first, (second, logits.mean())]
+
+
+def upsampled(output):
+    return functional.interpolate(output["logits"], scale_factor=2).unflatten(0, (-1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pick"),
+    [
+        ("smaller", upsampled),
+        ("two heads", lambda output: (output[0] + output[1][0]) / 2),
+        ("parts", lambda output: torch.cat([output[0], output[1][0]], 2)),
+    ],
+)
+def test_logits_may_be_computed_from_what_the_student_returns(kind, pick):
+    ours, expected = build(num_classes=4 if kind == "parts" else 3), build(num_classes=4 if kind == "parts" else 3)
+    for is_attached, (student, optimizer, distiller, batches) in ((True, ours), (False, expected)):
+        student = Heads(student, kind)
+        if is_attached:
+            skd = distiller.attach(student, optimizer, logits_of=pick)
+        else:
+            distiller.follow(optimizer)
+        for batch in skd.watch(batches) if is_attached else batches:
+            logits = pick(student(batch["image"]))
+            loss = loss_of(logits, batch)
+            if not is_attached:
+                loss = loss + distiller(batch["image"], logits, batch["label"]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert_same(ours, expected)
+
+
+def test_host_that_uses_one_of_the_outputs_that_logits_of_combines_gets_an_error():
+    network, optimizer, distiller, batches = build()
+    student = Heads(network, "two heads")
+    skd = distiller.attach(student, optimizer, logits_of=lambda output: (output[0] + output[1][0]) / 2)
+    batch = next(skd.watch(batches))
+    loss_of(student(batch["image"])[0], batch).backward()
+    with pytest.raises(RuntimeError, match="or not each output that `logits_of` combines"):
+        optimizer.step()
+
+
+def test_logits_of_another_size_than_the_image_get_a_remedy_that_can_be_followed():
+    network, optimizer, distiller, batches = build()
+    student = Heads(network, "smaller")
+    pick = lambda output: output["logits"].unflatten(0, (-1, 3))  # noqa: E731
+    skd = distiller.attach(student, optimizer, logits_of=pick)
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match="interpolate logits that are smaller, with `attach` .* in `logits_of`"):
+        student(batch["image"])
 
 
 @pytest.mark.parametrize("attached", [False, True])
