@@ -165,6 +165,7 @@ class Attachment:
         self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
         self._num_untaught = 0  # consecutive batches without a taught call
         self._num_backwards = 0  # backward passes that reached the student's logits
+        self._num_kept = 0  # those whose gradients of SAM wait for a step
         # since the last step: a gradient reached a taught call, a call was skipped, a taught call waits for its gradient
         self._was_reached = self._was_skipped = self._is_waiting = False
 
@@ -254,12 +255,12 @@ class Attachment:
                 "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum the "
                 "losses before `backward`, or call the student once for each."
             )
-        if self._num_backwards == pending.num_backwards and all(p.grad is None for p in self.student.parameters()):
-            # the host skipped a step and cleared its gradients with `student.zero_grad()`
+        if self._num_backwards == pending.num_backwards and self._student_was_cleared():
             self._withdraw_gradients()
         gradient = pending.gradients.pop(number)
         self._was_reached |= not pending.gradients
         self._num_backwards += 1
+        self._num_kept += 1
         for parameter, sam_gradient in pending.sam_gradients:
             added = self.distiller.added_gradients.setdefault(parameter, {})
             if parameter.grad is None:
@@ -298,12 +299,20 @@ class Attachment:
                 "`remove()` for this stage."
             )
         self._was_reached = self._was_skipped = self._is_waiting = False
-        self._batch.is_over = True
+        self._num_kept, self._batch.is_over = 0, True
         for added in self.distiller.added_gradients.values():
             added.pop(id(self), None)
 
+    def _student_was_cleared(self) -> bool:
+        """Whether the host skipped a step and cleared its gradients with `student.zero_grad()`."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        if self._num_kept < self.accumulation_steps:  # zeros are looked for only if a step is overdue
+            return not gradients
+        return not any(bool(gradient.any()) for gradient in gradients)
+
     def _withdraw_gradients(self) -> None:
         """Remove this student's part of SAM's gradients; SAM may also teach other students."""
+        self._num_kept = 0
         for parameter, added in self.distiller.added_gradients.items():
             own = added.pop(id(self), None)
             if own is not None and parameter.grad is not None:

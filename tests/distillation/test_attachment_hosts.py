@@ -53,12 +53,13 @@ def test_forward_that_is_never_backpropagated_teaches_nobody():
     assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("clears_by", ["optimizer", "student"])
-def test_host_that_skips_a_step_after_its_backward(clears_by):
+def test_host_that_skips_a_step_after_its_backward(clears_by, set_to_none):
     ours, expected = build(), build()
     for batch in ours[2].attach(ours[0], ours[1]).watch(ours[3]):
         loss = loss_of(ours[0](batch["image"]), batch)
-        (ours[1] if clears_by == "optimizer" else ours[0]).zero_grad()
+        (ours[1] if clears_by == "optimizer" else ours[0]).zero_grad(set_to_none)
         loss.backward()
         if batch is not ours[3][1]:
             ours[1].step()
