@@ -21,7 +21,7 @@ from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.distillation.wiring import takes_more_than_images
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
+from knowsam_monai.errors import KnowSAMError, KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import at_least_float32, mapped_tensors, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
@@ -210,6 +210,7 @@ class Attachment:
         self._batch = CurrentBatch()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
+        self._batch.is_unused = False
         logits = output if self.logits_of is None else self.logits_of(output)
         if not isinstance(logits, Tensor):
             raise KnowSAMTypeError(
@@ -275,7 +276,11 @@ class Attachment:
         if self.next_batch in loader.watched_by:  # each batch counts once
             return
         if is_cached(self.distiller.teacher):
-            check_orientations(loader)
+            try:
+                check_orientations(loader)
+            except KnowSAMError:
+                self._batch.is_unused = False
+                raise
         loader.watched_by.append(self.next_batch)
         self._watching.add(loader)
 
@@ -292,6 +297,7 @@ class Attachment:
     def _student_stepped(self) -> None:
         may_step = self._was_reached or (self._was_skipped and not self._is_waiting)
         if not may_step and any(parameter.grad is not None for parameter in self._stepped):
+            self._batch.is_unused = False
             raise KnowSAMRuntimeError(
                 "The optimizer stepped, but no gradient reached the student's logits (or not each output that "
                 "`logits_of` combines). Attach to the module that the host calls in train mode, not to an averaged "
@@ -463,7 +469,7 @@ class _ForwardHook:
 
 def _remove_deleted(handles: list[Any], batch: CurrentBatch) -> None:
     """Remove the hooks of an attachment that was deleted without `remove()`."""
-    if handles and batch.num_calls == 0:
+    if handles and batch.is_unused:
         logger.warning(
             "SKD: an attachment was deleted before the student was called on its batch, so SKD has stopped: keep a "
             "reference to what `attach` returns, and let the host iterate over its `watch(loader)`."

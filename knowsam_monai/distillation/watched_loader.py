@@ -120,6 +120,7 @@ class CurrentBatch:
         batch: the batch; None before the first one.
         is_over: whether the student has stepped since, so the next call must be on a new batch.
         num_calls: number of the student's calls on this batch.
+        is_unused: whether the student was not yet called on it in train mode, and no error was raised.
 
     Raises:
         RuntimeError: if the student is called without a batch, or on another one.
@@ -137,6 +138,7 @@ class CurrentBatch:
         self.is_over = False
         self._moved: tuple[torch.device, Any] | None = None
         self.num_calls = 0
+        self.is_unused = True
         self._uncalled_images: list[weakref.ref[Tensor]] = []  # of earlier batches without a call of the student
 
     def take(self, batch: Any) -> None:
@@ -146,7 +148,7 @@ class CurrentBatch:
             self._uncalled_images.clear()
         elif former_image is not None:
             self._uncalled_images.append(weakref.ref(former_image))
-        self.batch, self.is_over, self.num_calls, self._moved = batch, False, 0, None
+        self.batch, self.is_over, self.num_calls, self.is_unused, self._moved = batch, False, 0, True, None
 
     def on(self, device: torch.device) -> Any:
         """The batch with its tensors on a device; moved once."""

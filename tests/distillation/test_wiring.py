@@ -298,6 +298,25 @@ def test_attachment_that_nobody_keeps_is_warned_of(caplog):
     )
 
 
+@pytest.mark.parametrize("fault", ["no batch", "no logits", "orientations", "step"])
+def test_attachment_that_is_deleted_after_an_error_is_not_warned_of(fault, caplog):
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.encoder = "cached" if fault == "orientations" else "adapted"
+
+    def run():
+        skd = distiller.attach(student, optimizer, logits_of=(lambda _: None) if fault == "no logits" else None)
+        if fault == "step":
+            skd.next_batch(batches[0])
+            student.first.weight.square().sum().backward()
+            optimizer.step()
+        host(student, optimizer, batches if fault == "no batch" else skd.watch(batches))
+
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        run()
+    gc.collect()
+    assert not student._forward_hooks and not warnings_with(caplog, "an attachment was deleted")
+
+
 def test_copy_of_a_distiller_is_attached_to_nobody():
     student, optimizer, distiller, _ = build()
     skd = distiller.attach(student, optimizer)
