@@ -166,8 +166,9 @@ class Attachment:
         self._num_untaught = 0  # consecutive batches without a taught call
         self._num_backwards = 0  # backward passes that reached the student's logits
         self._num_kept = 0  # those whose gradients of SAM wait for a step
-        # since the last step: a gradient reached a taught call, a call was skipped, a taught call waits for its gradient
+        # since the last step: a gradient reached a taught call, a call was skipped, a taught call waits for a gradient
         self._was_reached = self._was_skipped = self._is_waiting = False
+        self._saw_eval_mode = False  # since the last step, with gradients
 
         self._handles: list[Any] = [student.register_forward_hook(_ForwardHook(self), with_kwargs=True)]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
@@ -298,13 +299,18 @@ class Attachment:
         may_step = self._was_reached or (self._was_skipped and not self._is_waiting)
         if not may_step and any(parameter.grad is not None for parameter in self._stepped):
             self._batch.is_unused = False
+            if self._saw_eval_mode and not self._is_waiting:
+                raise KnowSAMRuntimeError(
+                    "The student must be called in train mode but was called in eval mode; call `student.train()` "
+                    "before the step, and put only its frozen layers in eval mode."
+                )
             raise KnowSAMRuntimeError(
                 "The optimizer stepped, but no gradient reached the student's logits (or not each output that "
                 "`logits_of` combines). Attach to the module that the host calls in train mode, not to an averaged "
                 "copy, and before it is compiled; let `logits_of` pick the logits that the host's loss uses; or call "
                 "`remove()` for this stage."
             )
-        self._was_reached = self._was_skipped = self._is_waiting = False
+        self._was_reached = self._was_skipped = self._is_waiting = self._saw_eval_mode = False
         self._num_kept, self._batch.is_over = 0, True
         for added in self.distiller.added_gradients.values():
             added.pop(id(self), None)
@@ -460,8 +466,12 @@ class _ForwardHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         attachment = self._attachment()
-        if attachment is not None and module.training and torch.is_grad_enabled():
+        if attachment is None or not torch.is_grad_enabled():
+            return
+        if module.training:
             attachment._student_called(args, kwargs, output)
+        else:
+            attachment._saw_eval_mode = True
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # accepts any arguments

@@ -380,6 +380,27 @@ def test_step_without_a_backward_through_the_logits_is_an_error():
         optimizer.step()
 
 
+def test_step_of_a_student_in_eval_mode_is_an_error_that_says_so():
+    student, optimizer, distiller, (batch, other, _) = build()
+    skd = distiller.attach(student, optimizer)
+    host(student, optimizer, skd.watch([batch]))
+    skd.next_batch(other)
+    student.eval()(other["image"]).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"in train mode but was called in eval mode; call `student.train\(\)`"):
+        optimizer.step()
+
+
+def test_evaluation_with_gradients_leaves_the_error_of_a_step_without_one_as_it_is():
+    student, optimizer, distiller, (batch, *_) = build()
+    skd = distiller.attach(student, optimizer)
+    student.eval()(batch["image"])
+    skd.next_batch(batch)
+    student.train()(batch["image"])
+    student.first.weight.square().sum().backward()
+    with pytest.raises(RuntimeError, match="The optimizer stepped, but no gradient reached the student's logits"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("learns", [True, False])
 def test_step_without_a_gradient_for_the_taught_call_is_an_error_even_if_another_call_is_skipped(learns):
     """The weak view only gives the pseudo label of the strong one."""
