@@ -136,7 +136,9 @@ def mapped_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]
     return values
 
 
-def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def unstack_views(
+    pred: torch.Tensor, reference: torch.Tensor, name: str = "pred", remedy: str = ""
+) -> tuple[torch.Tensor, ...]:
     """Split a prediction into the logits of its views; a plain network has one view.
 
     In train mode a multi-view student stacks its views along dimension 1, as MONAI's ``DynUNet`` stacks its deep
@@ -146,6 +148,8 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial).
         reference: the image (B, channels, *spatial) or the label (B_l, 1, *spatial) of ``pred``; only its number of
             dimensions matters.
+        name: what errors call ``pred``.
+        remedy: for a ``pred`` that is not a tensor; the default names `logits_of` and a wrapper.
 
     Returns:
         One tensor (B, C, *spatial) for each view, in the order of the stack.
@@ -161,16 +165,19 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         (2, 4, 32, 32)
     """
     if not isinstance(pred, torch.Tensor):
+        remedy = remedy or (
+            "pick the logits with `logits_of` if there is such an argument, or wrap the network in one that returns "
+            "only its logits"
+        )
         raise KnowSAMTypeError(
-            f"`pred` must be a tensor of logits or stacked views but is a {type(pred).__name__}; pick the logits with "
-            "`logits_of` if there is such an argument, or wrap the network in one that returns only its logits."
+            f"`{name}` must be a tensor of logits or stacked views but is a {type(pred).__name__}; {remedy}."
         )
     if pred.ndim == reference.ndim:
         return (pred,)
     if pred.ndim == reference.ndim + 1:
         return tuple(pred.unbind(1))
     raise KnowSAMValueError(
-        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but has shape "
+        f"`{name}` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but has shape "
         f"{tuple(pred.shape)} with a reference of shape {tuple(reference.shape)}; give image and label a channel "
         "dimension, and return one tensor from the network."
     )

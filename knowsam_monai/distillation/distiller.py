@@ -310,7 +310,8 @@ class SAMDistiller(nn.Module):
 
     def _checked(self, image: Tensor, logits: Tensor, label: Tensor | None, labeled_rows: Rows) -> _Inputs:
         check_tensor("image", image)
-        views = unstack_views(without_meta(logits), image)
+        remedy = "pick them from the student's output, as in `output[0]`"
+        views = unstack_views(without_meta(logits), image, "logits", remedy)
         if self.training:
             self.wiring.check_once(logits)
         image = without_meta(image).detach()
@@ -437,7 +438,9 @@ class SAMDistiller(nn.Module):
                     raise
                 raise takes_more_than_images(error_line(error)) from error
             output = eval_mode_logits(output, logits_of, x)
-            return self._without_sigmoid(_view(unstack_views(output, x), self.prompt_view))
+            remedy = "pick the logits with `logits_of`, as in `logits_of=lambda output: output[0]`"
+            views = unstack_views(output, x, "student(image)", remedy)
+            return self._without_sigmoid(_view(views, self.prompt_view))
 
         if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(network) if isinstance(network, nn.Module) else nullcontext():
