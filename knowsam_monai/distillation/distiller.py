@@ -315,7 +315,8 @@ class SAMDistiller(nn.Module):
         if self.training:
             self.wiring.check_once(logits)
         image = without_meta(image).detach()
-        prompt_logits = _view(views, self.prompt_view).detach()
+        view = _view(views, self.prompt_view)
+        prompt_logits = view.detach()
         self._join(prompt_logits.device)
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
@@ -331,7 +332,9 @@ class SAMDistiller(nn.Module):
             if labeled_rows is None:
                 self._check_not_all(label, len(image))
         if self.training:
-            self.wiring.count_call(self, image, _view(views, self.prompt_view), label is not None)
+            self.wiring.count_call(self, image, view, label is not None)
+        else:
+            self.wiring.count_in_eval_mode(view, label is not None)
         return _Inputs(image, prompt_logits, taught, label, rows)
 
     @check_types

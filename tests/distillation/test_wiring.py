@@ -162,6 +162,19 @@ def test_logits_without_a_gradient_are_warned_of(is_average, caplog):
     assert len(warnings_with(caplog, f"logits required no gradient in {UNTAUGHT_CALLS} steps")) == is_average
 
 
+@pytest.mark.parametrize("kind", ["forgotten", "evaluation", "resumed in between"])
+def test_distiller_that_a_loop_leaves_in_eval_mode_is_warned_of(kind, caplog):
+    student, optimizer, distiller, batches = build()
+    distiller.follow(optimizer)
+    distiller.eval()
+    for step, batch in enumerate(batches * 40):
+        distiller.train(kind == "resumed in between" and step == 60)
+        with torch.set_grad_enabled(kind != "evaluation"):
+            distiller(batch["image"], student(batch["image"]), batch["label"])
+    words = f"the distiller was in eval mode in {UNTAUGHT_CALLS} steps with labels, so SAM learns nothing"
+    assert len(warnings_with(caplog, words)) == (kind == "forgotten")
+
+
 # --- SKD twice --------------------------------------------------------------------------------------------------------
 
 
