@@ -31,7 +31,7 @@ from knowsam_monai.errors import (
 )
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
-from knowsam_monai.losses.supervised import check_label, loss_of
+from knowsam_monai.losses.supervised import ADD_A_CHANNEL, check_label, loss_of
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
 from knowsam_monai.tensors import (
@@ -328,7 +328,8 @@ class SAMDistiller(nn.Module):
             check_tensor("label", label)
             label = class_numbers(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
+            remedy = ADD_A_CHANNEL + (", or return it so from `select`" if self.wiring.attachments else "")
+            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping, remedy)
             if labeled_rows is None:
                 self._check_not_all(label, len(image))
         if self.training:

@@ -535,8 +535,11 @@ def test_label_without_a_channel_is_an_error():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"][:, 0], 2))
     batch = next(skd.watch(batches))
-    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but has \(2, 8, 8\); pass `label\[:, None\]`"):
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\); pass `label\[:, None\]`, or return it so from `select`"):
         student(batch["image"])
+    skd.remove()
+    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but has \(2, 8, 8\); pass `label\[:, None\]`\.$"):
+        distiller(batch["image"], student(batch["image"]), batch["label"][:, 0])
 
 
 def test_sam_sees_the_batch_s_own_image_and_a_cached_teacher_needs_it():
