@@ -539,7 +539,9 @@ def test_output_in_the_place_of_its_logits_is_an_error_with_the_remedy_of_each_c
     output = (logits, logits.mean()) if kind is tuple else {"logits": logits}
     with pytest.raises(TypeError, match=rf"`logits` must be a tensor .* but is a {kind.__name__}; pick them from the "):
         distiller(image, output, label)
-    with pytest.raises(TypeError, match=rf"`student\(image\)` must be .* a {kind.__name__}; .* with `logits_of`, as in"):
+    with pytest.raises(
+        TypeError, match=rf"`student\(image\)` must be .* a {kind.__name__}; .* with `logits_of`, as in"
+    ):
         distiller.measure_agreement(lambda image: output, image, label)
 
 
