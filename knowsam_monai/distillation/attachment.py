@@ -91,7 +91,7 @@ class Attachment:
             not the image of the batch, or every row has a label but `labeled_rows` is None.
         RuntimeError: if this teacher is already attached to the student; if the student is called without a batch, or
             twice on a batch without `select`; if its logits are backpropagated twice; if its optimizer steps but no
-            gradient reached the logits, or a GradScaler steps it but `scaler` is None.
+            gradient reached the logits, as in eval mode, or a GradScaler steps it but `scaler` is None.
 
     Example::
 

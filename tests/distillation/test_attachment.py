@@ -71,6 +71,23 @@ def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_hand
     assert torch.equal(ours[2].gate.agreement_scores, expected[2].gate.agreement_scores)
 
 
+def test_plain_loop_that_measures_if_due_equals_the_handler():
+    ours, expected = (build(num_batches=70, gate="agreement", num_labeled=2) for _ in range(2))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    toy_trainer(expected[0], expected[3], loss, [SAMDistillation(expected[2])], optimizer=expected[1]).run()
+    student, optimizer, distiller, batches = ours
+    distiller.follow(optimizer)
+    for step, batch in enumerate(batches, start=1):
+        image, label = batch["image"], batch["label"]
+        logits = student(image)
+        distiller.measure_if_due(step, 50, student, student, image, label)
+        optimizer.zero_grad()
+        (loss(logits, label) + distiller(image, logits, label).loss).backward()
+        optimizer.step()
+    assert distiller.gate.num_measured == 2
+    assert_same(ours, expected)
+
+
 def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
     student, optimizer, distiller, batches = build()
     distiller.teacher.requires_grad_(False)
