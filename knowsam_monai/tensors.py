@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +96,49 @@ def _as_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
 
 
-def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def mapped_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """
+    A batch or an output with a function applied to each of its tensors.
+
+    Args:
+        values: nested mappings, lists, tuples and named tuples; other values stay as they are.
+        function: is called with each tensor; parts for which it returns the tensor itself are returned without a copy.
+
+    Example::
+
+        >>> batch = {"image": torch.zeros(2, 1, 8, 8), "name": ["a", "b"]}
+        >>> mapped_tensors(batch, lambda tensor: tensor) is batch
+        True
+        >>> mapped_tensors((torch.zeros(1), "a"), lambda tensor: tensor + 1)
+        (tensor([1.]), 'a')
+    """
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        items: Any = {key: mapped_tensors(value, function) for key, value in values.items()}
+        if all(items[key] is value for key, value in values.items()):
+            return values
+        if not isinstance(values, MutableMapping):
+            return items
+        mapped = copy.copy(values)
+        for key, item in items.items():
+            mapped[key] = item
+        return mapped
+    if isinstance(values, (tuple, list)):
+        items = [mapped_tensors(value, function) for value in values]
+        if all(item is former for item, former in zip(items, values)):
+            return values
+        if isinstance(values, tuple):
+            return values._make(items) if hasattr(values, "_make") else tuple(items)
+        mapped = copy.copy(values)
+        mapped[:] = items
+        return mapped
+    return values
+
+
+def unstack_views(
+    pred: torch.Tensor, reference: torch.Tensor, name: str = "pred", remedy: str = ""
+) -> tuple[torch.Tensor, ...]:
     """Split a prediction into the logits of its views; a plain network has one view.
 
     In train mode a multi-view student stacks its views along dimension 1, as MONAI's ``DynUNet`` stacks its deep
@@ -105,6 +148,8 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial).
         reference: the image (B, channels, *spatial) or the label (B_l, 1, *spatial) of ``pred``; only its number of
             dimensions matters.
+        name: what errors call ``pred``.
+        remedy: for a ``pred`` that is not a tensor; the default names `logits_of` and a wrapper.
 
     Returns:
         One tensor (B, C, *spatial) for each view, in the order of the stack.
@@ -120,16 +165,19 @@ def unstack_views(pred: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Te
         (2, 4, 32, 32)
     """
     if not isinstance(pred, torch.Tensor):
+        remedy = remedy or (
+            "pick the logits with `logits_of` if there is such an argument, or wrap the network in one that returns "
+            "only its logits"
+        )
         raise KnowSAMTypeError(
-            f"`pred` must be a tensor of logits or stacked views but is a {type(pred).__name__}; pick the logits with "
-            "`logits_of` if there is such an argument, or wrap the network in one that returns only its logits."
+            f"`{name}` must be a tensor of logits or stacked views but is a {type(pred).__name__}; {remedy}."
         )
     if pred.ndim == reference.ndim:
         return (pred,)
     if pred.ndim == reference.ndim + 1:
         return tuple(pred.unbind(1))
     raise KnowSAMValueError(
-        f"`pred` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but has shape "
+        f"`{name}` must be logits (B, C, *spatial) or stacked views (B, V, C, *spatial) but has shape "
         f"{tuple(pred.shape)} with a reference of shape {tuple(reference.shape)}; give image and label a channel "
         "dimension, and return one tensor from the network."
     )

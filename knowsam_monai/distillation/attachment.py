@@ -21,9 +21,9 @@ from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.distillation.wiring import takes_more_than_images
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
+from knowsam_monai.errors import KnowSAMError, KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import at_least_float32, without_meta
+from knowsam_monai.tensors import at_least_float32, mapped_tensors, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class Attachment:
             :class:`knowsam_monai.data.RandOrientationd`) or a pair (image, label).
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
             the host's batch that returns one of these. None: the first ``len(label)``, which must not be all rows.
-        logits_of: picks the logits from the student's output, for example ``operator.itemgetter(0)``; None: the output
-            is the logits.
+        logits_of: picks the logits from the student's output, for example ``operator.itemgetter(0)``, or computes them
+            from its tensors, all of which the host's loss must then use; None: the output is the logits.
         weight: factor of the distillation loss, a number or a function of `iteration`.
         start: first iteration with the term, counted from 1; 0 and 1 both mean from the beginning. The teacher
             always learns from the beginning.
@@ -91,7 +91,7 @@ class Attachment:
             not the image of the batch, or every row has a label but `labeled_rows` is None.
         RuntimeError: if this teacher is already attached to the student; if the student is called without a batch, or
             twice on a batch without `select`; if its logits are backpropagated twice; if its optimizer steps but no
-            gradient reached the logits, or a GradScaler steps it but `scaler` is None.
+            gradient reached the logits, as in eval mode, or a GradScaler steps it but `scaler` is None.
 
     Example::
 
@@ -165,7 +165,10 @@ class Attachment:
         self._watching: weakref.WeakSet[WatchedLoader] = weakref.WeakSet()
         self._num_untaught = 0  # consecutive batches without a taught call
         self._num_backwards = 0  # backward passes that reached the student's logits
-        self._may_step = False  # a backward pass reached them since the last step, or none was expected
+        self._num_kept = 0  # those whose gradients of SAM wait for a step
+        # since the last step: a gradient reached a taught call, a call was skipped, a taught call waits for a gradient
+        self._was_reached = self._was_skipped = self._is_waiting = False
+        self._saw_eval_mode = False  # since the last step, with gradients
 
         self._handles: list[Any] = [student.register_forward_hook(_ForwardHook(self), with_kwargs=True)]
         self._handles.append(call_after_step(optimizer, self._student_stepped))  # runs before the teacher's
@@ -192,6 +195,7 @@ class Attachment:
         if self._num_untaught == UNTAUGHT_BATCHES:
             self._warn_of_untaught()
         self._num_untaught += 1
+        self._is_waiting = False  # a forward pass without a backward pass has no effect
         self._batch.take(batch)
 
     def remove(self) -> None:
@@ -207,6 +211,7 @@ class Attachment:
         self._batch = CurrentBatch()
 
     def _student_called(self, args: tuple, kwargs: dict, output: Any) -> None:
+        self._batch.is_unused = False
         logits = output if self.logits_of is None else self.logits_of(output)
         if not isinstance(logits, Tensor):
             raise KnowSAMTypeError(
@@ -223,7 +228,7 @@ class Attachment:
         selection = self._selection(image)
         self._num_untaught = self._num_untaught if selection is None else 0
         if selection is None or self.iteration % self.every:
-            self._may_step = True
+            self._was_skipped = True
             return
         device = logits.device.type
         if self.scaler is None and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.half:
@@ -234,27 +239,30 @@ class Attachment:
         sam_image, label, rows, is_same = selection
         student = partial(self._student_output, args, kwargs, images[0])
         gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
-        source = logits
-        if self.logits_of is not None and isinstance(output, Tensor):
-            source, gradient = _of_output(self.logits_of, output, logits, gradient)
-        pending = _Pending(image, is_same, gradient, sam_gradients, self._num_backwards)
-        source.register_hook(partial(self._add_gradients, pending))
+        sources = [(logits, gradient)]
+        if self.logits_of is not None:
+            sources = _of_output(self.logits_of, output, logits, gradient)
+        pending = _Pending(image, is_same, dict(enumerate(g for _, g in sources)), sam_gradients, self._num_backwards)
+        self._is_waiting = True
+        for number, (source, _) in enumerate(sources):
+            source.register_hook(partial(self._add_gradients, pending, number))
 
-    def _add_gradients(self, pending: _Pending, host_gradient: Tensor) -> Tensor | None:
-        """The hook on the logits: their gradient with SKD's; None leaves it as it is."""
+    def _add_gradients(self, pending: _Pending, number: int, host_gradient: Tensor) -> Tensor | None:
+        """The hook on the logits, or on an output behind them: its gradient with SKD's; None leaves it as it is."""
         if not self._handles:  # the attachment was removed since
             return None
         check_same_image(pending.is_same, pending.image)  # only now that the device has the teacher's work to do
-        if pending.was_added:
+        if number not in pending.gradients:
             raise KnowSAMRuntimeError(
                 "The student's logits were backpropagated twice, but the first gradient already includes SKD. Sum the "
                 "losses before `backward`, or call the student once for each."
             )
-        if self._num_backwards == pending.num_backwards and all(p.grad is None for p in self.student.parameters()):
-            # the host skipped a step and cleared its gradients with `student.zero_grad()`
+        if self._num_backwards == pending.num_backwards and self._student_was_cleared():
             self._withdraw_gradients()
-        pending.was_added = self._may_step = True
+        gradient = pending.gradients.pop(number)
+        self._was_reached |= not pending.gradients
         self._num_backwards += 1
+        self._num_kept += 1
         for parameter, sam_gradient in pending.sam_gradients:
             added = self.distiller.added_gradients.setdefault(parameter, {})
             if parameter.grad is None:
@@ -263,13 +271,17 @@ class Attachment:
             is_alone = added.keys() <= {id(self)}
             added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
         pending.sam_gradients.clear()  # the host may keep the logits, and with them this hook
-        return None if pending.gradient is None else host_gradient + pending.gradient.to(host_gradient.dtype)
+        return None if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
     def _watch(self, loader: WatchedLoader) -> None:
         if self.next_batch in loader.watched_by:  # each batch counts once
             return
         if is_cached(self.distiller.teacher):
-            check_orientations(loader)
+            try:
+                check_orientations(loader)
+            except KnowSAMError:
+                self._batch.is_unused = False
+                raise
         loader.watched_by.append(self.next_batch)
         self._watching.add(loader)
 
@@ -284,18 +296,35 @@ class Attachment:
         self.distiller.wiring.warn(f"nothing was distilled in {UNTAUGHT_BATCHES} batches: {reason}.")
 
     def _student_stepped(self) -> None:
-        if not self._may_step and any(parameter.grad is not None for parameter in self._stepped):
+        may_step = self._was_reached or (self._was_skipped and not self._is_waiting)
+        if not may_step and any(parameter.grad is not None for parameter in self._stepped):
+            self._batch.is_unused = False
+            if self._saw_eval_mode and not self._is_waiting:
+                raise KnowSAMRuntimeError(
+                    "The student must be called in train mode but was called in eval mode; call `student.train()` "
+                    "before the step, and put only its frozen layers in eval mode."
+                )
             raise KnowSAMRuntimeError(
-                "The optimizer stepped, but no gradient reached the student's logits. Attach to the module that the "
-                "host calls in train mode, not to an averaged copy, and before it is compiled; let `logits_of` pick "
-                "the logits that the host's loss uses; or call `remove()` for this stage."
+                "The optimizer stepped, but no gradient reached the student's logits (or not each output that "
+                "`logits_of` combines). Attach to the module that the host calls in train mode, not to an averaged "
+                "copy, and before it is compiled; let `logits_of` pick the logits that the host's loss uses; or call "
+                "`remove()` for this stage."
             )
-        self._may_step, self._batch.is_over = False, True
+        self._was_reached = self._was_skipped = self._is_waiting = self._saw_eval_mode = False
+        self._num_kept, self._batch.is_over = 0, True
         for added in self.distiller.added_gradients.values():
             added.pop(id(self), None)
 
+    def _student_was_cleared(self) -> bool:
+        """Whether the host skipped a step and cleared its gradients with `student.zero_grad()`."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        if self._num_kept < self.accumulation_steps:  # zeros are looked for only if a step is overdue
+            return not gradients
+        return not any(bool(gradient.any()) for gradient in gradients)
+
     def _withdraw_gradients(self) -> None:
         """Remove this student's part of SAM's gradients; SAM may also teach other students."""
+        self._num_kept = 0
         for parameter, added in self.distiller.added_gradients.items():
             own = added.pop(id(self), None)
             if own is not None and parameter.grad is not None:
@@ -398,27 +427,34 @@ class _Pending:
 
     image: Tensor
     is_same: Tensor | None  # whether the batch has the same image
-    gradient: Tensor | None  # of the logits
+    gradients: dict[int, Tensor | None]  # of the logits or the outputs behind them, until they are added
     sam_gradients: list[tuple[nn.Parameter, Tensor]]
     num_backwards: int  # before this one
-    was_added: bool = False
 
 
 def _of_output(
-    logits_of: Callable[[Any], Tensor], output: Tensor, logits: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    logits_of: Callable[[Any], Tensor], output: Any, logits: Tensor, gradient: Tensor | None
+) -> list[tuple[Tensor, Tensor | None]]:
     """
-    The tensor to watch and its gradient, for logits that are a part of a larger output.
+    The tensors to watch and their gradients, for logits that are computed from a larger output.
 
-    The host picks its logits from the output again, as another view of it, so a hook on ours would see nothing.
+    The host computes its logits from the output again, as other tensors, so a hook on ours would see nothing.
     """
-    whole = output.detach().requires_grad_()
-    picked = logits_of(whole)
+    leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def leaf_of(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        return leaves.setdefault(id(tensor), (tensor, tensor.detach().requires_grad_()))[1]
+
+    picked = logits_of(mapped_tensors(output, leaf_of))
     given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
-    (part,) = torch.autograd.grad(picked, whole, given, retain_graph=True, allow_unused=True)
-    if part is None:
-        return logits, gradient
-    return output, None if gradient is None else part
+    inputs = [leaf for _, leaf in leaves.values()]
+    parts = torch.autograd.grad(picked, inputs, given, retain_graph=True, allow_unused=True) if inputs else ()
+    pairs = [(tensor, part) for (tensor, _), part in zip(leaves.values(), parts) if part is not None]
+    if not pairs:  # the student keeps its logits elsewhere
+        return [(logits, gradient)]
+    return [(tensor, None if gradient is None else part) for tensor, part in pairs]
 
 
 class _ForwardHook:
@@ -430,8 +466,12 @@ class _ForwardHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         attachment = self._attachment()
-        if attachment is not None and module.training and torch.is_grad_enabled():
+        if attachment is None or not torch.is_grad_enabled():
+            return
+        if module.training:
             attachment._student_called(args, kwargs, output)
+        else:
+            attachment._saw_eval_mode = True
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return partial, (sys.audit, "knowsam_monai.copy_of_an_attached_student")  # accepts any arguments
@@ -439,7 +479,7 @@ class _ForwardHook:
 
 def _remove_deleted(handles: list[Any], batch: CurrentBatch) -> None:
     """Remove the hooks of an attachment that was deleted without `remove()`."""
-    if handles and batch.num_calls == 0:
+    if handles and batch.is_unused:
         logger.warning(
             "SKD: an attachment was deleted before the student was called on its batch, so SKD has stopped: keep a "
             "reference to what `attach` returns, and let the host iterate over its `watch(loader)`."

@@ -31,7 +31,7 @@ from knowsam_monai.errors import (
 )
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
-from knowsam_monai.losses.supervised import check_label, loss_of
+from knowsam_monai.losses.supervised import ADD_A_CHANNEL, check_label, loss_of
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
 from knowsam_monai.tensors import (
@@ -310,11 +310,13 @@ class SAMDistiller(nn.Module):
 
     def _checked(self, image: Tensor, logits: Tensor, label: Tensor | None, labeled_rows: Rows) -> _Inputs:
         check_tensor("image", image)
-        views = unstack_views(without_meta(logits), image)
+        remedy = "pick them from the student's output, as in `output[0]`"
+        views = unstack_views(without_meta(logits), image, "logits", remedy)
         if self.training:
             self.wiring.check_once(logits)
         image = without_meta(image).detach()
-        prompt_logits = _view(views, self.prompt_view).detach()
+        view = _view(views, self.prompt_view)
+        prompt_logits = view.detach()
         self._join(prompt_logits.device)
         taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
         self._check_shapes(image, prompt_logits)
@@ -326,11 +328,14 @@ class SAMDistiller(nn.Module):
             check_tensor("label", label)
             label = class_numbers(label)
             label = label[rows] if len(label) == len(image) else label
-            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping)
+            remedy = ADD_A_CHANNEL + (", or return it so from `select`" if self.wiring.attachments else "")
+            check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping, remedy)
             if labeled_rows is None:
                 self._check_not_all(label, len(image))
         if self.training:
-            self.wiring.count_call(self, image, _view(views, self.prompt_view), label is not None)
+            self.wiring.count_call(self, image, view, label is not None)
+        else:
+            self.wiring.count_in_eval_mode(view, label is not None)
         return _Inputs(image, prompt_logits, taught, label, rows)
 
     @check_types
@@ -437,7 +442,9 @@ class SAMDistiller(nn.Module):
                     raise
                 raise takes_more_than_images(error_line(error)) from error
             output = eval_mode_logits(output, logits_of, x)
-            return self._without_sigmoid(_view(unstack_views(output, x), self.prompt_view))
+            remedy = "pick the logits with `logits_of`, as in `logits_of=lambda output: output[0]`"
+            views = unstack_views(output, x, "student(image)", remedy)
+            return self._without_sigmoid(_view(views, self.prompt_view))
 
         if is_counted or labeled is not None or ranks.is_distributed():
             with all_in_eval_mode(network) if isinstance(network, nn.Module) else nullcontext():
@@ -600,7 +607,8 @@ class SAMDistiller(nn.Module):
         if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
             raise KnowSAMValueError(
                 f"`image` must have the rows and the size of `logits`, {tuple(prompt_logits.shape)}, but has shape "
-                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller."
+                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller, "
+                "with `attach` or the handler in `logits_of`."
             )
         num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
         if prompt_logits.shape[1] != num_classes:

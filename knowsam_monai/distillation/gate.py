@@ -79,7 +79,7 @@ class TeacherGate(nn.Module):
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
     has g, the scores of student and teacher (-1: not measured) and the pixels behind them, the number of measurements
-    of agreement, and what decides when to measure.
+    of agreement, and what decides when to measure. A gate that loads it computes g from the scores by its own mode.
 
     Args:
         mode: "none", "agreement" or "validation".
@@ -205,7 +205,13 @@ class TeacherGate(nn.Module):
     def _take(self, scores: Tensor, new: Tensor) -> None:
         """Replace `scores` by finite results, and set the weight."""
         scores.copy_(torch.where(torch.isfinite(new).all(), new, scores))
-        if self.mode != "none":
+        self._set_weight()
+
+    def _set_weight(self) -> None:
+        """Set the weight to that of the scores."""
+        if self.mode == "none":
+            self.weight.fill_(1)
+        else:
             factors = [self._labeled_factor(), *(self._factor(scores) for scores in self._compared)]
             self.weight.copy_(torch.stack(factors).prod())
 
@@ -293,6 +299,7 @@ class TeacherGate(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, self.weight.new_zeros(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._set_weight()  # the state may be that of another mode
 
     def _agreement(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
-from knowsam_monai.tensors import without_meta
+from knowsam_monai.tensors import mapped_tensors, without_meta
 
 
 class WatchedLoader:
@@ -120,6 +120,7 @@ class CurrentBatch:
         batch: the batch; None before the first one.
         is_over: whether the student has stepped since, so the next call must be on a new batch.
         num_calls: number of the student's calls on this batch.
+        is_unused: whether the student was not yet called on it in train mode, and no error was raised.
 
     Raises:
         RuntimeError: if the student is called without a batch, or on another one.
@@ -137,6 +138,7 @@ class CurrentBatch:
         self.is_over = False
         self._moved: tuple[torch.device, Any] | None = None
         self.num_calls = 0
+        self.is_unused = True
         self._uncalled_images: list[weakref.ref[Tensor]] = []  # of earlier batches without a call of the student
 
     def take(self, batch: Any) -> None:
@@ -146,7 +148,7 @@ class CurrentBatch:
             self._uncalled_images.clear()
         elif former_image is not None:
             self._uncalled_images.append(weakref.ref(former_image))
-        self.batch, self.is_over, self.num_calls, self._moved = batch, False, 0, None
+        self.batch, self.is_over, self.num_calls, self.is_unused, self._moved = batch, False, 0, True, None
 
     def on(self, device: torch.device) -> Any:
         """The batch with its tensors on a device; moved once."""
@@ -194,27 +196,8 @@ def on_device(batch: Any, device: torch.device) -> Any:
         >>> on_device(batch, torch.device("cpu")) is batch
         True
     """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=device.type != "cpu")  # a host waits for its copies
-    if isinstance(batch, Mapping):
-        items: Any = {key: on_device(value, device) for key, value in batch.items()}
-        if all(items[key] is value for key, value in batch.items()):
-            return batch
-        if not isinstance(batch, MutableMapping):
-            return items
-        moved = copy.copy(batch)
-        moved.update(items)
-        return moved
-    if isinstance(batch, (tuple, list)):
-        items = [on_device(item, device) for item in batch]
-        if all(item is former for item, former in zip(items, batch)):
-            return batch
-        if isinstance(batch, tuple):
-            return batch._make(items) if hasattr(batch, "_make") else tuple(items)
-        moved = copy.copy(batch)
-        moved[:] = items
-        return moved
-    return batch
+    # a host waits for its copies
+    return mapped_tensors(batch, lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 
 
 def _image_of(batch: Any) -> Tensor | None:

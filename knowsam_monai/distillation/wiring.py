@@ -65,6 +65,7 @@ class Wiring:
         self._saw_label = False
         self._since_step = 0  # calls with a label since the teacher's last step
         self._without_graph = 0  # consecutive calls whose logits have no graph
+        self._num_in_eval_mode = 0  # consecutive calls in eval mode that could have trained the teacher
         self._former_logits: weakref.ref[Tensor] | None = None
         self._warned: set[str] = set()
 
@@ -163,6 +164,7 @@ class Wiring:
             has_label: whether the teacher gets labels.
         """
         self.num_calls += 1
+        self._num_in_eval_mode = 0
         self._saw_label |= has_label
         self._since_step += has_label or self._since_step > 0
         self._without_graph = 0 if logits.requires_grad else self._without_graph + 1
@@ -199,6 +201,21 @@ class Wiring:
             # each of several regions has a sigmoid of its own
             logits = logits.flatten(0, 1)[:, None] if distiller.overlapping else logits
             self._inspect(distiller, image, logits.detach())
+
+    def count_in_eval_mode(self, logits: Tensor, has_label: bool) -> None:
+        """
+        Count a call in eval mode, and warn of calls with logits and labels of training.
+
+        Args:
+            logits: (B, C, *spatial), of one view.
+            has_label: whether the teacher would get labels.
+        """
+        self._num_in_eval_mode += has_label and logits.requires_grad and torch.is_grad_enabled()
+        if self._num_in_eval_mode == UNTAUGHT_CALLS:
+            self.warn(
+                f"the distiller was in eval mode in {UNTAUGHT_CALLS} steps with labels, so SAM learns nothing: call "
+                "`distiller.train()` after each evaluation; if these are evaluations, call it under `torch.no_grad()`."
+            )
 
     def count_measurement(self, distiller: nn.Module, rows: set[str], may_say_rows: bool) -> None:
         """

@@ -21,7 +21,7 @@ class DistillationLoss(nn.Module):
     T)``, averaged over all pixels and rows. The teacher gets no gradient. ``T^2`` (Hinton; the authors' code) keeps the
     scale of the gradient independent of T. At large T the loss becomes a regression on logits, ``sum_c (difference of
     centered logits)^2 / 2C``, and is unbounded. One channel (a sigmoid network) counts as two classes, so it may learn
-    from a teacher with two channels.
+    from a teacher with two channels. A teacher's logit of -inf is a probability of exactly 0 and contributes 0.
 
     Most pixels are background, so an untrained student can lose small structures to the mean over pixels. `dice_weight`
     adds a second term, ``dice_weight * (1 - Dice(q, p))`` at T = 1, in which all classes count equally: MONAI's
@@ -71,9 +71,10 @@ class DistillationLoss(nn.Module):
                 f"`teacher_logits` must have the student's shape {tuple(student_logits.shape)} but have "
                 f"{tuple(teacher_logits.shape)}; build teacher and student for the same classes and image size."
             )
+        log_p = (teacher / self.temperature).log_softmax(dim=1)
         divergence = F.kl_div(
             input=(student / self.temperature).log_softmax(dim=1),
-            target=(teacher / self.temperature).log_softmax(dim=1),
+            target=log_p.clamp(min=torch.finfo(log_p.dtype).min),  # of a certain zero; 0 times infinity would be NaN
             reduction="sum",
             log_target=True,
         )

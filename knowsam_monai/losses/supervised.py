@@ -15,6 +15,8 @@ from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.tensors import at_least_float32, class_logits, class_numbers, unstack_views, without_meta
 
+ADD_A_CHANNEL = "pass `label[:, None]`"
+
 
 def dice_ce_loss(num_classes: int = 4, ignore_index: int | None = None) -> nn.Module:
     """The supervised loss of KnowSAM: cross-entropy + Dice, each with weight 1.
@@ -157,7 +159,11 @@ def loss_of(
 
 
 def check_label(
-    logits: torch.Tensor, label: torch.Tensor, ignore_index: int | None = None, overlapping: bool = False
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    ignore_index: int | None = None,
+    overlapping: bool = False,
+    channel_remedy: str = ADD_A_CHANNEL,
 ) -> None:
     """Raise a clear error if a label does not fit the first rows of the logits.
 
@@ -166,6 +172,7 @@ def check_label(
         label: class indices (B_l, 1, *spatial); 0 and 1 (B_l, C, *spatial) if `overlapping`.
         ignore_index: a label value that is not a class; the loss leaves its pixels out.
         overlapping: each channel is a region that may overlap with others.
+        channel_remedy: for a label without a channel.
 
     Raises:
         ValueError: if there is no label or there are more labels than rows, the spatial shapes differ, or a label on
@@ -182,7 +189,7 @@ def check_label(
         )
     channels = num_classes if overlapping else 1
     if not overlapping:
-        _check_channel(label, logits.shape[2:])
+        _check_channel(label, logits.shape[2:], channel_remedy)
     if label.ndim < 2 or label.shape[1] != channels or label.shape[2:] != logits.shape[2:]:
         if label.shape[1:2] == (num_classes,) and not overlapping:
             remedy = "combine its channels into one of class indices, or set `overlapping` if regions may overlap"
@@ -210,11 +217,11 @@ def check_label(
             )
 
 
-def _check_channel(label: torch.Tensor, spatial_shape: torch.Size) -> None:
+def _check_channel(label: torch.Tensor, spatial_shape: torch.Size, remedy: str = ADD_A_CHANNEL) -> None:
     if label.shape[1:] == spatial_shape:
         raise KnowSAMValueError(
             f"`label` must have shape (labeled rows, 1, {', '.join(map(str, spatial_shape))}) but has "
-            f"{tuple(label.shape)}; pass `label[:, None]`."
+            f"{tuple(label.shape)}; {remedy}."
         )
 
 

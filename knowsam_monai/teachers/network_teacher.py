@@ -278,7 +278,8 @@ class NetworkTeacher(nn.Module):
         all_channels = list(range(logits.shape[1]))
         if self.num_classes == 1 and set(used) < set(all_channels):
             rest = [channel for channel in all_channels if channel not in used]
-            return _merged(logits, self.channels[0]) - _merged(logits, rest)
+            background = _merged(logits, rest).clamp(min=-1e30)  # -inf is a certain zero, but +inf would be a breakdown
+            return _merged(logits, self.channels[0]) - background
         if sorted(used) != all_channels:
             raise KnowSAMValueError(
                 f"`channels` must name each of the network's {len(all_channels)} channels once but are "

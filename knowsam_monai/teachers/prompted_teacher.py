@@ -57,7 +57,8 @@ class PromptedTeacher(nn.Module):
         num_prompt_tokens: prompt tokens of each class.
         image_size: (height, width) of the encoder's input.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
-            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W).
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W). None: the first channel, with a
+            warning if there are others.
         trainable: "adapters" or "all".
         encoder: "adapted" or "cached".
         checkpoint: path of the weights, None for random ones.
@@ -75,7 +76,7 @@ class PromptedTeacher(nn.Module):
         num_classes: int,
         num_prompt_tokens: int,
         image_size: tuple[int, int],
-        to_rgb: int | str | Callable[[Tensor], Tensor],
+        to_rgb: int | str | Callable[[Tensor], Tensor] | None,
         trainable: str,
         encoder: str,
         checkpoint: str | os.PathLike[str] | None,
@@ -95,11 +96,12 @@ class PromptedTeacher(nn.Module):
             )
         if not (pretrained_on is None or isinstance(pretrained_on, str)):
             raise KnowSAMTypeError(f"`pretrained_on` must be text or None but is {pretrained_on!r}.")
-        if not callable(to_rgb) and not isinstance(to_rgb, int) and to_rgb not in ("mean", "rgb"):
+        if not callable(to_rgb) and not isinstance(to_rgb, (int, type(None))) and to_rgb not in ("mean", "rgb"):
             raise KnowSAMValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
         self.num_classes = num_classes
         self.image_size = image_size
-        self.to_rgb = to_rgb
+        self.to_rgb = 0 if to_rgb is None else to_rgb
+        self._may_drop_channels = to_rgb is not None  # or a warning told so
         self.trainable = trainable
         self.encoder = encoder
         self.checkpoint = None if checkpoint is None else checkpoint_path(checkpoint)
@@ -194,6 +196,14 @@ class PromptedTeacher(nn.Module):
 
     def _convert_to_rgb(self, image: Tensor) -> Tensor:
         channels = image.shape[1]
+        if channels > 1 and not self._may_drop_channels:
+            self._may_drop_channels = True
+            logger.warning(
+                "%s sees only the first of the image's %d channels; set `to_rgb` to 'rgb' for color images, to 'mean', "
+                "to the index of a channel (0 for the first), or to a function that makes three of them.",
+                self.display_name,
+                channels,
+            )
         if callable(self.to_rgb):
             rgb = self.to_rgb(image)
         elif self.to_rgb == "mean":

@@ -57,7 +57,8 @@ class Sam2Teacher(PromptedTeacher):
         trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
             forward uses, for a SAM 2 without pretrained weights.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
-            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window. None: the first
+            channel, with a warning if there are others.
         num_prompt_tokens: prompt tokens of each class (2 in KnowSAM).
         encoder: "adapted", or "cached": frozen and without adapters, each image encoded once.
         cache_dir: folder for the embeddings; None keeps them in memory.
@@ -99,7 +100,7 @@ class Sam2Teacher(PromptedTeacher):
         variant: str | Any = "tiny",
         checkpoint: str | os.PathLike[str] | None = None,
         trainable: str = "adapters",
-        to_rgb: int | str | Callable[[Tensor], Tensor] = 0,
+        to_rgb: int | str | Callable[[Tensor], Tensor] | None = None,
         num_prompt_tokens: int = 2,
         encoder: str = "adapted",
         cache_dir: str | os.PathLike[str] | None = None,

@@ -57,7 +57,8 @@ class SAMTeacher(PromptedTeacher):
         trainable: "adapters" trains only the adapters and the prompt head; "all" trains every parameter that the
             forward uses, for a SAM without pretrained weights.
         to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
-            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window.
+            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W) such as a CT window. None: the first
+            channel, with a warning if there are others.
         num_prompt_tokens: prompt tokens of each class (2 in the paper).
         encoder: "adapted" (the paper), or "cached": frozen and without adapters, each image encoded once.
         cache_dir: folder for the embeddings; None keeps them in memory. See :class:`EmbeddingCache`.
@@ -100,7 +101,7 @@ class SAMTeacher(PromptedTeacher):
         variant: str = "vit_b",
         checkpoint: str | os.PathLike[str] | None = None,
         trainable: str = "adapters",
-        to_rgb: int | str | Callable[[torch.Tensor], torch.Tensor] = 0,
+        to_rgb: int | str | Callable[[torch.Tensor], torch.Tensor] | None = None,
         num_prompt_tokens: int = 2,
         encoder: str = "adapted",
         cache_dir: str | os.PathLike[str] | None = None,

@@ -10,6 +10,7 @@ from operator import itemgetter
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -68,6 +69,23 @@ def test_attachment_to_a_monai_trainer_with_start_every_and_gate_equals_the_hand
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == expected[2].gate.num_measured == 2
     assert torch.equal(ours[2].gate.agreement_scores, expected[2].gate.agreement_scores)
+
+
+def test_plain_loop_that_measures_if_due_equals_the_handler():
+    ours, expected = (build(num_batches=70, gate="agreement", num_labeled=2) for _ in range(2))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    toy_trainer(expected[0], expected[3], loss, [SAMDistillation(expected[2])], optimizer=expected[1]).run()
+    student, optimizer, distiller, batches = ours
+    distiller.follow(optimizer)
+    for step, batch in enumerate(batches, start=1):
+        image, label = batch["image"], batch["label"]
+        logits = student(image)
+        distiller.measure_if_due(step, 50, student, student, image, label)
+        optimizer.zero_grad()
+        (loss(logits, label) + distiller(image, logits, label).loss).backward()
+        optimizer.step()
+    assert distiller.gate.num_measured == 2
+    assert_same(ours, expected)
 
 
 def test_frozen_teacher_needs_no_label_and_writes_no_sam_loss():
@@ -131,6 +149,72 @@ def test_logits_may_be_a_part_of_what_the_student_returns(kind, pick):
     toy_trainer(student, skd.watch(ours[3]), loss, [], optimizer=ours[1]).run()
     assert_same(ours, expected)
     assert ours[2].gate.num_measured == len(ours[3])
+
+
+class Heads(Pair):
+    """A network whose smaller logits come from several outputs."""
+
+    def __init__(self, network, kind):
+        super().__init__(network)
+        self.kind = kind
+
+    def forward(self, image):
+        logits = self.network(image)
+        if self.kind == "smaller":
+            return {"logits": functional.avg_pool2d(logits.flatten(0, 1), 2), "name": "head"}
+        first, second = logits.chunk(2, 2) if self.kind == "parts" else (logits, logits.square())
+        return [first, (second, logits.mean())]
+
+
+def upsampled(output):
+    return functional.interpolate(output["logits"], scale_factor=2).unflatten(0, (-1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pick"),
+    [
+        ("smaller", upsampled),
+        ("two heads", lambda output: (output[0] + output[1][0]) / 2),
+        ("parts", lambda output: torch.cat([output[0], output[1][0]], 2)),
+    ],
+)
+def test_logits_may_be_computed_from_what_the_student_returns(kind, pick):
+    ours, expected = build(num_classes=4 if kind == "parts" else 3), build(num_classes=4 if kind == "parts" else 3)
+    for is_attached, (student, optimizer, distiller, batches) in ((True, ours), (False, expected)):
+        student = Heads(student, kind)
+        if is_attached:
+            skd = distiller.attach(student, optimizer, logits_of=pick)
+        else:
+            distiller.follow(optimizer)
+        for batch in skd.watch(batches) if is_attached else batches:
+            logits = pick(student(batch["image"]))
+            loss = loss_of(logits, batch)
+            if not is_attached:
+                loss = loss + distiller(batch["image"], logits, batch["label"]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert_same(ours, expected)
+
+
+def test_host_that_uses_one_of_the_outputs_that_logits_of_combines_gets_an_error():
+    network, optimizer, distiller, batches = build()
+    student = Heads(network, "two heads")
+    skd = distiller.attach(student, optimizer, logits_of=lambda output: (output[0] + output[1][0]) / 2)
+    batch = next(skd.watch(batches))
+    loss_of(student(batch["image"])[0], batch).backward()
+    with pytest.raises(RuntimeError, match="or not each output that `logits_of` combines"):
+        optimizer.step()
+
+
+def test_logits_of_another_size_than_the_image_get_a_remedy_that_can_be_followed():
+    network, optimizer, distiller, batches = build()
+    student = Heads(network, "smaller")
+    pick = lambda output: output["logits"].unflatten(0, (-1, 3))  # noqa: E731
+    skd = distiller.attach(student, optimizer, logits_of=pick)
+    batch = next(skd.watch(batches))
+    with pytest.raises(ValueError, match="interpolate logits that are smaller, with `attach` .* in `logits_of`"):
+        student(batch["image"])
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -313,6 +397,50 @@ def test_step_without_a_backward_through_the_logits_is_an_error():
         optimizer.step()
 
 
+def test_step_of_a_student_in_eval_mode_is_an_error_that_says_so():
+    student, optimizer, distiller, (batch, other, _) = build()
+    skd = distiller.attach(student, optimizer)
+    host(student, optimizer, skd.watch([batch]))
+    skd.next_batch(other)
+    student.eval()(other["image"]).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"in train mode but was called in eval mode; call `student.train\(\)`"):
+        optimizer.step()
+
+
+def test_evaluation_with_gradients_leaves_the_error_of_a_step_without_one_as_it_is():
+    student, optimizer, distiller, (batch, *_) = build()
+    skd = distiller.attach(student, optimizer)
+    student.eval()(batch["image"])
+    skd.next_batch(batch)
+    student.train()(batch["image"])
+    student.first.weight.square().sum().backward()
+    with pytest.raises(RuntimeError, match="The optimizer stepped, but no gradient reached the student's logits"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_step_without_a_gradient_for_the_taught_call_is_an_error_even_if_another_call_is_skipped(learns):
+    """The weak view only gives the pseudo label of the strong one."""
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.requires_grad_(learns)
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if x is b["image"] else None)
+    batch = next(skd.watch(batches))
+    weak, strong = student(batch["image"]), student(batch["image"] + 0.1)
+    (strong - weak.detach()).square().mean().backward()
+    with pytest.raises(RuntimeError, match="The optimizer stepped, but no gradient reached the student's logits"):
+        optimizer.step()
+
+
+def test_step_on_a_skipped_call_is_let_be_after_a_batch_whose_taught_call_got_no_backward():
+    student, optimizer, distiller, (first, second, _) = build()
+    skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if b is first else None)
+    skd.next_batch(first)
+    student(first["image"])
+    skd.next_batch(second)
+    student(second["image"]).sum().backward()
+    optimizer.step()
+
+
 def test_student_compiled_and_called_before_it_was_attached_to_is_taught_or_an_error():
     torch.compiler.reset()
     student, optimizer, distiller, batches = build()
@@ -424,8 +552,11 @@ def test_label_without_a_channel_is_an_error():
     student, optimizer, distiller, batches = build()
     skd = distiller.attach(student, optimizer, select=lambda batch, image: (image, batch["label"][:, 0], 2))
     batch = next(skd.watch(batches))
-    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but has \(2, 8, 8\); pass `label\[:, None\]`"):
+    with pytest.raises(ValueError, match=r"\(2, 8, 8\); pass `label\[:, None\]`, or return it so from `select`"):
         student(batch["image"])
+    skd.remove()
+    with pytest.raises(ValueError, match=r"\(labeled rows, 1, 8, 8\) but has \(2, 8, 8\); pass `label\[:, None\]`\.$"):
+        distiller(batch["image"], student(batch["image"]), batch["label"][:, 0])
 
 
 def test_sam_sees_the_batch_s_own_image_and_a_cached_teacher_needs_it():

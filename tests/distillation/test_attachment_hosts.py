@@ -53,12 +53,13 @@ def test_forward_that_is_never_backpropagated_teaches_nobody():
     assert_same(ours, expected)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("clears_by", ["optimizer", "student"])
-def test_host_that_skips_a_step_after_its_backward(clears_by):
+def test_host_that_skips_a_step_after_its_backward(clears_by, set_to_none):
     ours, expected = build(), build()
     for batch in ours[2].attach(ours[0], ours[1]).watch(ours[3]):
         loss = loss_of(ours[0](batch["image"]), batch)
-        (ours[1] if clears_by == "optimizer" else ours[0]).zero_grad()
+        (ours[1] if clears_by == "optimizer" else ours[0]).zero_grad(set_to_none)
         loss.backward()
         if batch is not ours[3][1]:
             ours[1].step()
@@ -151,6 +152,64 @@ def test_host_that_calls_its_student_on_two_halves_has_both_taught(backwards, nu
             optimizer.zero_grad()
             for loss in losses if backwards == 2 else [sum(losses)]:
                 loss.backward()
+            optimizer.step()
+    assert_same(ours, expected)
+
+
+def test_separate_calls_of_two_loaders_as_the_documentation_has_them(caplog):
+    ours, expected = (build(num_batches=70, gate="agreement") for _ in range(2))
+
+    def select(batch, image):
+        is_labeled = torch.equal(image, batch["image"])
+        return (image, batch["label"], "all") if is_labeled else (image, None, None)
+
+    skd = ours[2].attach(ours[0], ours[1], select=select, weight=0.5)
+    expected[2].follow(expected[1])
+    for student, optimizer, distiller, batches in (ours, expected):
+        labeled_loader = [{"image": batch["image"][:2], "label": batch["label"]} for batch in batches]
+        is_attached = distiller is ours[2]
+        pairs = zip(skd.watch(labeled_loader) if is_attached else labeled_loader, batches)
+        for step, (labeled, unlabeled) in enumerate(pairs):
+            image, label, rest = labeled["image"], labeled["label"], unlabeled["image"][2:]
+            logits, unlabeled_logits = student(image), student(rest)
+            loss = loss_of(logits, labeled) + unlabeled_logits.square().mean()
+            if not is_attached:
+                if step % 50 == 10:
+                    distiller.measure_agreement(student, torch.cat([image, rest]), label, turn=step // 50)
+                loss = loss + distiller(image, logits, label, labeled_rows="all", weight=0.5).loss
+                loss = loss + distiller(rest, unlabeled_logits, weight=0.5).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert distiller.gate.num_measured == 2 and (distiller.gate.labeled_scores >= 0).all()
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("way", ["joined", "separate"])
+def test_two_loaders_train_the_same_attached_and_in_a_plain_loop(way):
+    def select(batch, image):
+        if way == "joined":
+            return image, batch["label"], len(batch["label"])
+        return (image, batch["label"], "all") if torch.equal(image, batch["image"]) else (image, None, None)
+
+    ours, expected = build(), build()
+    skd = ours[2].attach(ours[0], ours[1], select=select)
+    expected[2].follow(expected[1])
+    for student, optimizer, distiller, batches in (ours, expected):
+        labeled_loader = [{"image": batch["image"][:2], "label": batch["label"]} for batch in batches]
+        is_attached = distiller is ours[2]
+        for batch, other in zip(skd.watch(labeled_loader) if is_attached else labeled_loader, batches):
+            image, label, rest = batch["image"], batch["label"], other["image"][2:]
+            joined = torch.cat([image, rest])
+            logits = student(joined) if way == "joined" else torch.cat([student(image), student(rest)])
+            loss = loss_of(logits, batch) + logits[2:].square().mean()
+            if not is_attached and way == "joined":
+                loss = loss + distiller(joined, logits, label).loss
+            elif not is_attached:
+                loss = loss + distiller(image, logits[:2], label, labeled_rows="all").loss
+                loss = loss + distiller(rest, logits[2:]).loss
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
     assert_same(ours, expected)
 

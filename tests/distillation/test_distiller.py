@@ -378,7 +378,7 @@ def test_teacher_stays_in_eval_mode(teacher):
 def test_output_of_several_heads_is_one_clear_error(student, teacher):
     batch = toy_batches(1)[0]
     logits = student(batch["image"])[:, 0]
-    with pytest.raises(TypeError, match="`pred` must be a tensor of logits or stacked views but is a list; pick"):
+    with pytest.raises(TypeError, match="`logits` must be a tensor of logits or stacked views but is a list; pick"):
         distiller_of(teacher)(batch["image"], [logits, logits], batch["label"])
 
 
@@ -529,6 +529,20 @@ def test_bfloat16_autocast_reaches_the_teacher_and_losses_stay_float32():
     result = distiller(image, ToyStudent()(image), torch.zeros(2, 1, 8, 8))
     assert set(dtypes) == {torch.bfloat16}
     assert result.distillation_loss.dtype == result.sam_loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_output_in_the_place_of_its_logits_is_an_error_with_the_remedy_of_each_call(teacher, kind):
+    distiller = distiller_of(teacher, gate="agreement")
+    image, label = torch.rand(4, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    logits = torch.zeros(4, 3, 8, 8, requires_grad=True)
+    output = (logits, logits.mean()) if kind is tuple else {"logits": logits}
+    with pytest.raises(TypeError, match=rf"`logits` must be a tensor .* but is a {kind.__name__}; pick them from the "):
+        distiller(image, output, label)
+    with pytest.raises(
+        TypeError, match=rf"`student\(image\)` must be .* a {kind.__name__}; .* with `logits_of`, as in"
+    ):
+        distiller.measure_agreement(lambda image: output, image, label)
 
 
 def test_state_dict_holds_the_gate(teacher):

@@ -397,6 +397,21 @@ def test_teacher_that_looks_at_one_side_of_the_volumes_shuts_the_agreement_gate(
     assert gate.weight == 0 and gate.agreement_scores[0] == 1
 
 
+def test_state_of_another_mode_is_weighed_by_the_mode_that_loads_it():
+    gates = {mode: TeacherGate(mode) for mode in ("none", "agreement", "validation")}
+    fresh = {mode: gate.state_dict() for mode, gate in copy.deepcopy(gates).items()}
+    measured = TeacherGate("agreement")
+    measured.agreement_scores.copy_(torch.tensor([0.5, 0.45]))
+    for state, expected in (
+        (fresh["agreement"], {"none": 1, "agreement": 0, "validation": 0}),
+        (fresh["none"], {"none": 1, "agreement": 0, "validation": 0}),
+        (measured.state_dict(), {"none": 1, "agreement": 0.5, "validation": 0}),
+    ):
+        for mode, gate in gates.items():
+            gate.load_state_dict(state)
+            assert gate.weight.item() == pytest.approx(expected[mode]) and gate.is_open == (expected[mode] > 0)
+
+
 def test_gate_asks_its_device_once_for_each_written_weight():
     gate = TeacherGate("validation")
     asked = []

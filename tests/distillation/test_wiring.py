@@ -162,6 +162,19 @@ def test_logits_without_a_gradient_are_warned_of(is_average, caplog):
     assert len(warnings_with(caplog, f"logits required no gradient in {UNTAUGHT_CALLS} steps")) == is_average
 
 
+@pytest.mark.parametrize("kind", ["forgotten", "evaluation", "resumed in between"])
+def test_distiller_that_a_loop_leaves_in_eval_mode_is_warned_of(kind, caplog):
+    student, optimizer, distiller, batches = build()
+    distiller.follow(optimizer)
+    distiller.eval()
+    for step, batch in enumerate(batches * 40):
+        distiller.train(kind == "resumed in between" and step == 60)
+        with torch.set_grad_enabled(kind != "evaluation"):
+            distiller(batch["image"], student(batch["image"]), batch["label"])
+    words = f"the distiller was in eval mode in {UNTAUGHT_CALLS} steps with labels, so SAM learns nothing"
+    assert len(warnings_with(caplog, words)) == (kind == "forgotten")
+
+
 # --- SKD twice --------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +309,25 @@ def test_attachment_that_nobody_keeps_is_warned_of(caplog):
         )
         == 1
     )
+
+
+@pytest.mark.parametrize("fault", ["no batch", "no logits", "orientations", "step"])
+def test_attachment_that_is_deleted_after_an_error_is_not_warned_of(fault, caplog):
+    student, optimizer, distiller, batches = build()
+    distiller.teacher.encoder = "cached" if fault == "orientations" else "adapted"
+
+    def run():
+        skd = distiller.attach(student, optimizer, logits_of=(lambda _: None) if fault == "no logits" else None)
+        if fault == "step":
+            skd.next_batch(batches[0])
+            student.first.weight.square().sum().backward()
+            optimizer.step()
+        host(student, optimizer, batches if fault == "no batch" else skd.watch(batches))
+
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        run()
+    gc.collect()
+    assert not student._forward_hooks and not warnings_with(caplog, "an attachment was deleted")
 
 
 def test_copy_of_a_distiller_is_attached_to_nobody():

@@ -96,9 +96,30 @@ class Reader:
         batch = next(iter(names.labeled_loader))
         self.step(names, torch.cat([batch["image"], torch.rand(3, 1, 32, 32)]))
 
-    before_attach_6 = before_attach_1
+    def before_attach_6(self):
+        return {**self.training(num_classes=2), "torch": torch}
 
     def after_attach_6(self, names):
+        image = torch.rand(2, 1, 32, 32)
+        names.skd = names.distiller.attach(names.student, names.optimizer, select=names.select)
+        names.skd.next_batch({"image": image, "label": torch.ones(2, 1, 32, 32)})
+        self.step(names, image)
+        assert names.select({"image": image}, torch.rand(3, 1, 32, 32))[1:] == (None, None)
+
+    def before_attach_7(self):
+        names = self.training(num_classes=2)
+        names["distiller"] = SAMDistiller(names["teacher"], names["sam_optimizer"])
+        labeled, unlabeled, label = (torch.rand(rows, 1, 32, 32) for rows in (2, 3, 2))
+        logits = {"labeled_logits": names["student"](labeled), "unlabeled_logits": names["student"](unlabeled)}
+        data = {"labeled": labeled, "unlabeled": unlabeled, "label": label.round(), "step": 0}
+        return {**names, **data, **logits, "loss": torch.zeros(()), "torch": torch}
+
+    def after_attach_7(self, names):
+        assert names.loss > 0 and names.distiller.gate.num_measured == 1
+
+    before_attach_8 = before_attach_1
+
+    def after_attach_8(self, names):
         pred, label = torch.zeros(2, 3, 8, 8, 4), torch.ones(1, 3, 8, 8, 4)
         assert names.distiller.overlapping and 0 < names.supervised_loss(pred, label) < 1
 

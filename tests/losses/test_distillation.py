@@ -101,6 +101,22 @@ def test_class_absent_from_the_teacher_stays_finite():
     assert loss.isfinite() and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dice_weight", [0.0, 1.0])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_teacher_that_is_certain_of_a_zero_contributes_nothing_there(channels, dice_weight, temperature):
+    loss = DistillationLoss(temperature, dice_weight)
+    results = []
+    for zero in (-torch.inf, -1e4):  # the second one underflows to a probability of 0
+        student = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        teacher = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(1))
+        teacher[:, -1, :2] = zero
+        loss(student, teacher).backward()
+        results.append((loss(student, teacher).detach(), student.grad))
+    torch.testing.assert_close(*results)
+    assert results[0][0].isfinite() and results[0][1].isfinite().all()
+
+
 def test_gradient_reaches_the_student_and_never_the_teacher():
     torch.manual_seed(0)
     student, teacher = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3)

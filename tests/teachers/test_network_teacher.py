@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as functional
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import DynUNet, UNet
@@ -131,6 +132,26 @@ def test_regions_of_a_sigmoid_network_are_picked_by_channel(channels, expected):
     assert teacher(torch.rand(1, 1, 4, 4), None)[0, :, 0, 0].tolist() == expected
     assert check_teacher(teacher.float(), torch.rand(2, 1, 4, 4)).num_classes == len(expected)
     assert SAMDistiller(SliceTeacher(teacher), overlapping=True).overlapping  # it knows through its slices
+
+
+@pytest.mark.parametrize("channels", [[(2, 3)], [0, (1, 2), 3], [(0, 1), 2, 3]])
+def test_logarithms_of_certain_probabilities_teach_finite_losses(channels):
+    """The rest of one channel is certain too, which makes it +inf without care."""
+
+    class Certain(nn.Module):
+        def forward(self, image):
+            return functional.one_hot((4 * image[:, 0]).long(), 4).movedim(-1, 1).float().log()
+
+    image = torch.rand(2, 1, 8, 8)
+    teacher = NetworkTeacher(Certain(), channels)
+    logits = torch.randn(2, len(channels), 8, 8, requires_grad=True)
+    result = SAMDistiller(teacher, gate="none")(image, logits)
+    result.loss.backward()
+    found = teacher(image)
+    truth = (4 * image[:, :1]).long()
+    if len(channels) == 1:
+        assert torch.equal(found > 0, truth >= 2) and (found < torch.inf).all()
+    assert 0 < result.loss < 100 and logits.grad.isfinite().all() and logits.grad.flatten(1).any(1).all()
 
 
 def test_regions_are_never_merged_and_exist():

@@ -183,6 +183,20 @@ def test_an_image_that_cannot_become_three_channels_is_an_error(to_rgb, channels
         toy_teacher(to_rgb=to_rgb).encode(torch.rand(2, channels, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("options", "channels", "num_warnings"), [({}, 3, 1), ({}, 5, 1), ({}, 1, 0), ({"to_rgb": 0}, 3, 0)]
+)
+def test_channels_that_sam_does_not_see_are_warned_of_once_unless_one_was_chosen(
+    options, channels, num_warnings, caplog
+):
+    teacher = toy_teacher(**options)
+    image = torch.rand(2, channels, 32, 32)
+    for _ in range(2):
+        torch.testing.assert_close(teacher.encode(image), toy_teacher(to_rgb=0).encode(image))
+    lines = [line for line in caplog.messages if f"SAM sees only the first of the image's {channels} channels" in line]
+    assert len(lines) == num_warnings and all("set `to_rgb` to 'rgb' for color images, to 'mean'" in x for x in lines)
+
+
 def test_metatensors_come_out_as_plain_tensors():
     teacher = toy_teacher()
     image, prompt_logits = toy_batch()
