@@ -41,6 +41,7 @@ class CaseFacts:
     high: float = 0.0
     spacing: Sequence[float] | None = None
     orientation: str | None = None  # such as "LPS": the direction of each axis
+    normal: Sequence[float] | None = None  # direction across the slices of a volume, of length 1
     content: Sequence[str] = ()  # hash of the voxels of each slice that is not constant
     digest: str = ""  # hash of the data that training uses: voxels of image and label, spacings, orientations
     label_spacing: Sequence[float] | None = None
@@ -81,6 +82,9 @@ class CaseReader:
         image, label = case["image"], case.get("label")
         facts = CaseFacts(size=tuple(image.shape[1:]), channels=len(image))
         facts.spacing, facts.orientation = _geometry(image)
+        if facts.spacing is not None and image.ndim == 4:
+            step = image.affine[:3, slice_axis(image)]
+            facts.normal = [round(value, 4) for value in (step / step.norm()).tolist()]
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
             facts.label_spacing, facts.label_orientation = _geometry(label)

@@ -22,7 +22,6 @@ from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
 
-PLANES = {"LR": "sagittal", "PA": "coronal", "IS": "axial"}  # of slices along an axis of these codes
 COLUMNS = ("set", "items", "patients", "size", "spacing (mm)", "orientation", "intensities", "label values", "empty")
 
 
@@ -313,19 +312,17 @@ def _unclear_slices(sets: Mapping[str, list[dict]], facts: Mapping[str, list[Cas
 
 
 def _different_planes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
-    """Volumes whose slices, see `TurnSlicesd`, are in another plane than those of most volumes."""
-    planes: dict[str, list[str]] = {}
+    """Volumes whose slices, see `TurnSlicesd`, are more than 60 degrees from those of the first one."""
+    first: tuple[str, Sequence[float]] | None = None
     for name, items in sets.items():
-        for item, case in zip(items, facts[name]):
-            if len(case.size) == 3 and case.orientation is not None:
-                axis = find_slice_axis(case.spacing, case.size)
-                code = "S" if axis is None else case.orientation[axis]
-                plane = next((plane for codes, plane in PLANES.items() if code in codes), "other")
-                planes.setdefault(plane, []).append(f"{image_paths(item)[0]} of `{name}`")
-    if len(planes) > 1:
-        num, counts = sum(map(len, planes.values())), sorted(planes.items(), key=lambda entry: -len(entry[1]))
-        found = ", ".join(f"{len(paths)} {plane}, such as {paths[0]}" for plane, paths in counts)
-        yield f"the slices of {num} images are in different planes, and the 2D bundle mixes them: {found}."
+        across = [False] * len(items)
+        for number, (item, case) in enumerate(zip(items, facts[name])):
+            if case.normal is not None:
+                first = first or (image_paths(item)[0], case.normal)
+                across[number] = abs(np.dot(first[1], case.normal)) < 0.5
+        if first is not None:
+            sentence = f"images have slices in another plane than {first[0]}, which the 2D bundle mixes with these"
+            yield from _warning(name, items, sentence, across, len(items))
 
 
 def _warning(
