@@ -29,6 +29,11 @@ from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
+# what a run writes beside its checkpoints: its students and all that shows how good they are
+PRODUCTS = (
+    *("model.pt", "last_model_epoch=*.pt", "results.csv", "validation_cases.csv", "validation.png"),
+    *("validation_slices/*.png", "report.html"),
+)
 KEYS = ("trainer", "best", "random", "matmul", "validate", "settings", "data")  # of a file, besides the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
 STEPS_BETWEEN_AGREEMENTS = 10  # several processes must agree where to stop, and each agreement waits for the device
@@ -63,7 +68,8 @@ class Resume:
         settings: names and plain values that must not change when a run resumes. They are compared, not restored.
             None: the settings of the config that builds this handler, if any; see
             :func:`knowsam_monai.runs.comparison.configured`.
-        enabled: False starts over and removes the files of an earlier run.
+        enabled: False starts over: when training starts, the checkpoints of an earlier run are removed, and so are its
+            students, validations, pictures and report.
         save: False only reads (a preflight).
 
     Raises:
@@ -123,8 +129,8 @@ class Resume:
         if self.saves:
             if ranks.rank() == 0:
                 remove_parts(self.output_dir)
-                for file in [] if self.enabled else self.files():
-                    file.unlink()
+                if not self.enabled:
+                    self._remove_earlier_run()
             self.signals.listen()
         if self.enabled:
             self._restore(engine)
@@ -133,6 +139,11 @@ class Resume:
         """The checkpoints in the folder, newest first."""
         files = [p for p in self.output_dir.glob("resume_*.pt") if FILE.fullmatch(p.name)]
         return sorted(files, key=lambda p: int(FILE.fullmatch(p.name)[1]), reverse=True)  # type: ignore[index]
+
+    def _remove_earlier_run(self) -> None:
+        """A run that starts over has no student until it chooses one, and only its own validations count."""
+        for file in (*self.files(), *(file for name in PRODUCTS for file in self.output_dir.glob(name))):
+            file.unlink()
 
     def __call__(self, engine: Engine) -> None:
         """Save after an epoch; end the process if a signal has arrived since, or during this epoch's validation."""

@@ -198,7 +198,7 @@ class Training(Everywhere):
     cpu_autocast: Switch = _about("bfloat16 on a CPU")
     fast_cpu_matmul: Switch = _about("matrix products by oneDNN on a CPU where it is faster and as exact")
     preflight: Switch = _about("only report what the run would do")
-    resume: Switch = _about("continue from the last checkpoint in output_dir; False removes all checkpoints")
+    resume: Switch = _about("continue from the last checkpoint in output_dir; False removes the earlier run there")
     process_timeout: PositiveOrNone = _about("seconds that processes wait for each other; None for a single process")
     class_names: Names = _about("names of the classes without the background")
     labeled_batch_size: Count = _about("labeled rows in a batch")

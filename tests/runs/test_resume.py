@@ -366,8 +366,13 @@ def test_finished_run_says_so_and_trains_no_more(tmp_path, caplog):
 
 def test_flag_starts_afresh_and_removes_the_run_before(tmp_path):
     assert run(training(tmp_path)[0])
+    for name in ("model.pt", "last_model_epoch=3.pt", "results.csv", "mine.pt"):
+        (tmp_path / name).touch()
+    trainer, _, handler = training(tmp_path, enabled=False, save=False, epochs=1)  # a preflight
+    assert run(trainer) and (tmp_path / "model.pt").exists() and len(handler.files()) == 2
     trainer, _, handler = training(tmp_path, enabled=False, epochs=1)
-    assert run(trainer) and [file.name for file in handler.files()] == ["resume_2.pt"]
+    assert run(trainer) and {path.name for path in tmp_path.iterdir()} == {"mine.pt", "resume_2.pt"}
+    assert [file.name for file in handler.files()] == ["resume_2.pt"]
 
 
 DATA = {"labeled": [("a.nii", "07"), ("b.nii", "1e")], "validation": [("c.nii", "5f")]}
