@@ -67,7 +67,7 @@ def check_config() -> None:
     given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
     paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
-    parser.config.update(converted)
+    parser.config.update({key: literal(path) if "#" in path else path for key, path in converted.items()})
     try:
         from knowsam_monai.runs.values import check_values
     except ModuleNotFoundError as error:

@@ -47,6 +47,13 @@ def _listed(value: Any) -> Any:
     return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _with_its_hashes(text: str) -> str:
+    """MONAI replaces each # in a config's texts by ::, before anything can see it."""
+    if "::" in text:
+        raise KnowSAMValueError("::")
+    return text
+
+
 def _different(values: list) -> list:
     """No two values may be equal, whatever their case and spaces."""
     if len({" ".join(str(value).split()).casefold() for value in values}) < len(values):
@@ -106,14 +113,21 @@ PositiveOrNone = Annotated[Positive | None, "a number above 0, or None"]
 BelowOne = _number(float, "a number, 0 or more and below 1", ge=0, lt=1)
 Between = _number(float, "a number between 0 and 1", gt=0, lt=1)
 Probability = _number(float, "a number, 0 to 1", ge=0, le=1)
-Text = Annotated[str, Field(min_length=1), "text"]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_with_its_hashes), "text"]
 TextOrNone = Annotated[Text | None, "text, or None"]
-FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not only dots"]
-Path = Annotated[str, Field(min_length=1), "a path"]
+FileName = Annotated[
+    str,
+    Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"),
+    AfterValidator(_with_its_hashes),
+    "text without a slash, and not only dots",
+]
+Path = Annotated[str, Field(min_length=1), AfterValidator(_with_its_hashes), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
 Device = Annotated[Any, PlainValidator(_device), "a device of this machine, such as cpu"]
 Names = _list(
-    Annotated[str, Field(pattern=r"\S")], AfterValidator(_different), "a list of names, one or more, all different"
+    Annotated[str, Field(pattern=r"\S"), AfterValidator(_with_its_hashes)],
+    AfterValidator(_different),
+    "a list of names, one or more, all different",
 )
 View = _number(int, "the number of a view, 0 or more", ge=0, le=1000)
 Views = _list(
@@ -430,6 +444,11 @@ def _sentence(key: str, field: Any, value: Any) -> str:
         remedy = VIT_T
     elif key == "sam_variant" and sam2_variant_hint(value):
         remedy = sam2_variant_hint(value).removeprefix("; ")
+    elif "::" in str(value):
+        remedy = "MONAI reads # as ::, so use neither"
+        if expected.startswith("a path"):
+            remedy += " in a config file; on the command line, a path may have a #"
+        expected += ", and without # or ::,"
     elif field.annotation is bool:
         remedy = "write True or False, without quotes"
     elif close := difflib.get_close_matches(str(value), choices, n=1):

@@ -316,6 +316,34 @@ def test_data_and_student_are_found_below_a_folder_with_a_hash(bundle, tmp_path,
     assert any("was trained with" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    "key, value, end",
+    [
+        ("class_names", ["a", "b#2", "c"], "MONAI reads # as ::, so use neither."),
+        ("run_name", "run#3", "MONAI reads # as ::, so use neither."),
+        ("output_dir", "/data/run#3", "so use neither in a config file; on the command line, a path may have a #."),
+    ],
+)
+@pytest.mark.parametrize("is_typed", [True, False], ids=["command line", "config file"])
+def test_hash_elsewhere_is_refused(bundle, key, value, end, is_typed, monkeypatch):
+    """MONAI replaces it by ::, which would be the name in tables and folders."""
+    words = [f"--{key}", str(value)] if is_typed else []
+    monkeypatch.setattr(sys, "argv", ["run", *words])
+    if is_typed and key == "output_dir":
+        assert started(bundle, ("train",), **{key: value}).get_parsed_content(key) == value
+        return
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, ("train",), **{key: value})
+    sentence = str(root_cause(error.value))
+    assert sentence.startswith(f"`{key}` must be ") and ", and without # or ::, but is " in sentence
+    assert sentence.endswith(end)
+
+
+def test_expression_may_give_a_name_with_a_hash(bundle):
+    parser = started(bundle, ("train",), run_name=r"$'run \x233'")
+    assert parser.get_parsed_content("run_name") == "run #3"
+
+
 @pytest.mark.parametrize("value", ["$@paths#one", "@paths#one", "$'/data/' + @paths#one[1:]"])
 def test_hash_of_an_expression_stays_an_expression(value, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--output_dir", value])
