@@ -147,6 +147,17 @@ def test_run_that_starts_over_removes_the_curves_of_the_run_before_and_nothing_e
     assert (folder / "mine/events.out.tfevents.1").exists() and (folder / "train/notes.txt").exists()
 
 
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+def test_validation_inside_an_epoch_is_refused_since_each_epoch_has_one_row(request, bundle):
+    inside = {"train#handlers#0#epoch_level": False, "train#handlers#0#interval": 1}
+    with pytest.raises(RuntimeError) as error:
+        request.getfixturevalue(bundle)(whole=True, use_sam=False, **inside).run()
+    assert str(root_cause(error.value)) == (
+        "`train#handlers#0#epoch_level` must be True, since results.csv has one validation an epoch, but is False; to "
+        "validate every n iterations, set `epoch_length` to n."
+    )
+
+
 def test_run_that_starts_over_has_only_its_own_students_and_validations(training, small_phantom, tmp_path):
     options = {"use_sam": False, "mixing_weight": 0, "whole": True}
     folder, metric = tmp_path / "output", "val_mean_dice"
