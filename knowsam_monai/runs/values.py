@@ -219,7 +219,7 @@ class Training(Everywhere):
     unlabeled_batch_size: CountOrZero = _about("unlabeled rows in a batch")
     max_iterations: Count = _about("iterations in the run")
     epoch_length: Count = _about("iterations in an epoch")
-    val_interval: Count = _about("epochs between two validations")
+    val_interval: Count = _about("epochs between two validations; the last epoch has one in any case")
     log_interval: Count = _about("iterations between two readings of the loss terms")
     num_workers: Workers = _about("processes that load batches: 4, at most one for each core; phantom 0")
     cache_workers: Workers = _about("processes that read and prepare the data before the first step")
