@@ -76,6 +76,11 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = {**plain_values(parser.config), **{key: path for key, path in converted.items() if key in PATHS}}
+    if values.get("process_timeout") is not None and "start_run" not in str(parser.config.get("run")):
+        raise KnowSAMValueError(
+            "`process_timeout` must be None in an evaluation, which runs in one process, but is "
+            f"{values['process_timeout']}; leave out multi_gpu_train.json, and start it without torchrun."
+        )
     data, is_training = values.get("dataset_dir"), "train" in parser.config
     is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
     if is_training and is_path and data is not None and not os.path.exists(data):

@@ -339,6 +339,17 @@ def test_hash_elsewhere_is_refused(bundle, key, value, end, is_typed, monkeypatc
     assert sentence.endswith(end)
 
 
+@pytest.mark.parametrize("names", [("train", "multi_gpu_train", "evaluate"), ("train", "evaluate", "multi_gpu_train")])
+def test_evaluation_in_several_processes_is_refused(bundle, names, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, names)
+    assert str(root_cause(error.value)) == (
+        "`process_timeout` must be None in an evaluation, which runs in one process, but is 600; leave out "
+        "multi_gpu_train.json, and start it without torchrun."
+    )
+
+
 def test_expression_may_give_a_name_with_a_hash(bundle):
     parser = started(bundle, ("train",), run_name=r"$'run \x233'")
     assert parser.get_parsed_content("run_name") == "run #3"
