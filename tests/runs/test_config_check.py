@@ -258,6 +258,8 @@ def check_writable_in(config, **override):
     "target, remedy",
     [
         ("BasicUNett", r"did you mean BasicUNet\?"),
+        ("DiceCELos", r"did you mean DiceCELoss\?"),
+        ("ValidationHandle", r"did you mean ValidationHandler\?"),
         ("knowsam_monai.networks.MultiViewNett", r"did you mean knowsam_monai.networks.MultiViewNet\?"),
         ("my_package.Net", r"write it as package.module.Class\."),
     ],
