@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
-from knowsam_monai.files import InvalidCheckpointError, copy_whole, read_csv, read_tensor_file, write_text
+from knowsam_monai.files import InvalidCheckpointError, copy_whole, iter_csv, read_tensor_file, write_text
 from knowsam_monai.runs.config import read_config
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, 
         logger.warning(message, folder / MODEL, published["run"])
         return
     try:
-        rows = [row for row in read_csv(run / "results.csv") if math.isfinite(float(row[KEY_METRIC]))]
+        rows = [row for row in iter_csv(run / "results.csv") if math.isfinite(float(row[KEY_METRIC]))]
         best = max(rows, key=lambda row: float(row[KEY_METRIC]))
         found = {key: float(value) for key, value in best.items() if key.startswith(KEY_METRIC)}
     except (ValueError, KeyError, csv.Error) as error:  # the student itself is intact

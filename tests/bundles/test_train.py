@@ -21,7 +21,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from knowsam_monai.errors import root_cause
-from knowsam_monai.files import read_csv
+from knowsam_monai.files import iter_csv
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.runs import finishing
 from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, Training
@@ -188,7 +188,7 @@ def test_run_that_starts_over_has_only_its_own_students_and_validations(training
     (folder / "results.csv").write_text(f"epoch,{metric}\n1,0.99\n")
     training(**options, max_iterations=2, epoch_length=1, val_interval=2, resume=False).run()
     published = json.loads((folder / "models" / "model.json").read_text())["metrics"][metric]
-    assert published < 0.99 and [row["epoch"] for row in read_csv(folder / "results.csv")] == ["2"]
+    assert published < 0.99 and [row["epoch"] for row in iter_csv(folder / "results.csv")] == ["2"]
 
 
 @pytest.mark.parametrize("bundle", ["training", "training_3d"])
