@@ -163,27 +163,11 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> 
     write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "replace")))
 
 
-def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
-    """
-    Read a table that :func:`write_csv` wrote, with its original texts.
-
-    Args:
-        path: the file.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if a row has more or fewer columns than the first line.
-
-    Example::
-
-        best = max(read_csv("results.csv"), key=lambda row: float(row["val_mean_dice"]))
-    """
-    return list(iter_csv(path))
-
-
 def iter_csv(path: str | os.PathLike) -> Iterator[dict[str, str]]:
     """
-    Iterate over the rows of :func:`read_csv`. A truncated file yields its complete rows before it raises.
+    Iterate over the rows of a table that :func:`write_csv` wrote, with its original texts.
+
+    A truncated file yields its complete rows before it raises.
 
     Args:
         path: the file.

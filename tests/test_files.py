@@ -22,7 +22,7 @@ from knowsam_monai.files import (
     PART,
     InvalidCheckpointError,
     copy_whole,
-    read_csv,
+    iter_csv,
     read_tensor_file,
     remove_parts,
     save_checkpoint,
@@ -48,7 +48,7 @@ def test_texts_come_back_as_they_were_and_none_is_a_formula(tmp_path_factory, ro
     path = tmp_path_factory.mktemp("table") / "table.csv"
     table = [dict(zip(columns, row)) for row in rows]
     write_csv(path, table)
-    assert read_csv(path) == table
+    assert list(iter_csv(path)) == table
     with open(path, newline="") as file:
         for cell in (cell for row in csv.reader(file) for cell in row):
             if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
@@ -115,7 +115,7 @@ def test_numbers_stay_numbers(tmp_path):
 def test_torn_row_is_an_error(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match="row 1 has more or fewer columns than the first line"):
-        read_csv(tmp_path / "a.csv")
+        list(iter_csv(tmp_path / "a.csv"))
 
 
 def test_parts_of_another_run_and_files_of_others_stay(tmp_path):

@@ -145,7 +145,7 @@ def check_data(
     num_workers: int = 2,
 ) -> Mapping[str, Sequence[tuple[str, str]]] | None:
     """
-    Check the data list of a run and refuse it if anything is wrong; only the first of several processes does this.
+    Check the data list of a run and refuse it if anything is wrong; only the first of several processes reads it.
 
     Args:
         datalist: `labeled`, `unlabeled`, `validation` and `test` items, as `load_datalist` gives them.
@@ -160,12 +160,18 @@ def check_data(
         that did not check.
 
     Raises:
-        ValueError: listing every fault.
+        ValueError: listing every fault; in each process, if there are fewer validation volumes than processes.
 
     Example::
 
         contents = check_data(datalist, num_classes=4)
     """
+    num_volumes, num_processes = len(datalist.get("validation", ())), ranks.world_size()
+    if num_volumes < num_processes and num_processes > 1:
+        raise KnowSAMValueError(
+            f"`validation` of the data list must have a volume for each of the {num_processes} processes but has "
+            f"{num_volumes}; list more volumes, or start fewer processes."
+        )
     if ranks.rank() > 0:
         return None
     report = check_datalist(datalist, num_classes, num_channels, slice_axis, num_axes, num_workers=num_workers)

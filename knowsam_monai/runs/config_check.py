@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
+import monai
 import torch
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
@@ -27,6 +28,11 @@ from knowsam_monai.teachers.bundle_network import check_bundle
 PATHS = (
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
     "teacher_bundle",
+)
+# where MONAI's config parser finds components by their last name
+MONAI_PACKAGES = (
+    *(monai.data, monai.engines, monai.handlers, monai.inferers, monai.losses, monai.metrics, monai.networks.blocks),
+    *(monai.networks.layers, monai.networks.nets, monai.optimizers, monai.transforms, monai.visualize),
 )
 # components of MONAI, the package that each imports when it is built, and what installs it: requirement and extra
 NEEDED_PACKAGES = {"MLFlowHandler": ("mlflow", "mlflow>=3", "mlflow")}
@@ -67,7 +73,7 @@ def check_config() -> None:
     given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
     paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
     converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
-    parser.config.update(converted)
+    parser.config.update({key: literal(path) if "#" in path else path for key, path in converted.items()})
     try:
         from knowsam_monai.runs.values import check_values
     except ModuleNotFoundError as error:
@@ -76,6 +82,11 @@ def check_config() -> None:
     else:
         converted |= check_values(parser.config)
     values = {**plain_values(parser.config), **{key: path for key, path in converted.items() if key in PATHS}}
+    if values.get("process_timeout") is not None and "start_run" not in str(parser.config.get("run")):
+        raise KnowSAMValueError(
+            "`process_timeout` must be None in an evaluation, which runs in one process, but is "
+            f"{values['process_timeout']}; leave out multi_gpu_train.json, and start it without torchrun."
+        )
     data, is_training = values.get("dataset_dir"), "train" in parser.config
     is_path = "load_datalist" in str(parser.config.get("datalist"))  # to another component, it may be anything
     if is_training and is_path and data is not None and not os.path.exists(data):
@@ -169,7 +180,7 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     try:
         function = locate(target) if is_name else None
         if is_name and function is None and _is_on_the_command_line(name):
-            raise _missing_component(name, target, locator)
+            raise _missing_component(name, target)
         parameters = {} if function is None else _parameters_of(function)
     except KnowSAMValueError:
         raise
@@ -193,12 +204,11 @@ def _is_on_the_command_line(name: str) -> bool:
     return any(f"{name}#_target_".startswith(f"{key}#") or key == f"{name}#_target_" for key in keys)
 
 
-def _missing_component(name: str, target: str, locator: ComponentLocator) -> KnowSAMValueError:
+def _missing_component(name: str, target: str) -> KnowSAMValueError:
     """The error for a class that does not exist, with the closest name of its module, or else of MONAI."""
     module, _, last = target.rpartition(".")
-    locator.get_component_module_name("")  # makes the table of MONAI's components
-    known = dir(locate(module)) if module else locator._components_table
-    close = difflib.get_close_matches(last, [key for key in known if not key.startswith("_")], n=1)
+    known = {key for package in ([locate(module)] if module else MONAI_PACKAGES) for key in dir(package)}
+    close = difflib.get_close_matches(last, sorted(key for key in known if not key.startswith("_")), n=1)
     remedy = (
         f"did you mean {'.'.join(filter(None, (module, *close)))}?" if close else "write it as package.module.Class."
     )

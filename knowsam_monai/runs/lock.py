@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shlex
 import socket
@@ -16,7 +18,10 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.files import LOCK, write_text
 
+logger = logging.getLogger(__name__)
+
 HOLDER = ".lock.json"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # answers of a file system
 
 _held: list[FileLock] = []  # of this process, at most one
 
@@ -28,7 +33,7 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
     The operating system releases the lock however the process ends, so the files that a killed run leaves behind do
     not matter. The lock is ``flock`` (``LockFileEx`` on Windows). It works between all processes of a machine, and
     between machines if their shared file system supports it: NFS unless mounted with ``nolock`` or ``local_lock``,
-    Lustre with ``flock``, CephFS and GPFS always.
+    Lustre with ``flock``, CephFS and GPFS always. On a file system without locks there is a warning and no lock.
 
     Args:
         folder: the run's folder, created if missing.
@@ -53,6 +58,15 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
             f"`output_dir` must not be used by another run but {folder} is in use by {_holder(folder)}; wait for "
             "that run, stop it, or choose another --output_dir."
         ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        logger.warning(
+            "%s cannot be locked (%s), so nothing keeps a second run out of it; start only one at a time there.",
+            folder,
+            error.strerror,
+        )
+        return
     _held.append(lock)
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "command": shlex.join(sys.orig_argv)}

@@ -79,7 +79,7 @@ class Preflight:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration >= last_iteration(engine):  # resumed after its last step
+        if engine.state.epoch >= engine.state.max_epochs:  # resumed after its last step
             return
         seconds = self._seconds_per_iteration(engine)
         if ranks.rank() == 0:  # every rank runs the trial iterations, because they wait for each other

@@ -29,6 +29,11 @@ from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
 
+# what a run writes beside its checkpoints: its students and all that shows how good they are
+PRODUCTS = (
+    *("model.pt", "last_model_epoch=*.pt", "results.csv", "validation_cases.csv", "validation.png"),
+    *("validation_slices/*.png", "report.html"),
+)
 KEYS = ("trainer", "best", "random", "matmul", "validate", "settings", "data")  # of a file, besides the objects' names
 FILE = re.compile(r"resume_(\d+)\.pt")
 STEPS_BETWEEN_AGREEMENTS = 10  # several processes must agree where to stop, and each agreement waits for the device
@@ -39,10 +44,11 @@ class Resume:
     """
     Save everything a run depends on, so that the same command resumes it after an interruption, on a CPU bit for bit.
 
-    After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
-    so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
-    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. The order of
-    the batches is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved.
+    After every epoch, and at an early end, ``resume_<iteration>.pt`` is written: the given objects, the trainer's
+    iteration, the best metric so far and the random states of every process. A file is complete or does not exist, and
+    the previous one is kept. When a run starts, it loads the newest intact file, but refuses one with other settings or
+    other data. The order of the batches is a function of the iteration
+    (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved.
 
     SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
     the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
@@ -63,7 +69,8 @@ class Resume:
         settings: names and plain values that must not change when a run resumes. They are compared, not restored.
             None: the settings of the config that builds this handler, if any; see
             :func:`knowsam_monai.runs.comparison.configured`.
-        enabled: False starts over and removes the files of an earlier run.
+        enabled: False starts over: when training starts, the checkpoints of an earlier run are removed, and so are its
+            students, validations, pictures and report.
         save: False only reads (a preflight).
 
     Raises:
@@ -99,6 +106,7 @@ class Resume:
         self.signals = stop_signals.StopSignals()
         self._before_validation: dict[str, Any] | None = None  # the random state before the validation that is running
         self._waits_for_batch: bool | None = None  # None before the first step
+        self._is_finished = False
         self._kept: list[Path] = []  # the last two files written or loaded
 
     def attach(self, engine: Engine) -> None:
@@ -109,7 +117,7 @@ class Resume:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         before = engine._event_handlers[Events.EPOCH_COMPLETED][-1:]  # Ignite has no public way to see this
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
         add_exception_handler(engine, self.exception_raised)
         if self.evaluator is not None:
             is_next = any(getattr(handler, "validator", None) is self.evaluator for handler, *_ in before)
@@ -119,12 +127,12 @@ class Resume:
 
     def started(self, engine: Engine) -> None:
         """Restore the newest intact file, and handle SIGTERM and Ctrl-C from now on."""
-        self._waits_for_batch = None
+        self._waits_for_batch, self._is_finished = None, False
         if self.saves:
             if ranks.rank() == 0:
                 remove_parts(self.output_dir)
-                for file in [] if self.enabled else self.files():
-                    file.unlink()
+                if not self.enabled:
+                    self._remove_earlier_run()
             self.signals.listen()
         if self.enabled:
             self._restore(engine)
@@ -133,6 +141,11 @@ class Resume:
         """The checkpoints in the folder, newest first."""
         files = [p for p in self.output_dir.glob("resume_*.pt") if FILE.fullmatch(p.name)]
         return sorted(files, key=lambda p: int(FILE.fullmatch(p.name)[1]), reverse=True)  # type: ignore[index]
+
+    def _remove_earlier_run(self) -> None:
+        """A run that starts over has no student until it chooses one, and only its own validations count."""
+        for file in (*self.files(), *(file for name in PRODUCTS for file in self.output_dir.glob(name))):
+            file.unlink()
 
     def __call__(self, engine: Engine) -> None:
         """Save after an epoch; end the process if a signal has arrived since, or during this epoch's validation."""
@@ -150,6 +163,14 @@ class Resume:
         if iteration % every == 0 and not ends_epoch and self._must_stop():  # between two optimizer steps
             self._save(engine)
             self._stop(engine)
+
+    def completed(self, engine: Engine) -> None:
+        """Note the end of a run that another handler has stopped early, so that the same command trains no more."""
+        has_trained = self._waits_for_batch is not None  # unlike a preflight, and a run that was finished before
+        if has_trained and engine.state.iteration < last_iteration(engine):
+            self._is_finished = True
+            self._save(engine)
+        self.signals.give_back()
 
     def exception_raised(self, engine: Engine, error: BaseException) -> None:
         """
@@ -233,6 +254,7 @@ class Resume:
             state["best"] = [float(best.best_metric), float(best.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
         state["matmul"] = matmul_precision()  # a run may choose it by a measurement
+        state["finished"] = self._is_finished
         state["validate"] = self._before_validation is not None  # a resumed run starts with this validation
         state["settings"] = None if self.settings is None else dict(self.settings)
         state["data"] = digests(self.data)
@@ -259,6 +281,7 @@ class Resume:
         logger.warning("Resuming from %s, iteration %d.", file, engine.state.iteration)
         if state["validate"] and self.evaluator is not None and self.saves:
             self.evaluator.run(engine.state.epoch)
+            self._is_finished = bool(engine.should_terminate)
             self(engine)
         if engine.state.epoch >= engine.state.max_epochs:
             logger.warning(
@@ -284,7 +307,8 @@ class Resume:
             for name, item in self.objects.items():
                 plain_network(item).load_state_dict(state[name])
             engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
-            if engine.state.iteration >= last_iteration(engine):  # in an epoch that was cut short
+            self._is_finished = state.get("finished", False)
+            if self._is_finished or engine.state.iteration >= last_iteration(engine):  # in an epoch that was cut short
                 engine.state.epoch = engine.state.max_epochs
             if engine.scaler is not None and "scaler" in state:
                 engine.scaler.load_state_dict(state["scaler"])

@@ -8,10 +8,18 @@ from typing import Any
 
 from ignite.engine import Engine
 from monai.engines import IterationEvents
-from monai.handlers import CheckpointSaver, LrScheduleHandler, MLFlowHandler, StatsHandler, TensorBoardStatsHandler
+from monai.handlers import (
+    CheckpointSaver,
+    LrScheduleHandler,
+    MLFlowHandler,
+    StatsHandler,
+    TensorBoardStatsHandler,
+    ValidationHandler,
+)
 from monai.utils import CommonKeys as Keys
 
 from knowsam_monai import ranks
+from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.handlers.loss_terms import LossTerms, scalar_terms
 from knowsam_monai.runs.checkpoint_saver import WholeCheckpointSaver
 from knowsam_monai.runs.last_iteration import LastIteration
@@ -64,6 +72,9 @@ def training_handlers(
         resume: whether to continue from the newest checkpoint.
         preflight: report what the run would do, write nothing, and stop.
 
+    Raises:
+        ValueError: if a ``ValidationHandler`` of `evaluator` is not at the level of epochs.
+
     Example::
 
         handlers = training_handlers(
@@ -72,6 +83,13 @@ def training_handlers(
         )
         trainer = SupervisedTrainer(..., train_handlers=handlers)
     """
+    for number, handler in enumerate(handlers):
+        validates = isinstance(handler, ValidationHandler) and handler.validator is evaluator
+        if validates and not handler.epoch_level:
+            raise KnowSAMValueError(
+                f"`train#handlers#{number}#epoch_level` must be True, since results.csv has one validation an epoch, "
+                "but is False; to validate every n iterations, set `epoch_length` to n."
+            )
     is_first, network, distiller = ranks.rank() == 0, state["network"], state.get("distiller")
     built = [StudentCurves(), *(method for method in methods if method is not None)]
     for name in ("lr_scheduler", "sam_lr_scheduler"):

@@ -44,7 +44,8 @@ def start_run(
         output_dir: folder of the run.
         ckpt_dir: folder that the best student is copied to.
         device: device of this process.
-        resume: append to an existing log; False replaces it and removes the curves of an earlier run.
+        resume: append to an existing log; False replaces it and, once all is built, removes the curves of an earlier
+            run.
         preflight: write no log and remove nothing.
         fast_matmul: see :func:`knowsam_monai.runs.cpu.fast_cpu_matmul`; ignored unless on a CPU.
         process_timeout: seconds that processes wait for each other; None for a single process.
@@ -76,14 +77,15 @@ def start_run(
         check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
         lock_folder(output_dir, not preflight)
         open_log(output_dir, resume, not preflight)
-        if not resume and not preflight and ranks.rank() == 0:
-            _remove_curves(Path(output_dir))
+        old_curves = [] if resume or preflight or ranks.rank() > 0 else _curves(Path(output_dir))
         if fast_matmul and device.type == "cpu":
             fast_cpu_matmul()
         parser = running_parser()
         for name in build:
             with named_as_set(keys_of_arguments(parser[name], parser.config)):
                 parser.get_parsed_content(name)
+        for file in old_curves:  # not before the data and the settings are accepted
+            file.unlink()
     except BaseException:
         release()
         raise
@@ -133,11 +135,10 @@ def release() -> None:
     unlock_folder()
 
 
-def _remove_curves(output_dir: Path) -> None:
-    """Remove the event files that a training writes; TensorBoard would draw them over the new ones."""
-    for name in ("train", "validation"):
-        for file in (output_dir / "tensorboard" / name).glob("**/events.out.tfevents.*"):
-            file.unlink()
+def _curves(output_dir: Path) -> list[Path]:
+    """The event files that an earlier training wrote; TensorBoard would draw them over the new ones."""
+    folders = [output_dir / "tensorboard" / name for name in ("train", "validation")]
+    return [file for folder in folders for file in folder.glob("**/events.out.tfevents.*")]
 
 
 def _join_processes(device: torch.device, timeout: float) -> None:

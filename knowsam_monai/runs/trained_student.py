@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from monai.bundle import ConfigParser
 from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, is_phantom
 from knowsam_monai.errors import KnowSAMValueError, root_cause
-from knowsam_monai.files import InvalidCheckpointError, copy_whole, read_csv, read_tensor_file, write_text
+from knowsam_monai.files import InvalidCheckpointError, copy_whole, iter_csv, read_tensor_file, write_text
 from knowsam_monai.runs.config import read_config
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, 
     Copy a run's best student and its config into the bundle, with a record of the training in ``model.json``.
 
     The record has the run's name, the training data (the phantom, or the last part of the data set's path), the hashes
-    of both files, the metrics of the validation that chose the student, and the settings that every use of it shares.
+    of both files, the metrics of the validation that chose the student, and the settings that every use of it shares. A
+    class that no validation label has is left out of the metrics.
 
     Args:
         output_dir: the run's folder, with ``model.pt``, ``config.json`` and ``results.csv``.
@@ -72,11 +74,13 @@ def publish_student(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike, 
         logger.warning(message, folder / MODEL, published["run"])
         return
     try:
-        best = max(read_csv(run / "results.csv"), key=lambda row: float(row[KEY_METRIC]))
+        rows = [row for row in iter_csv(run / "results.csv") if math.isfinite(float(row[KEY_METRIC]))]
+        best = max(rows, key=lambda row: float(row[KEY_METRIC]))
+        found = {key: float(value) for key, value in best.items() if key.startswith(KEY_METRIC)}
     except (ValueError, KeyError, csv.Error) as error:  # the student itself is intact
         logger.warning("%s cannot be read (%s), so %s has no metrics.", run / "results.csv", error, RECORD)
-        best = {}
-    metrics = {key: round(float(value), 4) for key, value in best.items() if key.startswith(KEY_METRIC)}
+        found = {}
+    metrics = {key: round(value, 4) for key, value in found.items() if math.isfinite(value)}  # JSON has no NaN
     trained_on = training_data(ConfigParser.load_config_file(str(run / CONFIG)))
     record = {"run": run.name, "trained_on": trained_on, "sha256": hashes, "metrics": metrics}
     record["settings"] = student_options(run / CONFIG, SHARED_SETTINGS)

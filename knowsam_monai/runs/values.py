@@ -47,6 +47,13 @@ def _listed(value: Any) -> Any:
     return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _with_its_hashes(text: str) -> str:
+    """MONAI replaces each # in a config's texts by ::, before anything can see it."""
+    if "::" in text:
+        raise KnowSAMValueError("::")
+    return text
+
+
 def _different(values: list) -> list:
     """No two values may be equal, whatever their case and spaces."""
     if len({" ".join(str(value).split()).casefold() for value in values}) < len(values):
@@ -106,14 +113,21 @@ PositiveOrNone = Annotated[Positive | None, "a number above 0, or None"]
 BelowOne = _number(float, "a number, 0 or more and below 1", ge=0, lt=1)
 Between = _number(float, "a number between 0 and 1", gt=0, lt=1)
 Probability = _number(float, "a number, 0 to 1", ge=0, le=1)
-Text = Annotated[str, Field(min_length=1), "text"]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_with_its_hashes), "text"]
 TextOrNone = Annotated[Text | None, "text, or None"]
-FileName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), "text without a slash, and not only dots"]
-Path = Annotated[str, Field(min_length=1), "a path"]
+FileName = Annotated[
+    str,
+    Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"),
+    AfterValidator(_with_its_hashes),
+    "text without a slash, and not only dots",
+]
+Path = Annotated[str, Field(min_length=1), AfterValidator(_with_its_hashes), "a path"]
 PathOrNone = Annotated[Path | None, "a path, or None"]
 Device = Annotated[Any, PlainValidator(_device), "a device of this machine, such as cpu"]
 Names = _list(
-    Annotated[str, Field(pattern=r"\S")], AfterValidator(_different), "a list of names, one or more, all different"
+    Annotated[str, Field(pattern=r"\S"), AfterValidator(_with_its_hashes)],
+    AfterValidator(_different),
+    "a list of names, one or more, all different",
 )
 View = _number(int, "the number of a view, 0 or more", ge=0, le=1000)
 Views = _list(
@@ -198,14 +212,14 @@ class Training(Everywhere):
     cpu_autocast: Switch = _about("bfloat16 on a CPU")
     fast_cpu_matmul: Switch = _about("matrix products by oneDNN on a CPU where it is faster and as exact")
     preflight: Switch = _about("only report what the run would do")
-    resume: Switch = _about("continue from the last checkpoint in output_dir; False removes all checkpoints")
+    resume: Switch = _about("continue from the last checkpoint in output_dir; False removes the earlier run there")
     process_timeout: PositiveOrNone = _about("seconds that processes wait for each other; None for a single process")
     class_names: Names = _about("names of the classes without the background")
     labeled_batch_size: Count = _about("labeled rows in a batch")
     unlabeled_batch_size: CountOrZero = _about("unlabeled rows in a batch")
     max_iterations: Count = _about("iterations in the run")
     epoch_length: Count = _about("iterations in an epoch")
-    val_interval: Count = _about("epochs between two validations")
+    val_interval: Count = _about("epochs between two validations; the last epoch has one in any case")
     log_interval: Count = _about("iterations between two readings of the loss terms")
     num_workers: Workers = _about("processes that load batches: 4, at most one for each core; phantom 0")
     cache_workers: Workers = _about("processes that read and prepare the data before the first step")
@@ -430,6 +444,11 @@ def _sentence(key: str, field: Any, value: Any) -> str:
         remedy = VIT_T
     elif key == "sam_variant" and sam2_variant_hint(value):
         remedy = sam2_variant_hint(value).removeprefix("; ")
+    elif "::" in str(value):
+        remedy = "MONAI reads # as ::, so use neither"
+        if expected.startswith("a path"):
+            remedy += " in a config file; on the command line, a path may have a #"
+        expected += ", and without # or ::,"
     elif field.annotation is bool:
         remedy = "write True or False, without quotes"
     elif close := difflib.get_close_matches(str(value), choices, n=1):

@@ -51,6 +51,14 @@ def test_run_trains_and_validates_exactly_what_was_asked(whole):
     assert {"resume_6.pt", "resume_7.pt", "last_model_epoch=3.pt"} <= set(os.listdir(whole.output_dir))
 
 
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+@pytest.mark.parametrize("last, expected", [(5, ["2", "3"]), (4, ["2"])])
+def test_last_epoch_is_validated_whatever_the_interval(request, bundle, last, expected):
+    options = {"use_sam": False, "mixing_weight": 0, "epoch_length": 2, "val_interval": 2, "whole": True}
+    run = request.getfixturevalue(bundle)(**options, max_iterations=last).run()
+    assert epochs(run.output_dir) == expected
+
+
 @pytest.mark.parametrize("at", [2, 7])
 def test_run_that_is_broken_off_goes_on_to_the_same_end(run, whole, tmp_path, at):
     stopped = run(tmp_path / "stopped")

@@ -21,6 +21,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from knowsam_monai.errors import root_cause
+from knowsam_monai.files import iter_csv
 from knowsam_monai.networks import MultiViewNet
 from knowsam_monai.runs import finishing
 from tests.bundles.conftest import CONFIGS, CONFIGS_3D, SMALL_STUDENT, Training
@@ -82,10 +83,13 @@ def test_run_leaves_the_student_the_report_and_the_logs(whole_run):
 
 
 class Failing:
-    """A handler that ends the run with an error in its third step."""
+    """A handler that ends the run with an error, by default in its third step."""
+
+    def __init__(self, at=3):
+        self.at = at
 
     def attach(self, engine):
-        engine.add_event_handler(Events.ITERATION_STARTED(once=3), self)
+        engine.add_event_handler(Events.ITERATION_STARTED(once=self.at), self)
 
     def __call__(self, engine):
         raise KeyError("of the step")
@@ -141,6 +145,50 @@ def test_run_that_starts_over_removes_the_curves_of_the_run_before_and_nothing_e
     training(**options, resume=False).run()
     assert events() and not first & events()
     assert (folder / "mine/events.out.tfevents.1").exists() and (folder / "train/notes.txt").exists()
+
+
+@pytest.mark.parametrize("bundle", ["training", "training_3d"])
+def test_validation_inside_an_epoch_is_refused_since_each_epoch_has_one_row(request, bundle):
+    inside = {"train#handlers#0#epoch_level": False, "train#handlers#0#interval": 1}
+    with pytest.raises(RuntimeError) as error:
+        request.getfixturevalue(bundle)(whole=True, use_sam=False, **inside).run()
+    assert str(root_cause(error.value)) == (
+        "`train#handlers#0#epoch_level` must be True, since results.csv has one validation an epoch, but is False; to "
+        "validate every n iterations, set `epoch_length` to n."
+    )
+
+
+def test_run_that_starts_over_has_only_its_own_students_and_validations(training, small_phantom, tmp_path):
+    options = {"use_sam": False, "mixing_weight": 0, "whole": True}
+    folder, metric = tmp_path / "output", "val_mean_dice"
+    training(**options, max_iterations=1).run()
+    (folder / "results.csv").write_text(f"epoch,{metric}\n1,0.99\n")
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "model.pt").touch()
+    before = files(folder)
+    shown = {"validation_cases.csv", "validation.png", "validation_slices/1.png", "report.html", "results.csv"}
+    earlier = {"model.pt", "last_model_epoch=1.pt", "resume_1.pt", *shown}
+    assert earlier <= before
+
+    training(**options, max_iterations=1, resume=False, preflight=True).run()
+    assert files(folder) == before
+    broken = {}
+    break_data(broken, small_phantom, tmp_path)
+    with pytest.raises(RuntimeError, match="start_run"):  # the data is refused
+        training(**options, **broken, max_iterations=1, resume=False).run()
+    assert files(folder) == before
+
+    interrupted = training(**options, max_iterations=1, resume=False)
+    interrupted.workflow.parser["train#handlers"].insert(0, {"_target_": f"{__name__}.Failing", "at": 1})
+    with pytest.raises(RuntimeError, match=r"trainer.*run"):
+        interrupted.run()
+    assert not files(folder) & earlier and (folder / "evaluation" / "model.pt").exists()
+
+    training(**options, max_iterations=1).run()
+    (folder / "results.csv").write_text(f"epoch,{metric}\n1,0.99\n")
+    training(**options, max_iterations=2, epoch_length=1, val_interval=2, resume=False).run()
+    published = json.loads((folder / "models" / "model.json").read_text())["metrics"][metric]
+    assert published < 0.99 and [row["epoch"] for row in iter_csv(folder / "results.csv")] == ["2"]
 
 
 @pytest.mark.parametrize("bundle", ["training", "training_3d"])

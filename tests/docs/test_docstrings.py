@@ -16,7 +16,7 @@ PUBLIC = {
     "distillation.watched_loader": ("CurrentBatch",),
     "distillation.wiring": ("Wiring",),
     "errors": ("KnowSAMError", "root_cause"),
-    "files": ("expand_path", "iter_csv", "read_csv", "remove_parts", "write_csv", "write_text", "write_whole"),
+    "files": ("expand_path", "iter_csv", "remove_parts", "write_csv", "write_text", "write_whole"),
     "runs.checks": ("check_data", "check_student", "check_writable"),
     "runs.cpu": ("fast_cpu_matmul", "keep_freed_memory"),
     "runs.messages": ("explain_errors", "ignore_known_warnings"),

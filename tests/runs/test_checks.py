@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import UNet
 from torch import nn
 
-from knowsam_monai.runs.checks import check_student, check_teacher_input, check_writable
+from knowsam_monai.runs.checks import check_data, check_student, check_teacher_input, check_writable
 from knowsam_monai.teachers import NetworkTeacher, SAMTeacher, SliceTeacher
 from tests.full_disk import full_disk
 
@@ -23,6 +23,14 @@ def test_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
         check_writable(output_dir=tmp_path / "output", ckpt_dir=tmp_path / "file" / "models")
     with pytest.raises(PermissionError, match="`output` must be a writable folder but .*--output "):
         check_writable(output=tmp_path / "file" / "output")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_refuses_fewer_validation_volumes_than_processes(monkeypatch, rank):
+    monkeypatch.setattr("knowsam_monai.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
+    with pytest.raises(ValueError, match=r"`validation` .* each of the 2 processes but has 1; .* start fewer"):
+        check_data({"labeled": [], "validation": [{"image": "a.nii", "label": "b.nii"}]}, num_classes=2)
 
 
 def test_full_disk_is_seen_before_training(tmp_path):

@@ -258,6 +258,8 @@ def check_writable_in(config, **override):
     "target, remedy",
     [
         ("BasicUNett", r"did you mean BasicUNet\?"),
+        ("DiceCELos", r"did you mean DiceCELoss\?"),
+        ("ValidationHandle", r"did you mean ValidationHandler\?"),
         ("knowsam_monai.networks.MultiViewNett", r"did you mean knowsam_monai.networks.MultiViewNet\?"),
         ("my_package.Net", r"write it as package.module.Class\."),
     ],
@@ -314,6 +316,45 @@ def test_data_and_student_are_found_below_a_folder_with_a_hash(bundle, tmp_path,
     size = 64 if bundle == "knowsam_acdc" else [16, 16, 16]
     started(bundle, ("inference",), ckpt_path=student, image_size=size)
     assert any("was trained with" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "key, value, end",
+    [
+        ("class_names", ["a", "b#2", "c"], "MONAI reads # as ::, so use neither."),
+        ("run_name", "run#3", "MONAI reads # as ::, so use neither."),
+        ("output_dir", "/data/run#3", "so use neither in a config file; on the command line, a path may have a #."),
+    ],
+)
+@pytest.mark.parametrize("is_typed", [True, False], ids=["command line", "config file"])
+def test_hash_elsewhere_is_refused(bundle, key, value, end, is_typed, monkeypatch):
+    """MONAI replaces it by ::, which would be the name in tables and folders."""
+    words = [f"--{key}", str(value)] if is_typed else []
+    monkeypatch.setattr(sys, "argv", ["run", *words])
+    if is_typed and key == "output_dir":
+        assert started(bundle, ("train",), **{key: value}).get_parsed_content(key) == value
+        return
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, ("train",), **{key: value})
+    sentence = str(root_cause(error.value))
+    assert sentence.startswith(f"`{key}` must be ") and ", and without # or ::, but is " in sentence
+    assert sentence.endswith(end)
+
+
+@pytest.mark.parametrize("names", [("train", "multi_gpu_train", "evaluate"), ("train", "evaluate", "multi_gpu_train")])
+def test_evaluation_in_several_processes_is_refused(bundle, names, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RuntimeError) as error:
+        started(bundle, names)
+    assert str(root_cause(error.value)) == (
+        "`process_timeout` must be None in an evaluation, which runs in one process, but is 600; leave out "
+        "multi_gpu_train.json, and start it without torchrun."
+    )
+
+
+def test_expression_may_give_a_name_with_a_hash(bundle):
+    parser = started(bundle, ("train",), run_name=r"$'run \x233'")
+    assert parser.get_parsed_content("run_name") == "run #3"
 
 
 @pytest.mark.parametrize("value", ["$@paths#one", "@paths#one", "$'/data/' + @paths#one[1:]"])

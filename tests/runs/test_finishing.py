@@ -153,6 +153,17 @@ def test_repeated_run_replaces_only_what_is_older_than_its_student(training, is_
     assert read_record(models)["run"] == "run" and caplog.messages.count(f"Student: {models / 'model.pt'}") == 2
 
 
+@without_charts()
+def test_class_without_a_validation_label_is_left_out_of_the_record(training):
+    folder, report = training
+    table = "epoch,val_mean_dice,val_mean_dice/a,val_mean_dice/b\n1,nan,nan,nan\n2,0.25,0.25,nan\n3,0.125,0.125,nan\n"
+    (folder / "results.csv").write_text(table)
+    finish_run(report, folder, folder / "models")
+    text = (folder / "models" / "model.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["metrics"] == {"val_mean_dice": 0.25, "val_mean_dice/a": 0.25}
+
+
 @pytest.mark.parametrize("content", [b"epoch,val_mean_dice\n", b"\xff\x00\x9c" * 50, b""])
 @without_charts()
 def test_damaged_table_of_validations_does_not_prevent_publishing_the_student(training, content, caplog):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
 import time
 
@@ -56,6 +59,24 @@ def test_next_run_of_the_same_process_takes_over(tmp_path):
     process.kill()
     unlock_folder()
     assert not (tmp_path / "b" / ".lock.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_only_warned_of(tmp_path, monkeypatch, caplog, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock_folder(tmp_path / "run")
+    unlock_folder()
+    assert f"run cannot be locked ({os.strerror(number)}), so nothing keeps a second run out of it" in caplog.text
+    assert not (tmp_path / "run" / ".lock.json").exists()
+
+
+def test_other_errors_of_the_lock_are_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+    with pytest.raises(OSError, match="input/output"):
+        lock_folder(tmp_path / "run")
 
 
 @pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])

@@ -364,10 +364,57 @@ def test_finished_run_says_so_and_trains_no_more(tmp_path, caplog):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(student.parameters(), expected.parameters()))
 
 
+@pytest.mark.parametrize("validate", [None, lambda *place: None], ids=["", "validated"])
+def test_run_that_another_handler_stopped_early_is_finished_too(tmp_path, caplog, validate):
+    def stopping_early(**options):
+        trainer, student, handler = training(tmp_path, epochs=4, validate=validate, **options)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda engine: engine.terminate())
+        return trainer, student, handler
+
+    trainer, _, handler = stopping_early(save=False)  # a preflight
+    assert run(trainer) and not handler.files()
+    trainer, expected, handler = stopping_early()
+    assert run(trainer) and trainer.state.iteration == 4
+    written = handler.files()[0].stat().st_mtime_ns
+    for _ in range(2):
+        again, student, handler = stopping_early()
+        again.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
+        assert run(again) and same_bits(student, expected)
+        assert handler.files()[0].stat().st_mtime_ns == written
+    assert caplog.text.count("has finished its 4 iterations") == 2
+
+
+def test_repeated_validation_may_stop_the_run_early(tmp_path):
+    def signal_in_validation(*place):
+        if place == (2, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        training(tmp_path, validate=signal_in_validation)[0].run()
+    for _ in range(2):
+        again, _, handler = training(tmp_path, validate=lambda *place: None)
+        handler.evaluator.add_event_handler(Events.COMPLETED, lambda _: again.terminate())
+        again.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
+        assert run(again) and handler.files()[0].name == "resume_4.pt"
+
+
+def test_stop_before_the_first_step_finishes_nothing(tmp_path):
+    stopped, _, handler = training(tmp_path)
+    stopped.add_event_handler(Events.STARTED, lambda engine: engine.terminate())
+    assert run(stopped) and not handler.files()
+    trainer, _, _ = training(tmp_path)
+    assert run(trainer) and trainer.state.iteration == 6
+
+
 def test_flag_starts_afresh_and_removes_the_run_before(tmp_path):
     assert run(training(tmp_path)[0])
+    for name in ("model.pt", "last_model_epoch=3.pt", "results.csv", "mine.pt"):
+        (tmp_path / name).touch()
+    trainer, _, handler = training(tmp_path, enabled=False, save=False, epochs=1)  # a preflight
+    assert run(trainer) and (tmp_path / "model.pt").exists() and len(handler.files()) == 2
     trainer, _, handler = training(tmp_path, enabled=False, epochs=1)
-    assert run(trainer) and [file.name for file in handler.files()] == ["resume_2.pt"]
+    assert run(trainer) and {path.name for path in tmp_path.iterdir()} == {"mine.pt", "resume_2.pt"}
+    assert [file.name for file in handler.files()] == ["resume_2.pt"]
 
 
 DATA = {"labeled": [("a.nii", "07"), ("b.nii", "1e")], "validation": [("c.nii", "5f")]}

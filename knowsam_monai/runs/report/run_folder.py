@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError
-from knowsam_monai.files import expand_path, read_csv
+from knowsam_monai.files import expand_path, iter_csv
 from knowsam_monai.runs.run_record import CONFIG, STARTS, read_starts
 
 Curve = tuple[list[int], list[float]]  # iterations, values
@@ -180,7 +180,7 @@ def _slices(folder: Path) -> list[SliceImage]:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.is_file() else []
+    return list(iter_csv(path)) if path.is_file() else []
 
 
 def _number(text: str | None) -> float:
