@@ -1,9 +1,10 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowsam_monai.texts import printable, shortened
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(st.characters()))
 def test_printable_text_is_one_line_that_can_be_encoded(text):
     found = printable(text)
@@ -11,6 +12,7 @@ def test_printable_text_is_one_line_that_can_be_encoded(text):
     found.encode()
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(), st.integers(3, 50))
 def test_shortened_text_keeps_both_ends(text, length):
     found = shortened(text, length)
