@@ -321,7 +321,9 @@ def _different_planes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[C
                 first = first or (image_paths(item)[0], case.normal)
                 across[number] = abs(np.dot(first[1], case.normal)) < 0.5
         if first is not None:
-            sentence = f"images have slices in another plane than {first[0]}, which the 2D bundle mixes with these"
+            sentence = (
+                f"images have slices in another plane than those of {first[0]}; the 2D bundle trains on both alike"
+            )
             yield from _warning(name, items, sentence, across, len(items))
 
 

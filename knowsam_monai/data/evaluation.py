@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
 
@@ -18,6 +18,7 @@ from knowsam_monai.files import expand_path
 
 IMAGE_ENDING = re.compile(r"\.(nii(\.gz)?|nrrd|nhdr|mha|mhd|h5|hdf5)$")
 
+SCAN_ENDING = re.compile(r"[-_.](image|img|scan|ct|mr|mri|0000)$", re.IGNORECASE)
 LABEL_ENDING = re.compile(r"[-_.](seg|segmentation|label|labels|gt|mask)$", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ def inference_items(
 
     Returns:
         [{"image": path}, ...], sorted by path. An image that must not be segmented has the reason under "left_out":
-        another one would write the same output file, it lies in `output_dir`, its header declares labels, as those of
-        `NiftiGeometryWriter` do, or its name is that of another image's label, such as a_gt.nii beside a.nii or
-        a_label.nii beside a_image.nii. `LoadCased` refuses it with that reason.
+        another one would write the same output file, it lies in `output_dir`, or its header declares labels, as those
+        of `NiftiGeometryWriter` do. `LoadCased` refuses it with that reason. Files that are named as the label of
+        another one, such as a_gt.nii beside a.nii or a_label.nii beside a_image.nii, are not listed, with a warning.
 
     Raises:
         ValueError: if `dataset_dir` does not exist, if no image matches `pattern`, if the pattern leaves the folder, or
@@ -111,27 +112,23 @@ def inference_items(
             "it, or select the scans with `image_pattern`."
         )
     images = [path for path in images if path not in written & label_maps]
-    for path, scan in _labels_beside_scans([path for path in images if path not in left_out]):
-        left_out[path] = (
-            f"`image` must be a scan but {path} is named as the label of {os.path.basename(scan)}; move it, or select "
-            "the scans with `image_pattern`."
+    labels = _labels_beside_scans([path for path in images if path not in left_out])
+    if labels:
+        logger.warning(
+            "%d files are named as labels of others and are not segmented, such as %s; to segment such a file, select "
+            "it alone with `image_pattern`.",
+            len(labels),
+            labels[0],
         )
-    return _items(images, left_out)
+    return _items([path for path in images if path not in labels], left_out)
 
 
-def _labels_beside_scans(images: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a label, by its name, and a scan in the same folder."""
-    scans = {}
-    for path in images:
-        stem = _output_stem(path)
-        if not LABEL_ENDING.search(stem):
-            folder, name = os.path.split(stem)
-            beginnings = (name[: match.start()] for match in re.finditer("[-_.]", name))
-            scans |= {os.path.join(folder, beginning): path for beginning in (*beginnings, name)}
-    for path in images:
-        stem, num_endings = LABEL_ENDING.subn("", _output_stem(path))
-        if num_endings and stem in scans:
-            yield path, scans[stem]
+def _labels_beside_scans(images: Sequence[str]) -> list[str]:
+    """Files that are, by their names, labels of scans in the same folder."""
+    stems = {path: _output_stem(path) for path in images}
+    scans = {name for stem in stems.values() for name in (stem, SCAN_ENDING.sub("", stem))}
+    unlabeled = {path: LABEL_ENDING.sub("", stem) for path, stem in stems.items()}
+    return [path for path, stem in stems.items() if unlabeled[path] != stem and unlabeled[path] in scans]
 
 
 def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) -> str:

@@ -12,12 +12,12 @@ from knowsam_monai.errors import KnowSAMValueError
 
 
 def is_same_grid(affine: Any, other: Any, shape: Sequence[int]) -> bool:
-    """Whether two affines put the voxels of an image at the same places, within half a voxel.
+    """Whether two affines put the voxels of an image at the same places, within half a voxel along each axis.
 
     Headers hold rounded numbers, so two files of one grid seldom have equal affines.
 
     Args:
-        affine: (n + 1, n + 1), from voxel indices to mm; its shortest voxel edge counts.
+        affine: (n + 1, n + 1), invertible, from voxel indices to mm.
         other: of the same shape, otherwise the grids differ.
         shape: number of voxels along each axis.
 
@@ -33,9 +33,8 @@ def is_same_grid(affine: Any, other: Any, shape: Sequence[int]) -> bool:
     corners = np.zeros((2 ** len(shape), len(affine)))
     corners[:, : len(shape)] = list(product(*((0, size - 1) for size in shape)))
     corners[:, -1] = 1
-    shifts = np.linalg.norm(corners @ (affine - other).T, axis=1)
-    edges = np.linalg.norm(affine[:-1, : len(shape)], axis=0)
-    return bool(shifts.max() < edges.min() / 2)
+    moved = corners @ np.linalg.solve(affine, other).T  # indices in the first grid
+    return bool(np.abs(moved - corners).max() < 0.5)
 
 
 def check_one_grid(files: Mapping[str, tuple[Sequence[int], Any]]) -> None:

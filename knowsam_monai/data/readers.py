@@ -17,7 +17,7 @@ from monai.data import MetaTensor, NibabelReader, NumpyReader, PILReader
 from monai.data.utils import is_supported_format
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
-from PIL import Image, ImageOps
+from PIL import Image
 
 from knowsam_monai.data.declared_size import LARGEST_IMAGE, LARGEST_RATIO, check_size
 from knowsam_monai.data.grids import check_one_grid
@@ -184,7 +184,7 @@ class ArchiveReader(_WithoutGeometry, NumpyReader):
 class PictureReader(_WithoutGeometry, PILReader):
     """Read PNG, JPEG and BMP files for MONAI's `LoadImage`; they have no spacing, see `H5Reader`.
 
-    A photo is turned as its EXIF orientation says.
+    Pixels are taken as stored, whatever EXIF says. `meta["is_color"]` tells whether a file has several channels.
 
     Args:
         palette: what the pixels of a file with a palette are. "colors": gray values if all of its colors are gray, else
@@ -198,8 +198,12 @@ class PictureReader(_WithoutGeometry, PILReader):
     """
 
     def __init__(self, palette: Literal["colors", "numbers"] = "colors") -> None:
-        converter = _without_palette if palette == "colors" else ImageOps.exif_transpose
+        converter = _without_palette if palette == "colors" else None
         super().__init__(converter, formats=("PNG", "JPEG", "BMP"))  # PIL would run PostScript in a .png file
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        array, meta = super().get_data(img)
+        return array, {**meta, "is_color": len(ensure_tuple(img)[0].getbands()) > 1}
 
 
 class LoadCased(MapTransform):
@@ -255,7 +259,6 @@ class LoadCased(MapTransform):
 
 
 def _without_palette(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
     if picture.mode != "P":
         return picture
     rgb = picture.convert("RGB")

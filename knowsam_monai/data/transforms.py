@@ -141,7 +141,7 @@ class CheckDatad(Transform):
 
 
 class ScaleVolumed(MapTransform):
-    """Scale each channel of an image to 0..1 over its whole volume.
+    """Scale each channel of an image to 0..1 over its whole volume; the channels of a color file together.
 
     A slice file of a pack, an item with a `"slice"` number, is not changed: it was scaled with its volume when the pack
     was made. Scaled by its own range, it would be brighter in training than its volume in validation.
@@ -164,14 +164,16 @@ class ScaleVolumed(MapTransform):
         super().__init__(keys)
         self.window = window
         self.scale: Callable = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=True)
+        self.scale_colors: Callable = ScaleIntensity(minv=0.0, maxv=1.0)
         if window is not None:
-            self.scale = ScaleIntensityRange(*window, b_min=0.0, b_max=1.0, clip=True)
+            self.scale = self.scale_colors = ScaleIntensityRange(*window, b_min=0.0, b_max=1.0, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         for key in self.key_iterator(case):
             if "slice" not in case:
-                case[key] = self.scale(case[key])
+                is_color = isinstance(case[key], MetaTensor) and case[key].meta.get("is_color", False)
+                case[key] = (self.scale_colors if is_color else self.scale)(case[key])
             elif self.window is not None:
                 raise KnowSAMValueError(
                     "`intensity_window` must be None for slice files, which were scaled with their volume, but is "

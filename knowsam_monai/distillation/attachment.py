@@ -243,7 +243,7 @@ class Attachment:
         if self.logits_of is not None:
             sources = _of_output(self.logits_of, output, logits, gradient)
         pending = _Pending(image, is_same, dict(enumerate(g for _, g in sources)), sam_gradients, self._num_backwards)
-        self._is_waiting = True
+        self._is_waiting = self.iteration >= self.start
         for number, (source, _) in enumerate(sources):
             source.register_hook(partial(self._add_gradients, pending, number))
 
@@ -262,7 +262,7 @@ class Attachment:
         gradient = pending.gradients.pop(number)
         self._was_reached |= not pending.gradients
         self._num_backwards += 1
-        self._num_kept += 1
+        self._num_kept += not pending.gradients
         for parameter, sam_gradient in pending.sam_gradients:
             added = self.distiller.added_gradients.setdefault(parameter, {})
             if parameter.grad is None:

@@ -44,11 +44,11 @@ class Resume:
     """
     Save everything a run depends on, so that the same command resumes it after an interruption, on a CPU bit for bit.
 
-    After every epoch, and at an early end, ``resume_<iteration>.pt`` is written: the given objects, the trainer's
-    iteration, the best metric so far and the random states of every process. A file is complete or does not exist, and
-    the previous one is kept. When a run starts, it loads the newest intact file, but refuses one with other settings or
-    other data. The order of the batches is a function of the iteration
-    (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved.
+    After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
+    so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
+    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. The order of
+    the batches is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved. A
+    run that its validation ended, as by MONAI's ``EarlyStopHandler``, is finished and is not resumed.
 
     SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
     the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
@@ -106,7 +106,7 @@ class Resume:
         self.signals = stop_signals.StopSignals()
         self._before_validation: dict[str, Any] | None = None  # the random state before the validation that is running
         self._waits_for_batch: bool | None = None  # None before the first step
-        self._is_finished = False
+        self._has_started_over = False
         self._kept: list[Path] = []  # the last two files written or loaded
 
     def attach(self, engine: Engine) -> None:
@@ -117,7 +117,7 @@ class Resume:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         before = engine._event_handlers[Events.EPOCH_COMPLETED][-1:]  # Ignite has no public way to see this
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+        engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
         add_exception_handler(engine, self.exception_raised)
         if self.evaluator is not None:
             is_next = any(getattr(handler, "validator", None) is self.evaluator for handler, *_ in before)
@@ -127,12 +127,13 @@ class Resume:
 
     def started(self, engine: Engine) -> None:
         """Restore the newest intact file, and handle SIGTERM and Ctrl-C from now on."""
-        self._waits_for_batch, self._is_finished = None, False
+        self._waits_for_batch = None
         if self.saves:
             if ranks.rank() == 0:
                 remove_parts(self.output_dir)
-                if not self.enabled:
+                if not (self.enabled or self._has_started_over):  # a second run of this trainer goes on
                     self._remove_earlier_run()
+            self._has_started_over = True
             self.signals.listen()
         if self.enabled:
             self._restore(engine)
@@ -163,14 +164,6 @@ class Resume:
         if iteration % every == 0 and not ends_epoch and self._must_stop():  # between two optimizer steps
             self._save(engine)
             self._stop(engine)
-
-    def completed(self, engine: Engine) -> None:
-        """Note the end of a run that another handler has stopped early, so that the same command trains no more."""
-        has_trained = self._waits_for_batch is not None  # unlike a preflight, and a run that was finished before
-        if has_trained and engine.state.iteration < last_iteration(engine):
-            self._is_finished = True
-            self._save(engine)
-        self.signals.give_back()
 
     def exception_raised(self, engine: Engine, error: BaseException) -> None:
         """
@@ -254,7 +247,7 @@ class Resume:
             state["best"] = [float(best.best_metric), float(best.best_metric_epoch)]
         state["random"] = random_states if isinstance(random_states, list) else [random_states]
         state["matmul"] = matmul_precision()  # a run may choose it by a measurement
-        state["finished"] = self._is_finished
+        state["finished"] = bool(engine.should_terminate)  # by this epoch's validation, as of EarlyStopHandler
         state["validate"] = self._before_validation is not None  # a resumed run starts with this validation
         state["settings"] = None if self.settings is None else dict(self.settings)
         state["data"] = digests(self.data)
@@ -281,7 +274,6 @@ class Resume:
         logger.warning("Resuming from %s, iteration %d.", file, engine.state.iteration)
         if state["validate"] and self.evaluator is not None and self.saves:
             self.evaluator.run(engine.state.epoch)
-            self._is_finished = bool(engine.should_terminate)
             self(engine)
         if engine.state.epoch >= engine.state.max_epochs:
             logger.warning(
@@ -307,8 +299,9 @@ class Resume:
             for name, item in self.objects.items():
                 plain_network(item).load_state_dict(state[name])
             engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
-            self._is_finished = state.get("finished", False)
-            if self._is_finished or engine.state.iteration >= last_iteration(engine):  # in an epoch that was cut short
+            if state.get("finished") or engine.state.iteration >= last_iteration(
+                engine
+            ):  # in an epoch that was cut short
                 engine.state.epoch = engine.state.max_epochs
             if engine.scaler is not None and "scaler" in state:
                 engine.scaler.load_state_dict(state["scaler"])

@@ -76,10 +76,9 @@ class TinyViTEncoder(nn.Module):
         try:
             return self.neck(self.vit.forward_features(image))
         finally:
+            # in eval mode, attentions keep the values of a call and its graph
             for module in self.vit.modules():
-                if hasattr(
-                    module, "attention_bias_cache"
-                ):  # kept in eval mode, with the graph and the values of a call
+                if hasattr(module, "attention_bias_cache"):
                     module.attention_bias_cache = {}
 
 

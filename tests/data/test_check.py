@@ -280,7 +280,7 @@ WARNINGS = {
     ),
     "planes": (
         spoil_array("unlabeled0.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.diag([8.0, 2, 2, 1])),
-        "`unlabeled`: 1 of 2 images have slices in another plane than .*/labeled0.nii.gz, .*: .*unlabeled0.nii.gz",
+        "`unlabeled`: 1 of 2 images have slices in another plane than those of .*labeled0.nii.gz; .*: .*unlabeled0",
     ),
     "patient": (lambda f: f.datalist["test"][0].pop("patient"), "`test`: items have no `patient`"),
 }

@@ -9,8 +9,11 @@ OBLIQUE = np.array([[0.0, -2, 0, 5], [2, 0, 0, 7], [0, 0, 8, 1], [0, 0, 0, 1]]) 
 
 
 @pytest.mark.parametrize(("shift", "same"), [(0.0, True), (0.99, True), (1.01, False)])
-def test_half_of_the_shortest_edge_is_the_limit(shift, same):
-    assert is_same_grid(OBLIQUE, OBLIQUE + np.outer([0, 0, shift, 0], [0, 0, 0, 1]), (6, 5, 3)) == same
+@pytest.mark.parametrize(("axis", "edge"), [(0, 2), (1, 2), (2, 8)])
+def test_half_a_voxel_along_each_axis_is_the_limit(shift, same, axis, edge):
+    moved = OBLIQUE.copy()
+    moved[axis, 3] += shift * edge / 2
+    assert is_same_grid(OBLIQUE, moved, (6, 5, 3)) == same
 
 
 def test_a_small_error_of_the_spacing_adds_up_over_the_voxels():

@@ -171,14 +171,6 @@ def test_palette_is_the_colors_of_an_image_and_the_numbers_of_a_label(tmp_path, 
     np.testing.assert_array_equal(case["image"], expected[:1] if palette == "gray" else expected)
 
 
-def test_photo_is_turned_as_its_exif_orientation_says(tmp_path):
-    pixels = np.arange(12, dtype=np.uint8).reshape(4, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(LoadCased("image")({"image": tmp_path / "a.png"})["image"], pixels[::-1, ::-1].T)
-
-
 def test_upper_case_suffix_is_compressed_as_well(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", (32, 32, 8)).rename(tmp_path / "A.NII.GZ")
     assert LoadCased("image")({"image": tmp_path / "A.NII.GZ"})["image"].shape == (32, 32, 8)

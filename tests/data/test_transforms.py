@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
+from PIL import Image
 
-from knowsam_monai.data import CheckDatad, ScaleVolumed, SplitSlicesd, compare_streams
+from knowsam_monai.data import CheckDatad, LoadCased, ScaleVolumed, SplitSlicesd, compare_streams
 from knowsam_monai.data.transforms import AXES, known_spacing
 
 
@@ -117,6 +119,14 @@ def test_image_is_scaled_over_its_volume(shape):
 def test_each_channel_is_scaled_by_itself():
     image = torch.stack([torch.arange(5.0), 1e-6 * torch.arange(5.0)])[:, None]
     assert ScaleVolumed()({"image": image})["image"][:, 0].tolist() == [[0, 0.25, 0.5, 0.75, 1]] * 2
+
+
+def test_the_channels_of_a_color_file_are_scaled_together(tmp_path):
+    pixels = np.array([[[0, 60, 30], [120, 180, 240]]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    case = LoadCased("image", ensure_channel_first=True)({"image": tmp_path / "a.png"})
+    expected = torch.tensor(pixels[0].T / 240, dtype=torch.float32)
+    torch.testing.assert_close(ScaleVolumed()(case)["image"][..., 0].as_tensor(), expected)
 
 
 def test_slice_file_keeps_the_brightness_of_its_volume():

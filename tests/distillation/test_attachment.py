@@ -431,6 +431,20 @@ def test_step_without_a_gradient_for_the_taught_call_is_an_error_even_if_another
         optimizer.step()
 
 
+def test_step_without_a_gradient_for_the_taught_call_is_let_be_before_the_start():
+    """A host that warms up uses the taught call only later, too."""
+    student, optimizer, distiller, batches = build()
+    skd = distiller.attach(
+        student, optimizer, start=3, select=lambda b, x: all_labels(b, x) if x is b["image"] else None
+    )
+    for step, batch in enumerate(skd.watch(batches), start=1):
+        weak, strong = student(batch["image"]), student(batch["image"] + 0.1)
+        optimizer.zero_grad()
+        (strong.square().mean() + (weak.square().mean() if step >= 3 else 0)).backward()
+        optimizer.step()
+    assert skd.iteration == len(batches) == 3
+
+
 def test_step_on_a_skipped_call_is_let_be_after_a_batch_whose_taught_call_got_no_backward():
     student, optimizer, distiller, (first, second, _) = build()
     skd = distiller.attach(student, optimizer, select=lambda b, x: all_labels(b, x) if b is first else None)

@@ -364,24 +364,29 @@ def test_finished_run_says_so_and_trains_no_more(tmp_path, caplog):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(student.parameters(), expected.parameters()))
 
 
-@pytest.mark.parametrize("validate", [None, lambda *place: None], ids=["", "validated"])
-def test_run_that_another_handler_stopped_early_is_finished_too(tmp_path, caplog, validate):
-    def stopping_early(**options):
-        trainer, student, handler = training(tmp_path, epochs=4, validate=validate, **options)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda engine: engine.terminate())
+def test_run_that_its_validation_stopped_early_is_finished_too(tmp_path, caplog):
+    def stopping_early():
+        trainer, student, handler = training(tmp_path, epochs=4, validate=lambda *place: None)
+        stops = Events.COMPLETED(event_filter=lambda *_: trainer.state.epoch == 2)
+        handler.evaluator.add_event_handler(stops, lambda _: trainer.terminate())  # as EarlyStopHandler does
         return trainer, student, handler
 
-    trainer, _, handler = stopping_early(save=False)  # a preflight
-    assert run(trainer) and not handler.files()
-    trainer, expected, handler = stopping_early()
+    trainer, expected, _ = stopping_early()
     assert run(trainer) and trainer.state.iteration == 4
-    written = handler.files()[0].stat().st_mtime_ns
     for _ in range(2):
-        again, student, handler = stopping_early()
+        again, student, _ = stopping_early()
         again.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
         assert run(again) and same_bits(student, expected)
-        assert handler.files()[0].stat().st_mtime_ns == written
     assert caplog.text.count("has finished its 4 iterations") == 2
+
+
+def test_run_that_was_terminated_inside_an_epoch_resumes(tmp_path):
+    """As by Ignite's TimeLimit."""
+    trainer, *_ = training(tmp_path)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: trainer.terminate())
+    assert run(trainer) and trainer.state.iteration == 3
+    again, *_ = training(tmp_path)
+    assert run(again) and again.state.iteration == 6
 
 
 def test_repeated_validation_may_stop_the_run_early(tmp_path):
@@ -415,6 +420,9 @@ def test_flag_starts_afresh_and_removes_the_run_before(tmp_path):
     trainer, _, handler = training(tmp_path, enabled=False, epochs=1)
     assert run(trainer) and {path.name for path in tmp_path.iterdir()} == {"mine.pt", "resume_2.pt"}
     assert [file.name for file in handler.files()] == ["resume_2.pt"]
+    (tmp_path / "model.pt").touch()
+    trainer.state.max_epochs = 2
+    assert run(trainer) and (tmp_path / "model.pt").exists()  # the same run goes on
 
 
 DATA = {"labeled": [("a.nii", "07"), ("b.nii", "1e")], "validation": [("c.nii", "5f")]}
