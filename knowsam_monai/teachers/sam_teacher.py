@@ -14,7 +14,7 @@ from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam import SIZE_DIVISOR, build_sam
-from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions
+from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.teachers.sam_encoder import encode_image
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
 from knowsam_monai.tensors import without_meta
@@ -151,7 +151,7 @@ class SAMTeacher(PromptedTeacher):
             embedding=embedding,
             positions=dense_positions(prompt_encoder),
             prompt_tokens=self.prompt(embedding),
-            mask_embedding=prompt_encoder.mask_downscaling(masks.flatten(0, 1)[:, None]).unflatten(0, masks.shape[:2]),
+            mask_tokens=embed_masks(prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
         )
         masks = masks.to(prompts.dtype)  # half precision under autocast
         return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")

@@ -25,7 +25,7 @@ def our_forward(sam):
         embedding=embedding,
         positions=dense_positions(sam.prompt_encoder),
         prompt_tokens=torch.randn(2, 3, 2, 128),
-        mask_embedding=torch.randn(2, 3, 128, 6, 6),
+        mask_tokens=torch.randn(2, 3, 36, 128),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 
 from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.sam import build_sam
-from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions
+from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
 from tests.networks.sam_toys import randomized
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -26,13 +26,12 @@ def prompts(sam, num_images=2, num_prompts=3):
 
 
 def ours(sam, embedding, masks, tokens):
-    mask_embedding = sam.prompt_encoder.mask_downscaling(masks.flatten(0, 1)[:, None])
     return decode_masks(
         decoder=sam.mask_decoder,
         embedding=embedding,
         positions=dense_positions(sam.prompt_encoder),
         prompt_tokens=tokens,
-        mask_embedding=mask_embedding.unflatten(0, masks.shape[:2]),
+        mask_tokens=embed_masks(sam.prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
     )
 
 
@@ -74,6 +73,20 @@ def test_dense_positions_are_upstreams(image_size):
     sam = toy_sam(image_size, torch.float32)
     theirs = sam.prompt_encoder.get_dense_pe().flatten(2)[0].T
     torch.testing.assert_close(dense_positions(sam.prompt_encoder), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("image_size", SIZES)
+def test_mask_embedding_is_upstreams(image_size, dtype):
+    sam = toy_sam(image_size, dtype)
+    _, masks, _ = prompts(sam)
+    theirs = sam.prompt_encoder(points=None, boxes=None, masks=masks.flatten(0, 1)[:, None])[1]
+    torch.testing.assert_close(
+        embed_masks(sam.prompt_encoder, masks.flatten(0, 1)),
+        theirs.flatten(2).transpose(1, 2),
+        rtol=0,
+        atol=TOLERANCE[dtype],
+    )
 
 
 def test_gradients_equal_upstreams():
