@@ -16,6 +16,8 @@ from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
 MOST_TRIES = 10  # to make up for a measurement that lacked rows; then the next interval is waited for
+SMALL = 0.1  # share of the largest measurement of a class of late, below which one counts less
+PEAK_MOMENTUM = 0.9  # what each measurement leaves of the largest
 LEAST_DICE, ENOUGH_DICE = 0.1, 0.3  # of a teacher on labeled rows: up to the first it teaches nothing
 
 
@@ -55,8 +57,8 @@ class TeacherGate(nn.Module):
     hold the student at its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
-    d is the mean Dice of the foreground classes, each over the pixels of many measurements, the older ones counting
-    less, since a structure may be absent from most batches.
+    d is the mean Dice of the foreground classes, each over many measurements, the older ones counting less, since a
+    structure may be absent from most batches.
 
     The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what
     is measured:
@@ -85,8 +87,7 @@ class TeacherGate(nn.Module):
         mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; without effect
             if `must_lead`.
-        momentum: the share of the old pixels of a class that a measurement with as many pixels of it as usual leaves;
-            one with fewer leaves more.
+        momentum: the share that a measurement leaves of what was measured before.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
@@ -129,9 +130,9 @@ class TeacherGate(nn.Module):
         self.register_buffer("agreement_scores", torch.full((2,), -1.0))  # Dice of student, teacher
         self.register_buffer("validation_scores", torch.full((2,), -1.0))
         self.register_buffer("labeled_scores", torch.full((2,), -1.0))
-        # common and total pixels of each class, (student and teacher, 2, C); the first measurement tells C
-        self.register_buffer("agreement_counts", torch.zeros(2, 2, 0))
-        self.register_buffer("labeled_counts", torch.zeros(2, 2, 0))
+        # of each class, see `_added`, (student and teacher, 3, C); the first measurement tells C
+        self.register_buffer("agreement_counts", torch.zeros(2, 3, 0))
+        self.register_buffer("labeled_counts", torch.zeros(2, 3, 0))
         self.register_buffer("num_measured", torch.tensor(0))
         self.missing: set[str] = set()  # rows that the last measurement lacked, "labeled" or "unlabeled"
         self.expects_labels = False  # whether a batch had some
@@ -283,16 +284,17 @@ class TeacherGate(nn.Module):
 
     def _added(self, old: Tensor, new: Tensor) -> Tensor:
         """
-        Old counts, partly forgotten, plus new ones, both (2, 2, C).
+        Old counts, partly forgotten, plus new ones (2, 2, C). Returns (2, 3, C), with the largest total of late.
 
-        A rare class has few pixels in most measurements, and these must not make its other pixels forgotten.
+        Measurements of a class count alike, whatever its size: otherwise a class that a young student finds everywhere
+        would count for hundreds of steps. But those with less than a tenth of the largest, such as a few false pixels
+        in images without a rare structure, count less.
         """
-        if old.shape != new.shape:
-            return new
-        num_old, num_new = old[:, 1].sum(0), new[:, 1].sum(0)
-        usual = (1 - self.momentum) * num_old  # of one measurement, if all have as many
-        share = torch.where(usual > 0, (num_new / usual).clamp(max=1), 1)
-        return old * self.momentum**share + new
+        num_new, is_first = new[:, 1].sum(0), old.shape[2] != new.shape[2]
+        peak = num_new if is_first else torch.maximum(PEAK_MOMENTUM * old[0, 2], num_new)
+        weight = torch.where(num_new > 0, (num_new / (SMALL * peak)).clamp(max=1) ** 3, 0)
+        kept = 0 if is_first else old[:, :2] * self.momentum**weight
+        return torch.cat([kept + new * weight / num_new.clamp(min=1), peak.expand(2, 1, -1)], dim=1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("agreement_counts", "labeled_counts"):
@@ -348,8 +350,8 @@ class TeacherGate(nn.Module):
 
 
 def _dice(counts: Tensor) -> Tensor:
-    """Mean Dice of each model, (2,), from common and total pixels of each class, (2, 2, C); NaN without any pixel."""
-    common, total = counts.unbind(1)
+    """Mean Dice of each model, (2,), from common and total pixels of each class, (2, 3, C); NaN without any pixel."""
+    common, total, _ = counts.unbind(1)
     return torch.where(total > 0, 2 * common / total, torch.nan).nanmean(1)
 
 

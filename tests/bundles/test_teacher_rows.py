@@ -57,10 +57,8 @@ class Counted:
             setattr(self.distillation, name, settings[name])
         self.distiller.taught_rows = settings["taught_rows"]
         self.distiller.gate.weight.fill_(settings["gate.weight"])
-        counts = torch.full((2, 2, self.distiller.teacher.num_classes - 1), 1e9)
-        counts[:, 0] = torch.tensor(
-            [[5e8], [0.0]]
-        )  # the student agreed, the teacher did not: one measurement opens nothing
+        counts = torch.full((2, 3, self.distiller.teacher.num_classes - 1), 1e9)
+        counts[:, 0] = torch.tensor([[5e8], [0.0]])  # only the student agreed: one measurement opens nothing
         self.distiller.gate.agreement_counts = counts
         self.trainer.state.iteration, self.trainer.state.batch = iteration, self.batch
         self.calls.clear()

@@ -270,15 +270,16 @@ def answer(pixels, size=10):
     return torch.where(torch.arange(size) < pixels, 1.0, -1.0).reshape(1, 1, 1, size)
 
 
-def test_old_pixels_count_less_with_each_measurement():
-    """The label has 4 pixels. The teacher finds none of them, then all: 8 new pixels beside 0.8 of 4 old ones, ..."""
+def test_old_measurements_count_less_and_each_by_its_part_of_the_pixels():
+    """The label has 4 pixels. The student finds them, the teacher none and then all: it has 4 of 12, then 8 of 16."""
     gate, image, scores = TeacherGate("agreement", momentum=0.8), answer(4), []
     labeled = LabeledImages(image, image, (image > 0).float())
     for turn in range(3):
         teacher = answer(4) if turn else answer(0)
         gate.measure_agreement(lambda x: image, lambda x, prompt: teacher, image, 0, labeled=labeled)
         scores.append(gate.labeled_scores[1].item())
-    assert scores == pytest.approx([0, 8 / (8 + 0.8 * 4), (8 + 0.8 * 8) / (8 + 0.8 * (8 + 0.8 * 4))], abs=1e-3)
+    found = [0, 0.5, 0.5 + 0.8 * 0.5]
+    assert scores == pytest.approx([0, found[1] / (0.5 + 0.8 / 3), found[2] / (0.5 + 0.8 * (0.5 + 0.8 / 3))], abs=1e-3)
 
 
 @pytest.mark.parametrize("must_lead", [False, True])
@@ -294,6 +295,20 @@ def test_perfect_teacher_of_a_rare_structure_teaches(must_lead):
         gate.measure_agreement(lambda x: student, lambda x, prompt: label - 0.5, label, 0, labeled=labeled)
         weights.append(gate.weight.item())
     assert min(weights[100:]) > 0.8
+
+
+def test_class_that_a_young_student_finds_everywhere_is_soon_forgotten():
+    """At first both models find it in the whole image, and the teacher not in the turned one."""
+    gate, weights = TeacherGate("agreement"), []
+    column = torch.arange(200).reshape(1, 1, 1, 200)
+    structure = ((column >= 97) & (column < 103)).float() - 0.5  # as its mirror image
+    everywhere, nowhere = torch.ones_like(structure), -torch.ones_like(structure)
+    for number in range(30):
+        answers = [everywhere, nowhere] if number == 2 else [structure, structure]
+        student = everywhere if number == 2 else structure
+        gate.measure_agreement(lambda x: student, lambda x, prompt: answers.pop(0), structure, 0)
+        weights.append(gate.weight.item())
+    assert weights[1] == 1 and weights[2] == 0 and min(weights[14:]) > 0.5 and weights[-1] > 0.9
 
 
 def test_teacher_that_no_longer_finds_anything_is_shut_out():
