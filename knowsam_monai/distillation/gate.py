@@ -18,6 +18,8 @@ FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have 
 MOST_TRIES = 10  # to make up for a measurement that lacked rows; then the next interval is waited for
 SMALL = 0.1  # share of the largest measurement of a class of late, below which one counts less
 PEAK_MOMENTUM = 0.9  # what each measurement leaves of the largest
+FIRST_ONES = 5  # measurements of models that have hardly learned, which are forgotten sooner:
+FIRST_PEAK_MOMENTUM, FIRST_MOMENTUM = 0.3, 0.5
 LEAST_DICE, ENOUGH_DICE = 0.1, 0.3  # of a teacher on labeled rows: up to the first it teaches nothing
 
 
@@ -87,7 +89,7 @@ class TeacherGate(nn.Module):
         mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; without effect
             if `must_lead`.
-        momentum: the share that a measurement leaves of what was measured before.
+        momentum: the share that a measurement leaves of what was measured before; the first ones leave half at most.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
@@ -288,12 +290,15 @@ class TeacherGate(nn.Module):
 
         Measurements of a class count alike, whatever its size: otherwise a class that a young student finds everywhere
         would count for hundreds of steps. But those with less than a tenth of the largest, such as a few false pixels
-        in images without a rare structure, count less.
+        in images without a rare structure, count less. The first ones are forgotten sooner.
         """
         num_new, is_first = new[:, 1].sum(0), old.shape[2] != new.shape[2]
-        peak = num_new if is_first else torch.maximum(PEAK_MOMENTUM * old[0, 2], num_new)
+        is_early = self.num_measured <= FIRST_ONES
+        peak_momentum = torch.where(is_early, FIRST_PEAK_MOMENTUM, PEAK_MOMENTUM)
+        momentum = torch.where(is_early, min(FIRST_MOMENTUM, self.momentum), self.momentum)
+        peak = num_new if is_first else torch.maximum(peak_momentum * old[0, 2], num_new)
         weight = torch.where(num_new > 0, (num_new / (SMALL * peak)).clamp(max=1) ** 3, 0)
-        kept = 0 if is_first else old[:, :2] * self.momentum**weight
+        kept = 0 if is_first else old[:, :2] * momentum**weight
         return torch.cat([kept + new * weight / num_new.clamp(min=1), peak.expand(2, 1, -1)], dim=1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
