@@ -45,17 +45,17 @@ class SimpleITKReader(ImageReader):
         return is_supported_format(filename, ["nrrd", "nhdr", "mha", "mhd"])
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list:
-        images = {}
-        for name in map(str, ensure_tuple(data)):
+        names, images = [str(name) for name in ensure_tuple(data)], []
+        for name in names:
             try:
-                images[name] = _read_file(name)
+                images.append(_read_file(name))
             except (RuntimeError, OSError) as error:
                 reason = " ".join(str(error).rpartition("ERROR:")[2].split())
                 raise KnowSAMValueError(
                     f"`data` must be an intact image file but {name} is not ({reason}); restore it."
                 ) from error
-        check_one_grid({name: (image.GetSize(), _affine(image)) for name, image in images.items()})
-        return list(images.values())
+        check_one_grid({name: (image.GetSize(), _affine(image)) for name, image in zip(names, images)})
+        return images
 
     def get_data(self, img: Sequence[Any]) -> tuple[np.ndarray, dict]:
         import SimpleITK

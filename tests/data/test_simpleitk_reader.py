@@ -93,6 +93,7 @@ def test_voxels_of_several_values_and_several_files_are_channels(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "v.nrrd"), np.moveaxis(channels, -1, 0))
     paths = [write(tmp_path / f"{name}.nrrd") for name in "ab"]
     np.testing.assert_array_equal(load(paths), np.stack([VOXELS, VOXELS]))
+    np.testing.assert_array_equal(load([paths[0], paths[0]]), np.stack([VOXELS, VOXELS]))
     moved = write(tmp_path / "c.nrrd", origin=(0.0, 0.0, 0.0))
     with pytest.raises(
         ValueError, match="c.nrrd has another shape, orientation or position than .*a.nrrd; resample one"
