@@ -117,7 +117,7 @@ ALLOWED = {  # (module, function): reason
     ("distillation/attachment.py", "Attachment._selection"): "wraps a label of NumPy; a tensor stays as it is",
     ("distillation/attachment.py", "Attachment._student_was_cleared"): "only if SAM has gradients of a step not taken",
     ("distillation/distiller.py", "SAMDistiller.move"): BUILDS,
-    ("distillation/distiller.py", "SAMDistiller._measure"): INTERVAL,
+    ("distillation/measurement.py", "_judged_rows"): INTERVAL,
     ("distillation/gate.py", "TeacherGate.get_extra_state"): BUILDS,
     ("distillation/gate.py", "TeacherGate.set_extra_state"): BUILDS,
     ("distillation/gate.py", "TeacherGate.__init__"): BUILDS,

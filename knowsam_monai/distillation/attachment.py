@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from knowsam_monai import ranks
 from knowsam_monai.arguments import check_types
+from knowsam_monai.distillation.gradients import output_gradients
 from knowsam_monai.distillation.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
@@ -23,7 +24,7 @@ from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoade
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMError, KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.tensors import at_least_float32, mapped_tensors, without_meta
+from knowsam_monai.tensors import at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ class Attachment:
         gradient, sam_gradients = self._gradients(student, logits, image, sam_image, label, rows)
         sources = [(logits, gradient)]
         if self.logits_of is not None:
-            sources = _of_output(self.logits_of, output, logits, gradient)
+            sources = output_gradients(self.logits_of, output, logits, gradient)
         pending = _Pending(image, is_same, dict(enumerate(g for _, g in sources)), sam_gradients, self._num_backwards)
         self._is_waiting = self.iteration >= self.start
         for number, (source, _) in enumerate(sources):
@@ -258,18 +259,14 @@ class Attachment:
                 "losses before `backward`, or call the student once for each."
             )
         if self._num_backwards == pending.num_backwards and self._student_was_cleared():
-            self._withdraw_gradients()
+            self._num_kept = 0
+            self.distiller.gradients.withdraw(self)
         gradient = pending.gradients.pop(number)
         self._was_reached |= not pending.gradients
         self._num_backwards += 1
         self._num_kept += not pending.gradients
         for parameter, sam_gradient in pending.sam_gradients:
-            added = self.distiller.added_gradients.setdefault(parameter, {})
-            if parameter.grad is None:
-                added.clear()
-            parameter.grad = sam_gradient if parameter.grad is None else parameter.grad + sam_gradient
-            is_alone = added.keys() <= {id(self)}
-            added[id(self)] = parameter.grad if is_alone else added.get(id(self), 0) + sam_gradient
+            self.distiller.gradients.add(self, parameter, sam_gradient)
         pending.sam_gradients.clear()  # the host may keep the logits, and with them this hook
         return None if gradient is None else host_gradient + gradient.to(host_gradient.dtype)
 
@@ -312,8 +309,7 @@ class Attachment:
             )
         self._was_reached = self._was_skipped = self._is_waiting = self._saw_eval_mode = False
         self._num_kept, self._batch.is_over = 0, True
-        for added in self.distiller.added_gradients.values():
-            added.pop(id(self), None)
+        self.distiller.gradients.settle(self)
 
     def _student_was_cleared(self) -> bool:
         """Whether the host skipped a step and cleared its gradients with `student.zero_grad()`."""
@@ -321,14 +317,6 @@ class Attachment:
         if self._num_kept < self.accumulation_steps:  # zeros are looked for only if a step is overdue
             return not gradients
         return not any(bool(gradient.any()) for gradient in gradients)
-
-    def _withdraw_gradients(self) -> None:
-        """Remove this student's part of SAM's gradients; SAM may also teach other students."""
-        self._num_kept = 0
-        for parameter, added in self.distiller.added_gradients.items():
-            own = added.pop(id(self), None)
-            if own is not None and parameter.grad is not None:
-                parameter.grad = parameter.grad - own if added else None
 
     def _selection(self, image: Tensor) -> Taught | None:
         """SAM's image, label and labeled rows for a call of the student; None to skip the call."""
@@ -430,31 +418,6 @@ class _Pending:
     gradients: dict[int, Tensor | None]  # of the logits or the outputs behind them, until they are added
     sam_gradients: list[tuple[nn.Parameter, Tensor]]
     num_backwards: int  # before this one
-
-
-def _of_output(
-    logits_of: Callable[[Any], Tensor], output: Any, logits: Tensor, gradient: Tensor | None
-) -> list[tuple[Tensor, Tensor | None]]:
-    """
-    The tensors to watch and their gradients, for logits that are computed from a larger output.
-
-    The host computes its logits from the output again, as other tensors, so a hook on ours would see nothing.
-    """
-    leaves: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def leaf_of(tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        return leaves.setdefault(id(tensor), (tensor, tensor.detach().requires_grad_()))[1]
-
-    picked = logits_of(mapped_tensors(output, leaf_of))
-    given = torch.ones_like(picked) if gradient is None else gradient.to(picked.dtype)
-    inputs = [leaf for _, leaf in leaves.values()]
-    parts = torch.autograd.grad(picked, inputs, given, retain_graph=True, allow_unused=True) if inputs else ()
-    pairs = [(tensor, part) for (tensor, _), part in zip(leaves.values(), parts) if part is not None]
-    if not pairs:  # the student keeps its logits elsewhere
-        return [(logits, gradient)]
-    return [(tensor, None if gradient is None else part) for tensor, part in pairs]
 
 
 class _ForwardHook:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,31 +16,31 @@ from torch.optim import Optimizer
 from knowsam_monai import ranks
 from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.attachment import Attachment
-from knowsam_monai.distillation.gate import LabeledImages, TeacherGate
-from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice, other_rows
-from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
-from knowsam_monai.distillation.wiring import Wiring, takes_more_than_images
-from knowsam_monai.errors import (
-    KnowSAMError,
-    KnowSAMRuntimeError,
-    KnowSAMTypeError,
-    KnowSAMValueError,
-    check_choice,
-    error_line,
+from knowsam_monai.distillation.gate import TeacherGate
+from knowsam_monai.distillation.gradients import SAMGradients
+from knowsam_monai.distillation.inputs import check_output, check_shapes, check_teacher_arguments, view_at
+from knowsam_monai.distillation.labeled_rows import (
+    Rows,
+    knows_labels,
+    labeled_slice,
+    other_rows,
+    put_rows,
+    take_rows,
 )
+from knowsam_monai.distillation.measurement import measure_gate
+from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
+from knowsam_monai.distillation.wiring import Wiring
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import ADD_A_CHANNEL, check_label, loss_of
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.slice_selection import SliceSelection
 from knowsam_monai.tensors import (
-    all_in_eval_mode,
-    are_probabilities,
     at_least_float32,
     check_tensor,
     class_logits,
     class_numbers,
-    eval_mode_logits,
     in_precision_of,
     unstack_views,
     without_meta,
@@ -177,30 +176,7 @@ class SAMDistiller(nn.Module):
         if len(taught_views) == 0:
             raise KnowSAMValueError("`taught_views` must name at least one view but is empty; remove SKD instead.")
         check_choice("taught_rows", taught_rows, ("all", "unlabeled"))
-        if optimizer is not None and set(stepped_parameters(optimizer)).isdisjoint(teacher.parameters()):
-            raise KnowSAMValueError(
-                "`optimizer` must step parameters of `teacher` but has none of them; build it from "
-                "`teacher.parameters()`, or pass None for a teacher that does not learn."
-            )
-        try:
-            inspect.signature(teacher.forward).bind("image", "prompt_logits")
-        except ValueError:  # not in Python
-            pass
-        except TypeError:
-            raise KnowSAMTypeError(
-                "`teacher` must take an image and the student's logits but takes other arguments; wrap a network in "
-                "`NetworkTeacher`."
-            ) from None
-        if getattr(teacher, "overlapping", overlapping) != overlapping:
-            raise KnowSAMValueError(
-                f"`overlapping` must be {not overlapping}, as in `teacher`, but is {overlapping}; logits of a softmax "
-                "cannot teach a sigmoid, nor the other way round."
-            )
-        if overlapping and getattr(teacher, "sampling", None) == "entropy":
-            raise KnowSAMValueError(
-                "`teacher` must draw slices with `sampling` 'uniform' for overlapping regions but has 'entropy', which "
-                "is that of a softmax."
-            )
+        check_teacher_arguments(teacher, optimizer, overlapping)
         self.teacher = teacher.eval()
         self.optimizer = None if optimizer is None else plain_optimizer(optimizer)
         self.distillation_loss = DistillationLoss() if distillation_loss is None else distillation_loss
@@ -211,7 +187,7 @@ class SAMDistiller(nn.Module):
         self.overlapping = overlapping
         self.gate = TeacherGate(gate, gate_tolerance, overlapping=overlapping, must_lead=not self.learns)
         self.autocast_dtype = autocast_dtype
-        self.added_gradients: dict[nn.Parameter, dict[int, Tensor]] = {}  # by the id of the attachment that added them
+        self.gradients = SAMGradients()
         self.wiring = Wiring()
         self._watch_optimizer()
 
@@ -242,7 +218,7 @@ class SAMDistiller(nn.Module):
                         state[name] = value.to(parameter.device)
         return self
 
-    def _join(self, device: torch.device) -> None:
+    def join(self, device: torch.device) -> None:
         """Move to the student's device, if not there yet."""
         if self.gate.weight.device != device:
             self.move(device)
@@ -299,7 +275,7 @@ class SAMDistiller(nn.Module):
         target = teacher_logits
         if not teaches_labeled:
             rest = other_rows(rows, len(image))
-            target, *taught = (_select(x, rest) for x in (target, *taught))
+            target, *taught = (take_rows(x, rest) for x in (target, *taught))
         self.wiring.count_taught(len(target))
         distillation_loss = sam_loss.new_zeros(())
         if len(target) > 0 and is_teaching:
@@ -315,13 +291,13 @@ class SAMDistiller(nn.Module):
         if self.training:
             self.wiring.check_once(logits)
         image = without_meta(image).detach()
-        view = _view(views, self.prompt_view)
+        view = view_at(views, self.prompt_view)
         prompt_logits = view.detach()
-        self._join(prompt_logits.device)
-        taught = list(dict.fromkeys(_view(views, v) for v in self.taught_views))  # each view once
-        self._check_shapes(image, prompt_logits)
+        self.join(prompt_logits.device)
+        taught = list(dict.fromkeys(view_at(views, v) for v in self.taught_views))  # each view once
+        check_shapes(self.teacher, image, prompt_logits)
         rows = labeled_slice(labeled_rows, label, len(image))
-        self.gate.expects_labels |= self._knows_labels(label, labeled_rows, rows, len(image))
+        self.gate.expects_labels |= knows_labels(label, labeled_rows, rows, len(image), self.ignore_index)
         if len(range(len(image))[rows]) == 0 or not self.learns:
             label = None
         if label is not None:
@@ -330,8 +306,13 @@ class SAMDistiller(nn.Module):
             label = label[rows] if len(label) == len(image) else label
             remedy = ADD_A_CHANNEL + (", or return it so from `select`" if self.wiring.attachments else "")
             check_label(prompt_logits[rows], label, self.ignore_index, self.overlapping, remedy)
-            if labeled_rows is None:
-                self._check_not_all(label, len(image))
+            is_learning = self.training and torch.is_grad_enabled()
+            if is_learning and labeled_rows is None and len(label) == len(image) and self.ignore_index is None:
+                raise KnowSAMValueError(
+                    f"`label` must have the labeled rows only but has all {len(image)}, so SAM could learn labels that "
+                    "the student must not see; pass `labeled_rows`, the number of rows whose labels the student sees, "
+                    'or "all".'
+                )
         if self.training:
             self.wiring.count_call(self, image, view, label is not None)
         else:
@@ -366,7 +347,7 @@ class SAMDistiller(nn.Module):
             logits_of: picks the logits from the student's output in train mode, such as ``operator.itemgetter(0)``. In
                 eval mode the output may be the logits alone.
         """
-        self._measure(student, student, image, label, labeled_rows, turn, sam_image, logits_of)
+        measure_gate(self, student, student, image, label, labeled_rows, turn, sam_image, logits_of)
 
     def measure_if_due(
         self,
@@ -393,101 +374,7 @@ class SAMDistiller(nn.Module):
         is_due = self.gate.is_due(run, interval)
         if is_due or (self.gate.missing and self.gate.mode != "none" and not ranks.is_distributed()):
             turn = run // interval
-            self._measure(network, student, image, label, labeled_rows, turn, sam_image, logits_of, run, is_due)
-
-    @kept_random_state()
-    def _measure(
-        self,
-        network: nn.Module | Callable,
-        student: Callable[[Tensor], Tensor],
-        image: Tensor,
-        label: Tensor | None,
-        labeled_rows: Rows,
-        turn: int,
-        sam_image: Tensor | None,
-        logits_of: Callable[[Any], Tensor] | None,
-        run: int | None = None,
-        is_due: bool = True,
-    ) -> None:
-        if self.gate.mode == "none":
-            return
-        self.gate.must_lead = not self.learns
-        image = without_meta(image)
-        self._join(image.device)
-        sam_image = image if sam_image is None else without_meta(sam_image)
-        rows = labeled_slice(labeled_rows, label, len(image))
-        all_rows = torch.arange(len(image), device=image.device)
-        judged_rows = all_rows[other_rows(rows, len(image))]
-        if len(judged_rows) == 0 and not self.learns:
-            judged_rows = all_rows  # the student has learned from them, but nothing better is left
-        if len(judged_rows) == 0 and label is not None and self.ignore_index is not None:
-            is_partial = (without_meta(label) == self.ignore_index).flatten(1).any(1)
-            judged_rows = all_rows[rows][is_partial]
-        is_counted = len(judged_rows) > 0
-        judged_rows = judged_rows if is_counted else all_rows[:1]
-        labeled = self._labeled_images(image, sam_image, label, labeled_rows)
-        kinds = {"unlabeled"} if is_counted else set()
-        kinds |= {"labeled"} if labeled is not None else set()
-        self.wiring.count_measurement(self, kinds, labeled_rows is None)
-        if not ranks.is_distributed() and not self.gate.is_of_use(kinds, run, is_due):
-            return
-
-        def student_logits(x: Tensor) -> Tensor:
-            try:
-                output = student(x)
-            except KnowSAMError:
-                raise
-            except TypeError as error:
-                if "argument" not in str(error):
-                    raise
-                raise takes_more_than_images(error_line(error)) from error
-            output = eval_mode_logits(output, logits_of, x)
-            remedy = "pick the logits with `logits_of`, as in `logits_of=lambda output: output[0]`"
-            views = unstack_views(output, x, "student(image)", remedy)
-            return self._without_sigmoid(_view(views, self.prompt_view))
-
-        if is_counted or labeled is not None or ranks.is_distributed():
-            with all_in_eval_mode(network) if isinstance(network, nn.Module) else nullcontext():
-                self.gate.measure_agreement(
-                    student_logits,
-                    self.ask_teacher,
-                    image[judged_rows],
-                    turn,
-                    is_counted,
-                    sam_image[judged_rows],
-                    labeled,
-                    [axis % 3 - 3 for axis in getattr(self.teacher, "axes", ())],
-                )
-
-    def _without_sigmoid(self, logits: Tensor) -> Tensor:
-        """The student's logits, if it returns probabilities in eval mode; those of a softmax rank classes as well."""
-        is_sigmoid = self.overlapping or logits.shape[1] == 1
-        if is_sigmoid and self.gate.saw_logits and are_probabilities(logits.flatten(0, 1)[:, None]):
-            return torch.logit(at_least_float32(logits), eps=1e-6)
-        return logits
-
-    def _knows_labels(self, label: Tensor | None, labeled_rows: Rows, rows: slice, num_rows: int) -> bool:
-        """Whether rows have a label, and not all of them without anybody saying which the student may see."""
-        if label is None or len(range(num_rows)[rows]) == 0:
-            return False
-        return labeled_rows is not None or len(label) < num_rows or self.ignore_index is not None
-
-    def _labeled_images(
-        self, image: Tensor, sam_image: Tensor, label: Tensor | None, labeled_rows: Rows
-    ) -> LabeledImages | None:
-        """The rows whose labels the student may see; None if there are none, or all have one and nobody says which."""
-        rows = labeled_slice(labeled_rows, label, len(image))
-        if label is None or not self._knows_labels(label, labeled_rows, rows, len(image)):
-            return None
-        label = class_numbers(label[rows] if len(label) == len(image) else label)
-        channels = getattr(self.teacher, "num_classes", label.shape[1]) if self.overlapping else 1
-        if label.shape[1:] != (channels, *image.shape[2:]):  # a teacher that learns has an error of its own for this
-            self.wiring.warn(
-                f"the gate compares nothing on the labeled rows: the labels must have shape (rows, {channels}, "
-                f"{', '.join(map(str, image.shape[2:]))}) but have {tuple(label.shape)}."
-            )
-            return None
-        return LabeledImages(image[rows], sam_image[rows], label, self.ignore_index)
+            measure_gate(self, network, student, image, label, labeled_rows, turn, sam_image, logits_of, run, is_due)
 
     @kept_random_state()
     @torch.no_grad()
@@ -495,7 +382,7 @@ class SAMDistiller(nn.Module):
         """The teacher's logits (B, C, *spatial) for whole images or volumes, without a graph."""
         with self._autocast(image.device.type):
             logits = self.teacher(*in_precision_of(self.teacher, image, prompt_logits))
-        self._check_output(logits, prompt_logits)
+        check_output(logits, prompt_logits, self.overlapping)
         return logits
 
     @property
@@ -533,20 +420,20 @@ class SAMDistiller(nn.Module):
         parts += [other_rows(rows, len(image))] if unlabeled else []
         if len(parts) == 2 and not builds_graph:
             parts = [slice(None)]
-        parts = [part for part in parts if len(_select(image, part)) > 0]
+        parts = [part for part in parts if len(take_rows(image, part)) > 0]
         outputs = []
         with self._autocast(image.device.type):
             for part in parts:
-                given = in_precision_of(self.teacher, _select(image, part), _select(prompt_logits, part))
+                given = in_precision_of(self.teacher, take_rows(image, part), take_rows(prompt_logits, part))
                 with torch.set_grad_enabled(builds_graph and part is rows):
                     outputs.append(teacher(*given))
-                self._check_output(outputs[-1], given[1])
+                check_output(outputs[-1], given[1], self.overlapping)
         if parts == [slice(None)]:
             return outputs[0].detach(), outputs[0][rows]
         like = outputs[0] if outputs else prompt_logits
         logits = like.new_full((len(image), *like.shape[1:]), torch.nan)
         for part, output in zip(parts, outputs):
-            _put(logits, part, output.detach())
+            put_rows(logits, part, output.detach())
         return logits, outputs[0] if parts and parts[0] is rows else logits[rows]
 
     def _autocast(self, device_type: str) -> AbstractContextManager:
@@ -578,46 +465,6 @@ class SAMDistiller(nn.Module):
     def _mean_loss(self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
         return region_loss(loss, logits, target) if self.overlapping else loss_of(loss, logits, target).mean()
 
-    def _check_not_all(self, label: Tensor, num_rows: int) -> None:
-        """Labels that the student must not see must not reach it through SAM."""
-        learns = self.training and torch.is_grad_enabled() and self.optimizer is not None
-        if learns and len(label) == num_rows and self.ignore_index is None:
-            raise KnowSAMValueError(
-                f"`label` must have the labeled rows only but has all {num_rows}, so SAM could learn labels that the "
-                "student must not see; pass `labeled_rows`, the number of rows whose labels the student sees, or "
-                '"all".'
-            )
-
-    def _check_output(self, logits: Tensor, prompt_logits: Tensor) -> None:
-        """One channel and the two classes of a softmax mean the same."""
-        if not isinstance(logits, Tensor):
-            raise KnowSAMTypeError(
-                f"`teacher` must return logits but returns a {type(logits).__name__}; return the tensor alone."
-            )
-        given, expected = tuple(logits.shape), tuple(prompt_logits.shape)
-        channels = {given[1], expected[1]}
-        is_same = len(channels) == 1 or (channels == {1, 2} and not self.overlapping)
-        if given[:1] + given[2:] != expected[:1] + expected[2:] or not is_same:
-            raise KnowSAMValueError(
-                f"`teacher` must return logits of the shape of its prompt, {expected}, but returns {given}; give both "
-                "networks the same classes, and resize the teacher's logits to the image."
-            )
-
-    def _check_shapes(self, image: Tensor, prompt_logits: Tensor) -> None:
-        if len(image) != len(prompt_logits) or image.shape[2:] != prompt_logits.shape[2:]:
-            raise KnowSAMValueError(
-                f"`image` must have the rows and the size of `logits`, {tuple(prompt_logits.shape)}, but has shape "
-                f"{tuple(image.shape)}; pass the images of these logits, and interpolate logits that are smaller, "
-                "with `attach` or the handler in `logits_of`."
-            )
-        num_classes = getattr(self.teacher, "num_classes", prompt_logits.shape[1])
-        if prompt_logits.shape[1] != num_classes:
-            raise KnowSAMValueError(
-                f"`logits` must have {num_classes} channels, the teacher's classes, but have shape "
-                f"{tuple(prompt_logits.shape)}; give student and teacher the same number of classes, and `image`, of "
-                f"shape {tuple(image.shape)}, a channel: `image[:, None]` if it has none."
-            )
-
     def follow(self, optimizer: Optimizer, scaler: Scaler = None, shared: bool = False) -> FollowHandle:
         """
         Make the teacher's optimizer step after each step of the student's; both clear their gradients together.
@@ -642,7 +489,7 @@ class SAMDistiller(nn.Module):
         """
         if self.optimizer is None:
             raise KnowSAMRuntimeError("SAMDistiller has no optimizer; pass the teacher's.")
-        self._join(next((p.device for p in stepped_parameters(plain_optimizer(optimizer))), self.gate.weight.device))
+        self.join(next((p.device for p in stepped_parameters(plain_optimizer(optimizer))), self.gate.weight.device))
         if ranks.is_distributed():
             _copy_from_first_rank(self.teacher)
         former = self.wiring.followed.pop(plain_optimizer(optimizer), None)
@@ -693,29 +540,3 @@ def _copy_from_first_rank(module: nn.Module) -> None:
         copy = tensor.detach().contiguous()
         torch.distributed.broadcast(copy, src=0)
         tensor.copy_(copy)
-
-
-def _select(tensor: Tensor, rows: slice | list[int]) -> Tensor:
-    """Some rows of a batch, without an index tensor, for which a GPU would have to wait."""
-    return tensor[rows] if isinstance(rows, slice) else torch.cat([tensor[:0], *(tensor[i : i + 1] for i in rows)])
-
-
-def _put(batch: Tensor, rows: slice | list[int], values: Tensor) -> None:
-    """Write some rows of a batch in place."""
-    if isinstance(rows, slice):
-        batch[rows] = values
-    else:
-        for row, value in zip(rows, values):
-            batch[row] = value
-
-
-def _view(views: Sequence[Tensor], index: int) -> Tensor:
-    """One view of a multi-view student; a plain network has only one."""
-    if len(views) == 1:
-        return views[0]
-    if not -len(views) <= index < len(views):
-        raise KnowSAMValueError(
-            f"`taught_views` and `prompt_view` must be below {len(views)}, the number of views, but one is {index}; "
-            "set `taught_views` to [0] to teach the network's output alone."
-        )
-    return views[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
@@ -78,3 +79,35 @@ def labeled_slice(labeled_rows: Rows, label: Tensor | None, num_rows: int) -> sl
             f"{0 if label is None else len(label)}; say which rows are labeled with `labeled_rows`."
         )
     return slice(0, count)
+
+
+def knows_labels(
+    label: Tensor | None, labeled_rows: Rows, rows: slice, num_rows: int, ignore_index: int | None
+) -> bool:
+    """
+    Whether rows have labels that the student may see.
+
+    Not if all rows have one and nobody says which the student sees.
+
+    Args:
+        label, labeled_rows, num_rows: as in :func:`labeled_slice`.
+        rows: what it returned for them.
+        ignore_index: the label value of pixels without a label; None: every pixel of a labeled row has one.
+    """
+    if label is None or len(range(num_rows)[rows]) == 0:
+        return False
+    return labeled_rows is not None or len(label) < num_rows or ignore_index is not None
+
+
+def take_rows(tensor: Tensor, rows: slice | list[int]) -> Tensor:
+    """Some rows of a batch, without an index tensor, for which a GPU would have to wait."""
+    return tensor[rows] if isinstance(rows, slice) else torch.cat([tensor[:0], *(tensor[i : i + 1] for i in rows)])
+
+
+def put_rows(batch: Tensor, rows: slice | list[int], values: Tensor) -> None:
+    """Write some rows of a batch in place."""
+    if isinstance(rows, slice):
+        batch[rows] = values
+    else:
+        for row, value in zip(rows, values):
+            batch[row] = value
