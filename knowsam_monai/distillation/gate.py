@@ -15,9 +15,9 @@ from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMValueError, check_choice
 
 FIRST_MEASUREMENT = 10  # runs of the teacher; before that, its new layers have hardly been trained
-MOST_TRIES = 10  # to make up for a measurement that lacked rows; then the next interval is waited for
-SMALL = 0.1  # share of the largest measurement of a class of late, below which one counts less
-PEAK_MOMENTUM = 0.9  # what each measurement leaves of the largest
+MOST_TRIES = 10  # to make up for a measurement that lacked rows; then the gate waits for the next interval
+SMALL = 0.1  # share of a class's largest recent measurement, below which one counts less
+PEAK_MOMENTUM = 0.9  # what each measurement keeps of the largest
 FIRST_ONES = 5  # measurements of models that have hardly learned, which are forgotten sooner:
 FIRST_PEAK_MOMENTUM, FIRST_MOMENTUM = 0.3, 0.5
 LEAST_DICE, ENOUGH_DICE = 0.1, 0.3  # of a teacher on labeled rows: up to the first it teaches nothing
@@ -43,7 +43,7 @@ class LabeledImages(NamedTuple):
 
 class TeacherGate(nn.Module):
     """
-    A factor of the distillation loss, which tells how much a teacher is trusted.
+    A factor of the distillation loss that says how much a teacher is trusted.
 
     Both models are measured, the teacher's result d is compared with the student's, and g is the product of the factors
 
@@ -54,13 +54,13 @@ class TeacherGate(nn.Module):
 
     .. math:: \\max(0, (d_{teacher} - d_{student}) / (1 - d_{student}))
 
-    the share of what the student lacks to a perfect d that the teacher has. Such a teacher must be better than its
-    student: it teaches less as the student comes closer, and stops when the student has caught up. Otherwise it could
-    hold the student at its own level, where both look equally good.
+    the share of the student's gap to a perfect d that the teacher closes. Such a teacher must be better than its
+    student: it teaches less as the student catches up, and stops once it has. Otherwise it could hold the student at
+    its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
-    d is the mean Dice of the foreground classes, each over many measurements, the older ones counting less, since a
-    structure may be absent from most batches.
+    d is the mean Dice of the foreground classes, each averaged over many measurements, since a structure may be absent
+    from most batches. Older measurements count less.
 
     The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what
     is measured:
@@ -73,23 +73,22 @@ class TeacherGate(nn.Module):
       (:class:`knowsam_monai.handlers.TeacherValidation`). Alone that is not enough: a teacher that holds its student
       back at its own level never looks worse.
 
-    g is 0 until everything that the mode compares is measured. Neither d notices every bad teacher: one with the same
-    answer for every image agrees with itself, and any teacher is as good in validation as a student that has learned
+    g is 0 until everything that the mode compares is measured. Neither d detects every bad teacher: one with the same
+    answer for every image agrees with itself, and any teacher does as well in validation as a student that has learned
     nothing yet. But Dice on labeled rows can show that a teacher is bad. So g has two more factors, from both models'
     Dice there. The first is 1 if the teacher's Dice is at least 3/4 of the student's, or the student finds nothing, and
-    falls to 0 at half of it. The second is 1 if the teacher's Dice is at least 0.3, and falls to 0
-    at 0.1: compared with a student that has just begun, a useless teacher is no worse. Both are 1 if no row has a
-    label.
+    falls to 0 at half of it. The second is 1 if the teacher's Dice is at least 0.3, and falls to 0 at 0.1, because
+    early in training even a useless teacher is no worse than its student. Both are 1 if no row has a label.
 
     In a distributed run all processes have the same g: it is computed from the results of all of them. The state dict
-    has g, the scores of student and teacher (-1: not measured) and the pixels behind them, the number of measurements
+    has g, the scores of student and teacher (-1: not measured) and the counts behind them, the number of measurements
     of agreement, and what decides when to measure. A gate that loads it computes g from the scores by its own mode.
 
     Args:
         mode: "none", "agreement" or "validation".
         tolerance: by how much (Dice, 0..1) the teacher may be worse than its student before g reaches 0; without effect
             if `must_lead`.
-        momentum: the share that a measurement leaves of what was measured before; the first ones leave half at most.
+        momentum: fraction of the earlier counts that a measurement keeps; the first measurements keep at most half.
         overlapping: each channel is a region of its own, found where its sigmoid is above 0.5, instead of a class.
         must_lead: g is 0 unless the teacher is better than its student; for a teacher that does not learn.
 
@@ -200,7 +199,7 @@ class TeacherGate(nn.Module):
         self.expects_labels, self.saw_logits = bool(flags[2]), bool(flags[3])
 
     def update(self, student_dice: float | Tensor, teacher_dice: float | Tensor) -> None:
-        """Take both results of a validation; if one is not finite (nothing to compare), they are ignored."""
+        """Take both results of a validation; ignore them if one is not finite (nothing to compare)."""
         scores = self.validation_scores
         new = torch.stack([torch.as_tensor(d, dtype=torch.float32).to(scores) for d in (student_dice, teacher_dice)])
         self._take(scores, new)
@@ -286,7 +285,7 @@ class TeacherGate(nn.Module):
 
     def _added(self, old: Tensor, new: Tensor) -> Tensor:
         """
-        Old counts, partly forgotten, plus new ones (2, 2, C). Returns (2, 3, C), with the largest total of late.
+        Old counts, partly forgotten, plus new ones (2, 2, C). Returns (2, 3, C), with the largest recent total.
 
         Measurements of a class count alike, whatever its size: otherwise a class that a young student finds everywhere
         would count for hundreds of steps. But those with less than a tenth of the largest, such as a few false pixels
@@ -328,7 +327,7 @@ class TeacherGate(nn.Module):
     def _truth(
         self, student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor, Tensor], Tensor], labeled: LabeledImages
     ) -> Tensor:
-        """The same of what both find in labeled images and the labels."""
+        """The same for what both find in labeled images, compared with the labels."""
         student_logits = student(labeled.image)
         both = (student_logits, teacher(labeled.sam_image, student_logits))
         return torch.stack([torch.stack(self._true_counts(logits, labeled)) for logits in both])
@@ -340,7 +339,7 @@ class TeacherGate(nn.Module):
         return _class_counts(_labels(logits), _labels(other), logits.shape[1])
 
     def _true_counts(self, logits: Tensor, labeled: LabeledImages) -> tuple[Tensor, Tensor]:
-        """The same of a model's map and the label; a pixel that is of no class or ignored is background in both."""
+        """The same for a model's map and the label; a pixel that has no class or is ignored is background in both."""
         label, is_sigmoid = labeled.label, self._is_sigmoid(logits)
         is_counted = (label >= 0) & (label <= (1 if is_sigmoid else logits.shape[1] - 1))
         if labeled.ignore_index is not None:

@@ -33,10 +33,10 @@ def follow(
         optimizer: the student's; may be wrapped, as by Accelerate and Lightning.
         scaler: the scaler that steps the student, or a callable that returns it (or None) at the time of the step.
             Hooks cannot see loss scaling, so pass it explicitly. After a skipped step ``optimizer.zero_grad()`` also
-            clears the teacher's gradients; ``student.zero_grad()`` does not. The teacher's overflows count in it, as
+            clears the teacher's gradients; ``student.zero_grad()`` does not. The teacher's overflows count too, as
             always if several optimizers share a scaler.
-        is_broken: ``f(parameters)``, whether their gradients are not finite for another reason than the scale. Then the
-            teacher does not step, and the scaler never hears of it. Asked only with an enabled scaler, which waits
+        is_broken: ``f(parameters)``, whether their gradients are not finite for a reason other than the scale. Then the
+            teacher does not step, and the scaler is not told. Asked only with an enabled scaler, which waits
             for the device too. None: never.
 
     Raises:

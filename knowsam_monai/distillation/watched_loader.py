@@ -120,7 +120,7 @@ class CurrentBatch:
         batch: the batch; None before the first one.
         is_over: whether the student has stepped since, so the next call must be on a new batch.
         num_calls: number of the student's calls on this batch.
-        is_unused: whether the student was not yet called on it in train mode, and no error was raised.
+        is_unused: whether the student has not yet been called on it in train mode, and no error was raised.
 
     Raises:
         RuntimeError: if the student is called without a batch, or on another one.

@@ -1,4 +1,4 @@
-"""Checks how a distiller is used by its host, to report mistakes that would otherwise stay silent."""
+"""Checks how a host uses its distiller, to report mistakes that would otherwise go unnoticed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEASURED_BY = {
 
 class Wiring:
     """
-    Counts the calls of a distiller and warns once of each mistake that they reveal.
+    Counts the calls of a distiller and warns once about each mistake that they reveal.
 
     A copied or loaded distiller starts with a new instance, attached to no student.
 
@@ -86,7 +86,7 @@ class Wiring:
         self._sam_losses = loss if self._sam_losses is None else self._sam_losses + loss
         if self._is_broken_again("loss", lambda: torch.isfinite(loss)):
             self.warn(
-                "SAM's loss is not finite again and again, so SAM learns nothing: start again from its checkpoint, "
+                "SAM's loss is repeatedly not finite, so SAM learns nothing: restart from its checkpoint, "
                 "with a lower learning rate or without float16."
             )
         if self.expects_no_scaler and sam_loss.requires_grad:
@@ -96,12 +96,12 @@ class Wiring:
         """Note which rows of the teacher's output are finite, and warn if some are not twice in a row."""
         if self._is_broken_again("target", is_finite.all):
             self.warn(
-                f"the output of {named(distiller.teacher)} is not finite again and again, and such images teach "
+                f"the output of {named(distiller.teacher)} is repeatedly not finite, and such images teach "
                 "nothing; check its weights and the range of the images."
             )
 
     def _is_broken_again(self, what: str, is_whole: Callable[[], Tensor]) -> bool:
-        """Whether something that is checked once in a while is broken for the second time in a row."""
+        """Whether something that is checked at intervals is broken for the second time in a row."""
         num_calls, num_broken = self._watched.get(what, (0, 0))
         is_checked = (num_calls + 1) % CHECKED == 0
         if is_checked:
@@ -123,7 +123,7 @@ class Wiring:
             return False
         self._since_step = 0
         self.warn(
-            "SAM's loss was not finite, so SAM did not step. If this goes on, SAM no longer learns: start again from "
+            "SAM's loss was not finite, so SAM did not step. If this goes on, SAM no longer learns: restart from "
             "its checkpoint, with a lower learning rate or without float16."
         )
         return True
@@ -136,7 +136,7 @@ class Wiring:
                 raise missing_scaler()
 
     def check_once(self, logits: Tensor) -> None:
-        """Raise a RuntimeError if the distiller is called while it is attached to a student; warn of repeated calls.
+        """Raise a RuntimeError if the distiller is called while it is attached to a student; warn about repeated calls.
 
         Args:
             logits: the logits of the call; those that an attachment passes have no graph behind them.
@@ -204,7 +204,7 @@ class Wiring:
 
     def count_in_eval_mode(self, logits: Tensor, has_label: bool) -> None:
         """
-        Count a call in eval mode, and warn of calls with logits and labels of training.
+        Count a call in eval mode, and warn about calls with the logits and labels of training.
 
         Args:
             logits: (B, C, *spatial), of one view.
@@ -219,7 +219,7 @@ class Wiring:
 
     def count_measurement(self, distiller: nn.Module, rows: set[str], may_say_rows: bool) -> None:
         """
-        Warn if measurement after measurement has no unlabeled rows.
+        Warn if several measurements in a row have no unlabeled rows.
 
         Args:
             distiller: the distiller that measures.
@@ -236,7 +236,7 @@ class Wiring:
             )
 
     def count_taught(self, num_rows: int) -> None:
-        """Warn if call after call has no row that the teacher teaches."""
+        """Warn if many calls in a row have no row that the teacher teaches."""
         self._num_empty = 0 if num_rows > 0 else self._num_empty + 1
         if self._num_empty == MISSED:
             self.warn(

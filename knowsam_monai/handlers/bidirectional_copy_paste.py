@@ -25,7 +25,7 @@ PSEUDO_LABEL = "pseudo_label"
 
 class BidirectionalCopyPaste:
     """
-    BCP: before each step, replace the batch by mixtures of labeled and unlabeled images.
+    BCP: before each step, replace the batch with mixtures of labeled and unlabeled images.
 
     A random box M covers 2/3 of each axis. Row i is paired with row B_l + i. Half of the pairs give
 
@@ -127,7 +127,7 @@ class BidirectionalCopyPaste:
 
     @torch.no_grad()
     def replace_batch(self, engine: Engine) -> None:
-        """Replace ``engine.state.batch`` by mixed rows."""
+        """Replace ``engine.state.batch`` with mixed rows."""
         batch, iteration = engine.state.batch, engine.state.iteration
         if not isinstance(batch, Mapping) or Keys.LABEL not in batch:
             raise KnowSAMValueError("`batch` must be a dictionary with `image` and `label` but is not.")

@@ -15,15 +15,15 @@ from knowsam_monai.wrappers import plain_optimizer, stepped_parameters
 
 class GradientClipping:
     """
-    Scale down the gradients of a step whose norm is above a limit.
+    Scale down the gradients of a step if their norm is above a limit.
 
     One step with large gradients can ruin a network without normalization, such as the V-Net of KnowSAM's student. The
-    norm is that of all parameters of the trainer's optimizer together, with a `GradScaler` after the scale is removed.
+    norm is taken over all parameters of the trainer's optimizer together, with a `GradScaler` after unscaling.
 
     Reference: Pascanu et al., ICML 2013, arXiv:1211.5063, algorithm 1.
 
     Args:
-        max_norm: the largest Euclidean norm that stays as it is.
+        max_norm: the Euclidean norm above which gradients are scaled down.
 
     Raises:
         ValueError: if `max_norm` is not positive.
@@ -36,7 +36,9 @@ class GradientClipping:
     @check_types
     def __init__(self, max_norm: float) -> None:
         if not max_norm > 0:
-            raise KnowSAMValueError(f"`max_norm` must be positive but is {max_norm}; to clip nothing, leave it out.")
+            raise KnowSAMValueError(
+                f"`max_norm` must be positive but is {max_norm}; to clip nothing, leave out GradientClipping."
+            )
         self.max_norm = max_norm
         self._handle: Any = None
 

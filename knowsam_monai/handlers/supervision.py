@@ -39,7 +39,7 @@ def check_exclusive_classes(engine: Engine) -> None:
 
     Raises:
         TypeError: if the student's output is not a tensor of logits or views, even if the method starts later.
-        ValueError: also if a label has several channels that are regions, not classes, one of which holds everywhere.
+        ValueError: also if a label has several channels that are overlapping regions instead of exclusive classes.
     """
     check_supervision(engine)
     unstack_views(engine.state.output[Keys.PRED], engine.state.output[Keys.IMAGE])
@@ -52,7 +52,7 @@ def check_exclusive_classes(engine: Engine) -> None:
 
 
 def check_one_channel(label: Tensor, image: Tensor) -> None:
-    """Raise a ValueError if a label has several channels, which are regions, instead of one of class numbers.
+    """Raise a ValueError if a label has several channels, one for each region, instead of one with class numbers.
 
     Args:
         label: (B_l, channels, *spatial).
@@ -120,7 +120,7 @@ def logits_from(pred: Any, logits_of: Callable[[Any], Tensor] | None) -> Tensor:
 
 def has_deep_supervision(network: nn.Module) -> bool:
     """
-    Whether a student stacks heads of deep supervision in train mode, its output first, which are not views.
+    Whether a student in train mode stacks its output and its deep supervision heads, which are not views.
 
     MONAI's ``DynUNet`` and others say so in an attribute ``deep_supervision``.
 

@@ -35,7 +35,7 @@ class UncertaintyAwareMeanTeacher:
     certain, the term is 0. The handler writes `consistency_loss` (weighted) and `certain_fraction` (of the pixels),
     detached, into ``engine.state.output``. Only view 0 of a multi-view student takes part.
 
-    The public code (SSL4MIS, ACDC) always has log 2 and 2 in place of log C and C (``num_classes=2``), and runs the
+    The public code (SSL4MIS, ACDC) always uses log 2 and 2 in place of log C and C (``num_classes=2``), and runs the
     averaged student in train mode, with the statistics of the batch (``ema_mode="train"``). The paper sums over all
     rows (``rows="all"``); the code, and the default here, over the unlabeled ones. Unlike its Mean Teacher, the code
     starts the term at once.

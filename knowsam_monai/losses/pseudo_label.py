@@ -19,7 +19,7 @@ class PseudoLabelLoss(nn.Module):
     they do not count as background.
 
     Args:
-        threshold: minimum probability of a pixel that counts, 0..1; the paper uses 0.95.
+        threshold: minimum probability for a pixel to count, 0..1; the paper uses 0.95.
 
     Shape:
         - student_logits, target_logits: (B, C, *spatial); one channel is a sigmoid network, treated as two classes
@@ -42,7 +42,7 @@ class PseudoLabelLoss(nn.Module):
     def __init__(self, threshold: float = 0.95) -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
-            raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}; the paper has 0.95.")
+            raise KnowSAMValueError(f"`threshold` must be a probability, 0..1, but is {threshold}; published: 0.95.")
         self.threshold = threshold
 
     def forward(self, student_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from knowsam_monai.errors import KnowSAMValueError
 def region_loss(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """The mean over regions of a loss of one channel.
+    """The mean over regions of a single-channel loss.
 
     ``L = 1/C sum_c loss(logits_c, target_c)``. With :class:`~knowsam_monai.losses.DistillationLoss` this is ``T^2 / C
     sum_c mean(p_c log(p_c / q_c) + (1 - p_c) log((1 - p_c) / (1 - q_c)))`` with ``p = sigmoid(teacher / T)`` and ``q =
@@ -20,7 +20,7 @@ def region_loss(
     Dice, where Dice averages the region and its complement.
 
     Args:
-        loss: ``f(logits, target)`` of (B, 1, *spatial) each; its mean counts.
+        loss: ``f(logits, target)`` of (B, 1, *spatial) each; the mean of its result is used.
         logits: (B, C, *spatial).
         target: (B, C, *spatial), logits or a label of 0 and 1.
 

@@ -71,7 +71,7 @@ class PartiallyLabeledLoss(nn.Module):
     ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in at least float32, under autocast too.
 
     Args:
-        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)), whose mean counts; ``None`` is
+        loss: loss(logits (B_l, C, *spatial), label (B_l, 1, *spatial)), of which the mean is used; ``None`` is
             :func:`dice_ce_loss` for any C. If it ignores a label value, its attribute `ignore_index` must say so.
         view_weights: w_v of each view, in the order of the stack; ``None`` is 1 for each (eq. 12). The authors' code
             uses (1, 0.5, 0.5) for fused, U-Net and V-Net.
@@ -147,10 +147,10 @@ class PartiallyLabeledLoss(nn.Module):
 def loss_of(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """A loss for (B, C, *spatial) and (B, 1, *spatial); torch's cross-entropy takes class indices without channel."""
+    """A loss for (B, C, *spatial) and (B, 1, *spatial); torch's cross-entropy takes class indices without a channel."""
     if type(loss) is nn.CrossEntropyLoss and logits.shape[1] == 1:
         raise KnowSAMValueError(
-            "`loss` must be one of a sigmoid for a network of one channel, such as BCEWithLogitsLoss, but is "
+            "`loss` must apply a sigmoid for a network with one channel, as BCEWithLogitsLoss does, but is "
             "CrossEntropyLoss, which is 0 for a single class."
         )
     if isinstance(loss, nn.CrossEntropyLoss) and target.shape[1] == 1:

@@ -44,7 +44,7 @@ class EMAStudent:
 
     Args:
         network: the student; may be wrapped in DistributedDataParallel, DataParallel or torch.compile.
-        optimizer: the student's; of several, the one that steps last.
+        optimizer: the student's; if there are several, the one that steps last.
         decay: alpha, 0..1; SSL4MIS and BCP use 0.99.
         warm_up: True: alpha_t follows the equation (Mean Teacher). False: alpha_t is alpha from the start (BCP).
         buffers: how to update the statistics of batch normalization: "copy" the student's after each step (SSL4MIS
@@ -111,7 +111,7 @@ class EMAStudent:
         ):
             if is_other:
                 raise KnowSAMValueError(
-                    f"`{name}` of EMAStudent must be the trainer's but is another, so nothing would be averaged; build "
+                    f"`{name}` of EMAStudent must be the trainer's but is not, so nothing would be averaged; build "
                     "EMAStudent from the trainer's network and optimizer."
                 )
 
@@ -161,7 +161,7 @@ class EMAStudent:
         self, image: Tensor, mode: str = "eval", inferer: Callable[[Tensor, nn.Module], Tensor] | None = None
     ) -> Tensor:
         """
-        Logits of the averaged student, which no mode changes.
+        Logits of the averaged student; no mode changes its weights or buffers.
 
         Args:
             image: (B, channels, *spatial).
@@ -227,7 +227,7 @@ class EMAStudent:
 
 
 def _contains(optimizer: Any, inner: Optimizer, seen: set[int] | None = None) -> bool:
-    """Whether an optimizer is another one or holds it, in wrappers or lists; `seen` has the ids of parts."""
+    """Whether an optimizer is `inner` or holds it, in wrappers or lists; `seen` has the ids of parts."""
     seen = set() if seen is None else seen
     if optimizer is inner or id(optimizer) in seen:
         return optimizer is inner

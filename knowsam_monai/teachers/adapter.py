@@ -112,9 +112,9 @@ class AdaptedMLP(nn.Module):
 def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
     """Wrap the attentions and MLPs of a SAM in place.
 
-    Each encoder block (of MobileSAM: each with an attention) gets an adapter after its attention and one parallel
-    to its MLP. Each decoder layer gets one after each of its three attentions and one parallel to its MLP. The
-    decoder's final attention gets one, too. The forwards of :mod:`knowsam_monai.teachers.sam_encoder`,
+    Each encoder block (in MobileSAM, each with attention) gets an adapter after its attention and one parallel to its
+    MLP. Each decoder layer gets one after each of its three attentions and one parallel to its MLP. The decoder's final
+    attention gets one too. The forwards of :mod:`knowsam_monai.teachers.sam_encoder`,
     :mod:`knowsam_monai.teachers.sam_decoder` and upstream all run them.
 
     Args:

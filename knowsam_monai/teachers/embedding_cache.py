@@ -31,8 +31,8 @@ class EmbeddingCache:
     The key is a hash of the image and the encoder. A flipped or rotated image has its own entry, so all embeddings are
     exact. Images are encoded one at a time, without gradient and without autocast, so an entry does not depend on the
     batch. In-place changes of the encoder's weights change the keys, except through ``.data``, which torch does not
-    record: build a new cache after those. The cache pays off if images repeat, such as
-    slices in eight orientations. With random intensities no image repeats and the cache only grows; a warning says so.
+    record: build a new cache after those. The cache pays off if images repeat, such as slices in eight orientations.
+    With random intensities no image repeats and the cache only grows; a warning says so.
 
     Args:
         encoder: the frozen encoder; its parameters and buffers are hashed.

@@ -40,8 +40,8 @@ class Sam2Teacher(PromptedTeacher):
 
     ``Y_s[c] = D(E(x), tokens_c(E(x)), mask prompt = logits[c])``, as in :class:`knowsam_monai.teachers.SAMTeacher`. One
     decoder call predicts one mask for each class of each image. The mask prompt is the class's *detached raw* logits,
-    resized bilinearly to 4 x the token grid. The masks are resized bilinearly to the image's size in logit space. The
-    additions of SAM 2 are used: the high-resolution features, the object-score token, and the no-memory embedding of a
+    resized bilinearly to 4 x the token grid. The masks are resized bilinearly to the image's size in logit space. It
+    uses SAM 2's additions: the high-resolution features, the object-score token, and the no-memory embedding of a
     single image. All modules are those of `transformers`' Sam2Model; the first mask token is read.
 
     An embedding is one tensor (B, 4 D, h, w): the high-resolution features are folded onto the token grid and precede

@@ -69,7 +69,7 @@ class TinyViTEncoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks with an attention."""
+        """The blocks with attention."""
         return [block for stage in self.vit.stages[1:] for block in stage.blocks]
 
     def forward(self, image: Tensor) -> Tensor:

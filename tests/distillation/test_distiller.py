@@ -464,11 +464,11 @@ def test_labels_of_long_unsigned_numbers_teach(student, teacher, dtype):
 
 def test_loss_that_one_channel_makes_zero_is_refused():
     image, label = torch.rand(2, 1, 8, 8), torch.randint(2, (1, 1, 8, 8))
-    with pytest.raises(ValueError, match="must be one of a sigmoid for a network of one channel"):
+    with pytest.raises(ValueError, match="must apply a sigmoid for a network with one channel"):
         PartiallyLabeledLoss(nn.CrossEntropyLoss())(torch.zeros(2, 1, 8, 8), label)
     teacher = ToyTeacher(1)
     distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), sam_loss=nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match="must be one of a sigmoid for a network of one channel"):
+    with pytest.raises(ValueError, match="must apply a sigmoid for a network with one channel"):
         distiller(image, torch.zeros(2, 1, 8, 8), label)
 
 

@@ -165,7 +165,7 @@ def test_average_of_another_student_is_an_error_at_the_start(wrong, method):
     student = ToyStudent() if wrong == "network" else average._student
     trainer = toy_trainer(student, toy_batches(1), loss, [handler])
     trainer.optimizer.partners = [trainer.optimizer]  # as some wrappers do
-    with pytest.raises(ValueError, match=f"`{wrong}` of EMAStudent must be the trainer's but is another, so nothing"):
+    with pytest.raises(ValueError, match=f"`{wrong}` of EMAStudent must be the trainer's but is not, so nothing"):
         trainer.run()
 
 
