@@ -43,7 +43,7 @@ class WithSKD:  # put it before any trainer: class nnUNetTrainerMineSKD(WithSKD,
         super().on_train_epoch_end(outputs)
         self.print_to_log_file({term: sum(o[term] for o in outputs) / len(outputs) for term in self.skd.terms})
 
-    def save_checkpoint(self, filename):  # the host's name in it and SAM beside it: inference needs no SKD
+    def save_checkpoint(self, filename):  # with the host's name, and SAM in its own file: inference needs no SKD
         super().save_checkpoint(filename)
         if self.local_rank == 0 and not self.disable_checkpointing:
             host = type(self).__mro__[type(self).__mro__.index(WithSKD) + 1]

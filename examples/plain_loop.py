@@ -1,4 +1,4 @@
-"""SKD in a plain PyTorch loop: `follow` before the loop, and two lines in it.
+"""SKD in a plain PyTorch loop: `follow` before the loop, one line in each step, and one for the gate.
 
 Only lines that end in `# SKD` belong to SKD; without them the loop runs as before.
 """

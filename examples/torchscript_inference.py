@@ -3,7 +3,7 @@
     python torchscript_inference.py model.ts scan.nii.gz 256 segmentations/
 
 256 is the `image_size` of the student's training (64 for the phantom's student). Slices are taken along the axis of the
-largest spacing and turned as the bundle does; of a scan with three equal spacings, they are axial.
+largest spacing and turned as the bundle does; for a scan with three equal spacings, they are axial.
 """
 
 import os

@@ -17,7 +17,7 @@ def keep(built, build, wrap=lambda result: result):
     return lambda *args, **kwargs: built.append(wrap(build(*args, **kwargs))) or built[-1]
 
 
-def sgd(parameters, **kwargs):  # the network that it steps is the student; the first loader is that of training
+def sgd(parameters, **kwargs):  # the network that it steps is the student; the first loader is the training loader
     optimizer = torch.optim.SGD(parameters, **kwargs)
     student = next(n for n in networks if optimizer.param_groups[0]["params"][0] in set(n.parameters()))
     distiller.attach(student, optimizer, select=select, loader=loaders[0])

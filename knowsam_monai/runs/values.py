@@ -203,7 +203,7 @@ class Training(Everywhere):
         "name of the teacher in run_name, unless it is 'sam'; the overlays teacher_* set it"
     )
     teacher_pretrained_on: TextOrNone = _about(
-        "what the teacher's weights were trained on, for preflight and report; None: what their path tells"
+        "what the teacher's weights were trained on, for preflight and report; None: recognized by their path"
     )
     run_name: FileName = _about("folder of the run below output")
     ckpt_dir: Path = _about("folder that the best student is copied to")
@@ -330,7 +330,7 @@ class Overlays(BaseModel):
     mutual_rows: Literal["all", "unlabeled"] = _about("rows with consistency (cps)")
     ema_decay: BelowOne = _about("decay of the averaged student (mean_teacher, ua_mt, bcp)")
     consistency_weight: Factor = _about("weight of the consistency with the averaged student (mean_teacher, ua_mt)")
-    consistency_start: CountOrZero = _about("first iteration with consistency (mean_teacher, ua_mt)")
+    consistency_start: CountOrZero = _about("first iteration with consistency (mean_teacher; ua_mt, with default 0)")
     num_passes: Count = _about("noisy passes of the averaged student (ua_mt)")
     passes_at_once: CountOrNone = _about("noisy passes per batch; None: as many as fit (ua_mt)")
     pseudo_label_weight: Factor = _about("weight of the pseudo-labels (fixmatch)")
