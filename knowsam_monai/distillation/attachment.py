@@ -393,7 +393,7 @@ class Attachment:
         """
         The student's output for another image, in a call like the host's.
 
-        This bypasses DistributedDataParallel, which would take the call for its next step.
+        This bypasses DistributedDataParallel, which would mistake the call for its next step.
 
         Args:
             args, kwargs: the host's call.

@@ -101,9 +101,9 @@ class SAMDistiller(nn.Module):
     loss reads: with `weight` 0 or while the gate is 0, these are the labeled rows, or none if it does not learn.
 
     Every call restores the global random generators: with `weight` 0, or while the gate is 0, the student is, bit for
-    bit, the one trained without a teacher, even if the teacher's output is not finite. (On a GPU as far as torch's own
-    operations repeat themselves. One exception: as always if optimizers share a GradScaler, an overflow of SAM's
-    gradients lowers the student's scale too.) A custom teacher that draws random numbers needs its own generator, since
+    bit, the one trained without a teacher, even if the teacher's output is not finite. (On a GPU, as far as torch's own
+    operations are deterministic. One exception: if both optimizers share a GradScaler, an overflow of SAM's gradients
+    lowers the student's scale too.) A custom teacher that draws random numbers needs its own generator, since
     from the global ones it would draw the same numbers at every call.
 
     Args:
@@ -113,11 +113,11 @@ class SAMDistiller(nn.Module):
         optimizer: the teacher's own optimizer (the paper: Adam, 1e-4), separate from the student's. With None, or if
             it steps no trainable parameter of the teacher, the teacher does not learn: no labels are needed, and there
             is no SAM loss.
-        distillation_loss: ``f(student_logits, teacher_logits)``, whose mean counts; default
+        distillation_loss: ``f(student_logits, teacher_logits)``, of which the mean is used; default
             :class:`knowsam_monai.losses.DistillationLoss`.
-        sam_loss: ``f(teacher_logits, label)`` on the labeled rows, whose mean counts; default CE + Dice, one channel as
-            two classes. If some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``, or a loss
-            of your own with an attribute `ignore_index`.
+        sam_loss: ``f(teacher_logits, label)`` on the labeled rows, of which the mean is used; default CE + Dice, one
+            channel as two classes. If some pixels have no true label: ``dice_ce_loss(num_classes, ignore_index=255)``,
+            or a loss of your own with an attribute `ignore_index`.
         prompt_view: which view of a multi-view student prompts the teacher (0, the fused one).
         taught_views: the views that learn; the paper teaches U-Net and V-Net, (1, 2), not the fused view. With a plain
             network, its logits are the prompt and are taught.
@@ -131,7 +131,7 @@ class SAMDistiller(nn.Module):
         autocast_dtype: run the teacher under autocast with this dtype, also on the CPU. None: the caller's autocast.
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own,
             as in BraTS. Both losses and the gate treat them as C binary problems: they get one channel at a time, and
-            the mean counts, see :func:`knowsam_monai.losses.region_loss`.
+            the mean is used, see :func:`knowsam_monai.losses.region_loss`.
 
     Shape:
         image: (B, channels, *spatial). logits: (B, C, *spatial) or (B, V, C, *spatial). label: (B_l, 1, *spatial), or
@@ -342,7 +342,7 @@ class SAMDistiller(nn.Module):
                 must do that itself, or its dropout and batch normalization are those of training.
             image: (B, channels, *spatial), what the student sees.
             label, labeled_rows: as in :meth:`forward`.
-            turn: any integer, selects a flip or rotation; count it up by 1 at each measurement.
+            turn: any integer, selects a flip or rotation; increase it by 1 at each measurement.
             sam_image: what the teacher sees, row by row; None: `image`.
             logits_of: picks the logits from the student's output in train mode, such as ``operator.itemgetter(0)``. In
                 eval mode the output may be the logits alone.

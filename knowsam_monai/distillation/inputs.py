@@ -35,13 +35,13 @@ def check_teacher_arguments(teacher: nn.Module, optimizer: Optimizer | None, ove
         ) from None
     if getattr(teacher, "overlapping", overlapping) != overlapping:
         raise KnowSAMValueError(
-            f"`overlapping` must be {not overlapping}, as in `teacher`, but is {overlapping}; logits of a softmax "
-            "cannot teach a sigmoid, nor the other way round."
+            f"`overlapping` must be {not overlapping}, as in `teacher`, but is {overlapping}; softmax logits "
+            "cannot teach a sigmoid, or vice versa."
         )
     if overlapping and getattr(teacher, "sampling", None) == "entropy":
         raise KnowSAMValueError(
             "`teacher` must draw slices with `sampling` 'uniform' for overlapping regions but has 'entropy', which "
-            "is that of a softmax."
+            "assumes a softmax."
         )
 
 

@@ -100,7 +100,7 @@ def knows_labels(
 
 
 def take_rows(tensor: Tensor, rows: slice | list[int]) -> Tensor:
-    """Some rows of a batch, without an index tensor, for which a GPU would have to wait."""
+    """Some rows of a batch, without an index tensor, which would make a GPU wait."""
     return tensor[rows] if isinstance(rows, slice) else torch.cat([tensor[:0], *(tensor[i : i + 1] for i in rows)])
 
 

@@ -115,7 +115,7 @@ def _student_logits(
     logits = view_at(views, distiller.prompt_view)
     is_sigmoid = distiller.overlapping or logits.shape[1] == 1
     if is_sigmoid and distiller.gate.saw_logits and are_probabilities(logits.flatten(0, 1)[:, None]):
-        # in eval mode this student applies its sigmoid; those of a softmax rank classes as well
+        # in eval mode this student applies its sigmoid; softmax probabilities rank classes just as well
         return torch.logit(at_least_float32(logits), eps=1e-6)
     return logits
 
