@@ -30,7 +30,7 @@ from knowsam_monai.files import (
     write_tensor_file,
     write_whole,
 )
-from knowsam_monai.runs import SKDSettings, StudentLoader
+from knowsam_monai.runs import SKDSettings, StudentCheckpointLoader
 from knowsam_monai.runs.bundle_folder import config_file, find_bundle
 from knowsam_monai.runs.host_trainer import _distiller
 from knowsam_monai.runs.prediction import predict_folder
@@ -66,7 +66,7 @@ ENTRIES = {
     "SAM 2": lambda path: read_sam2_checkpoint(path, "tiny", config=None),
     "TorchScript": lambda path: NetworkTeacher.from_torchscript(path, 2),
     "bundle as a teacher": lambda path: NetworkTeacher.from_bundle(path, 2),
-    "student": lambda path: StudentLoader(path, torch.nn.Identity()).load(),
+    "student": lambda path: StudentCheckpointLoader(path, torch.nn.Identity()).load(),
     "data list": lambda path: load_datalist(f"{path}.json", ""),
     "data folder": lambda path: load_datalist(path, ""),
     "data check": check_dataset,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigParser
 
-from knowsam_monai.runs.student_loader import StudentLoader
+from knowsam_monai.runs.student_loader import StudentCheckpointLoader
 from knowsam_monai.runs.trained_student import (
     CONFIG,
     KEY_METRIC,
@@ -83,5 +83,5 @@ def find_training(bundle: Path) -> Training:
     student = student_options(weights.parent / CONFIG, [*inference, "class_names"])
     parser = ConfigParser({**inference, **student})
     network, num_classes = parser.get_parsed_content("network_def"), parser.get_parsed_content("num_classes")
-    StudentLoader(weights, network, num_classes).load()
+    StudentCheckpointLoader(weights, network, num_classes).load()
     return Training(record["run"], record["trained_on"], record["metrics"], student, record["sha256"][MODEL])

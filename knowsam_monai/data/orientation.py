@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform, Rotate90
 
@@ -67,7 +68,7 @@ class RandOrientationd(RandomizableTransform, MapTransform):
 
     def __init__(
         self,
-        keys: Any = ("image", "label"),
+        keys: KeysCollection = ("image", "label"),
         image_key: str = "image",
         allow_missing_keys: bool = False,
     ) -> None:

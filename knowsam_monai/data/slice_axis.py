@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation
 from monai.transforms.spatial.functional import orientation
@@ -44,7 +45,7 @@ class TurnSlicesd(MapTransform, InvertibleTransform):
         (1, 8, 9, 3)
     """
 
-    def __init__(self, keys: Any = ("image", "label"), image_key: str = "image", warn: bool = True) -> None:
+    def __init__(self, keys: KeysCollection = ("image", "label"), image_key: str = "image", warn: bool = True) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.image_key = image_key
         self.orientation = Orientation(axcodes="LPS", labels=AXES)  # records and inverts; the codes differ by case

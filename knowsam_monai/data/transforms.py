@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform, Orientation, ScaleIntensity, ScaleIntensityRange, SplitDim, Transform
@@ -160,7 +161,7 @@ class ScaleVolumed(MapTransform):
         [[[0.0, 1.0], [0.5, 0.0]]]
     """
 
-    def __init__(self, keys: Any = "image", window: tuple[float, float] | None = None) -> None:
+    def __init__(self, keys: KeysCollection = "image", window: tuple[float, float] | None = None) -> None:
         super().__init__(keys)
         self.window = window
         self.scale: Callable = ScaleIntensity(minv=0.0, maxv=1.0, channel_wise=True)
@@ -201,7 +202,7 @@ class SplitSlicesd(MapTransform, MultiSampleTrait):
         (3, (1, 8, 8))
     """
 
-    def __init__(self, keys: Any = ("image", "label"), image_key: str = "image") -> None:
+    def __init__(self, keys: KeysCollection = ("image", "label"), image_key: str = "image") -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.image_key = image_key
         self.split = SplitDim(dim=-1, keepdim=False)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import CropForegroundd, MapTransform, Orientationd, Spacingd, SpatialPadd
 
@@ -35,7 +36,7 @@ class OrientVolumed(Orientationd):
         [2.0, 1.0, 0.0]
     """
 
-    def __init__(self, keys: Any = ("image", "label"), axcodes: str = "LPS") -> None:
+    def __init__(self, keys: KeysCollection = ("image", "label"), axcodes: str = "LPS") -> None:
         super().__init__(keys, axcodes=axcodes, labels=AXES, allow_missing_keys=True)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
@@ -65,7 +66,7 @@ class ResampleVolumed(Spacingd):
 
     def __init__(
         self,
-        keys: Any = ("image", "label"),
+        keys: KeysCollection = ("image", "label"),
         pixdim: Sequence[float] = (0.625, 0.625, 0.625),
         mode: Sequence[str] | str = ("bilinear", "nearest"),
     ) -> None:
@@ -119,7 +120,9 @@ class CropCenterd(CropForegroundd):
         ((1, 3, 3), [[0, 1, 1]])
     """
 
-    def __init__(self, keys: Any = ("image", "label"), size: float | None = 200.0, source_key: str = "image") -> None:
+    def __init__(
+        self, keys: KeysCollection = ("image", "label"), size: float | None = 200.0, source_key: str = "image"
+    ) -> None:
         if size is not None and not size > 0:
             raise KnowSAMValueError(f"`size` must be a length above 0 mm or None but is {size}.")
         super().__init__(
@@ -167,7 +170,7 @@ class PadVolumed(SpatialPadd):
         (1, 10, 8, 8)
     """
 
-    def __init__(self, keys: Any = ("image", "label"), spatial_size: Sequence[int] = (112, 112, 80)) -> None:
+    def __init__(self, keys: KeysCollection = ("image", "label"), spatial_size: Sequence[int] = (112, 112, 80)) -> None:
         super().__init__(keys, spatial_size=spatial_size, allow_missing_keys=True)
         self.patch = tuple(spatial_size)
 

@@ -23,7 +23,7 @@ from .segmenting import segment as segment
 from .starting import end_run as end_run
 from .starting import seed_ranks as seed_ranks
 from .starting import start_run as start_run
-from .student_loader import StudentLoader as StudentLoader
+from .student_loader import StudentCheckpointLoader as StudentCheckpointLoader
 from .trained_student import publish_student as publish_student
 from .trained_student import warn_of_phantom as warn_of_phantom
 from .training_progress import TrainingProgress as TrainingProgress

@@ -46,9 +46,11 @@ class Resume:
 
     After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
     so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
-    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. The order of
-    the batches is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved. A
-    run that its validation ended, as by MONAI's ``EarlyStopHandler``, is finished and is not resumed.
+    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. A trainer
+    that goes on after its own run, as in each round of MONAI's ``MonaiAlgo``, loads none: its weights may have been
+    replaced in between. The order of the batches is a function of the iteration
+    (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved. A run that its validation ended, as by MONAI's
+    ``EarlyStopHandler``, is finished and is not resumed.
 
     SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
     the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
@@ -107,6 +109,7 @@ class Resume:
         self._before_validation: dict[str, Any] | None = None  # the random state before the validation that is running
         self._waits_for_batch: bool | None = None  # None before the first step
         self._has_started_over = False
+        self._completed_at: int | None = None  # the iteration at which this trainer's last run ended without an error
         self._kept: list[Path] = []  # the last two files written or loaded
 
     def attach(self, engine: Engine) -> None:
@@ -117,7 +120,7 @@ class Resume:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step_completed)
         before = engine._event_handlers[Events.EPOCH_COMPLETED][-1:]  # Ignite has no public way to see this
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.signals.give_back)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
         add_exception_handler(engine, self.exception_raised)
         if self.evaluator is not None:
             is_next = any(getattr(handler, "validator", None) is self.evaluator for handler, *_ in before)
@@ -135,8 +138,14 @@ class Resume:
                     self._remove_earlier_run()
             self._has_started_over = True
             self.signals.listen()
-        if self.enabled:
+        if self.enabled and engine.state.iteration != self._completed_at:
             self._restore(engine)
+        self._completed_at = None
+
+    def completed(self, engine: Engine) -> None:
+        """Give the signals back, and note where the run ended."""
+        self.signals.give_back()
+        self._completed_at = engine.state.iteration or None
 
     def files(self) -> list[Path]:
         """The checkpoints in the folder, newest first."""

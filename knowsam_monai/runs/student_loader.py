@@ -14,9 +14,12 @@ from knowsam_monai.wrappers import plain_network
 logger = logging.getLogger(__name__)
 
 
-class StudentLoader:
+class StudentCheckpointLoader:
     """
     Load the weights of one network when a run starts, with an error that explains what is wrong.
+
+    MONAI's ``MonaiAlgo`` switches off every validation handler with "CheckpointLoader" in its name, since it evaluates
+    the weights of a server.
 
     Args:
         ckpt_path: file with a state dict, alone or as trainers, torch.compile and DistributedDataParallel wrap it.
@@ -29,7 +32,7 @@ class StudentLoader:
 
     Example::
 
-        SupervisedEvaluator(..., val_handlers=[StudentLoader("models/model.pt", network)])
+        SupervisedEvaluator(..., val_handlers=[StudentCheckpointLoader("models/model.pt", network)])
     """
 
     def __init__(self, ckpt_path: str | os.PathLike, network: nn.Module, num_classes: int | None = None) -> None:

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle import scripts as bundle_scripts
 from monai.bundle import verify_metadata
 from monai.bundle.workflows import _reject_executable_logging_config
+from monai.fl.client.monai_algo import disable_ckpt_loaders
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = [ROOT / "bundles" / name for name in ("knowsam_acdc", "knowsam_la")]
@@ -182,8 +183,16 @@ def test_evaluation_is_of_the_train_config_without_sam(bundle):
     assert workflow.parser["use_sam"] is False
     loader, metrics, report = workflow.parser["validate#handlers"]
     assert report == "@validate#report"
-    assert [part["_target_"].split(".")[-1] for part in (loader, metrics)] == ["StudentLoader", "CaseMetrics"]
+    assert [part["_target_"].split(".")[-1] for part in (loader, metrics)] == ["StudentCheckpointLoader", "CaseMetrics"]
     assert "train#" not in json.dumps(workflow.parser["run"])
+
+
+def test_federated_evaluation_keeps_the_weights_of_the_server(bundle):
+    parser = ConfigParser()
+    parser.read_config([str(bundle / "configs" / name) for name in ("train.json", "evaluate.json")])
+    disable_ckpt_loaders(parser)
+    loaders = [part for part in parser["validate#handlers"] if "ckpt_path" in part]
+    assert len(loaders) == 1 and loaders[0]["_disabled_"]
 
 
 def test_large_files_name_sam_s_official_checkpoint(bundle):

@@ -364,6 +364,21 @@ def test_finished_run_says_so_and_trains_no_more(tmp_path, caplog):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(student.parameters(), expected.parameters()))
 
 
+def test_trainer_that_goes_on_keeps_the_weights_that_it_was_given_in_between(tmp_path):
+    """As in each round of federated learning."""
+    trainer, student, handler = training(tmp_path, epochs=2)
+    assert run(trainer) and handler.files()[0].name == "resume_4.pt"
+    for parameter in student.parameters():
+        nn.init.zeros_(parameter)
+    started_with = []
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED(once=5), lambda: started_with.extend(p.clone() for p in student.parameters())
+    )
+    trainer.state.max_epochs = 3
+    assert run(trainer) and trainer.state.iteration == 6
+    assert started_with and not any(parameter.any() for parameter in started_with)
+
+
 def test_run_that_its_validation_stopped_early_is_finished_too(tmp_path, caplog):
     def stopping_early():
         trainer, student, handler = training(tmp_path, epochs=4, validate=lambda *place: None)

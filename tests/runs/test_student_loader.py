@@ -4,7 +4,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from knowsam_monai.networks import MultiViewNet
-from knowsam_monai.runs.student_loader import StudentLoader
+from knowsam_monai.runs.student_loader import StudentCheckpointLoader
 
 
 def small(**kwargs):
@@ -13,7 +13,7 @@ def small(**kwargs):
 
 def run(path, network):
     engine = Engine(lambda engine, batch: None)
-    StudentLoader(path, network, num_classes=4).attach(engine)
+    StudentCheckpointLoader(path, network, num_classes=4).attach(engine)
     engine.run([0])
 
 
