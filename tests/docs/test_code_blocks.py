@@ -72,15 +72,15 @@ class Reader:
     def after_attach_2(self, names):
         self.step(names, next(iter(names.loader))["image"])
 
-    before_attach_3 = before_attach_1
+    before_recipes_1 = before_attach_1
 
-    def after_attach_3(self, names):
+    def after_recipes_1(self, names):
         assert names.teacher.slices == 8 and names.distiller.teacher is names.teacher
 
-    def before_attach_4(self):
+    def before_recipes_2(self):
         return {**self.training(num_classes=2), "labeled_bs": 4}
 
-    def after_attach_4(self, names):
+    def after_recipes_2(self, names):
         image, label = torch.rand(8, 1, 32, 32), torch.randint(2, (8, 32, 32))
         mixed = torch.where(torch.arange(32) < 20, image[:2], image[4:6])
         names.skd.next_batch({"image": image, "label": label})
@@ -88,25 +88,25 @@ class Reader:
         assert num_labeled == 2 and torch.equal((sam_label == names.IGNORED).any((0, 1, 2)), torch.arange(32) >= 20)
         self.step(names, mixed)
 
-    def before_attach_5(self):
+    def before_recipes_3(self):
         labeled = torch.utils.data.DataLoader([{"image": torch.rand(1, 32, 32), "label": torch.ones(1, 32, 32)}] * 4, 2)
         return {**self.training(num_classes=2), "labeled_loader": labeled}
 
-    def after_attach_5(self, names):
+    def after_recipes_3(self, names):
         batch = next(iter(names.labeled_loader))
         self.step(names, torch.cat([batch["image"], torch.rand(3, 1, 32, 32)]))
 
-    def before_attach_6(self):
+    def before_recipes_4(self):
         return {**self.training(num_classes=2), "torch": torch}
 
-    def after_attach_6(self, names):
+    def after_recipes_4(self, names):
         image = torch.rand(2, 1, 32, 32)
         names.skd = names.distiller.attach(names.student, names.optimizer, select=names.select)
         names.skd.next_batch({"image": image, "label": torch.ones(2, 1, 32, 32)})
         self.step(names, image)
         assert names.select({"image": image}, torch.rand(3, 1, 32, 32))[1:] == (None, None)
 
-    def before_attach_7(self):
+    def before_recipes_5(self):
         names = self.training(num_classes=2)
         names["distiller"] = SAMDistiller(names["teacher"], names["sam_optimizer"])
         labeled, unlabeled, label = (torch.rand(rows, 1, 32, 32) for rows in (2, 3, 2))
@@ -114,12 +114,12 @@ class Reader:
         data = {"labeled": labeled, "unlabeled": unlabeled, "label": label.round(), "step": 0}
         return {**names, **data, **logits, "loss": torch.zeros(()), "torch": torch}
 
-    def after_attach_7(self, names):
+    def after_recipes_5(self, names):
         assert names.loss > 0 and names.distiller.gate.num_measured == 1
 
-    before_attach_8 = before_attach_1
+    before_recipes_6 = before_attach_1
 
-    def after_attach_8(self, names):
+    def after_recipes_6(self, names):
         pred, label = torch.zeros(2, 3, 8, 8, 4), torch.ones(1, 3, 8, 8, 4)
         assert names.distiller.overlapping and 0 < names.supervised_loss(pred, label) < 1
 
