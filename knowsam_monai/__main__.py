@@ -16,6 +16,7 @@ from typing import Any
 
 from knowsam_monai import __version__
 from knowsam_monai.errors import KnowSAMError, named_as_set, root_cause
+from knowsam_monai.texts import command_line
 
 DESCRIPTION = """\
 SAM-induced knowledge distillation for semi-supervised segmentation, as parts for MONAI trainers.
@@ -146,7 +147,7 @@ def train(options: argparse.Namespace) -> int:
     if not any(key.partition("=")[0] == "--bundle_root" for key in options.keys):
         command += ["--bundle_root", str(bundle)]
     command += options.keys
-    logging.info("python %s", " ".join(map(quoted, command)))
+    logging.info("python %s", command_line(command))
     # in this process's place: signals and the exit code are the training's own
     trusted = ["-W", "ignore:parsing config_file"]  # MONAI warns that a config is code
     os.execv(sys.executable, [sys.executable, *trusted, *command])
@@ -199,12 +200,6 @@ def key_value(text: str) -> str:
     if not text.partition("=")[0] or "=" not in text:
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE but is {text!r}")
     return text
-
-
-def quoted(word: str) -> str:
-    """A word of a command line, lists of names in the quotes that people write."""
-    plain = shlex.quote(word)
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else plain
 
 
 def names(text: str) -> list[str]:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
+from collections.abc import Iterable
+
+
+def command_line(words: Iterable[str]) -> str:
+    """
+    The words as one command for a shell, lists of names in the quotes that people write.
+
+    Args:
+        words: the program and its arguments.
+
+    Example:
+        >>> print(command_line(["knowsam", "train", "acdc", "--class_names", "['liver', 'tumor']"]))
+        knowsam train acdc --class_names "['liver', 'tumor']"
+    """
+    return " ".join(map(_quoted, words))
 
 
 def printable(text: str) -> str:
@@ -41,3 +57,7 @@ def shortened(text: str, length: int) -> str:
 def _is_invisible(character: str) -> bool:
     category = unicodedata.category(character)
     return category.startswith("C") or category in ("Zl", "Zp")
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)

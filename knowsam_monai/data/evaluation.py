@@ -115,8 +115,8 @@ def inference_items(
     labels = _labels_beside_scans([path for path in images if path not in left_out])
     if labels:
         logger.warning(
-            "%d files are named as labels of others and are not segmented, such as %s; to segment such a file, select "
-            "it alone with `image_pattern`.",
+            "Files that are named as labels of others are not segmented (%d, such as %s); to segment such a file, "
+            "select it alone with `image_pattern`.",
             len(labels),
             labels[0],
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ from knowsam_monai.runs.report import write_report
 from knowsam_monai.runs.run_record import CONFIG, LOG, read_starts
 from knowsam_monai.runs.starting import release
 from knowsam_monai.runs.trained_student import MODEL, publish_student
-from knowsam_monai.texts import printable
+from knowsam_monai.texts import command_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +52,13 @@ def finish_run(
     """
     if not enabled or ranks.rank() != 0:
         return
-    report_command = shlex.join(["python", "-m", "knowsam_monai", "report", os.fspath(output_dir)])
+    report_command = command_line(["python", "-m", "knowsam_monai", "report", os.fspath(output_dir)])
     page = ("report.html", partial(write_report, output_dir), report_command)
     if report.is_empty:
         logger.warning("No validation has run, so there is no student to publish and no validation report.")
         _try(*page)
         return
-    run_command = shlex.join(sys.orig_argv)
+    run_command = command_line(sys.orig_argv)
     publish = partial(publish_student, output_dir, ckpt_dir, replace=not report.is_restored)
     is_published = _try("the published student", publish, run_command)
     _try("the table of Dice", report.log_table, run_command)

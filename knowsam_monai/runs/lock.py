@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import shlex
 import socket
 import sys
 from datetime import datetime
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.files import LOCK, write_text
+from knowsam_monai.texts import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
         return
     _held.append(lock)
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "command": shlex.join(sys.orig_argv)}
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now, "command": command_line(sys.orig_argv)}
     write_text(folder / HOLDER, json.dumps(holder))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from knowsam_monai.texts import command_line
 
 TITLES = {
     "segment": "segment a scan",
@@ -53,7 +54,7 @@ def next_steps(output_dir: str | os.PathLike, start: Mapping[str, Any], config: 
     steps["export"] += ["--filepath", files["model.ts"], "--ckpt_file", files["model.pt"]]
     steps["export"] += ["--meta_file", os.path.join(bundle, "configs", "metadata.json")]
     steps["export"] += ["--config_file", files["config.json"]]
-    return {purpose: shlex.join(words) for purpose, words in steps.items()}
+    return {purpose: command_line(words) for purpose, words in steps.items()}
 
 
 def _in_folder(path: str | os.PathLike, folder: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
 
+from knowsam_monai.data import evaluation
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, named_as_set, root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.bundle_folder import SHIPPED
@@ -134,7 +135,12 @@ def predict_folder(
 def _segment(workflow: ConfigWorkflow, output: str) -> SkippingLoader:
     """Run the workflow, and return its loader, which knows the images that could not be segmented."""
     if "datalist" in workflow.parser:
-        workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
+        notes = logging.getLogger(evaluation.__name__)
+        notes.disabled = True  # until the list is read again
+        try:
+            workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
+        finally:
+            notes.disabled = False
     workflow.initialize()
     loader = SkippingLoader(workflow.evaluator)
     ProgressBar(desc="Segmenting", persist=True).attach(workflow.evaluator)

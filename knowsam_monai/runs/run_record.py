@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from knowsam_monai.files import write_text
 from knowsam_monai.runs.config import plain_values, running_config
 from knowsam_monai.runs.trained_student import STARTS, STUDENT_SETTINGS, training_data
 from knowsam_monai.teachers.provenance import describe
+from knowsam_monai.texts import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class RunRecord:
         start = {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "timestamp": time.time(),
-            "command": shlex.join(sys.orig_argv),
+            "command": command_line(sys.orig_argv),
             "seed": self.seed,
             "teacher": self.teacher,
             "git_revision": git_revision(Path(knowsam_monai.__file__)),

@@ -40,6 +40,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._process = os.getpid()
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -57,7 +58,7 @@ class StopSignals:
                 return  # SLURM and torchrun each send it; torchrun kills the process after a while
             raise SystemExit(128 + number)
         self.received = number
-        if ranks.rank() == 0:
+        if ranks.rank() == 0 and os.getpid() == self._process:  # loader workers inherit the handler
             with suppress(OSError):
                 os.write(2, NOTE)  # the signal may have come while a stream or the log is locked
         if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker ends

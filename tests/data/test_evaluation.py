@@ -123,7 +123,7 @@ def test_files_named_as_the_label_of_a_scan_are_left_out(tmp_path, caplog):
     labels = ["a_seg.nii", "b_label.nii", "d1_GT.nii", "e_frame01_gt.nii.gz"]
     items = inference_items(touch(tmp_path, *scans, *labels), "*.nii*")
     assert items == [{"image": str(tmp_path / name)} for name in scans]
-    assert "4 files are named as labels of others and are not segmented, such as" in caplog.text
+    assert "Files that are named as labels of others are not segmented (4, such as" in caplog.text
     assert len(inference_items(tmp_path, "*_gt.nii*")) == 2  # selected by the user
 
 

@@ -118,6 +118,15 @@ def test_nifti_and_nrrd_files_are_segmented_where_no_pattern_is_given(scans, run
     assert written == ["phantom001_ED_seg.nii.gz", "phantom001_ES_seg.nii.gz"]
 
 
+def test_label_beside_its_scan_is_left_out_with_one_warning(scans, run, tmp_path, caplog):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a_image.nii.gz", "a_label.nii.gz"):
+        shutil.copy(scans / "phantom001_ED.nii.gz", folder / name)
+    assert predict_folder(folder, BUNDLE, tmp_path / "out", run=run, device="cpu") == 1
+    assert caplog.text.count("named as labels of others") == 1
+
+
 @pytest.mark.parametrize(
     "name, anatomy, pattern, num_images, overrides",
     [

@@ -37,12 +37,12 @@ def closed_log():
 
 
 def test_each_start_is_recorded_until_a_run_starts_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "monai.bundle", "run"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "monai.bundle", "run", "--class_names", "['a', 'b']"])
     run(RunRecord(tmp_path, seed=5))
     run(RunRecord(tmp_path, seed=5))
     first, second = read_starts(tmp_path)
     assert first["seed"] == 5 and first["timestamp"] <= second["timestamp"]
-    assert first["command"] == "python -m monai.bundle run"
+    assert first["command"] == """python -m monai.bundle run --class_names "['a', 'b']\""""
     assert first["versions"] == versions() and versions()["knowsam_monai"] == __version__
     assert {"python", "torch", "monai", "machine"} <= set(versions())
     run(RunRecord(tmp_path, resume=False))

@@ -29,6 +29,17 @@ def test_first_signal_is_noted_and_a_second_ends_the_process(number, capfd):
     assert stop.value.code == 128 + number and not capfd.readouterr().err
 
 
+def test_loader_worker_that_gets_the_signal_too_says_nothing(capfd):
+    signals = StopSignals()
+    signals.listen()
+    worker = os.fork()
+    if worker == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    os.waitpid(worker, 0)
+    assert signals.received is None and not capfd.readouterr().err
+
+
 def test_torchrun_may_send_sigterm_after_slurm_has(monkeypatch):
     """srun signals every process of a step, and torchrun forwards what it got to its own."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
