@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -62,6 +63,18 @@ def hand_written_noise(image: Tensor, t: int, num_passes: int = 1) -> Tensor:
         for row in range(len(image))
     ]
     return (0.1 * torch.stack(rows, dim=1)).clamp(-0.2, 0.2)
+
+
+class NotingInferer(SimpleInferer):
+    """Keeps what each network was called with last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[nn.Module, Tensor] = {}
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args, **kwargs) -> Tensor:
+        self.inputs[network] = inputs
+        return super().__call__(inputs, network, *args, **kwargs)
 
 
 def assert_same_weights(ours: nn.Module, expected: nn.Module) -> None:

@@ -98,6 +98,14 @@ def test_training_rows_are_measured_soon_and_then_at_intervals(interval, due):
     assert not any(TeacherGate("none").is_due(run, interval) for run in runs)
 
 
+@pytest.mark.parametrize("num_tries, is_of_use", [(9, True), (10, False)])
+def test_measurement_that_lacked_rows_is_made_up_for_by_one_of_the_next_ten_batches(num_tries, is_of_use):
+    gate = TeacherGate("agreement")
+    assert gate.is_of_use({"labeled"}, run=10, is_due=True)
+    assert not any(gate.is_of_use({"labeled"}, run, is_due=False) for run in range(11, 11 + num_tries))
+    assert gate.is_of_use({"unlabeled"}, 11 + num_tries, is_due=False) == is_of_use
+
+
 def test_equivariant_teacher_opens_the_agreement_gate():
     gate = TeacherGate("agreement")
     for turn in range(5):
@@ -192,14 +200,16 @@ def test_teacher_with_one_answer_for_every_image_is_shut_out_by_the_labels():
 
 
 @pytest.mark.parametrize("validation, weight", [((0.6, 0.6), 1.0), ((0.6, 0.55), 0.5), ((0.6, 0.1), 0.0)])
-@pytest.mark.parametrize("agrees", [True, False])
-def test_validation_gate_is_the_product_of_both_factors(agrees, validation, weight):
+@pytest.mark.parametrize("common, agreement", [(20, 1.0), (19, 0.5), (0, 0.0)])
+def test_validation_gate_is_the_product_of_both_factors(common, agreement, validation, weight):
     """A teacher that holds its student back at its own level looks as good as the student in validation."""
-    gate = TeacherGate("validation", tolerance=0.1)
-    gate.measure_agreement(threshold_student, lambda x, prompt: prompt if agrees else 0 * prompt, images(), 0)
+    gate, image = TeacherGate("validation", tolerance=0.1), answer(40, size=40)
+    # the student finds all 40 pixels, the teacher 20 and in the turned image as many, some of which are the same
+    answers = [answer(20, size=40), answer(20, size=40).roll(20 - common, -1).flip(-1)]
+    gate.measure_agreement(lambda x: image, lambda x, prompt: answers.pop(0), image, 0)
     assert gate.weight == 0 and not gate.is_measured  # not validated yet
     gate.update(*validation)
-    assert gate.weight.item() == pytest.approx(weight * agrees, abs=1e-6) and gate.is_measured
+    assert gate.weight.item() == pytest.approx(weight * agreement, abs=1e-6) and gate.is_measured
 
 
 def test_validation_alone_does_not_open_the_validation_gate():
@@ -226,8 +236,8 @@ def test_labels_shut_the_validation_gate_and_open_it_again():
 
 
 @pytest.mark.parametrize("pixels, weight", [(9, 1.0), (6, 1.0), (5, 6 / 7), (4, 6 / 13), (3, 0.0), (0, 0.0)])
-@pytest.mark.parametrize("num_classes", [1, 2])
-def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classes):
+@pytest.mark.parametrize("num_classes, ignore_index", [(1, 255), (2, 255), (3, 2)])
+def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classes, ignore_index):
     """The student finds the label's 9 pixels; the teacher finds n of them, so its Dice is 2 n / (9 + n)."""
     label = torch.zeros(1, 1, 4, 4)
     label[..., :3, :3] = 1
@@ -235,10 +245,10 @@ def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classe
     student[..., 3, :] = 1  # where the label has holes, which do not count
     teacher = torch.full_like(label, -1.0)
     teacher.view(-1)[label.flatten().nonzero().flatten()[:pixels]] = 1
-    holes = label.index_fill(2, torch.tensor([3]), 255)
+    holes = label.index_fill(2, torch.tensor([3]), ignore_index)
 
     def as_logits(x):
-        return x if num_classes == 1 else torch.cat([-x, x], 1)
+        return x if num_classes == 1 else torch.cat([-x, x, *[-2 * x.abs()] * (num_classes - 2)], 1)
 
     gate, image = TeacherGate("agreement"), label + 1
     gate.measure_agreement(
@@ -246,7 +256,7 @@ def test_factor_of_the_labels_is_that_counted_by_hand(pixels, weight, num_classe
         lambda x, prompt: as_logits(teacher) if x.max() > 1 else prompt,
         label,
         turn=0,
-        labeled=LabeledImages(image, image, holes, ignore_index=255),
+        labeled=LabeledImages(image, image, holes, ignore_index),
     )
     assert gate.weight.item() == pytest.approx(weight, abs=1e-6)
 
@@ -271,15 +281,22 @@ def answer(pixels, size=10):
 
 
 def test_old_measurements_count_less_and_each_by_its_part_of_the_pixels():
-    """The label has 4 pixels. The student finds them, the teacher none and then all: it has 4 of 12, then 8 of 16."""
+    """
+    The label has 4 pixels. The student finds them, the teacher none and then all: it has 4 of 12, then 8 of 16.
+
+    The first five measurements leave half of those before them, and later ones 0.8.
+    """
     gate, image, scores = TeacherGate("agreement", momentum=0.8), answer(4), []
     labeled = LabeledImages(image, image, (image > 0).float())
-    for turn in range(3):
-        teacher = answer(4) if turn else answer(0)
+    for number in range(7):
+        teacher = answer(4) if number else answer(0)
         gate.measure_agreement(lambda x: image, lambda x, prompt: teacher, image, 0, labeled=labeled)
         scores.append(gate.labeled_scores[1].item())
-    second, third = 0.5 + 0.5 / 3, 0.5 + 0.5 * (0.5 + 0.5 / 3)  # the first ones leave half
-    assert scores == pytest.approx([0, 0.5 / second, (0.5 + 0.5 * 0.5) / third], abs=1e-3)
+    expected, common, total = [0.0], 0.0, 4 / 12
+    for kept in (0.5, 0.5, 0.5, 0.5, 0.8, 0.8):
+        common, total = kept * common + 4 / 16, kept * total + 8 / 16
+        expected.append(2 * common / total)
+    assert scores == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("must_lead", [False, True])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import MetaTensor
 
 from knowsam_monai.distillation.distiller import SAMDistiller
@@ -36,6 +37,14 @@ def test_cells_of_highest_entropy_are_chosen(spatial_dims):
     assert torch.equal(mask, expected)
 
 
+def test_cell_counts_by_its_mean_entropy_and_not_by_its_most_uncertain_pixel():
+    logits = unsure_logits([], num_rows=1)
+    logits[0, 1, 0, 0] = 0  # one pixel of the first cell knows nothing: log 2 / 4 = 0.17
+    logits[0, 1, 2:4, 2:4] = 1  # all four of another one have probability 0.73: 0.58
+    mask = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1).uncertain_mask(logits)
+    assert mask[0, 0].nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+
+
 def test_content_and_labels_are_exchanged_in_uncertain_cells():
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
     image = torch.stack([torch.full((1, 8, 8), 10.0), torch.full((1, 8, 8), 20.0)])  # labeled, unlabeled
@@ -65,15 +74,16 @@ def test_blocks_of_a_small_volume_are_exchanged_with_their_labels():
     assert torch.equal(mixed_label, (mixed_image == 20).float())
 
 
-def test_as_many_pairs_as_there_are_rows_of_both_kinds_in_plain_tensors_with_the_labels_dtype():
+@pytest.mark.parametrize(("num_labeled", "pair"), [(1, [0, 1]), (3, [0, 3])])
+def test_as_many_pairs_as_there_are_rows_of_both_kinds_in_plain_tensors_with_the_labels_dtype(num_labeled, pair):
     mixing = UncertaintyGuidedMixing(dice_ce_loss(2), num_cells=1)
-    image = MetaTensor(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 8, 8))  # row 0 is labeled
-    label, logits = MetaTensor(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)), torch.zeros(4, 2, 8, 8)
+    image = MetaTensor(torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 8, 8))  # the first rows are labeled
+    label, logits = MetaTensor(torch.zeros(num_labeled, 1, 8, 8, dtype=torch.uint8)), torch.zeros(4, 2, 8, 8)
     mixed_image, mixed_label = mixing.mix(image, label, logits, logits)
     assert type(mixed_image) is type(mixed_label) is torch.Tensor and mixed_label.dtype == torch.uint8
-    assert mixed_image.unique().tolist() == [0, 1] and len(mixed_image) == len(mixed_label) == 2
+    assert mixed_image.unique().tolist() == pair and len(mixed_image) == len(mixed_label) == 2
     with pytest.raises(ValueError, match="`image` must have labeled and unlabeled rows but has only one kind"):
-        mixing.mix(image[:1], label, logits[:1], logits[:1])
+        mixing.mix(image[:1], label[:1], logits[:1], logits[:1])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +112,20 @@ def test_own_backward_adds_the_gradient_of_one_joint_backward(size, cells):
     for ours, expected in zip(student.parameters(), other.parameters()):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     assert not trainer.state.output["mixing_loss"].requires_grad
+
+
+def test_scaler_scales_the_loss_of_the_mixed_images_too():
+    students, loss = [], PartiallyLabeledLoss(dice_ce_loss(3))
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+        torch.manual_seed(0)
+        student = ToyStudent().double()
+        mixing = UncertaintyGuidedMixing(loss)
+        trainer = toy_trainer(student, toy_batches(2), loss, [mixing], amp=scaler is not None)
+        # the one that MONAI builds for a run needs a GPU
+        trainer.add_event_handler(Events.STARTED, lambda e, own=scaler: setattr(e, "scaler", own))
+        trainer.run()
+        students.append(student)
+    assert all(torch.equal(a, b) for a, b in zip(*(student.parameters() for student in students), strict=True))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 4, 4)])

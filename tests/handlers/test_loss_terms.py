@@ -35,6 +35,19 @@ def test_terms_are_means_since_the_last_reading():
     assert trainer.state.terms["toy_loss"] == 5.5  # the end of the epoch reads too
 
 
+def test_term_of_some_steps_is_the_mean_over_those_steps():
+    trainer = trainer_with(float, log_interval=6)
+    rare = {3: 1.0, 4: 2.0}
+    trainer.add_event_handler(
+        IterationEvents.LOSS_COMPLETED,
+        lambda e: e.state.output.update(
+            {"toy_dice": torch.tensor(rare[t])} if (t := e.state.iteration) in rare else {}
+        ),
+    )
+    trainer.run()
+    assert trainer.state.terms["toy_dice"] == 1.5 and trainer.state.terms["toy_loss"] == 3.5
+
+
 def test_term_that_is_not_finite_stops_the_run_and_is_named():
     trainer = trainer_with(lambda t: float("nan") if t == 3 else 1.0, log_interval=2)
     with pytest.raises(RuntimeError, match="toy_loss is not, between iterations 3 and 4"):

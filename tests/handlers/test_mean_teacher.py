@@ -10,7 +10,8 @@ from knowsam_monai.handlers.mean_teacher import MeanTeacher
 from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.networks.ema_student import EMAStudent
-from tests.hosts import CASES, assert_same_weights, hand_written_noise, hand_written_run, toy_host
+from knowsam_monai.networks.noisy_passes import NoisyPasses
+from tests.hosts import CASES, NotingInferer, assert_same_weights, hand_written_noise, hand_written_run, toy_host
 from tests.toys import toy_batches, toy_trainer
 
 
@@ -81,6 +82,16 @@ def test_students_dropout_draws_the_same_with_and_without_it():
     students = [mask for mask in draws if len(mask) == 4]  # the averaged copy carries the hook too, with 2 rows
     assert len(students) == 6 and len(draws) == 9
     assert all(torch.equal(a, b) for a, b in zip(students[:3], students[3:]))
+
+
+def test_average_sees_the_noise_of_the_seed_and_the_trainers_inferer_calls_it():
+    student, batches, _ = toy_host(2, (8, 8))
+    optimizer, handler = build(student, start=0, seed=3)
+    inferer, image = NotingInferer(), batches[0]["image"][2:]
+    loss = PartiallyLabeledLoss(dice_ce_loss(2))
+    toy_trainer(student, batches[:1], loss, [handler], optimizer=optimizer, inferer=inferer).run()
+    noisy = image + NoisyPasses(handler.ema_student, seed=3).noise(image, iteration=1)[0]
+    assert torch.equal(inferer.inputs[handler.ema_student.network], noisy)
 
 
 def test_unknown_rows_are_an_error():

@@ -10,7 +10,16 @@ from knowsam_monai.handlers.sam_distillation import SAMDistillation
 from knowsam_monai.handlers.uncertainty_aware_mean_teacher import UncertaintyAwareMeanTeacher
 from knowsam_monai.losses import PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.networks.ema_student import EMAStudent
-from tests.hosts import CASES, assert_same_weights, hand_written_noise, hand_written_run, no_loss, toy_host
+from knowsam_monai.networks.noisy_passes import NoisyPasses
+from tests.hosts import (
+    CASES,
+    NotingInferer,
+    assert_same_weights,
+    hand_written_noise,
+    hand_written_run,
+    no_loss,
+    toy_host,
+)
 from tests.toys import toy_batches, toy_trainer
 
 
@@ -91,6 +100,15 @@ def test_passes_run_as_one_batch_where_memory_allows(at_once, batches):
     handler.ema_student.network.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     toy_trainer(student, toy_batches(1, num_classes=2), no_loss, [handler], optimizer=optimizer).run()
     assert seen == batches
+
+
+def test_average_sees_the_noise_of_the_seed_and_the_trainers_inferer_calls_it():
+    student, batches, _ = toy_host(2, (8, 8))
+    optimizer, handler = build(student, max_iterations=3, num_passes=2, seed=3)
+    inferer, image = NotingInferer(), batches[0]["image"][2:]
+    toy_trainer(student, batches[:1], no_loss, [handler], optimizer=optimizer, inferer=inferer).run()
+    noisy = image + NoisyPasses(handler.ema_student, seed=3).noise(image, iteration=1, num_passes=3)
+    assert torch.equal(inferer.inputs[handler.ema_student.network], noisy.flatten(0, 1))
 
 
 def test_bad_arguments_are_errors():

@@ -41,12 +41,21 @@ def test_row_checked_by_hand():
     assert DistillationLoss(temperature=1.0)(student, teacher).item() == pytest.approx(expected)
 
 
-def test_dice_term_checked_by_hand():
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_dice_term_checked_by_hand_at_every_temperature(temperature):
     teacher = torch.tensor([3.0, 1.0]).log().view(1, 2, 1, 1)  # probabilities 3/4, 1/4
     student = torch.zeros(1, 2, 1, 1)  # 1/2, 1/2
     # Dice of soft labels, squared: common = (q^2 + p^2 - (q - p)^2) / 2, over (q^2 + p^2) / 2; 12/13 and 4/5
-    expected = DistillationLoss(temperature=1.0)(student, teacher).item() + 0.5 * (1 - (12 / 13 + 4 / 5) / 2)
-    assert DistillationLoss(1.0, dice_weight=0.5)(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+    expected = DistillationLoss(temperature)(student, teacher).item() + 0.5 * (1 - (12 / 13 + 4 / 5) / 2)
+    assert DistillationLoss(temperature, 0.5)(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dice_term_is_that_of_the_whole_batch():
+    teacher = torch.tensor([[30.0, 0.0], [0.0, 30.0]]).view(2, 2, 1, 1)  # one row of each class
+    student = torch.tensor([[30.0, 0.0], [30.0, 0.0]]).view(2, 2, 1, 1)  # the first class in both rows
+    # the first class has 1 pixel in common of 2 + 1, the second none of 0 + 1; row by row it would be 1/2
+    loss = DistillationLoss(temperature=1.0, dice_weight=1.0).dice_loss(student, teacher.softmax(1))
+    assert loss.item() == pytest.approx(1 - (2 / 3 + 0) / 2, abs=1e-4)
 
 
 def test_dice_term_weighs_a_small_structure_as_a_large_one():

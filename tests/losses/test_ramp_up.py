@@ -49,6 +49,11 @@ def test_maximum_that_is_negative_or_infinite_is_an_error(max):
         SigmoidRampUp(3, max=max)
 
 
+def test_weight_is_zero_before_the_start_and_where_it_is_negative_by_rounding():
+    assert [weight_at(0.5, iteration, start=3) for iteration in (2, 3)] == [0.0, 0.5]
+    assert weight_at(lambda iteration: -1e-9, 3) == 0.0
+
+
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
 def test_function_that_returns_no_weight_is_an_error_that_names_the_iteration(value):
     with pytest.raises(ValueError, match=f"`weight` must be 0 or more but is {value} at iteration 7; correct the func"):

@@ -33,7 +33,7 @@ def test_noise_is_a_function_of_seed_iteration_and_row():
     assert noise.shape == (3, 2, 1, 6, 6) and torch.equal(noise, passes.noise(x, iteration=5, num_passes=3))
     assert torch.equal(noise, hand_written_noise(x, 5, 3))
     assert torch.equal(noise[:, :1], passes.noise(x[:1], iteration=5, num_passes=3))  # regardless of later rows
-    draws = [noise[0, 0], noise[1, 0], noise[0, 1], passes.noise(x, 6)[0, 0], build(seed=1).noise(x, 5)[0, 0]]
+    draws = [noise[0, 0], noise[1, 0], noise[0, 1], passes.noise(x, 6, 3)[0, 0], build(seed=1).noise(x, 5, 3)[0, 0]]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -68,6 +68,14 @@ def test_dropout_is_a_function_of_seed_and_iteration_and_leaves_the_runs_generat
     assert torch.equal(torch.rand(4), expected)
     assert torch.equal(passes(x, 1, 2), first) and not torch.equal(passes(x, 2, 2), first)
     assert not torch.equal(first[0], first[1])
+    assert not torch.equal(build(dropout=0.5, noise_std=0.0, seed=1)(x, 1, 2), first)
+
+
+def test_second_rank_draws_dropout_of_its_own(monkeypatch):
+    passes, x = build(dropout=0.5, noise_std=0.0), image()
+    first = passes(x, 1)
+    monkeypatch.setattr("knowsam_monai.networks.noisy_passes.ranks.rank", lambda: 1)
+    assert not torch.equal(passes(x, 1), first)
 
 
 def test_inferer_of_the_trainer_calls_the_network():

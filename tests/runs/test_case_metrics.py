@@ -60,6 +60,15 @@ def test_a_shifted_cube_has_the_shift_as_hd95_in_mm_and_in_voxels(axis, shift):
     assert result["jaccard"] == pytest.approx((4 - shift) / (4 + shift))
 
 
+@pytest.mark.parametrize("num_far, hd95", [(1, 0), (4, 5)])
+def test_hd95_leaves_out_the_farthest_twentieth(num_far, hd95):
+    label = torch.zeros(8, 40, dtype=torch.long)
+    label[1, :38] = 1
+    pred = label.clone()
+    pred[6, :num_far] = 1  # 5 from the label; 1 of 39 distances, or 4 of 42
+    assert values(case_metrics(pred, label, 2))["all"]["hd95_voxel"] == hd95
+
+
 def test_asd_is_the_mean_of_both_surfaces_distances():
     # a plate one voxel thick, moved by 3: each of its voxels is 3 from the other plate, both ways
     pred, label = torch.zeros(10, 6, 6, dtype=torch.long), torch.zeros(10, 6, 6, dtype=torch.long)
@@ -230,7 +239,7 @@ def test_a_second_run_replaces_the_first_and_leaves_no_other_file(tmp_path):
     engine = Engine(lambda engine, output: output)
     CaseMetrics(tmp_path, ["cavity"]).attach(engine)
     for shift in (1, 2):
-        engine.run([[item(cube(4 + shift, 4, 2), cube(4, 4, 2))]])
+        engine.run([[item(cube(4 + shift, 4, 2), cube(4, 4, 2), f"/data/{shift}.nii.gz")]])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics_raw.csv", "metrics_summary.csv"]
     with open(tmp_path / "metrics_raw.csv", encoding="utf-8") as file:
         assert [row["hd95_voxel"] for row in csv.DictReader(file)] == ["2.000000"] * 2

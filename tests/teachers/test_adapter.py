@@ -58,8 +58,9 @@ def test_adapter_by_hand():
         adapter.down.weight.copy_(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
         adapter.down.bias.zero_()
         adapter.up.weight.copy_(torch.tensor([[1.0], [0.0], [0.0], [2.0]]))
-    out = adapter(torch.tensor([10.0, 20.0, 30.0, 40.0]))
-    torch.testing.assert_close(out, torch.tensor([10.0 + 30.0, 20.0, 30.0, 40.0 + 60.0]))  # GELU(30) = 30
+    gelu = -0.158655  # GELU(-1), the negative of the normal distribution's 15.9 % below -1
+    out = adapter(torch.tensor([-3.0, 2.0, 30.0, 40.0]))
+    torch.testing.assert_close(out, torch.tensor([-3.0 + gelu, 2.0, 30.0, 40.0 + 2 * gelu]))
 
 
 def test_mlp_adapter_is_added_with_half_its_value():

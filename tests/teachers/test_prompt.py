@@ -30,6 +30,20 @@ def test_each_class_has_tokens_of_its_own_that_depend_on_the_image():
         assert not torch.allclose(tokens[:, a], tokens[:, b])
 
 
+def test_classes_start_different_on_the_scale_of_sams_own_tokens():
+    torch.manual_seed(0)
+    tokens = LearnablePrompt(num_classes=4)(torch.randn(1, 256, 4, 4))
+    assert tokens.std().item() == pytest.approx(1, abs=0.1)  # a bias of zeros gives 0.2
+
+
+def test_image_counts_by_the_mean_of_its_features():
+    prompt = LearnablePrompt(num_classes=3, embed_dim=32).double()
+    prompt.trunk = torch.nn.Identity()
+    features = torch.randn(2, 16, 3, 5, dtype=torch.float64)
+    mean = features.mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(prompt(features), prompt(mean), rtol=0, atol=1e-12)
+
+
 def test_it_is_at_least_twenty_times_smaller_than_the_authors():
     assert sum(p.numel() for p in LearnablePrompt(num_classes=4).parameters()) < 22_000_000 / 20
 

@@ -81,10 +81,10 @@ def test_entropy_draw_takes_the_slices_where_the_student_is_unsure(axis):
 
 
 def test_entropy_draw_is_in_proportion_to_the_mean_entropy():
-    logits = torch.zeros(500, 2, 1, 4, 2)
-    logits[:, 1, 0, 1:, 0] = 40  # slice 0 is unsure in one voxel of four, slice 1 in all: 1 to 4
-    first = torch.cat([draw_by_entropy(logits, 2, 1, seed=0, iteration=t) for t in range(4)])
-    assert (first == 1).double().mean().item() == pytest.approx(0.8, abs=0.03)  # deviation 0.009
+    logits = torch.zeros(500, 2, 1, 4, 9)
+    logits[:, 1, 0, 1:, :8] = 40  # 8 slices are unsure in one voxel of four, the last one in all: 4 of 8 + 4
+    drawn = torch.cat([draw_by_entropy(logits, 2, 1, seed=0, iteration=t) for t in range(4)])
+    assert (drawn == 8).double().mean().item() == pytest.approx(1 / 3, abs=0.03)  # deviation 0.011
 
 
 def test_entropy_draw_of_a_student_that_is_sure_everywhere_is_still_a_draw_without_repetition():
