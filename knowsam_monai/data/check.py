@@ -312,19 +312,25 @@ def _unclear_slices(sets: Mapping[str, list[dict]], facts: Mapping[str, list[Cas
 
 
 def _different_planes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[CaseFacts]]) -> Iterator[str]:
-    """Volumes whose slices, see `TurnSlicesd`, are more than 60 degrees from those of the first one."""
-    first: tuple[str, Sequence[float]] | None = None
+    """Volumes whose slices, see `TurnSlicesd`, are more than 60 degrees from those of most others."""
+    planes: list[list[tuple[str, Sequence[float]]]] = []  # of the volumes of each: file and normal
     for name, items in sets.items():
-        across = [False] * len(items)
-        for number, (item, case) in enumerate(zip(items, facts[name])):
+        for item, case in zip(items, facts[name]):
             if case.normal is not None:
-                first = first or (image_paths(item)[0], case.normal)
-                across[number] = abs(np.dot(first[1], case.normal)) < 0.5
-        if first is not None:
-            sentence = (
-                f"images have slices in another plane than those of {first[0]}; the 2D bundle trains on both alike"
-            )
-            yield from _warning(name, items, sentence, across, len(items))
+                plane = next((plane for plane in planes if _is_along(plane[0][1], case.normal)), [])
+                planes += [] if plane else [plane]
+                plane.append((image_paths(item)[0], case.normal))
+    if len(planes) < 2:
+        return
+    path, normal = max(planes, key=len)[0]
+    for name, items in sets.items():
+        across = [case.normal is not None and not _is_along(normal, case.normal) for case in facts[name]]
+        sentence = f"images have slices in another plane than those of {path}; the 2D bundle trains on both alike"
+        yield from _warning(name, items, sentence, across, len(items))
+
+
+def _is_along(normal: Sequence[float], other: Sequence[float]) -> bool:
+    return abs(np.dot(normal, other)) >= 0.5
 
 
 def _warning(

@@ -87,10 +87,11 @@ class CheckDatad(Transform):
                 f"{image.ndim - 1}, {tuple(image.shape[1:])}; use the bundle for such images, or split the file."
             )
         if self.num_channels not in (None, image.shape[0]):
+            expected = f"{self.num_channels} channel{'s' * (self.num_channels != 1)}"
             raise KnowSAMValueError(
-                f"`{self.image_key}` must have {self.num_channels} channels but {image_name(image)} has "
-                f"{image.shape[0]}; set `in_channels` to the channels of the data, list the files of an image together "
-                "in a data list, or save each time point as one file."
+                f"`{self.image_key}` must have {expected} but {image_name(image)} has {image.shape[0]}; set "
+                "`in_channels` to the channels of the data, list the files of an image together in a data list, or "
+                "save each time point as one file."
             )
         extremes = torch.stack(torch.aminmax(torch.as_tensor(image)))  # NaN if there is one
         if not extremes.isfinite().all():
@@ -136,7 +137,8 @@ class CheckDatad(Transform):
             shown = ", ".join(list(dict.fromkeys(f"{v:.5g}" for v in wrong))[:5])
             raise KnowSAMValueError(
                 f"`{self.label_key}` must have the integers 0 to {self.num_classes - 1} as values but "
-                f"{image_name(label)} has {shown}; name all classes (`class_names` of a bundle), or map the labels."
+                f"{image_name(label)} has {shown}; name all classes (`class_names` of a bundle; `--num_classes` of "
+                "`knowsam check`), or map the labels."
             )
         return label
 

@@ -162,7 +162,9 @@ class CaseMetrics:
         width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
         split = "" if self.split is None else f" of the {self.split} split"
-        lines = [f"Metrics of {len(values)} cases{split}, mean and standard deviation", header + "   undefined"]
+        title = f"Metrics of {len(values)} cases{split}, mean and standard deviation"
+        title = title if len(values) > 1 else f"Metrics of 1 case{split}"
+        lines = [title, header + "   undefined"]
         for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
             classes = slice(None) if c == len(self.class_names) else slice(c, c + 1)
@@ -171,7 +173,8 @@ class CaseMetrics:
                 per_case = _nanmean(of_class[..., METRICS.index(metric)])
                 per_case = per_case[~np.isnan(per_case)]
                 digits = 3 if metric == "dice" else 2
-                text = f"{per_case.mean():.{digits}f} ± {per_case.std():.{digits}f}" if len(per_case) else "-"
+                text = f"{per_case.mean():.{digits}f}" if len(per_case) else "-"
+                text += f" ± {per_case.std():.{digits}f}" if len(per_case) > 1 else ""
                 line += f"{text:>16}"
             lines.append(line + f"{int(np.isnan(of_class[..., METRICS.index('hd95_voxel')]).sum()):>12}")
         return lines

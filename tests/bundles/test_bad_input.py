@@ -93,7 +93,7 @@ def test_fewer_classes_than_the_labels_have_is_an_error(refused, data):
 
 def test_image_with_channels_that_the_network_does_not_take_is_named(refused, data):
     write_volume(data / "validation.nii.gz", value=1.0, shape=(16, 16, 2, 3))
-    refused(f"`image` must have 1 channels but {data}/validation.nii.gz has 3; set `in_channels`")
+    refused(f"`image` must have 1 channel but {data}/validation.nii.gz has 3; set `in_channels`")
 
 
 @pytest.mark.parametrize("name", ["labeled", "unlabeled"])

@@ -75,7 +75,7 @@ def test_tables_are_headed_by_the_split_and_the_phantom_s_student_is_named(train
     monkeypatch.setattr(trained_student, "read_record", lambda folder: record)
     caplog.set_level(logging.INFO)
     evaluate(trained, tmp_path, split="test")
-    assert "Metrics of 1 cases of the test split, mean and standard deviation" in caplog.messages
+    assert "Metrics of 1 case of the test split" in caplog.messages
     assert "Test Dice, 1 volume" in caplog.messages
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert any("trained on the synthetic phantom" in message for message in warnings)

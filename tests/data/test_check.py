@@ -282,6 +282,13 @@ WARNINGS = {
         spoil_array("unlabeled0.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.diag([8.0, 2, 2, 1])),
         "`unlabeled`: 1 of 2 images have slices in another plane than those of .*labeled0.nii.gz; .*: .*unlabeled0",
     ),
+    "plane of the first": (
+        lambda f: [
+            f.write("labeled0.nii.gz", affine=np.diag([8.0, 2, 2, 1])),
+            f.write("labeled0_gt.nii.gz", label(), affine=np.diag([8.0, 2, 2, 1]), dtype=np.uint8),
+        ],
+        "`labeled`: 1 of 2 images have slices in another plane than those of .*labeled1.nii.gz; .*: .*labeled0",
+    ),
     "patient": (lambda f: f.datalist["test"][0].pop("patient"), "`test`: items have no `patient`"),
 }
 

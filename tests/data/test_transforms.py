@@ -41,7 +41,7 @@ def test_value_that_is_not_finite_is_an_error_naming_the_file(value):
 def test_image_of_other_channels_than_the_network_takes_is_an_error_naming_the_file():
     case = {"image": volume(2, 4, 5)}
     assert CheckDatad(num_channels=2)(case) is case
-    with pytest.raises(ValueError, match="`image` must have 1 channels but case.nii.gz has 2; set `in_channels`"):
+    with pytest.raises(ValueError, match="`image` must have 1 channel but case.nii.gz has 2; set `in_channels`"):
         CheckDatad(num_channels=1)(case)
 
 

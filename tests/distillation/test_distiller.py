@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from operator import itemgetter
 
 import pytest
 import torch
@@ -56,13 +55,16 @@ def test_no_loss_reaches_what_made_the_image(student, teacher):
     assert image.grad is None
 
 
-def test_terms_equal_hand_written_ones(student, teacher):
+@pytest.mark.parametrize("prompt_view", [0, 2])
+def test_terms_equal_hand_written_ones(student, teacher, prompt_view):
     batch = toy_batches(1)[0]
     image, label, logits = batch["image"], batch["label"], student(batch["image"])
-    result = distiller_of(teacher, distillation_loss=DistillationLoss(2.0))(image, logits, label, weight=0.5)
-    target = teacher(image, logits[:, 0])
+    distiller = distiller_of(teacher, distillation_loss=DistillationLoss(2.0), prompt_view=prompt_view)
+    distiller.gate.weight.fill_(0.25)
+    result = distiller(image, logits, label, weight=0.5)
+    target = teacher(image, logits[:, prompt_view])
     p, q = (target / 2).softmax(1), [(logits[:, v] / 2).softmax(1) for v in (1, 2)]
-    expected = 0.5 * sum(4 * (p * (p.log() - v.log())).sum(1).mean() for v in q)
+    expected = 0.25 * 0.5 * sum(4 * (p * (p.log() - v.log())).sum(1).mean() for v in q)
     torch.testing.assert_close(result.distillation_loss, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(result.sam_loss, dice_ce_loss(3)(target[:2], label), rtol=1e-10, atol=0)
     torch.testing.assert_close(result.teacher_logits, target, rtol=1e-12, atol=0)
@@ -138,6 +140,24 @@ def test_teacher_that_overflows_leaves_a_student_that_is_not_taught_alone(studen
     assert loss == 0 and all(torch.all(p.grad == 0) for p in student.parameters())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_row_where_the_teacher_has_broken_down_teaches_nothing(student, teacher, value):
+    batch = toy_batches(1)[0]
+    image, logits = batch["image"], student(batch["image"]).detach().requires_grad_()
+    target = teacher(image, logits[:, 0]).detach()
+    broken = target.clone()
+    broken[3, 1, 4, 4] = value  # one pixel is enough
+    teacher.forward = lambda image, prompt_logits: broken
+    loss = SAMDistiller(teacher.requires_grad_(False), gate="none", taught_views=(1, 2))(
+        image, logits
+    ).distillation_loss
+    loss.backward()
+    kl = DistillationLoss()
+    expected = sum(kl(logits[:3, view], target[:3]) for view in (1, 2)) * 3 / 4  # a mean over 4 rows, one of which is 0
+    torch.testing.assert_close(loss, expected)
+    assert logits.grad[3].abs().max() < 1e-15 and logits.grad[2].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("rows", [None, slice(1, 4, 2)])
 def test_unlabeled_rows_alone_are_taught(student, teacher, rows):
     batch = toy_batches(1, num_labeled=4 if rows else 2, num_unlabeled=0 if rows else 2)[0]
@@ -162,30 +182,6 @@ def test_without_unlabeled_rows_nothing_is_distilled_and_a_warning_says_so_once(
     assert len(caplog.messages) == 2 and "nothing is distilled: every row is labeled" in caplog.messages[0]
     assert "the gate 'agreement' was not measured" in caplog.messages[1]
     assert "Build the distiller with the gate none" in caplog.messages[1]
-
-
-@pytest.mark.parametrize("has_label", [True, False])
-def test_validation_gate_measures_training_rows_too_but_waits_for_a_validation(student, teacher, has_label, caplog):
-    batch = toy_batches(1)[0]  # 2 labeled rows, 2 unlabeled ones
-    distiller, asked = distiller_of(teacher, gate="validation"), []
-    teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(output)))
-    distiller.measure_agreement(student, batch["image"], batch["label"] if has_label else None)
-    rest = 2 if has_label else 4
-    assert asked == [rest, rest] + [2] * has_label  # agreement as they are and turned; the labels once
-    assert (distiller.gate.agreement_scores >= 0).all() and not caplog.messages
-    assert (distiller.gate.labeled_scores[0] > 0) == has_label
-    assert not distiller.gate.is_measured and distiller.gate.weight == 0
-
-
-def test_frozen_teacher_is_judged_on_unlabeled_rows_which_the_student_has_not_memorized(student, teacher):
-    batch, judged = toy_batches(1)[0], []  # 2 labeled rows, 2 unlabeled ones
-    teacher.register_forward_pre_hook(lambda module, arguments: judged.append(arguments[0]))
-    image, label = batch["image"], batch["label"]
-    SAMDistiller(teacher.requires_grad_(False)).measure_agreement(student, image, label)
-    assert [len(rows) for rows in judged] == [2, 2, 2] and torch.equal(judged[0], image[2:])  # the labels come last
-    judged.clear()
-    SAMDistiller(teacher).measure_agreement(student, image[:2], label)  # nothing else is left
-    assert torch.equal(judged[0], image[:2])
 
 
 class OneChannel(nn.Module):
@@ -214,15 +210,16 @@ def test_teacher_with_a_sigmoid_teaches_two_classes(learns, taught_rows):
 
 
 @pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("size, num_classes", [(2, 2), (1, 3)])
-def test_teacher_s_logits_of_another_shape_are_one_clear_error(learns, size, num_classes):
+@pytest.mark.parametrize("size, num_classes, overlapping", [(2, 2, False), (1, 3, False), (1, 2, True)])
+def test_teacher_s_logits_of_another_shape_are_one_clear_error(learns, size, num_classes, overlapping):
     batch = toy_batches(1, num_classes=2)[0]
     teacher = OneChannel(size)
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.1) if learns else None
-    distiller = SAMDistiller(teacher, optimizer, gate="none", taught_rows="unlabeled")
+    distiller = SAMDistiller(teacher, optimizer, gate="none", taught_rows="unlabeled", overlapping=overlapping)
     logits, expected = torch.randn(4, num_classes, 8, 8), r"must return logits of the shape of its prompt, \(\d, "
+    label = batch["label"].expand(-1, num_classes, -1, -1) if overlapping else batch["label"]
     with pytest.raises(ValueError, match=expected):
-        distiller(batch["image"], logits, batch["label"])
+        distiller(batch["image"], logits, label)
     with pytest.raises(ValueError, match=expected):
         distiller.ask_teacher(batch["image"], logits)
 
@@ -243,42 +240,6 @@ def test_what_is_no_module_is_no_teacher():
         SAMDistiller(lambda image, prompt: prompt)
     with pytest.raises(TypeError, match="`distiller` must be a SAMDistiller but is a ToyTeacher"):
         SAMDistillation(ToyTeacher())
-
-
-@pytest.mark.parametrize("gate", ["agreement", "validation"])
-@pytest.mark.parametrize(
-    "change,is_compared",
-    [
-        (lambda label: label.masked_fill(label == 2, 255), True),
-        (lambda label: label.masked_fill(label == 2, -1), True),
-        (lambda label: label + 7, True),  # no pixel is of a class
-        (lambda label: label[:, 0], False),
-        (lambda label: torch.cat([label] * 3, 1), False),
-    ],
-    ids=["255", "-1", "classes of another network", "no channel", "one-hot"],
-)
-def test_labels_that_a_frozen_teacher_does_not_need_never_stop_it(student, teacher, caplog, gate, change, is_compared):
-    batch = toy_batches(1)[0]
-    distiller = SAMDistiller(teacher.requires_grad_(False), gate=gate)
-    distiller.measure_agreement(student, batch["image"], change(batch["label"]))
-    warnings = [line for line in caplog.messages if "the gate compares nothing on the labeled rows" in line]
-    assert len(warnings) == (not is_compared) and distiller.gate.num_measured == 1
-
-
-@pytest.mark.parametrize("learns", [True, False])
-def test_teacher_at_its_students_level_teaches_only_if_it_learns(student, teacher, learns):
-    """A frozen teacher cannot rise with its student, but it can hold the student at its own level."""
-
-    class Repeats(type(teacher)):
-        def forward(self, image, prompt_logits):
-            return prompt_logits + 0 * super().forward(image, prompt_logits)
-
-    teacher = Repeats().double()
-    image = toy_batches(1)[0]["image"]
-    distiller = distiller_of(teacher, gate="agreement") if learns else SAMDistiller(teacher, gate="agreement")
-    distiller.measure_agreement(student, image)
-    assert distiller.gate.agreement_scores[0] == distiller.gate.agreement_scores[1] > 0
-    assert distiller.gate.weight == learns
 
 
 def test_rows_whose_labels_have_holes_are_taught_and_judge_the_teacher(student, teacher):
@@ -371,8 +332,9 @@ def test_sigmoid_student_of_one_channel_learns(teacher):
 
 
 def test_teacher_stays_in_eval_mode(teacher):
-    distiller = distiller_of(teacher)
-    assert distiller.training and not teacher.training
+    distiller = SAMDistiller(teacher.train())
+    assert not teacher.training
+    assert distiller.train().training and not teacher.training
 
 
 def test_output_of_several_heads_is_one_clear_error(student, teacher):
@@ -428,20 +390,24 @@ def test_state_of_the_optimizer_moves_with_the_teacher(capturable):
     assert distiller.gate.weight.is_meta and optimizer.param_groups is groups  # schedulers hold them
 
 
-def test_distillation_loss_of_one_s_own_gets_float32_outside_of_autocast(student, teacher):
+def test_losses_of_one_s_own_get_float32_outside_of_autocast(student, teacher):
     seen = []
 
     def loss(student_logits, teacher_logits):
         seen.append((student_logits.dtype, teacher_logits.dtype, torch.is_autocast_enabled("cpu")))
         return F.mse_loss(student_logits, teacher_logits)
 
+    def sam_loss(logits, label):
+        seen.append((logits.dtype, torch.float32, torch.is_autocast_enabled("cpu")))
+        return logits.mean()
+
     batch = toy_batches(1)[0]
-    distiller = distiller_of(teacher.float(), gate="none", distillation_loss=loss)
+    distiller = distiller_of(teacher.float(), gate="none", distillation_loss=loss, sam_loss=sam_loss)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = student.float()(batch["image"].float())
         assert logits.dtype == torch.bfloat16
         distiller(batch["image"].float(), logits, batch["label"])
-    assert set(seen) == {(torch.float32, torch.float32, False)}
+    assert set(seen) == {(torch.float32, torch.float32, False)} and len(seen) == 3
 
 
 def test_frozen_teacher_without_labels_takes_a_smaller_last_batch(student):
@@ -726,71 +692,6 @@ def test_teacher_that_never_steps_is_warned_of_once(student, teacher, monkeypatc
     assert all(remedy in line for remedy, line in zip(remedies[forgotten], warnings))
 
 
-def test_agreement_is_measured_in_eval_mode_and_under_the_teachers_autocast(student, teacher):
-    image = toy_batches(1)[0]["image"].float()
-    seen = []
-    student.float().train().register_forward_hook(lambda m, args, out: seen.append(m.training))
-    teacher.float().register_forward_hook(lambda m, args, out: seen.append(out.dtype))
-    SAMDistiller(teacher, gate="agreement", autocast_dtype=torch.bfloat16).measure_agreement(student, image)
-    assert seen == [False, False, torch.bfloat16, torch.bfloat16] and student.training
-
-
-def unpacked(output):
-    logits, _ = output
-    return logits
-
-
-@pytest.mark.parametrize(
-    "output, logits_of",
-    [
-        (lambda logits: ("features", logits), itemgetter(1)),
-        (lambda logits: torch.cat([logits, logits], 1), lambda output: output[:, :3]),
-        # the logits alone, in eval mode
-        (lambda logits: logits, itemgetter(0)),
-        (lambda logits: logits, itemgetter("logits")),
-        (lambda logits: logits, lambda output: output[:, 0]),
-        (lambda logits: logits, lambda output: output.logits),
-        (lambda logits: logits, lambda output: list(output.values())[0]),
-        (lambda logits: logits, unpacked),
-    ],
-)
-def test_agreement_of_a_student_with_several_outputs_is_that_of_its_logits(teacher, output, logits_of):
-    student = nn.Conv2d(1, 3, 3, padding=1).double()
-
-    class Several(nn.Module):
-        def forward(self, x):
-            return output(student(x))
-
-    image = toy_batches(1)[0]["image"]
-    distillers = SAMDistiller(teacher), SAMDistiller(teacher)
-    distillers[0].measure_agreement(student, image)
-    distillers[1].measure_agreement(Several(), image, logits_of=logits_of)
-    torch.testing.assert_close(*(distiller.gate.agreement_scores for distiller in distillers))
-    assert distillers[0].gate.num_measured == 1
-
-
-def test_gate_of_a_student_that_takes_more_than_an_image_is_one_clear_error(student, teacher):
-    class WithSpacing(nn.Module):
-        def forward(self, x, spacing):
-            return student(x)
-
-    image = toy_batches(1)[0]["image"]
-    with pytest.raises(
-        TypeError, match="images alone, which fails: .*'spacing'. Build the distiller with `gate='none'`"
-    ):
-        SAMDistiller(teacher).measure_agreement(WithSpacing(), image)
-    SAMDistiller(teacher, gate="none").measure_agreement(WithSpacing(), image)
-
-
-def test_without_a_gate_nothing_is_measured(student, teacher):
-    def never(*_):
-        raise AssertionError("no work whose result nobody uses")
-
-    student.register_forward_hook(never)
-    teacher.register_forward_hook(never)
-    SAMDistiller(teacher, gate="none").measure_agreement(student, toy_batches(1)[0]["image"])
-
-
 def test_no_labeled_rows_are_no_label(student, teacher):
     batch = toy_batches(1)[0]
     logits = student(batch["image"])
@@ -875,25 +776,6 @@ def test_regions_do_not_draw_slices_by_the_entropy_of_a_softmax(teacher):
     slices = SliceTeacher(teacher, slices=2, sampling="entropy")
     with pytest.raises(ValueError, match="`sampling` 'uniform' for overlapping regions but has 'entropy'"):
         distiller_of(slices, overlapping=True)
-
-
-def test_probabilities_of_a_sigmoid_student_in_eval_mode_are_no_logits(teacher):
-    """As of a network that applies its sigmoid in eval mode only."""
-
-    class InEvalMode(ToyStudent):
-        def forward(self, x):
-            logits = 4 * super().forward(x)
-            return logits if self.training else logits.sigmoid()
-
-    batch, scores = toy_batches(1, num_classes=2)[0], []
-    for kind in (ToyStudent, InEvalMode):
-        torch.manual_seed(0)
-        student, distiller = kind(1).double(), distiller_of(ToyTeacher(1).double(), gate="agreement")
-        distiller(batch["image"], student(batch["image"]), batch["label"])
-        distiller.measure_agreement(student, batch["image"], batch["label"])
-        scores.append(distiller.gate.agreement_scores[0])
-    assert 0 < scores[0] < 1
-    torch.testing.assert_close(*scores, rtol=0, atol=0)
 
 
 def test_torchs_cross_entropy_teaches_sam(teacher, student):

@@ -400,7 +400,7 @@ def with_labels(path):
 
 BROKEN = {
     "b": (cut, "must be a readable image"),
-    "c": (with_two_channels, "must have 1 channels"),
+    "c": (with_two_channels, "must have 1 channel"),
     "d": (with_nan, "has 3072 NaN"),
     "e": (with_nan_in_the_affine, "must be finite and invertible"),
     "f": (without_voxels, "it is empty or damaged"),
