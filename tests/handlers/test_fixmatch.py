@@ -103,12 +103,11 @@ def test_batch_without_strong_images_is_one_clear_error_at_the_first_step(start)
         trainer.run()
 
 
-def test_strong_images_of_another_geometry_are_one_clear_error():
+@pytest.mark.parametrize(("part", "shape"), [((..., slice(4)), "2, 1, 8, 4"), (slice(3), "3, 1, 8, 8")])
+def test_strong_images_of_another_geometry_or_of_other_rows_are_one_clear_error(part, shape):
     student, batches, _ = toy_host(2, (8, 8))
-    batches[0]["image_strong"] = batches[0]["image_strong"][..., :4]
-    with pytest.raises(
-        ValueError, match=r"have the shape \(2, 1, 8, 8\) of the unlabeled images but has \(2, 1, 8, 4\)"
-    ):
+    batches[0]["image_strong"] = batches[0]["image_strong"][part]
+    with pytest.raises(ValueError, match=rf"have the shape \(2, 1, 8, 8\) of the unlabeled images but has \({shape}\)"):
         toy_trainer(student, batches, no_loss, [FixMatch()]).run()
 
 
