@@ -67,6 +67,21 @@ def test_fewer_classes_than_the_label_has_is_an_error():
         CheckDatad(num_classes=1)
 
 
+def test_masks_of_0_and_255_are_read_as_two_classes_with_one_warning(caplog):
+    check = CheckDatad(num_classes=2)
+    for _ in range(2):
+        case = check({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 255.0))})
+        assert torch.equal(case["label"].as_tensor(), label(1, 4, 5, values=(0.0, 1.0)).as_tensor())
+    assert ["has the values 0 and 255, which are read as 0 and 1" in message for message in caplog.messages] == [True]
+
+
+def test_label_values_within_a_thousandth_of_a_class_are_rounded():
+    case = CheckDatad()({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0005, 0.9995))})
+    assert torch.equal(case["label"].as_tensor(), label(1, 4, 5, values=(0.0, 1.0)).as_tensor())
+    with pytest.raises(ValueError, match="has 0.002;"):
+        CheckDatad()({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 0.002))})
+
+
 def test_label_in_another_place_is_warned_about(caplog):
     case = {"image": volume(1, 4, 5, affine=torch.eye(4)), "label": label(1, 4, 5)}
     with caplog.at_level(logging.WARNING):
@@ -127,6 +142,13 @@ def test_the_channels_of_a_color_file_are_scaled_together(tmp_path):
     case = LoadCased("image", ensure_channel_first=True)({"image": tmp_path / "a.png"})
     expected = torch.tensor(pixels[0].T / 240, dtype=torch.float32)
     torch.testing.assert_close(ScaleVolumed()(case)["image"][..., 0].as_tensor(), expected)
+
+
+def test_values_beyond_a_window_are_clipped():
+    image = torch.tensor([-5.0, 0.0, 2.0, 10.0, 20.0]).view(1, 1, 5)
+    assert ScaleVolumed(window=(0, 10))({"image": image})["image"].flatten().tolist() == pytest.approx(
+        [0, 0, 0.2, 1, 1]
+    )
 
 
 def test_slice_file_keeps_the_brightness_of_its_volume():

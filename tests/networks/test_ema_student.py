@@ -126,7 +126,8 @@ def test_average_begins_with_the_student_as_it_is_at_the_start():
     with torch.no_grad():
         network.first.weight.fill_(3.0)  # weights loaded after the configuration was built
     ema_student.follow()
-    assert (ema_student.network.first.weight == 3).all()
+    assert (ema_student.network.first.weight == 3).all() and network.training
+    assert not any(module.training for module in ema_student.network.modules())
 
 
 def test_checkpoint_goes_on_as_if_there_had_been_no_break(tmp_path):
@@ -165,6 +166,15 @@ def test_mode_train_takes_the_statistics_of_the_batch():
     expected = copy.deepcopy(ema_student.network).train()(image)
     assert torch.equal(ema_student.logits(image, "train"), expected)
     assert torch.equal(ema_student.logits(image, "dropout"), ema_student.logits(image))
+
+
+@pytest.mark.parametrize("mode", ["eval", "dropout", "train"])
+def test_no_mode_leaves_a_trace_in_the_average(mode):
+    _, _, ema_student = build()
+    before = copy.deepcopy(ema_student.network.state_dict())
+    ema_student.logits(toy_batches(1)[0]["image"], mode)
+    assert all(torch.equal(before[name], value) for name, value in ema_student.network.state_dict().items())
+    assert not any(module.training for module in ema_student.network.modules())
 
 
 @pytest.mark.parametrize("mode", ["eval", "dropout", "train"])

@@ -57,6 +57,14 @@ def test_same_image_twice_in_a_batch_is_encoded_once(folder):
     assert torch.equal(out[0], out[1]) and encoder.num_images == 1
 
 
+def test_as_many_known_images_are_encoded_again_as_are_asked_for(folder):
+    encoder, cache = build(folder=folder)
+    cache(images(), encoder)
+    cache.num_repeats = 2
+    assert torch.equal(cache(images(), encoder), encoder.proj(images())) and encoder.num_images == 3 + 2
+    assert (cache.num_repeats, cache.num_lookups, cache.num_encoded) == (0, 6, 5)
+
+
 def test_each_orientation_is_encoded_by_itself(folder):
     encoder, cache = build(folder=folder)
     x = images(1)
