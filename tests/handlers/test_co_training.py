@@ -64,6 +64,14 @@ def test_plain_network_is_one_clear_error():
         trainer.run()
 
 
+def test_heads_of_deep_supervision_are_no_views():
+    student = ToyStudent().double()
+    student.deep_supervision = True  # as in MONAI's DynUNet
+    trainer = toy_trainer(student, toy_batches(1), no_loss, [MultiViewCoTraining()])
+    with pytest.raises(ValueError, match="ToyStudent stacks heads of its deep supervision; leave co-training out"):
+        trainer.run()
+
+
 # --- Cross Pseudo Supervision -----------------------------------------------------------------------------------------
 
 
