@@ -140,6 +140,12 @@ def test_cached_encoder_is_an_error(sam_teacher):
         SliceTeacher(sam_teacher)
 
 
+@pytest.mark.parametrize(("axis", "size"), [(0, 6), (1, 5), (2, 4)])
+def test_as_many_slices_as_the_axis_has_are_all_of_them(sam_teacher, axis, size):
+    slices = SliceTeacher(sam_teacher, axes=axis, slices=size).draw_slices(toy_volumes()[1], iteration=1)
+    assert slices.index.tolist() == [list(range(size))] * 2
+
+
 def test_more_slices_than_the_volume_has_are_an_error(sam_teacher):
     with pytest.raises(ValueError, match="`slices` must be at most 4, the slices of the volume along axis 2, but is 5"):
         SliceTeacher(sam_teacher, slices=5).draw_slices(toy_volumes()[1], iteration=1)
