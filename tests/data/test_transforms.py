@@ -75,6 +75,11 @@ def test_masks_of_0_and_255_are_read_as_two_classes_with_one_warning(caplog):
     assert ["has the values 0 and 255, which are read as 0 and 1" in message for message in caplog.messages] == [True]
 
 
+def test_255_beside_other_classes_is_no_mask():
+    with pytest.raises(ValueError, match="integers 0 to 1 as values but case_gt.nii.gz has 255;"):
+        CheckDatad(num_classes=2)({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 1.0, 255.0))})
+
+
 def test_label_values_within_a_thousandth_of_a_class_are_rounded():
     case = CheckDatad()({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0005, 0.9995))})
     assert torch.equal(case["label"].as_tensor(), label(1, 4, 5, values=(0.0, 1.0)).as_tensor())
@@ -118,6 +123,11 @@ def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(
     assert not placed.applied_operations and "and is reoriented to the image" in caplog.text
 
 
+def test_line_is_no_image():
+    with pytest.raises(ValueError, match="`image` must have 2 or 3 spatial axes but case.nii.gz has 1"):
+        CheckDatad()({"image": volume(1, 4)})
+
+
 def test_slice_for_a_network_of_volumes_is_refused_by_name():
     with pytest.raises(ValueError, match="`image` must have 3 spatial axes but case.nii.gz has 2"):
         CheckDatad(num_axes=3)({"image": volume(1, 4, 5)})
@@ -156,11 +166,17 @@ def test_slice_file_keeps_the_brightness_of_its_volume():
     assert torch.equal(ScaleVolumed()({"image": image, "slice": 3})["image"], image)
 
 
-def test_slice_file_that_was_not_scaled_with_its_volume_is_an_error_naming_it():
+@pytest.mark.parametrize(("factor", "found"), [(1, "0 to 19"), (-0.05, "-0.95 to -?0")])
+def test_slice_file_that_was_not_scaled_with_its_volume_is_an_error_naming_it(factor, found):
     with pytest.raises(
-        ValueError, match="`image` of an item with a slice number must be in 0..1.* but case.nii.gz goes from 0 to 19"
+        ValueError, match=f"`image` of an item with a slice number must be in 0..1.* but case.nii.gz goes from {found}"
     ):
-        ScaleVolumed()({"image": volume(1, 4, 5), "slice": 3})
+        ScaleVolumed()({"image": factor * volume(1, 4, 5), "slice": 3})
+
+
+def test_window_for_a_slice_file_is_an_error_naming_it():
+    with pytest.raises(ValueError, match=r"`intensity_window` must be None for .* is \[0, 1\] and case.nii.gz has a"):
+        ScaleVolumed(window=(0, 1))({"image": volume(1, 4, 5) / 100, "slice": 3})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -87,6 +87,8 @@ def test_iteration_decides_the_draw_and_a_loop_without_one_counts_draws(sam_teac
     other = SliceTeacher(sam_teacher, slices=4, sampling=sampling, seed=7)
     assert all(torch.equal(other.draw_slices(prompt_logits, t).index, drawn[t - 1]) for t in (3, 1, 2))
     assert not torch.equal(drawn[0], drawn[1])
+    another = SliceTeacher(sam_teacher, slices=4, sampling=sampling, seed=8)
+    assert not torch.equal(drawn[0], another.draw_slices(prompt_logits, 1).index)
 
 
 def test_each_step_draws_one_of_several_axes_and_the_seed_decides_which(sam_teacher):
