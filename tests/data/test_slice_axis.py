@@ -32,6 +32,12 @@ def volume(shape=(6, 5, 4), spacing=(1.5, 1.5, 8.0), codes="LPS"):
         ((1.0, 1.0, 1.0), (9, 9, 4), None),
         ((1.0, 1.0, 1.0), (109, 6, 122), 1),  # of a file that has lost its spacing
         ((1.0, 1.2, 1.4), (9, 9, 9), None),
+        ((0.8, 1.0, 1.5), (9, 9, 9), 2),  # 1.5 times the second largest
+        ((1.0, 1.4, 1.6), (9, 9, 9), None),
+        ((1.0, 1.05, 1.3), (9, 9, 9), None),  # 1.0 and 1.05 are not equal
+        ((1.0, 1.0, 1.0), (9, 3, 10), 1),  # a third of the second shortest
+        ((1.0, 1.0, 1.0), (9, 4, 30), None),
+        ((1.0, 1.0, 8.0), (1, 1, 9), 2),
     ],
 )
 def test_slice_axis_is_the_thick_one_or_the_one_that_differs(spacing, shape, axis):

@@ -94,12 +94,18 @@ def test_label_in_another_place_is_warned_about(caplog):
     assert "case.nii.gz: its label has another spacing, orientation or position, and" in caplog.text
 
 
-def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing():
+def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing(caplog):
     image = volume(1, 4, 5, 3)
     turned = MetaTensor(label(1, 4, 5, 3).as_tensor(), affine=torch.eye(4))
     placed = CheckDatad()({"image": image, "label": turned})["label"]
     assert torch.equal(placed.affine, image.affine) and torch.equal(turned.affine, torch.eye(4).double())
     torch.testing.assert_close(placed.as_tensor(), turned.as_tensor())
+    assert placed.affine.data_ptr() != image.affine.data_ptr() and "are assumed to be aligned" in caplog.text
+
+
+def test_label_of_an_image_without_geometry_keeps_its_own():
+    case = {"image": torch.zeros(1, 4, 5), "label": label(1, 4, 5)}
+    assert CheckDatad()(case) is case
 
 
 @pytest.mark.parametrize("geometry", ["rounded", "unknown"])

@@ -56,6 +56,12 @@ def test_transforms_that_need_a_label_are_left_out_and_named(caplog):
     assert set(transform(ITEM)) == {"image"}
 
 
+def test_choice_between_transforms_passes_over_the_missing_label():
+    transform = without_label(labeled(OneOf([RandFlipd(BOTH, prob=1), RandFlipd(BOTH, prob=1)])), ITEM)
+    assert names(transform) == ["OneOf"]
+    assert torch.equal(transform(ITEM)["image"].as_tensor(), ITEM["image"].flip(1, 2))
+
+
 @pytest.mark.parametrize("key", ["label", "label4crop"])
 def test_crop_around_a_label_becomes_a_random_crop_of_its_size_padded_where_the_image_is_smaller(key, caplog):
     """In the Model Zoo's DiNTS bundles it is around a copy of the label, which they dilate, pad and forget."""
@@ -155,5 +161,6 @@ def test_parts_of_an_image_may_have_keys_of_their_own(tmp_path):
     assert torch.equal(unlabeled[0]["image"].mean((1, 2)), torch.tensor([0.0, 1.0]))
     (tmp_path / "list.json").write_text(json.dumps([{"artery": "a.nii", "vein": "b.nii"}]))
     assert unlabeled_items(f"{tmp_path}/list.json") == [{"artery": f"{tmp_path}/a.nii", "vein": f"{tmp_path}/b.nii"}]
+    assert unlabeled_items([{"artery": "a.nii", "label": "seg.nii"}]) == [{"artery": "a.nii"}]
     with pytest.raises(ValueError, match=r"must have `image`, or keys .* but the first has \['img'\]"):
         unlabeled_dataset(dataset, [{"img": ITEM["image"]}])
