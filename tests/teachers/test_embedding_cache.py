@@ -179,7 +179,7 @@ SPOILS = {
     "tail": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "head": lambda path: path.write_bytes(path.read_bytes()[:9]),
     "empty": lambda path: path.write_bytes(b""),
-    "another array": lambda path: np.save(path, np.zeros(3)),
+    "another array": lambda path: np.save(path, np.zeros(1)),
     "value": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     "another image": of_another_image,
 }
