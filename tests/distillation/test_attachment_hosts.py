@@ -267,7 +267,8 @@ def test_parameters_of_sam_that_share_a_gradient_are_unscaled_once():
         teacher = Biased()
         teacher.load_state_dict(build(dtype=torch.float32)[2].teacher.state_dict(), strict=False)
         distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none")
-        batch = next(distiller.attach(student, optimizer, scaler=scaler).watch(batches))
+        skd = distiller.attach(student, optimizer, scaler=scaler)
+        batch = next(skd.watch(batches))
         loss = loss_of(student(batch["image"]), batch)
         if scaler is None:
             loss.backward()
