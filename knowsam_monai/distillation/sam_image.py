@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from monai.transforms import Compose, Randomizable, RandSimulateLowResolution, RandSimulateLowResolutiond
 from monai.transforms.traits import LazyTrait
+from torch.utils.data import Dataset
 
 from knowsam_monai.data.orientation import SAM_IMAGE, RandOrientationd
 from knowsam_monai.errors import KnowSAMValueError
@@ -59,7 +60,7 @@ def check_orientations(loader: Any, label_key: str = "label") -> None:
 
     Args:
         loader: a `SemiSupervisedLoader`, or a loader with a `dataset`; transforms are read from `dataset.transform`,
-            also inside a `Subset` or `ConcatDataset`.
+            also inside a `Subset`, a `ConcatDataset` or another `Dataset`.
         label_key: key of the label.
 
     Raises:
@@ -122,6 +123,8 @@ def _pipelines(loader: Any, outer: list[Any] | None = None) -> Iterator[list[Any
     transforms = outer if transform is None else [*_leaves(transform), *(outer or [])]
     inside = getattr(loader, "datasets", None) or (getattr(loader, "dataset", None),)
     inside = [dataset for dataset in inside if dataset is not None]
+    if isinstance(getattr(loader, "data", None), Dataset):  # MONAI's Dataset around another one
+        inside.append(loader.data)
     for dataset in inside:
         yield from _pipelines(dataset, transforms)
     if transforms is not None and not inside:

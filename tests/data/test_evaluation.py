@@ -22,11 +22,38 @@ def test_a_folder_gives_its_images_sorted(tmp_path):
     assert inference_items(tmp_path) == [{"image": str(tmp_path / n)} for n in ("a.nii", "b.nii.gz")]
 
 
+def test_a_folder_named_as_an_image_is_left_to_the_reader(tmp_path):
+    (touch(tmp_path, "a.nii") / "b.nii").mkdir()
+    (tmp_path / "c.nii_old").mkdir()
+    assert [Path(item["image"]).name for item in inference_items(tmp_path)] == ["a.nii", "b.nii"]
+
+
+@pytest.mark.parametrize("output", ["", "../scans"])
+def test_segmentations_may_not_go_where_the_images_are(tmp_path, output):
+    folder = touch(tmp_path / "scans", "a.nii")
+    with pytest.raises(ValueError, match="`output_dir` must not be the folder of the images but is"):
+        inference_items(folder, output_dir=folder / output)
+
+
 def test_a_pattern_reaches_into_folders(tmp_path):
     touch(tmp_path, "p1/p1_frame01.nii.gz", "p1/p1_frame01_gt.nii.gz", "p1/p1_4d.nii.gz")
     found = inference_items(tmp_path, "*/*frame[0-9][0-9].nii.gz")
     assert found == [{"image": str(tmp_path / "p1" / "p1_frame01.nii.gz")}]
     assert len(inference_items(tmp_path, "**/*.nii.gz")) == 2
+
+
+@pytest.mark.parametrize("pattern", ["../*.nii", "a/../../*.nii", "/data/*.nii"])
+def test_a_pattern_does_not_leave_the_folder(tmp_path, pattern):
+    with pytest.raises(ValueError, match="`image_pattern` must be relative to the folder of the images but is"):
+        inference_items(touch(tmp_path, "a.nii"), pattern)
+
+
+def test_common_folder_of_the_images(tmp_path, monkeypatch):
+    touch(tmp_path, "a.nii")
+    monkeypatch.chdir(tmp_path)
+    assert images_root("list.json", [{"image": "a.nii"}]) == str(tmp_path)
+    assert images_root(tmp_path, []) == str(tmp_path)
+    assert images_root(tmp_path / "a.nii", []) == images_root(None, []) == ""
 
 
 def test_brackets_in_the_folder_s_name_are_no_pattern(tmp_path):
@@ -109,6 +136,21 @@ def test_label_maps_are_no_images_and_images_in_the_output_folder_are_left_out(t
         inference_items(tmp_path / "earlier")
 
 
+def test_image_beside_a_label_map_of_its_name_has_its_output_to_itself(tmp_path):
+    segmentation = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
+    segmentation.header.set_intent("label")
+    nibabel.save(segmentation, touch(tmp_path, "a.nii") / "a.nii.gz")
+    assert set(left_out(inference_items(tmp_path))) == {"a.nii.gz"}
+
+
+def test_images_in_a_link_to_the_output_folder_are_left_out(tmp_path):
+    touch(tmp_path, "a.nii", "out/b.nii")
+    (tmp_path / "linked").symlink_to(tmp_path / "out")
+    items = inference_items(tmp_path, "**/*.nii", output_dir=tmp_path / "out")
+    assert [item["image"] for item in items if "left_out" not in item] == [str(tmp_path / "a.nii")]
+    assert len(items) == 3
+
+
 def test_files_named_as_the_label_of_a_scan_are_left_out(tmp_path, caplog):
     scans = [
         "a.nii",
@@ -118,12 +160,13 @@ def test_files_named_as_the_label_of_a_scan_are_left_out(tmp_path, caplog):
         "d1.nii",
         "d_gt.nii",
         "e_frame01.nii.gz",
+        "f_CT.nii",
         "gt.nii",
     ]
-    labels = ["a_seg.nii", "b_label.nii", "d1_GT.nii", "e_frame01_gt.nii.gz"]
+    labels = ["a_seg.nii", "b_label.nii", "d1_GT.nii", "e_frame01_gt.nii.gz", "f_seg.nii"]
     items = inference_items(touch(tmp_path, *scans, *labels), "*.nii*")
     assert items == [{"image": str(tmp_path / name)} for name in scans]
-    assert "Files that are named as labels of others are not segmented (4, such as" in caplog.text
+    assert "Files that are named as labels of others are not segmented (5, such as" in caplog.text
     assert len(inference_items(tmp_path, "*_gt.nii*")) == 2  # selected by the user
 
 

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 
 from knowsam_monai.data import TurnSlicesd
-from knowsam_monai.data.slice_axis import find_slice_axis
+from knowsam_monai.data.slice_axis import find_slice_axis, slice_axis
 from knowsam_monai.data.transforms import AXES
 
 
@@ -32,6 +32,12 @@ def volume(shape=(6, 5, 4), spacing=(1.5, 1.5, 8.0), codes="LPS"):
         ((1.0, 1.0, 1.0), (9, 9, 4), None),
         ((1.0, 1.0, 1.0), (109, 6, 122), 1),  # of a file that has lost its spacing
         ((1.0, 1.2, 1.4), (9, 9, 9), None),
+        ((0.8, 1.0, 1.5), (9, 9, 9), 2),  # 1.5 times the second largest
+        ((1.0, 1.4, 1.6), (9, 9, 9), None),
+        ((1.0, 1.05, 1.3), (9, 9, 9), None),  # 1.0 and 1.05 are not equal
+        ((1.0, 1.0, 1.0), (9, 3, 10), 1),  # a third of the second shortest
+        ((1.0, 1.0, 1.0), (9, 4, 30), None),
+        ((1.0, 1.0, 8.0), (1, 1, 9), 2),
     ],
 )
 def test_slice_axis_is_the_thick_one_or_the_one_that_differs(spacing, shape, axis):
@@ -70,6 +76,18 @@ def test_label_of_unknown_geometry_is_turned_with_its_image():
     label = MetaTensor(torch.as_tensor(volume(codes="PSR")), affine=torch.eye(4), meta={"spacing_known": False})
     turned = TurnSlicesd()({"image": volume(codes="PSR"), "label": label})
     assert torch.equal(torch.as_tensor(turned["label"]), torch.as_tensor(turned["image"]))
+    assert torch.equal(turned["label"].affine, turned["image"].affine)
+    assert torch.equal(label.affine, torch.eye(4).double())  # the case itself stays as it is
+
+
+@pytest.mark.parametrize("codes", ["LPS", "LPI"])
+def test_slices_keep_their_order(codes):
+    stored = volume(codes=codes)
+    assert torch.equal(TurnSlicesd("image")({"image": stored})["image"].as_tensor(), stored.as_tensor())
+
+
+def test_slices_of_a_file_of_unknown_geometry_are_along_its_last_axis():
+    assert slice_axis(torch.rand(1, 3, 5, 4)) == 2
 
 
 def test_slices_and_files_of_unknown_geometry_pass_unchanged():

@@ -67,6 +67,26 @@ def test_fewer_classes_than_the_label_has_is_an_error():
         CheckDatad(num_classes=1)
 
 
+def test_masks_of_0_and_255_are_read_as_two_classes_with_one_warning(caplog):
+    check = CheckDatad(num_classes=2)
+    for _ in range(2):
+        case = check({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 255.0))})
+        assert torch.equal(case["label"].as_tensor(), label(1, 4, 5, values=(0.0, 1.0)).as_tensor())
+    assert ["has the values 0 and 255, which are read as 0 and 1" in message for message in caplog.messages] == [True]
+
+
+def test_255_beside_other_classes_is_no_mask():
+    with pytest.raises(ValueError, match="integers 0 to 1 as values but case_gt.nii.gz has 255;"):
+        CheckDatad(num_classes=2)({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 1.0, 255.0))})
+
+
+def test_label_values_within_a_thousandth_of_a_class_are_rounded():
+    case = CheckDatad()({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0005, 0.9995))})
+    assert torch.equal(case["label"].as_tensor(), label(1, 4, 5, values=(0.0, 1.0)).as_tensor())
+    with pytest.raises(ValueError, match="has 0.002;"):
+        CheckDatad()({"image": volume(1, 4, 5), "label": label(1, 4, 5, values=(0.0, 0.002))})
+
+
 def test_label_in_another_place_is_warned_about(caplog):
     case = {"image": volume(1, 4, 5, affine=torch.eye(4)), "label": label(1, 4, 5)}
     with caplog.at_level(logging.WARNING):
@@ -74,12 +94,18 @@ def test_label_in_another_place_is_warned_about(caplog):
     assert "case.nii.gz: its label has another spacing, orientation or position, and" in caplog.text
 
 
-def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing():
+def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing(caplog):
     image = volume(1, 4, 5, 3)
     turned = MetaTensor(label(1, 4, 5, 3).as_tensor(), affine=torch.eye(4))
     placed = CheckDatad()({"image": image, "label": turned})["label"]
     assert torch.equal(placed.affine, image.affine) and torch.equal(turned.affine, torch.eye(4).double())
     torch.testing.assert_close(placed.as_tensor(), turned.as_tensor())
+    assert placed.affine.data_ptr() != image.affine.data_ptr() and "are assumed to be aligned" in caplog.text
+
+
+def test_label_of_an_image_without_geometry_keeps_its_own():
+    case = {"image": torch.zeros(1, 4, 5), "label": label(1, 4, 5)}
+    assert CheckDatad()(case) is case
 
 
 @pytest.mark.parametrize("geometry", ["rounded", "unknown"])
@@ -101,6 +127,11 @@ def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(
     placed = CheckDatad()({"image": image, "label": stored})["label"]
     assert torch.equal(placed.as_tensor(), right.as_tensor()) and torch.equal(placed.affine, image.affine)
     assert not placed.applied_operations and "and is reoriented to the image" in caplog.text
+
+
+def test_line_is_no_image():
+    with pytest.raises(ValueError, match="`image` must have 2 or 3 spatial axes but case.nii.gz has 1"):
+        CheckDatad()({"image": volume(1, 4)})
 
 
 def test_slice_for_a_network_of_volumes_is_refused_by_name():
@@ -129,16 +160,29 @@ def test_the_channels_of_a_color_file_are_scaled_together(tmp_path):
     torch.testing.assert_close(ScaleVolumed()(case)["image"][..., 0].as_tensor(), expected)
 
 
+def test_values_beyond_a_window_are_clipped():
+    image = torch.tensor([-5.0, 0.0, 2.0, 10.0, 20.0]).view(1, 1, 5)
+    assert ScaleVolumed(window=(0, 10))({"image": image})["image"].flatten().tolist() == pytest.approx(
+        [0, 0, 0.2, 1, 1]
+    )
+
+
 def test_slice_file_keeps_the_brightness_of_its_volume():
     image = volume(1, 4, 5) / 100
     assert torch.equal(ScaleVolumed()({"image": image, "slice": 3})["image"], image)
 
 
-def test_slice_file_that_was_not_scaled_with_its_volume_is_an_error_naming_it():
+@pytest.mark.parametrize(("factor", "found"), [(1, "0 to 19"), (-0.05, "-0.95 to -?0")])
+def test_slice_file_that_was_not_scaled_with_its_volume_is_an_error_naming_it(factor, found):
     with pytest.raises(
-        ValueError, match="`image` of an item with a slice number must be in 0..1.* but case.nii.gz goes from 0 to 19"
+        ValueError, match=f"`image` of an item with a slice number must be in 0..1.* but case.nii.gz goes from {found}"
     ):
-        ScaleVolumed()({"image": volume(1, 4, 5), "slice": 3})
+        ScaleVolumed()({"image": factor * volume(1, 4, 5), "slice": 3})
+
+
+def test_window_for_a_slice_file_is_an_error_naming_it():
+    with pytest.raises(ValueError, match=r"`intensity_window` must be None for .* is \[0, 1\] and case.nii.gz has a"):
+        ScaleVolumed(window=(0, 1))({"image": volume(1, 4, 5) / 100, "slice": 3})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -18,10 +18,11 @@ from monai.transforms import (
     RandSpatialCropd,
     ScaleIntensityd,
     SpatialPadd,
+    Zoomd,
 )
 
 from knowsam_monai.data import unlabeled_dataset, unlabeled_items
-from knowsam_monai.data.unlabeled_stream import without_label
+from knowsam_monai.data.unlabeled_stream import smooths_labels, without_label
 
 BOTH = ["image", "label"]
 ITEM = {"image": torch.rand(1, 12, 10)}
@@ -53,6 +54,12 @@ def test_transforms_that_need_a_label_are_left_out_and_named(caplog):
     assert names(transform) == ["ScaleIntensityd", "RandFlipd", "Lambdad"]
     assert caplog.messages[-1].endswith("need a label: CropForegroundd, LabelToMaskd, OneOf, function.")
     assert set(transform(ITEM)) == {"image"}
+
+
+def test_choice_between_transforms_passes_over_the_missing_label():
+    transform = without_label(labeled(OneOf([RandFlipd(BOTH, prob=1), RandFlipd(BOTH, prob=1)])), ITEM)
+    assert names(transform) == ["OneOf"]
+    assert torch.equal(transform(ITEM)["image"].as_tensor(), ITEM["image"].flip(1, 2))
 
 
 @pytest.mark.parametrize("key", ["label", "label4crop"])
@@ -95,6 +102,47 @@ def test_json_list_is_relative_to_its_folder(tmp_path):
     assert unlabeled_items(str(path)) == expected
 
 
+def test_pattern_gives_its_files_sorted_in_any_depth(tmp_path):
+    for name in ("b.nii", "c/d/a.nii", "a.nii", "a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert unlabeled_items(f"{tmp_path}/*.nii") == [{"image": f"{tmp_path}/{name}"} for name in ("a.nii", "b.nii")]
+    found = unlabeled_items(f"{tmp_path}/**/*.nii")
+    assert found == [{"image": f"{tmp_path}/{name}"} for name in ("a.nii", "b.nii", "c/d/a.nii")]
+    with pytest.raises(FileNotFoundError, match="`unlabeled` must name at least one image but there is none for"):
+        unlabeled_items(f"{tmp_path}/*.nrrd")
+
+
+@pytest.mark.parametrize(("cache_rate", "num_cached"), [(1.0, 4), (0.5, 2), (0.0, 0)])
+def test_part_of_the_images_is_kept_in_memory(cache_rate, num_cached):
+    seen = []
+    dataset = labeled(Lambdad("image", lambda image: seen.append(None) or image))
+    unlabeled = unlabeled_dataset(dataset, [ITEM] * 4, cache_rate=cache_rate)
+    del seen[:]
+    assert len([unlabeled[i] for i in range(4)]) == 4 and len(seen) == 4 - num_cached
+
+
+def test_trying_the_transforms_leaves_the_random_state_as_it_was():
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    without_label(labeled(Lambdad("image", lambda image: image + torch.rand(1))), ITEM)
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("mode", [["bilinear", "nearest"], ["nearest", "bilinear"], [0, 1], [1, 0], "area"])
+def test_interpolation_of_labels_that_invents_values_is_found(mode):
+    expected = mode == "area" or mode[1] in ("bilinear", 1)
+    assert smooths_labels(Zoomd(BOTH, 2, mode=mode)) == expected
+    assert not smooths_labels(Zoomd("image", 2, mode="bilinear"))
+
+
+def test_crop_of_same_size_is_the_same_size_each_time_and_lazy_transforms_stay_lazy():
+    crop = RandCropByLabelClassesd(BOTH, label_key="label", spatial_size=[4, 4], num_classes=2)
+    transform = without_label(Dataset([ITEM], Compose([crop], lazy=True)), ITEM)
+    assert transform.lazy and {transform(ITEM)["image"].shape for _ in range(10)} == {(1, 4, 4)}
+
+
 @pytest.mark.parametrize(
     "content, message",
     [("{", "but .* is not"), ('{"labeled": []}', "under its key 'unlabeled'"), ("[1]", "item 0 in .* has 1")],
@@ -113,5 +161,6 @@ def test_parts_of_an_image_may_have_keys_of_their_own(tmp_path):
     assert torch.equal(unlabeled[0]["image"].mean((1, 2)), torch.tensor([0.0, 1.0]))
     (tmp_path / "list.json").write_text(json.dumps([{"artery": "a.nii", "vein": "b.nii"}]))
     assert unlabeled_items(f"{tmp_path}/list.json") == [{"artery": f"{tmp_path}/a.nii", "vein": f"{tmp_path}/b.nii"}]
+    assert unlabeled_items([{"artery": "a.nii", "label": "seg.nii"}]) == [{"artery": "a.nii"}]
     with pytest.raises(ValueError, match=r"must have `image`, or keys .* but the first has \['img'\]"):
         unlabeled_dataset(dataset, [{"img": ITEM["image"]}])

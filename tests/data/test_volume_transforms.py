@@ -66,6 +66,8 @@ def bright_at(*places: tuple[int, int, int], shape=(20, 20, 6)) -> torch.Tensor:
         ([(10, 10, 3)], (1.0, 1.0, 1.0), (6, 6, 0), (8, 8, 6)),
         # 8 mm are 4 voxels of 2 mm, and 16 of 0.5 mm
         ([(10, 10, 3)], (2.0, 0.5, 1.0), (8, 2, 0), (4, 16, 6)),
+        # 8 mm are 3 voxels of 3 mm, and not even one of 20 mm
+        ([(10, 10, 3)], (3.0, 20.0, 1.0), (9, 10, 0), (3, 1, 6)),
         # in a corner the cube stays inside
         ([(0, 19, 0)], (1.0, 1.0, 1.0), (0, 12, 0), (8, 8, 6)),
         # in the middle of two
@@ -81,6 +83,12 @@ def test_cube_lies_around_the_center_of_brightness(places, spacing, corner, shap
     assert case["label"][0, 0, 0, 0] == torch.arange(2400.0).reshape(20, 20, 6)[corner]
     torch.testing.assert_close(case["image"].affine[:3, 3].tolist(), [i * s for i, s in zip(corner, spacing)])
     assert case.keys() == {"image", "label"}
+
+
+def test_brightness_is_that_of_all_channels():
+    image = volume(torch.cat([bright_at(), bright_at((19, 0, 3))]))
+    cropped = CropCenterd("image", size=8)({"image": image})["image"]
+    assert cropped.affine[:3, 3].tolist() == [12.0, 0.0, 0.0]
 
 
 def test_crop_looks_at_no_label():
@@ -155,3 +163,5 @@ def test_volume_of_unknown_geometry_is_not_turned():
     image = volume(torch.rand(1, 4, 5, 3), spacing_known=False)
     orient = OrientVolumed("image")
     assert orient({"image": image})["image"] is image and orient.inverse({"image": image})["image"] is image
+    case = {"image": volume(torch.rand(1, 4, 5, 3)), "label": image}
+    assert OrientVolumed()(case) == case

@@ -41,11 +41,12 @@ def test_handler_loop_and_attachment_train_the_same(num_classes, size):
 
     student, optimizer, distiller, batches = ways["handler"]
     loss = PartiallyLabeledLoss(dice_ce_loss(num_classes))
-    toy_trainer(student, batches, loss, [SAMDistillation(distiller, weight=WEIGHT)], optimizer=optimizer).run()
-    plain_loop(*ways["loop"], weight=WEIGHT)
+    handler = SAMDistillation(distiller, weight=WEIGHT, start=2)
+    toy_trainer(student, batches, loss, [handler], optimizer=optimizer).run()
+    plain_loop(*ways["loop"], weight=lambda t: WEIGHT(t) if t >= 2 else 0.0)
     student, optimizer, distiller, batches = ways["attachment"]
     before = copy.deepcopy(distiller.teacher.state_dict())
-    skd = distiller.attach(student, optimizer, weight=WEIGHT)
+    skd = distiller.attach(student, optimizer, weight=WEIGHT, start=2)
     host(student, optimizer, skd.watch(batches))
 
     for way in ("loop", "attachment"):
@@ -285,6 +286,22 @@ def test_detached_host_is_as_it_was_bit_for_bit():
     host(student, optimizer, loader)
     host(alone, torch.optim.SGD(alone.parameters(), lr=0.1), batches)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), alone.parameters(), strict=True))
+
+
+def test_distiller_in_eval_mode_learns_once_its_student_is_trained():
+    student, optimizer, distiller, batches = build()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    skd = distiller.eval().attach(student, optimizer)
+    host(student, optimizer, skd.watch(batches))
+    assert not any(torch.equal(before[name], value) for name, value in distiller.teacher.state_dict().items())
+
+
+def test_terms_are_those_of_the_step_whatever_the_gate_becomes():
+    student, optimizer, distiller, batches = build(gate="validation")
+    skd = distiller.attach(student, optimizer)
+    host(student, optimizer, skd.watch(batches))
+    distiller.gate.weight.fill_(1)
+    assert skd.terms["gate_weight"] == 0 and not any(term.requires_grad for term in skd.terms.values())
 
 
 def test_detaching_between_forward_and_backward_leaves_that_backward_alone():

@@ -17,7 +17,7 @@ from knowsam_monai.teachers import SAMTeacher
 from knowsam_monai.tensors import unstack_views
 from tests.attached import assert_same, build, host, loss_of, plain_loop
 from tests.processes import finish, start_ranks
-from tests.toys import toy_batches
+from tests.toys import ToyTeacher, toy_batches
 
 # --- hosts that do more than one forward, one backward, one step ------------------------------------------------------
 
@@ -248,6 +248,37 @@ def test_gradient_of_half_precision_logits_is_of_their_type_and_sam_s_in_its_own
         optimizer.step()
     assert {gradient.dtype for gradient in seen} == {torch.bfloat16}
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in distiller.teacher.parameters())
+
+
+def test_parameters_of_sam_that_share_a_gradient_are_unscaled_once():
+    class Biased(ToyTeacher):
+        """Torch's gradient of a sum is one tensor for both of its terms."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.zeros(3, 1, 1)) for _ in range(2))
+
+        def forward(self, image, prompt_logits):
+            return super().forward(image, prompt_logits) + (self.first + self.second)
+
+    biases = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**8)):
+        student, optimizer, _, batches = build(dtype=torch.float32)
+        teacher = Biased()
+        teacher.load_state_dict(build(dtype=torch.float32)[2].teacher.state_dict(), strict=False)
+        distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none")
+        skd = distiller.attach(student, optimizer, scaler=scaler)
+        batch = next(skd.watch(batches))
+        loss = loss_of(student(batch["image"]), batch)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+        biases.append([teacher.first.detach(), teacher.second.detach()])
+        assert biases[-1][0].abs().min() > 0
+    torch.testing.assert_close(biases[1], biases[0])
 
 
 def test_normalization_that_the_host_keeps_in_eval_mode_stays_in_it():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.distillation.optimizer_hooks import follow
+from knowsam_monai.distillation.optimizer_hooks import ScalerCheck, follow
 from tests.processes import finish, start_ranks
 from tests.toys import ToyTeacher, distiller_of, toy_batches
 
@@ -44,6 +44,18 @@ def test_gradients_of_a_skipped_step_do_not_reach_the_teachers_next_one(student,
     distiller(batches[0]["image"], student(batches[0]["image"]), batches[0]["label"]).loss.backward()
     optimizer.zero_grad()  # the host skips its step
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_gradients_of_a_step_do_not_reach_the_next_one_of_a_host_that_clears_only_its_student():
+    teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    follow(torch.optim.SGD(teacher.parameters(), lr=1.0), optimizer)
+    nn.init.zeros_(teacher.weight)
+    for steps in (1, 2):
+        student.zero_grad()
+        teacher(torch.ones(1, 1)).sum().backward()  # a gradient of 1
+        optimizer.step()
+        assert teacher.weight.item() == -steps and teacher.weight.grad is None
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -105,6 +117,16 @@ def test_two_teachers_of_one_optimizer_leave_it_one_by_one(student, teacher):
         assert parameter.grad is None  # the remaining one still clears its teacher
         handles[1 - removed_first].remove()
         assert not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
+
+
+def test_zero_grad_clears_all_teachers(student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    teachers = [teacher, copy.deepcopy(teacher)]
+    for each in teachers:
+        follow(torch.optim.SGD(each.parameters(), lr=0.1), optimizer)
+        each.image_conv.bias.grad = torch.ones(3).double()
+    optimizer.zero_grad()
+    assert all(each.image_conv.bias.grad is None for each in teachers)
 
 
 def test_host_that_wraps_zero_grad_afterwards_is_rid_of_the_teacher_too(student, teacher):
@@ -187,13 +209,15 @@ def test_hosts_whose_losses_have_a_factor_of_their_own(student, teacher, host):
     (256 * loss if host.startswith("weights") else scaler.scale(loss)).backward()
 
 
+@pytest.mark.parametrize("backwards", [1, 3])  # 3 times a gradient is no power of two of the first
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaler_that_was_not_passed_is_an_error_without_a_distiller_too(student, teacher, fused):
+def test_scaler_that_was_not_passed_is_an_error_without_a_distiller_too(student, teacher, fused, backwards):
     student.float().register_parameter("unused", nn.Parameter(torch.zeros(())))  # the smallest one
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, fused=fused)
     follow(torch.optim.SGD(teacher.parameters(), lr=0.1), optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    scaler.scale(student(toy_batches(1)[0]["image"].float()).square().mean()).backward()
+    for _ in range(backwards):
+        scaler.scale(student(toy_batches(1)[0]["image"].float()).square().mean()).backward()
     with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps the student's .* is None"):
         scaler.step(optimizer)
 
@@ -213,6 +237,77 @@ def test_gradients_that_the_host_changes_itself_are_no_scaler(student, teacher, 
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-4)
         optimizer.step()
     assert all(parameter._post_accumulate_grad_hooks in (None, {}) for parameter in student.parameters())
+
+
+def checked_parameter(init_scale=2.0**8):
+    """A parameter of two values whose optimizer's steps are checked, the optimizer, and a scaler."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    ScalerCheck(optimizer)
+    return parameter, optimizer, torch.amp.GradScaler("cpu", init_scale=init_scale)
+
+
+@pytest.mark.parametrize("scale", [64, 128])
+def test_scales_of_128_and_more_are_found_in_a_gradient_that_is_zero_in_places(scale):
+    parameter, optimizer, scaler = checked_parameter(float(scale))
+    scaler.scale((parameter * torch.tensor([0.0, 3.0])).sum()).backward()
+    if scale < 128:
+        scaler.step(optimizer)
+    else:
+        with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps"):
+            scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("first_step", ["without a gradient", "with a gradient of zeros"])
+def test_scaler_is_found_in_the_first_step_that_can_show_it(first_step):
+    parameter, optimizer, scaler = checked_parameter()
+    if first_step.endswith("zeros"):
+        scaler.scale(0 * parameter.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    scaler.scale(parameter.sum()).backward()
+    with pytest.raises(RuntimeError, match="`scaler` must be the GradScaler that steps"):
+        scaler.step(optimizer)
+
+
+def test_host_that_divides_each_value_of_a_gradient_by_its_own_power_of_two_has_no_scaler():
+    parameter, optimizer, _ = checked_parameter()
+    parameter.sum().backward()
+    parameter.grad.div_(torch.tensor([2.0**8, 2.0**9]))
+    optimizer.step()
+
+
+def test_frozen_parameter_of_the_student_is_let_be(student, teacher):
+    student.first.requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    follow(torch.optim.SGD(teacher.parameters(), lr=0.1), optimizer)
+    student.second.bias.sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler(enabled=False)])
+def test_gradients_are_not_looked_at_without_a_scaler_that_scales(scaler, student, teacher):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    asked = []
+    follow(torch.optim.SGD(teacher.parameters(), lr=0.1), optimizer, scaler, is_broken=asked.append)
+    teacher.image_conv.bias.grad = torch.ones(3).double()
+    optimizer.step()
+    assert asked == [] and teacher.image_conv.bias.grad is None
+
+
+def test_error_of_the_teachers_own_step_stays_as_it_is(student, teacher):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("of the optimizer itself")
+
+    optimizer = torch.optim.SGD(student.float().parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    follow(Failing(teacher.float().parameters(), lr=0.1), optimizer, scaler)
+    scaler.scale(student.first.bias.sum() + teacher.image_conv.bias.sum()).backward()
+    with pytest.raises(RuntimeError, match="^of the optimizer itself$"):
+        scaler.step(optimizer)
 
 
 def step_with_gradients_of_one_rank(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from monai.data import Dataset
 from monai.transforms import (
     CenterSpatialCropd,
@@ -26,20 +27,35 @@ from monai.transforms import (
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from knowsam_monai.data import RandOrientationd
-from knowsam_monai.distillation.sam_image import check_orientations
+from knowsam_monai.distillation.sam_image import check_orientations, sam_image_for
 from tests.oriented import BOTH, SQUARE, loader
 
 
-def test_intensities_after_the_orientation_are_accepted():
+def test_intensities_after_the_orientation_and_all_that_is_not_random_before_it_are_accepted(caplog):
     noise = OneOf([RandGaussianNoised("image"), RandSimulateLowResolutiond("image")])
-    check_orientations(loader(ScaleIntensityd("image"), RandOrientationd(**BOTH), noise))
+    before = Flipd(["image", "label"], 0), ScaleIntensityd("image")
+    check_orientations(loader(*before, RandOrientationd(**BOTH), noise, Flipd("atlas", 0)))
     check_orientations([{"image": SQUARE}])  # no transforms to be read
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("sam_image", [torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 4, 5)])
+def test_image_for_sam_of_other_rows_or_another_size_is_an_error(sam_image):
+    image = torch.ones(2, 1, 4, 4)
+    assert sam_image_for(image, torch.zeros(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"`sam_image` must have the rows and the size of the image, \(2, 1, 4, 4\)"):
+        sam_image_for(image, sam_image)
+
+
+class OwnFlipd(RandFlipd):
+    """Of another module than MONAI's."""
 
 
 @pytest.mark.parametrize(
     "transform",
     [
         RandFlipd("image"),
+        OwnFlipd("image"),
         RandRotate90d("image"),
         RandAffined("image"),
         Rand2DElasticd("image", spacing=(2, 2), magnitude_range=(1, 2)),
@@ -79,6 +95,22 @@ def test_datasets_inside_others_are_looked_into(wrap):
         check_orientations(DataLoader(wrap(inner)))
 
 
+class Around(Subset):
+    """A dataset whose transform follows that of another."""
+
+    def __init__(self, dataset, transform):
+        super().__init__(dataset, [0])
+        self.transform = transform
+
+
+@pytest.mark.parametrize("around", [Around, Dataset])
+def test_transforms_of_a_dataset_around_another_come_after_those_inside(around):
+    inner = Dataset([{"image": SQUARE}], RandOrientationd(**BOTH))
+    check_orientations(DataLoader(around(inner, RandGaussianNoised("image"))))
+    with pytest.raises(ValueError, match="the augmentation has RandFlipd"):
+        check_orientations(DataLoader(around(inner, RandFlipd("image"))))
+
+
 def test_holes_in_the_label_are_an_error():
     holes = RandCoarseDropoutd(**BOTH, holes=1, spatial_size=2)
     with pytest.raises(
@@ -93,7 +125,7 @@ def test_noise_on_the_image_for_sam_is_an_error():
         check_orientations(loader(RandOrientationd(**BOTH), noise))
 
 
-@pytest.mark.parametrize("transform", [Flipd(["image", "label"], 0), MixUpd("image", batch_size=1)])
+@pytest.mark.parametrize("transform", [Flipd(["image", "label"], 0), Flipd("label", 0), MixUpd("image", batch_size=1)])
 def test_what_is_not_random_and_leaves_the_image_for_sam_behind_is_an_error(transform):
     with pytest.raises(ValueError, match=f"{type(transform).__name__}"):
         check_orientations(loader(RandOrientationd(**BOTH), transform))

@@ -41,7 +41,7 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     student, batches, distiller = toy_host(num_classes, size)
     distiller.sam_loss = dice_ce_loss(num_classes, ignore_index=255)
     other, teacher = copy.deepcopy((student, distiller.teacher))
-    optimizer, loss, handler = build(student, num_classes, pretraining=1)
+    optimizer, loss, handler = build(student, num_classes, pretraining=1, weight=lambda t: t / 4)
     handlers = [handler, SAMDistillation(distiller)] if with_sam else [handler]
     trainer = toy_trainer(student, batches, loss, handlers, optimizer=optimizer)
     trainer.run()
@@ -66,7 +66,7 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
             pseudo_label = torch.cat([torch.where(box, q1, none), torch.where(box, none, q2)])
         pred = other(image)
         if t > 1:
-            unlabeled_loss = 0.5 * loss(pred, pseudo_label)
+            unlabeled_loss = t / 4 * loss(pred, pseudo_label)
         total = loss(pred, label) + unlabeled_loss
         optimizer.zero_grad()
         if with_sam:
@@ -87,11 +87,11 @@ def test_three_trainer_steps_equal_hand_written_ones(num_classes, size, with_sam
     torch.testing.assert_close(term, unlabeled_loss.detach(), rtol=1e-10, atol=1e-12)
 
 
-def test_box_takes_two_thirds_of_each_axis_and_is_a_function_of_seed_and_iteration():
-    handler, image = build(ToyStudent())[2], torch.zeros(2, 1, 9, 12, 6)
+def test_box_takes_two_thirds_of_each_axis_rounded_down_and_is_a_function_of_seed_and_iteration():
+    handler, image = build(ToyStudent())[2], torch.zeros(2, 1, 10, 12, 6)
     boxes = [handler.box_mask(image, t) for t in range(40)]
     for box in boxes:
-        assert box.shape == (1, 1, 9, 12, 6) and box.sum() == 6 * 8 * 4
+        assert box.shape == (1, 1, 10, 12, 6) and box.sum() == 6 * 8 * 4
         assert [int(box[0, 0].any(dim=tuple({0, 1, 2} - {axis})).sum()) for axis in range(3)] == [6, 8, 4]
     assert all(torch.equal(a, handler.box_mask(image, t)) for t, a in enumerate(boxes))
     assert len({tuple(box.nonzero()[0].tolist()) for box in boxes}) > 10
@@ -109,11 +109,24 @@ def test_half_of_the_mixed_rows_have_the_unlabeled_image_in_the_box():
     def rows(*values):
         return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 2)
 
-    labeled, unlabeled = (rows([1, 2], [3, 4]), rows([1, 1], [2, 2])), (rows([5, 6], [7, 8]), rows([0, 1], [2, 0]))
+    labeled = rows([10, 11], [20, 21], [30, 31]), rows([1, 1], [2, 2], [1, 2])
+    unlabeled = rows([40, 41], [50, 51], [60, 61]), rows([0, 1], [2, 0], [0, 2])
     batch = handler.mix(labeled, unlabeled, box)
-    assert torch.equal(batch["image"], rows([5, 2], [3, 8]))
-    assert torch.equal(batch["label"], rows([255, 1], [2, 255]))
-    assert torch.equal(batch["pseudo_label"], rows([0, 255], [255, 0]))
+    assert torch.equal(batch["image"], rows([40, 11], [50, 21], [30, 61]))  # of three rows the larger half
+    assert torch.equal(batch["label"], rows([255, 1], [255, 2], [1, 255]))
+    assert torch.equal(batch["pseudo_label"], rows([0, 255], [2, 255], [255, 2]))
+
+
+@pytest.mark.parametrize(("num_labeled", "num_unlabeled"), [(3, 1), (1, 3)])
+def test_only_the_unlabeled_rows_that_are_mixed_are_predicted_by_the_average_in_its_mode(num_labeled, num_unlabeled):
+    student, batch = ToyStudent().double(), toy_batches(1, num_labeled, num_unlabeled)[0]
+    optimizer, loss, handler = build(student, pretraining=0, ema_mode="dropout")
+    asked, logits = [], handler.ema_student.logits
+    handler.ema_student.logits = lambda image, mode, inferer: asked.append((image, mode)) or logits(image)
+    toy_trainer(student, [batch], loss, [handler], optimizer=optimizer).run()
+    ((image, mode),) = asked
+    assert torch.equal(image, batch["image"][num_labeled : num_labeled + 1]) and mode == "dropout"
+    assert not handler.ema_student.is_followed and not optimizer._optimizer_step_post_hooks  # after the run
 
 
 @pytest.mark.parametrize("depth", [None, 2])

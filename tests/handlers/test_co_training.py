@@ -42,7 +42,10 @@ def test_steps_equal_hand_written_ones(target, size):
         optimizer.step()
     for ours, expected in zip(student.parameters(), other.parameters()):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(trainer.state.output["entropy_loss"], (0.9 * entropy).detach(), rtol=1e-4, atol=1e-5)
+    output = trainer.state.output
+    torch.testing.assert_close(output["entropy_loss"], (0.9 * entropy).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output["mutual_loss"], SigmoidRampUp(3)(3) * mutual.detach(), rtol=1e-5, atol=1e-6)
+    assert not output["entropy_loss"].requires_grad and not output["mutual_loss"].requires_grad
 
 
 def test_weights_of_zero_switch_the_terms_off():
@@ -58,6 +61,14 @@ def test_plain_network_is_one_clear_error():
     network = torch.nn.Conv2d(1, 3, 1).double()
     trainer = toy_trainer(network, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [MultiViewCoTraining()])
     with pytest.raises(ValueError, match="needs a multi-view student"):
+        trainer.run()
+
+
+def test_heads_of_deep_supervision_are_no_views():
+    student = ToyStudent().double()
+    student.deep_supervision = True  # as in MONAI's DynUNet
+    trainer = toy_trainer(student, toy_batches(1), no_loss, [MultiViewCoTraining()])
+    with pytest.raises(ValueError, match="ToyStudent stacks heads of its deep supervision; leave co-training out"):
         trainer.run()
 
 
@@ -103,7 +114,7 @@ def test_two_networks_need_views_of_their_own():
         trainer.run()
 
 
-@pytest.mark.parametrize("views", [(0, -2), (1, -1), (1, 1), (0,)])
+@pytest.mark.parametrize("views", [(0, -2), (1, -1), (1, 1), (0,), (0, 1, 1)])
 def test_views_that_may_be_the_same_are_an_error(views):
     with pytest.raises(ValueError, match="`views` must be the numbers of two different views, from 0 on, but is"):
         MultiViewCoTraining(views=views)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.inferers import SimpleInferer
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,12 +57,19 @@ def test_gradient_comes_through_the_strong_image_alone():
     assert gradients == {"body.bias", "head.weight", "head.bias"}
 
 
-def test_one_more_forward_of_the_unlabeled_rows_alone():
+def test_one_more_forward_of_the_unlabeled_rows_alone_by_the_trainers_inferer():
     student, batches, _ = toy_host(2, (8, 8))
     seen = []
+
+    class SeeingInferer(SimpleInferer):
+        def __call__(self, inputs, network, *args, **kwargs):
+            seen.append(len(inputs))
+            return super().__call__(inputs, network, *args, **kwargs)
+
     student.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(2)), [FixMatch(start=3)]).run()
-    assert seen == [4, 4, 4, 2]
+    loss = PartiallyLabeledLoss(dice_ce_loss(2))
+    toy_trainer(student, batches, loss, [FixMatch(start=3)], inferer=SeeingInferer()).run()
+    assert seen == [4, 4, 4, 4, 4, 4, 2, 2]
 
 
 @pytest.mark.parametrize("form", ["unlabeled rows", "meta tensor"])
@@ -103,12 +111,11 @@ def test_batch_without_strong_images_is_one_clear_error_at_the_first_step(start)
         trainer.run()
 
 
-def test_strong_images_of_another_geometry_are_one_clear_error():
+@pytest.mark.parametrize(("part", "shape"), [((..., slice(4)), "2, 1, 8, 4"), (slice(3), "3, 1, 8, 8")])
+def test_strong_images_of_another_geometry_or_of_other_rows_are_one_clear_error(part, shape):
     student, batches, _ = toy_host(2, (8, 8))
-    batches[0]["image_strong"] = batches[0]["image_strong"][..., :4]
-    with pytest.raises(
-        ValueError, match=r"have the shape \(2, 1, 8, 8\) of the unlabeled images but has \(2, 1, 8, 4\)"
-    ):
+    batches[0]["image_strong"] = batches[0]["image_strong"][part]
+    with pytest.raises(ValueError, match=rf"have the shape \(2, 1, 8, 8\) of the unlabeled images but has \({shape}\)"):
         toy_trainer(student, batches, no_loss, [FixMatch()]).run()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from operator import itemgetter
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ignite.engine import Events
 from ignite.handlers import TerminateOnNan
 from monai.data import Dataset
 from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
 from monai.losses import DiceLoss
 from monai.networks.nets import VNet
 from monai.transforms import Compose, RandFlipd
@@ -19,6 +21,7 @@ from knowsam_monai.handlers.loss_terms import scalar_terms
 from knowsam_monai.handlers.sam_distillation import SAMDistillation, _foreground_dice
 from knowsam_monai.losses import DistillationLoss, PartiallyLabeledLoss, SigmoidRampUp, dice_ce_loss
 from knowsam_monai.teachers import SAMTeacher, SliceTeacher
+from tests.hosts import no_loss
 from tests.toys import (
     RegionTeacher,
     ToyStudent,
@@ -80,12 +83,56 @@ def test_terms_are_logged_under_their_names_and_detached():
     assert all(output[name].ndim == 0 and not output[name].requires_grad for name in names)
 
 
+def test_gate_weight_in_the_output_is_that_of_the_step_whatever_the_gate_becomes():
+    student, _, distiller = build(gate="validation", gate_tolerance=0.9)
+    trainer = toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)])
+    trainer.run()
+    distiller.gate.weight.fill_(1)
+    assert trainer.state.output["gate_weight"] == 0
+
+
+def test_distiller_that_was_in_eval_mode_learns_in_the_run():
+    student, teacher, distiller = build()
+    before = copy.deepcopy(teacher.state_dict())
+    handler = SAMDistillation(distiller.eval())
+    toy_trainer(student, toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3)), [handler]).run()
+    assert not any(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_teacher_steps_with_unscaled_gradients_under_a_gradscaler():
+    weights = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        student, teacher = ToyStudent(), ToyTeacher()
+        distiller = SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none")
+        batches = [{name: tensor.float() for name, tensor in batch.items()} for batch in toy_batches(2)]
+        loss = PartiallyLabeledLoss(dice_ce_loss(3))
+        trainer = toy_trainer(student, batches, loss, [SAMDistillation(distiller)], amp=amp)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        trainer.add_event_handler(Events.STARTED, setattr, trainer, "scaler", scaler)  # `run` makes one for CUDA
+        trainer.run()
+        weights.append([*student.parameters(), *teacher.parameters()])
+    torch.testing.assert_close(weights[1], weights[0])
+
+
 def test_rows_that_the_teacher_left_out_do_not_end_a_run_that_stops_at_nan():
     student, _, distiller = build(gate="agreement")
     trainer = toy_trainer(student, toy_batches(3), PartiallyLabeledLoss(dice_ce_loss(3)), [SAMDistillation(distiller)])
     trainer.add_event_handler(Events.ITERATION_COMPLETED, TerminateOnNan())
     trainer.run()
     assert trainer.state.iteration == 3
+
+
+def test_run_after_one_that_an_exception_ended_steps_the_teacher_once_a_step():
+    student, _, distiller = build()
+    optimizer, hooks = torch.optim.SGD(student.parameters(), lr=0.1), []
+    handler, loss = SAMDistillation(distiller), PartiallyLabeledLoss(dice_ce_loss(3))
+    with pytest.raises(TypeError):
+        toy_trainer(student, toy_batches(1), None, [handler], optimizer=optimizer).run()
+    trainer = toy_trainer(student, toy_batches(1), loss, [handler], optimizer=optimizer)
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: hooks.append(len(optimizer._optimizer_step_post_hooks)))
+    trainer.run()
+    assert hooks == [1] and not optimizer._optimizer_step_post_hooks and "zero_grad" not in vars(optimizer)
 
 
 def test_optimizer_steps_on_after_an_exception_ended_the_run_of_its_trainer():
@@ -110,18 +157,55 @@ def test_labeled_dice_leaves_out_a_class_that_a_row_lacks():
     assert _foreground_dice(2.0 * label.expand(-1, 2, -1, -1) - 1, torch.cat([label, label], 1)) == 1
 
 
-def test_labeled_dice_is_of_the_named_rows_where_all_have_labels():
-    all_labeled = toy_batches(1, num_labeled=4, num_unlabeled=0)[0]
-    first_labeled = {**all_labeled, "label": all_labeled["label"][:2]}
-    named = []
-    for batch, rows in ((all_labeled, slice(0, 2)), (first_labeled, None)):
-        student, _, distiller = build()
-        loss = PartiallyLabeledLoss(dice_ce_loss(3))
-        handler = SAMDistillation(distiller, labeled_rows=rows, log_interval=1)
-        trainer = toy_trainer(student, [batch], loss, [handler])
-        trainer.run()
-        named.append([trainer.state.output[f"{who}_labeled_dice"] for who in ("teacher", "student")])
-    assert all(torch.equal(ours, expected) for ours, expected in zip(*named, strict=True))
+def test_labeled_dice_of_overlapping_regions_leaves_out_an_absent_one_and_ignored_pixels():
+    label = torch.tensor([[[1, 1, 255, 0]], [[0, 0, 0, 0]]])[None]
+    logits = torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[-1.0, -1.0, -1.0, -1.0]]])[None]
+    assert _foreground_dice(logits, label, ignore_index=255) == pytest.approx(2 / 3)  # 1 pixel against 2
+
+
+def test_labeled_dice_is_the_mean_over_rows_for_each_class_and_then_over_classes():
+    label = torch.tensor([[1, 1, 2, 0], [1, 0, 0, 0]]).view(2, 1, 1, 4)
+    pred = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+    logits = torch.nn.functional.one_hot(pred, 3).movedim(-1, 1).view(2, 3, 1, 4).float()
+    assert _foreground_dice(logits, label) == 0.25  # class 1: 1 and 0; class 2: 0
+
+
+def test_labeled_dice_leaves_out_ignored_pixels_of_the_label_and_of_the_prediction():
+    label = torch.tensor([1, 255, 255, 0]).view(1, 1, 1, 4)
+    pred = torch.tensor([[1, 1, 2, 0]])
+    logits = torch.nn.functional.one_hot(pred, 3).movedim(-1, 1).view(1, 3, 1, 4).float()
+    assert _foreground_dice(logits, label, ignore_index=255) == 1
+
+
+@pytest.mark.parametrize("view", [0, 2])
+def test_labeled_dice_of_the_student_is_that_of_the_view_that_prompts(view):
+    student, teacher, distiller = build(prompt_view=view)
+    batch, handler = toy_batches(1)[0], SAMDistillation(distiller, log_interval=1)
+    with torch.no_grad():
+        views = student(batch["image"])
+        expected = {
+            "student": _foreground_dice(views[:2, view], batch["label"]),
+            "teacher": _foreground_dice(teacher(batch["image"], views[:, view])[:2], batch["label"]),
+        }
+        other = _foreground_dice(views[:2, 1], batch["label"])
+    trainer = toy_trainer(student, [batch], PartiallyLabeledLoss(dice_ce_loss(3)), [handler])
+    trainer.run()
+    assert len({other.item(), *(value.item() for value in expected.values())}) == 3
+    assert all(trainer.state.output[f"{who}_labeled_dice"] == value for who, value in expected.items())
+
+
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(1, 3), slice(0, None, 2)])
+@pytest.mark.parametrize("all_have_labels", [True, False])
+def test_labeled_dice_is_of_the_named_rows(rows, all_have_labels):
+    student, teacher, distiller = build()
+    (batch,) = toy_batches(1, num_labeled=4, num_unlabeled=0)
+    label, views = batch["label"], student(batch["image"])
+    teacher_logits = teacher(batch["image"], views[:, 0])
+    batch["label"] = label if all_have_labels else label[rows]
+    trainer = toy_trainer(student, [batch], no_loss, [SAMDistillation(distiller, labeled_rows=rows, log_interval=1)])
+    trainer.run()
+    for who, logits in (("teacher", teacher_logits), ("student", views[:, 0])):
+        assert trainer.state.output[f"{who}_labeled_dice"] == _foreground_dice(logits[rows], label[rows])
 
 
 def test_shut_gate_leaves_the_students_step_exactly_as_without_distillation():
@@ -141,6 +225,59 @@ def test_agreement_gate_measures_in_the_run_and_leaves_the_student_in_train_mode
     )
     trainer.run()
     assert distiller.gate.num_measured == 2 and student.training
+
+
+def test_gate_is_measured_as_the_trainer_calls_its_student_and_on_the_image_for_sam():
+    student, teacher, distiller = build(gate="agreement")
+    network, inferred, seen, calls = Both(student), [], [], []
+
+    class CountingInferer(SimpleInferer):
+        def __call__(self, inputs, network, *args, **kwargs):
+            inferred.append(inputs)
+            return super().__call__(inputs, network, *args, **kwargs)
+
+    network.register_forward_hook(lambda *_: calls.append(None))
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].min().item()))
+    batches = [{**batch, "sam_image": batch["image"] + 1} for batch in toy_batches(2)]
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    handler = SAMDistillation(distiller, gate_interval=1, logits_of=itemgetter(0))
+    trainer = toy_trainer(
+        network, batches, lambda pred, label: loss(pred[0], label), [handler], inferer=CountingInferer()
+    )
+    trainer.run()
+    assert distiller.gate.num_measured == 2 and len(calls) == len(inferred) > 2
+    assert min(seen) >= 1  # and images are below 1
+
+
+class Both(torch.nn.Module):
+    """A student that returns more than its logits."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, image):
+        return self.student(image), "features"
+
+
+def test_labeled_dice_of_a_teacher_that_neither_learns_nor_teaches_is_written():
+    student, teacher, distiller = build()
+    teacher.requires_grad_(False)
+    handler = SAMDistillation(distiller, weight=0.0, log_interval=1)
+    (batch,), loss = toy_batches(1), PartiallyLabeledLoss(dice_ce_loss(3))
+    expected = _foreground_dice(teacher(batch["image"], student(batch["image"])[:, 0])[:2], batch["label"])
+    trainer = toy_trainer(student, [batch], loss, [handler])
+    trainer.run()
+    assert trainer.state.output["teacher_labeled_dice"] == expected
+
+
+def test_no_labeled_dice_is_written_where_no_row_is_labeled():
+    student, _, distiller = build()
+    handler = SAMDistillation(distiller, labeled_rows=0, log_interval=1)
+    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    trainer = toy_trainer(student, toy_batches(1, num_labeled=4, num_unlabeled=0), loss, [handler])
+    trainer.run()
+    assert "distillation_loss" in trainer.state.output and "teacher_labeled_dice" not in trainer.state.output
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -346,6 +483,28 @@ def test_teacher_logits_are_there_if_a_handler_asks_for_them_and_of_whole_volume
     assert all(drawn.state.output[name].ndim == 0 for name in names)
 
 
+def test_teacher_logits_are_none_while_the_gate_is_shut():
+    trainer, _ = volume_trainer(slices=None, gate="validation")
+    read = []
+    trainer.add_event_handler(
+        IterationEvents.FORWARD_COMPLETED, lambda engine: engine.state.output.update(teacher_logits=None)
+    )
+    trainer.add_event_handler(
+        IterationEvents.BACKWARD_COMPLETED, lambda engine: read.append(engine.state.output["teacher_logits"])
+    )
+    trainer.run()
+    assert read == [None, None]
+
+
+def test_slices_are_drawn_by_the_iteration_of_the_trainer():
+    trainer, distiller = volume_trainer(slices=2)
+    teacher, drawn = distiller.teacher, []
+    draw = teacher.draw_slices
+    teacher.draw_slices = lambda logits, iteration: drawn.append(iteration) or draw(logits, iteration)
+    trainer.run()
+    assert drawn == [1, 2]
+
+
 def test_agreement_gate_sees_whole_volumes_where_slices_are_drawn():
     trainer, distiller = volume_trainer(slices=2, gate="agreement")
     shapes = []
@@ -419,8 +578,18 @@ def test_run_with_overlapping_regions_is_as_many_runs_of_one_channel():
 @pytest.mark.parametrize(
     ("loss", "overlapping", "warned"),
     [
-        (DiceLoss(sigmoid=True), False, "has a sigmoid for each channel but the distiller a softmax over all channels"),
-        (DiceLoss(softmax=True), True, "has a softmax over all channels but the distiller a sigmoid for each channel"),
+        (
+            DiceLoss(sigmoid=True),
+            False,
+            "has a sigmoid for each channel but the distiller a softmax over all channels; build it with "
+            "`overlapping=True`.",
+        ),
+        (
+            DiceLoss(softmax=True),
+            True,
+            "has a softmax over all channels but the distiller a sigmoid for each channel; build it with "
+            "`overlapping=False`.",
+        ),
         (DiceLoss(sigmoid=True), True, None),
         (DiceLoss(softmax=True), False, None),
         (torch.nn.functional.cross_entropy, True, None),
@@ -432,3 +601,10 @@ def test_loss_that_applies_another_activation_is_warned_of(loss, overlapping, wa
     SAMDistillation(distiller).started(toy_trainer(student, toy_batches(1), loss, []))
     assert len(caplog.messages) == (warned is not None)
     assert warned is None or warned in caplog.messages[0]
+
+
+def test_one_channel_is_the_same_with_either_activation(caplog):
+    distiller = SAMDistiller(ToyTeacher(num_classes=1))
+    loss = PartiallyLabeledLoss(DiceLoss(sigmoid=True))
+    SAMDistillation(distiller).started(toy_trainer(ToyStudent(num_classes=1), toy_batches(1), loss, []))
+    assert not caplog.messages

@@ -4,6 +4,7 @@ from operator import itemgetter
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.handlers import MeanDice, from_engine
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
@@ -54,6 +55,19 @@ def test_teacher_sees_the_batch_s_own_image_for_it():
     torch.testing.assert_close(evaluator.state.output["teacher_pred"][..., 1], expected)
 
 
+def test_teacher_sees_all_channels_as_plain_tensors_of_its_own_precision():
+    student, teacher, seen = torch.nn.Conv2d(2, 3, 1).double(), ToyTeacher(), []
+    teacher.image_conv = torch.nn.Conv2d(2, 3, 1)
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    image = MetaTensor(torch.rand(1, 2, 4, 4, dtype=torch.float64))
+    evaluator = evaluator_of(SAMDistiller(teacher), student)
+    evaluator.inferer = SimpleInferer()
+    evaluator.state.output = {"image": image, "pred": student(image)}
+    TeacherValidation(SAMDistiller(teacher))(evaluator)
+    assert [(type(x), x.dtype) for x in seen] == [(torch.Tensor, torch.float32)] * 2
+    assert torch.equal(seen[0], image.as_tensor().float()) and seen[1].shape == (1, 3, 4, 4)
+
+
 def test_teacher_of_slices_sees_the_windows_of_a_3d_student_whole():
     torch.manual_seed(0)
     student, teacher = ToyStudent(spatial_dims=3).eval(), SliceTeacher(ToyTeacher(), slices=2)
@@ -90,6 +104,15 @@ def test_validation_sets_the_gate_from_both_dice_values():
     metrics = evaluator.state.metrics
     expected = min(1.0, max(0.0, 1 + (metrics["val_teacher_dice"] - metrics["val_mean_dice"]) / 0.1))
     assert distiller.gate.weight.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "agreement"])
+def test_validation_leaves_a_gate_that_measures_otherwise_alone(gate):
+    teacher = ToyTeacher()
+    distiller = SAMDistiller(teacher, torch.optim.Adam(teacher.parameters()), gate=gate)
+    before = distiller.gate.weight.item()
+    evaluator_of(distiller, ToyStudent()).run()
+    assert distiller.gate.weight == before and (distiller.gate.validation_scores == -1).all()
 
 
 def test_missing_metric_is_one_clear_error():

@@ -121,9 +121,10 @@ def test_one_channel_is_taken_as_two_classes():
     assert torch.equal(seen["dissimilarity"], agreement.expand(-1, 2, -1, -1))
 
 
-def test_logits_that_do_not_belong_together_are_an_error():
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8), (2, 3, 8, 8), (2, 2, 8, 4)])
+def test_logits_that_do_not_belong_together_are_an_error(shape):
     with pytest.raises(ValueError, match="`logits_b` must have the shape of `logits_a`"):
-        HybridAggregation(num_classes=2)(torch.zeros(2, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+        HybridAggregation(num_classes=2)(torch.zeros(2, 2, 8, 8), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -8,6 +8,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.engines import SupervisedEvaluator
 from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.networks.layers import DropPath
 from torch import nn
 
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
@@ -126,7 +127,8 @@ def test_average_begins_with_the_student_as_it_is_at_the_start():
     with torch.no_grad():
         network.first.weight.fill_(3.0)  # weights loaded after the configuration was built
     ema_student.follow()
-    assert (ema_student.network.first.weight == 3).all()
+    assert (ema_student.network.first.weight == 3).all() and network.training
+    assert not any(module.training for module in ema_student.network.modules())
 
 
 def test_checkpoint_goes_on_as_if_there_had_been_no_break(tmp_path):
@@ -159,12 +161,66 @@ def test_dropout_alone_draws_in_mode_dropout():
     assert torch.equal(drawn, reference(image)) and not torch.equal(drawn, ema_student.logits(image))
 
 
+def test_drop_path_draws_in_mode_dropout_too(caplog):
+    _, _, ema_student = build(nn.Sequential(nn.Conv2d(1, 3, 1), DropPath(0.5)))
+    image = torch.rand(8, 1, 4, 4, dtype=torch.float64)
+    is_kept = ema_student.logits(image, "dropout").flatten(1).any(1)
+    assert is_kept.any() and not is_kept.all() and not caplog.messages
+
+
+def test_network_whose_dropout_is_off_is_warned_of_once(caplog):
+    _, _, ema_student = build(Normed(dropout=0.0))
+    for mode in ("eval", "dropout", "dropout"):
+        ema_student.logits(toy_batches(1)[0]["image"], mode)
+    assert ["has no dropout layers, so ema_mode='dropout' is" in message for message in caplog.messages] == [True]
+
+
 def test_mode_train_takes_the_statistics_of_the_batch():
     _, _, ema_student = build(Normed(dropout=0.0))
     image = toy_batches(1)[0]["image"]
     expected = copy.deepcopy(ema_student.network).train()(image)
     assert torch.equal(ema_student.logits(image, "train"), expected)
     assert torch.equal(ema_student.logits(image, "dropout"), ema_student.logits(image))
+
+
+@pytest.mark.parametrize("mode", ["eval", "dropout", "train"])
+def test_no_mode_leaves_a_trace_in_the_average(mode):
+    _, _, ema_student = build()
+    before = copy.deepcopy(ema_student.network.state_dict())
+    ema_student.logits(toy_batches(1)[0]["image"], mode)
+    assert all(torch.equal(before[name], value) for name, value in ema_student.network.state_dict().items())
+    assert not any(module.training for module in ema_student.network.modules())
+
+
+def test_inferer_calls_the_averaged_network():
+    _, _, ema_student = build()
+    image = toy_batches(1)[0]["image"]
+    logits = ema_student.logits(image, inferer=lambda image, network: network(image) + 1)
+    assert torch.equal(logits, ema_student.network(image) + 1)
+
+
+@pytest.mark.parametrize("other", ["network", "optimizer"])
+def test_trainer_of_another_network_or_optimizer_is_an_error_before_the_first_step(other):
+    network, optimizer, ema_student = build()
+    others = {"network": copy.deepcopy(network), "optimizer": torch.optim.SGD(network.parameters(), lr=0.1)}
+    ours = {"network": network, "optimizer": optimizer, other: others[other]}
+    trainer = toy_trainer(ours["network"], toy_batches(1), loss(), [ema_student], optimizer=ours["optimizer"])
+    with pytest.raises(ValueError, match=f"`{other}` of EMAStudent must be the trainer's but is not"):
+        trainer.run()
+    assert trainer.state.iteration == 0
+
+
+def test_wrapper_of_the_optimizer_is_taken_off():
+    """As Accelerate's, after `prepare`."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+    network, optimizer, _ = build()
+    assert EMAStudent(network, Wrapper(optimizer)).optimizer is optimizer
 
 
 @pytest.mark.parametrize("mode", ["eval", "dropout", "train"])
@@ -234,7 +290,8 @@ def test_bad_arguments_are_errors():
 class Holder(torch.optim.Optimizer):
     def __init__(self, held):
         self.held = held
-        self.inner = held[0] if isinstance(held, list) else held
+
+    inner = property(lambda self: self.held[0] if isinstance(self.held, list) else self.held)
 
     def step(self, closure=None):
         self.inner.step()

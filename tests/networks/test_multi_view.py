@@ -39,13 +39,13 @@ def test_train_form_stacks_three_views_and_eval_form_is_the_fused_one(size, num_
 
 
 def test_arguments_reach_the_parts_they_describe():
-    network = MultiViewNet(in_channels=3, num_convs=(1, 1, 1, 1, 2), **TINY)
+    network = MultiViewNet(in_channels=3, num_convs=(1, 1, 1, 1, 2), **{**TINY, "entropy_channels": 6})
     sizes = {name: tuple(p.shape[:2]) for name, p in network.named_parameters() if p.ndim == 4}
     assert sizes["unet.encoder.0.0.conv.weight"] == sizes["vnet.stem.0.conv.weight"] == (4, 3)
     assert [len(stage[1]) for stage in network.vnet.encoder] == [1, 1, 1, 2]
-    assert sizes["aggregation.mix.conv.weight"] == (16, 16)
+    assert sizes["aggregation.mix.conv.weight"] == (18, 18)
     widths = [sizes[f"aggregation.{name}_branch.1.conv.weight"] for name in ("entropy", "dissimilarity", "logits")]
-    assert widths == [(4, 4), (4, 4), (8, 8)]
+    assert widths == [(6, 6), (4, 4), (8, 8)]
 
 
 def test_views_are_stacked_in_the_order_of_their_names():

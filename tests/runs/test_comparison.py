@@ -103,6 +103,11 @@ def test_objects_and_expressions_that_fail_are_compared_as_they_are_written():
     assert configured(config) == {"a": "$object()", "b": "$1 / 0", "c": [1, {"d": None}]}
 
 
+def test_data_and_places_inside_a_component_are_no_setting_but_an_empty_part_is():
+    config = {"datalist": "$load('/a')", "handler": {"_target_": "Handler", "log_dir": "/a", "options": {}}}
+    assert configured(config) == {"handler#_target_": "Handler", "handler#options": {}}
+
+
 def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
     before = {"labeled": [("/a/1.nii", "07"), ("/a/2.nii", "1e")], "test": [("/a/3.nii", "ff")]}
     moved = {"labeled": [("b/1.nii", "07"), ("b/2.nii", "1e")], "test": [("b/3.nii", "00")]}
@@ -112,6 +117,19 @@ def test_file_of_other_content_is_named_and_one_that_was_moved_is_not():
     assert other_data(kept, changed) == ["b/2.nii or its label must be unchanged but is new or has different content"]
     assert other_data(kept, {"labeled": [("b/1.nii", "07")]}) == ["`labeled` must have 2 items but has 1"]
     assert other_data(None, moved) == other_data(kept, None) == [] and digests(None) is None
+
+
+@pytest.mark.parametrize("name", ["labeled", "unlabeled", "validation"])
+def test_change_in_any_set_that_a_training_reads_is_found(name):
+    before, now = {name: [("a.nii", "07")]}, {name: [("a.nii", "1e")]}
+    assert other_data(digests(before), now) == [
+        "a.nii or its label must be unchanged but is new or has different content"
+    ]
+
+
+def test_long_values_are_shortened():
+    (text,) = other_settings({"a": "x" * 78}, {"a": "x" * 79})
+    assert text == f"`a` must be '{78 * 'x'}' but is '{59 * 'x'}..."
 
 
 def test_item_that_is_in_another_list_or_place_is_not_called_changed():

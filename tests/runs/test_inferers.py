@@ -14,7 +14,8 @@ def test_logits_are_computed_in_bfloat16_and_come_back_in_float32():
     network.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
     assert AutocastInferer()(torch.rand(1, 1, 8, 8), network).dtype == torch.float32
     assert AutocastInferer(dtype=None)(torch.rand(1, 1, 8, 8), network).dtype == torch.float32
-    assert seen == [torch.bfloat16, torch.float32]
+    assert AutocastInferer(torch.float16)(torch.rand(1, 1, 8, 8), network).dtype == torch.float32
+    assert seen == [torch.bfloat16, torch.float32, torch.float16]
 
 
 def test_other_inferer_runs_under_autocast():
@@ -53,3 +54,10 @@ def test_volume_too_shallow_for_a_right_gradient_is_an_error(kernel, size, is_ri
         network(image).sum().backward()
         torch.testing.assert_close(gradient, network[0].weight.grad, rtol=0.05, atol=0.05 * gradient.abs().max().item())
     assert not network[0]._forward_pre_hooks
+
+
+def test_each_size_of_a_volume_is_checked():
+    inferer, network = AutocastInferer(), nn.Conv3d(1, 1, 3, padding="same")
+    inferer(torch.rand(1, 1, 4, 4, 4), network)
+    with pytest.raises(ValueError, match="an input at least as deep as its kernel but gives"):
+        inferer(torch.rand(1, 1, 2, 4, 4), network)

@@ -338,6 +338,30 @@ def test_best_metric_goes_on_so_that_a_worse_model_takes_no_ones_place(tmp_path)
     assert best == 0.95 and when > first[1]
 
 
+def test_newest_file_is_the_one_of_the_largest_iteration(tmp_path):
+    for name in ("resume_8.pt", "resume_10.pt", "resume_9.pt", "resume_11.pt.tmp", "resume_x.pt"):
+        (tmp_path / name).touch()
+    files = Resume({}, tmp_path).files()
+    assert [file.name for file in files] == ["resume_10.pt", "resume_9.pt", "resume_8.pt"]
+
+
+class DoublingScaler:
+    """A GradScaler that doubles its scale of 8 after each step."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine):
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)  # `run` makes one for CUDA
+
+
+def test_scale_of_a_gradscaler_goes_on(tmp_path):
+    for epochs, scale in ((1, 8 * 2**2), (2, 8 * 2**4)):
+        trainer, _, _ = training(tmp_path, epochs=epochs, before=[DoublingScaler()])
+        trainer.amp = True
+        assert run(trainer) and trainer.scaler.get_scale() == scale
+
+
 def test_two_files_are_kept_and_a_torn_one_falls_back_to_the_one_before(tmp_path, caplog):
     trainer, expected, handler = training(tmp_path)
     assert run(trainer)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ def test_row_has_the_metric_and_the_dice_of_each_structure(tmp_path):
     assert row["epoch"] == "1" and set(row) == {"epoch", "val_mean_dice", *(k for k in row if "/" in k)}
 
 
+def test_case_without_a_structure_is_left_out_of_its_mean(tmp_path):
+    validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[1], labels=((1, 2), (2, 2)))
+    assert float(rows_of(tmp_path)[0]["val_mean_dice/first"]) == pytest.approx(2 / 3)
+
+
 def test_rows_of_earlier_epochs_stay_and_later_ones_are_replaced(tmp_path):
     validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[1, 2, 3])
     validate(ValidationHistory(tmp_path, ["first", "second"]), epochs=[3], labels=((1, 1), (1, 1)))
@@ -81,4 +87,31 @@ def test_each_validation_is_one_line_with_the_best_so_far(tmp_path, caplog):
     assert caplog.messages == [
         "Validation 1  mean dice 0.667 (best)",
         "Validation 2  mean dice 0.667 (best 0.667 of 1)",
+    ]
+
+
+def engine_of(**state):
+    metrics = {"val_mean_dice": 0.5, "val_teacher_dice": torch.tensor(0.25)}
+    details = {"val_mean_dice": torch.tensor([[0.5, 1.0]]), "val_teacher_dice": torch.tensor([[0.25, 0.5, 1.0]])}
+    defaults = {"epoch": 4, "iteration": 9, "metrics": metrics, "metric_details": details}
+    best = {"key_metric_name": "val_mean_dice", "best_metric": 0.75, "best_metric_epoch": 3}
+    return SimpleNamespace(state=SimpleNamespace(**{**defaults, **best, **state}))
+
+
+def test_best_is_that_of_the_key_metric_alone_once_there_is_one(tmp_path):
+    history = ValidationHistory(tmp_path, ["first", "second"])
+    assert history.line(engine_of()) == "Validation 4  mean dice 0.500 (best 0.750 of 3)  teacher dice 0.250"
+    assert history.line(engine_of(best_metric_epoch=-1)) == "Validation 4  mean dice 0.500  teacher dice 0.250"
+
+
+def test_scalars_are_those_of_the_row_by_epoch(tmp_path):
+    written, writer = [], SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar))
+    writer.flush = lambda: written.append("flushed")
+    ValidationHistory(tmp_path, ["first", "second"]).write_scalars(engine_of(), writer)
+    assert written == [
+        ("val_mean_dice", 0.5, 4),
+        ("val_mean_dice/first", 0.5, 4),
+        ("val_mean_dice/second", 1.0, 4),
+        ("val_teacher_dice", 0.25, 4),  # whose details are of other structures
+        "flushed",
     ]

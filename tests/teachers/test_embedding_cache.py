@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -57,6 +58,14 @@ def test_same_image_twice_in_a_batch_is_encoded_once(folder):
     assert torch.equal(out[0], out[1]) and encoder.num_images == 1
 
 
+def test_as_many_known_images_are_encoded_again_as_are_asked_for(folder):
+    encoder, cache = build(folder=folder)
+    cache(images(), encoder)
+    cache.num_repeats = 2
+    assert torch.equal(cache(images(), encoder), encoder.proj(images())) and encoder.num_images == 3 + 2
+    assert (cache.num_repeats, cache.num_lookups, cache.num_encoded) == (0, 6, 5)
+
+
 def test_each_orientation_is_encoded_by_itself(folder):
     encoder, cache = build(folder=folder)
     x = images(1)
@@ -104,9 +113,15 @@ def test_it_is_filled_outside_autocast():
 
 
 @pytest.mark.parametrize(
-    "change", [lambda e: e.proj.weight.mul_(2), lambda e: e.load_state_dict(Encoder(5).state_dict())]
+    "change",
+    [
+        lambda e: e.proj.weight.mul_(2),
+        lambda e: e.load_state_dict(Encoder(5).state_dict()),
+        lambda e: setattr(e, "proj", Encoder(5).proj),
+    ],
+    ids=["in place", "loaded", "replaced"],
 )
-def test_weights_that_change_in_place_make_it_start_anew(change):
+def test_weights_that_change_make_it_start_anew(change):
     encoder, cache = build()
     x = images(1)
     before = cache(x, encoder)
@@ -164,6 +179,7 @@ SPOILS = {
     "tail": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "head": lambda path: path.write_bytes(path.read_bytes()[:9]),
     "empty": lambda path: path.write_bytes(b""),
+    "another array": lambda path: np.save(path, np.zeros(1)),
     "value": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     "another image": of_another_image,
 }
@@ -218,10 +234,8 @@ def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, nu
     monkeypatch.setattr("knowsam_monai.teachers.embedding_cache.LOOKUPS_WITHOUT_A_HIT", 4)
     encoder, cache = build()
     cache(torch.cat((images(4 - num_again), images(num_again), images(9)[4:])), encoder)
-    warnings = [
-        message for message in caplog.messages if "None of the first 4 images of the cached encoder repeated" in message
-    ]
-    assert len(warnings) == (num_again == 0)
+    warned = ["None of the first 4 images of the cached encoder repeated" in message for message in caplog.messages]
+    assert warned == [True] * (num_again == 0)
 
 
 @pytest.mark.parametrize("path", ["file", "file/inside"])

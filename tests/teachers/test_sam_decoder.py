@@ -73,6 +73,8 @@ def test_dense_positions_are_upstreams(image_size):
     sam = toy_sam(image_size, torch.float32)
     theirs = sam.prompt_encoder.get_dense_pe().flatten(2)[0].T
     torch.testing.assert_close(dense_positions(sam.prompt_encoder), theirs, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(dense_positions(sam.prompt_encoder), theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -197,6 +197,10 @@ def test_channels_that_sam_does_not_see_are_warned_of_once_unless_one_was_chosen
     assert len(lines) == num_warnings and all("set `to_rgb` to 'rgb' for color images, to 'mean'" in x for x in lines)
 
 
+def test_teacher_and_all_its_parts_stay_in_eval_mode():
+    assert not any(module.training for module in SAMTeacher(2, image_size=32, variant="stand_in").train().modules())
+
+
 def test_metatensors_come_out_as_plain_tensors():
     teacher = toy_teacher()
     image, prompt_logits = toy_batch()
@@ -249,11 +253,19 @@ def test_it_tells_where_its_weights_are_from(tmp_path):
     assert toy_teacher(checkpoint=path, pretrained_on="our scans").pretrained_on == "our scans"
 
 
-@pytest.mark.parametrize(("trainable", "warns"), [("adapters", True), ("all", False)])
-def test_a_frozen_sam_without_weights_is_warned_of(trainable, warns, caplog):
+@pytest.mark.parametrize(
+    ("trainable", "encoder", "frozen"),
+    [
+        ("adapters", "adapted", "weights, except its adapters, are"),
+        ("all", "cached", "image encoder is"),
+        ("all", "adapted", None),
+    ],
+)
+def test_a_frozen_sam_without_weights_is_warned_of(trainable, encoder, frozen, caplog):
     with caplog.at_level(logging.WARNING):
-        toy_teacher(trainable=trainable)
-    assert ["no pretrained weights" in message for message in caplog.messages] == [True] * warns
+        toy_teacher(trainable=trainable, encoder=encoder)
+    warned = [f"has no pretrained weights but its {frozen} frozen" in message for message in caplog.messages]
+    assert warned == [True] * (frozen is not None)
 
 
 # --- cached embeddings ------------------------------------------------------------------------------------------------
@@ -304,6 +316,13 @@ def test_logits_from_the_cache_equal_those_of_the_frozen_encoder(weights):
     for _ in range(2):  # filling, then looking up
         torch.testing.assert_close(teacher(image, prompt_logits), expected, rtol=0, atol=1e-6)
     assert len(teacher.cache) == 4
+
+
+def test_cached_encoder_gets_images_of_its_own_size(weights):
+    image, prompt_logits = toy_batch(size=(16, 16))
+    cached, plain = cached_teacher(weights), toy_teacher(checkpoint=weights, trainable="adapters")
+    torch.testing.assert_close(cached.encode(image), plain.encode(image), rtol=0, atol=1e-5)
+    assert cached(image, prompt_logits).shape[2:] == (16, 16)
 
 
 def test_cached_teacher_begins_as_the_one_with_adapters_in_the_encoder(weights):
@@ -366,3 +385,12 @@ def test_images_far_out_of_range_are_warned_of_once(caplog, low, high, is_warned
         teacher(low + (high - low) * (image - image.min()) / (image.max() - image.min()), logits)
     said = [message for message in caplog.messages if "SAM expects images in 0..1" in message]
     assert len(said) == is_warned and all(f"IntensityWindow({low:.3g}, {high:.3g})" in message for message in said)
+
+
+def test_blank_image_tells_nothing_of_the_range(caplog):
+    teacher, image = toy_teacher(), toy_batch()[0]
+    teacher.encode(torch.full_like(image, 0.5))
+    teacher.encode(torch.full_like(image, 300.0))
+    assert not caplog.messages
+    teacher.encode(1000 * image)
+    assert ["SAM expects images in 0..1" in message for message in caplog.messages] == [True]

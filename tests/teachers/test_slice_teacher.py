@@ -60,6 +60,15 @@ def test_all_slices_of_all_rows_along_an_axis_are_one_batch(sam_teacher):
     assert shapes == [[(8, 1, 6, 5), (8, 3, 6, 5)], [(12, 1, 5, 4), (12, 3, 5, 4)]]
 
 
+def test_no_more_slices_are_taught_at_once_than_a_step_draws(sam_teacher):
+    sizes, volumes = [], toy_volumes()
+    expected = SliceTeacher(sam_teacher)(*volumes)
+    sam_teacher.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    logits = SliceTeacher(sam_teacher, slices=3)(*volumes)  # 2 rows of 4 slices
+    assert sizes == [6, 2]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+
+
 def test_thin_volume_of_drawn_slices_gets_the_logits_of_the_whole_one(sam_teacher):
     image, prompt_logits = toy_volumes()
     teacher = SliceTeacher(sam_teacher, axes=(0, 1, 2), slices=2)
@@ -78,6 +87,17 @@ def test_iteration_decides_the_draw_and_a_loop_without_one_counts_draws(sam_teac
     other = SliceTeacher(sam_teacher, slices=4, sampling=sampling, seed=7)
     assert all(torch.equal(other.draw_slices(prompt_logits, t).index, drawn[t - 1]) for t in (3, 1, 2))
     assert not torch.equal(drawn[0], drawn[1])
+    another = SliceTeacher(sam_teacher, slices=4, sampling=sampling, seed=8)
+    assert not torch.equal(drawn[0], another.draw_slices(prompt_logits, 1).index)
+
+
+def test_each_step_draws_one_of_several_axes_and_the_seed_decides_which(sam_teacher):
+    prompt_logits = toy_volumes()[1]
+    drawn = [
+        [SliceTeacher(sam_teacher, axes=(0, 2), slices=1, seed=s).draw_slices(prompt_logits, t).axis for t in range(20)]
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and set(drawn[0]) == {0, 2}
 
 
 def test_resumed_count_goes_on_where_it_was(sam_teacher):
@@ -120,6 +140,12 @@ def test_cached_encoder_is_an_error(sam_teacher):
     sam_teacher.encoder = "cached"
     with pytest.raises(ValueError, match="`sam_teacher` must have the encoder 'adapted'"):
         SliceTeacher(sam_teacher)
+
+
+@pytest.mark.parametrize(("axis", "size"), [(0, 6), (1, 5), (2, 4)])
+def test_as_many_slices_as_the_axis_has_are_all_of_them(sam_teacher, axis, size):
+    slices = SliceTeacher(sam_teacher, axes=axis, slices=size).draw_slices(toy_volumes()[1], iteration=1)
+    assert slices.index.tolist() == [list(range(size))] * 2
 
 
 def test_more_slices_than_the_volume_has_are_an_error(sam_teacher):
