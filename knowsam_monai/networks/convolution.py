@@ -72,10 +72,11 @@ class PlainWeightGradient(torch.autograd.Function):
                 *tensors, None, [1, 1], padding, [1, 1], False, [0, 0], 1, output_mask=mask
             )
 
-        grad_x = gradients(grad, x, weight, mask=[True, False, False])[0] if needs_x else None
-        plain = (tensor.contiguous() for tensor in (grad, x, weight))
-        grad_weight = gradients(*plain, mask=[False, True, False])[1] if needs_weight else None
-        return grad_x, grad_weight
+        grad_weight = None
+        if needs_weight:  # first, so that its copies are gone before there is another gradient
+            plain = (tensor.contiguous() for tensor in (grad, x, weight))
+            grad_weight = gradients(*plain, mask=[False, True, False])[1]
+        return gradients(grad, x, weight, mask=[True, False, False])[0] if needs_x else None, grad_weight
 
     @staticmethod
     def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
