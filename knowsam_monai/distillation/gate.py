@@ -59,8 +59,8 @@ class TeacherGate(nn.Module):
     its own level, where both look equally good.
 
     A factor is also 0 if the teacher finds no foreground. Pixels where its output is not finite count as background.
-    d is the mean Dice of the foreground classes, each averaged over many measurements, since a structure may be absent
-    from most batches. Older measurements count less.
+    d is the mean Dice of the foreground classes, each from the pixels of many measurements, since a structure may be
+    absent from most batches. Older measurements count less.
 
     The teacher learns from the labeled training rows, so Dice on them cannot show that it is good. The mode says what
     is measured:

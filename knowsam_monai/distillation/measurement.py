@@ -73,10 +73,10 @@ def measure_gate(
         gate.measure_agreement(
             partial(_student_logits, distiller, student, logits_of),
             distiller.ask_teacher,
-            take_rows(image, judged_rows),
+            take_rows(image, judged_rows).clone(),  # a network may change its input in place
             turn,
             is_counted,
-            take_rows(sam_image, judged_rows),
+            take_rows(sam_image, judged_rows).clone(),
             labeled,
             [axis % 3 - 3 for axis in getattr(distiller.teacher, "axes", ())],
         )
@@ -139,4 +139,4 @@ def _labeled_images(
             f"{', '.join(map(str, image.shape[2:]))}) but have {tuple(label.shape)}."
         )
         return None
-    return LabeledImages(image[rows], sam_image[rows], label, distiller.ignore_index)
+    return LabeledImages(image[rows].clone(), sam_image[rows].clone(), label, distiller.ignore_index)

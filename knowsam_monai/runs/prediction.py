@@ -136,11 +136,11 @@ def _segment(workflow: ConfigWorkflow, output: str) -> SkippingLoader:
     """Run the workflow, and return its loader, which knows the images that could not be segmented."""
     if "datalist" in workflow.parser:
         notes = logging.getLogger(evaluation.__name__)
-        notes.disabled = True  # until the list is read again
+        was_disabled, notes.disabled = notes.disabled, True  # until the list is read again
         try:
             workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
         finally:
-            notes.disabled = False
+            notes.disabled = was_disabled
     workflow.initialize()
     loader = SkippingLoader(workflow.evaluator)
     ProgressBar(desc="Segmenting", persist=True).attach(workflow.evaluator)

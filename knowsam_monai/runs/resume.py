@@ -46,11 +46,13 @@ class Resume:
 
     After every epoch ``resume_<iteration>.pt`` is written: the given objects, the trainer's iteration, the best metric
     so far and the random states of every process. A file is complete or does not exist, and the previous one is kept.
-    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. A trainer
-    that goes on after its own run, as in each round of MONAI's ``MonaiAlgo``, loads none: its weights may have been
-    replaced in between. The order of the batches is a function of the iteration
-    (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved. A run that its validation ended, as by MONAI's
-    ``EarlyStopHandler``, is finished and is not resumed.
+    When a run starts, it loads the newest intact file, but refuses one with other settings or other data. The order of
+    the batches is a function of the iteration (:class:`knowsam_monai.data.SemiSupervisedLoader`) and is not saved. A
+    run that its validation ended, as by MONAI's ``EarlyStopHandler``, is finished and is not resumed.
+
+    A trainer that goes on after its own run with a larger `max_epochs`, as in each round of MONAI's ``MonaiAlgo``,
+    loads nothing: its weights may have been replaced in between. In federated learning start clients with
+    ``--resume False``, so that one that is restarted keeps the server's weights too.
 
     SIGTERM and Ctrl-C write one more file and end the process with exit code 143 or 130, after the current step or in
     the middle of a validation, which is then repeated. Several processes agree on a step, within ten, and complete a
@@ -109,7 +111,7 @@ class Resume:
         self._before_validation: dict[str, Any] | None = None  # the random state before the validation that is running
         self._waits_for_batch: bool | None = None  # None before the first step
         self._has_started_over = False
-        self._completed_at: int | None = None  # the iteration at which this trainer's last run ended without an error
+        self._completed = (-1, 0)  # the iteration and `max_epochs` of this trainer's last run, once it has completed
         self._kept: list[Path] = []  # the last two files written or loaded
 
     def attach(self, engine: Engine) -> None:
@@ -138,14 +140,16 @@ class Resume:
                     self._remove_earlier_run()
             self._has_started_over = True
             self.signals.listen()
-        if self.enabled and engine.state.iteration != self._completed_at:
+        (iteration, max_epochs), self._completed = self._completed, (-1, 0)
+        if engine.state.iteration == iteration and engine.state.max_epochs > max_epochs:
+            _continue_loader(engine)
+        elif self.enabled:
             self._restore(engine)
-        self._completed_at = None
 
     def completed(self, engine: Engine) -> None:
         """Give the signals back, and note where the run ended."""
         self.signals.give_back()
-        self._completed_at = engine.state.iteration or None
+        self._completed = (engine.state.iteration, engine.state.max_epochs)
 
     def files(self) -> list[Path]:
         """The checkpoints in the folder, newest first."""
@@ -308,9 +312,8 @@ class Resume:
             for name, item in self.objects.items():
                 plain_network(item).load_state_dict(state[name])
             engine.load_state_dict({**state["trainer"], "max_epochs": engine.state.max_epochs})
-            if state.get("finished") or engine.state.iteration >= last_iteration(
-                engine
-            ):  # in an epoch that was cut short
+            is_over = engine.state.iteration >= last_iteration(engine)  # in an epoch that was cut short
+            if state.get("finished") or is_over:
                 engine.state.epoch = engine.state.max_epochs
             if engine.scaler is not None and "scaler" in state:
                 engine.scaler.load_state_dict(state["scaler"])
@@ -328,8 +331,7 @@ class Resume:
             raise KnowSAMValueError(
                 f"{file} must be a checkpoint of this run but cannot be restored ({reason}); {REMEDY}."
             ) from error
-        if hasattr(engine.data_loader, "set_iteration"):
-            engine.data_loader.set_iteration(engine.state.iteration)
+        _continue_loader(engine)
 
     def _check(self, file: Path, state: Mapping[str, Any]) -> None:
         missing = sorted({*KEYS, *self.objects} - state.keys())
@@ -347,3 +349,9 @@ class Resume:
             raise KnowSAMValueError(
                 f"This run differs from the one in {file}: {', '.join(differences[:5])}{more}; {REMEDY}."
             )
+
+
+def _continue_loader(engine: Engine) -> None:
+    """Let a loader that knows its place, such as `SemiSupervisedLoader`, go on after the trainer's last iteration."""
+    if hasattr(engine.data_loader, "set_iteration"):
+        engine.data_loader.set_iteration(engine.state.iteration)

@@ -40,12 +40,13 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._process = os.getpid()
+        self._process = 0
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Handle the signals from now on. In other threads than the main one this does nothing."""
         if not self._previous:
+            self._process = os.getpid()
             self._previous = _take_over(self._note)
 
     def give_back(self) -> None:

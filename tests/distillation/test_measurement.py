@@ -185,6 +185,22 @@ def test_view_that_prompts_the_teacher_is_measured(teacher):
     assert not torch.equal(scores[0], scores[2])
 
 
+def test_networks_that_change_their_input_in_place_leave_the_batch_alone(student, teacher):
+    batch = toy_batches(1)[0]
+    images = [batch["image"], batch["image"] + 1]
+    kept = [image.clone() for image in images]
+
+    def halve(module, arguments):
+        arguments[0].mul_(0.5)
+
+    for network in (student, teacher):
+        network.register_forward_pre_hook(halve)
+    image, sam_image = images
+    distiller_of(teacher, gate="agreement").measure_agreement(student, image, batch["label"], sam_image=sam_image)
+    SAMDistiller(teacher, gate="agreement").measure_agreement(student, image, sam_image=sam_image)
+    torch.testing.assert_close(images, kept, rtol=0, atol=0)
+
+
 def measurements_of(distiller, monkeypatch):
     """The arguments of each measurement that the gate is asked for, in place of the measurement."""
     seen = []

@@ -399,8 +399,10 @@ def test_trainer_that_goes_on_keeps_the_weights_that_it_was_given_in_between(tmp
         Events.ITERATION_STARTED(once=5), lambda: started_with.extend(p.clone() for p in student.parameters())
     )
     trainer.state.max_epochs = 3
+    next(iter(trainer.data_loader))  # of somebody who looks at a batch
     assert run(trainer) and trainer.state.iteration == 6
     assert started_with and not any(parameter.any() for parameter in started_with)
+    assert trainer.data_loader.next_iteration == 6
 
 
 def test_run_that_its_validation_stopped_early_is_finished_too(tmp_path, caplog):
@@ -411,12 +413,13 @@ def test_run_that_its_validation_stopped_early_is_finished_too(tmp_path, caplog)
         return trainer, student, handler
 
     trainer, expected, _ = stopping_early()
-    assert run(trainer) and trainer.state.iteration == 4
+    for _ in range(2):  # and with the same trainer
+        assert run(trainer) and trainer.state.iteration == 4
     for _ in range(2):
         again, student, _ = stopping_early()
         again.add_event_handler(Events.ITERATION_STARTED, lambda: pytest.fail("trained"))
         assert run(again) and same_bits(student, expected)
-    assert caplog.text.count("has finished its 4 iterations") == 2
+    assert caplog.text.count("has finished its 4 iterations") == 3
 
 
 def test_run_that_was_terminated_inside_an_epoch_resumes(tmp_path):

@@ -34,9 +34,11 @@ def test_loader_worker_that_gets_the_signal_too_says_nothing(capfd):
     signals.listen()
     worker = os.fork()
     if worker == 0:
-        os.kill(os.getpid(), signal.SIGINT)
-        os._exit(0)
-    os.waitpid(worker, 0)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(signals.received != signal.SIGINT)
+    assert os.waitpid(worker, 0)[1] == 0
     assert signals.received is None and not capfd.readouterr().err
 
 
