@@ -317,8 +317,9 @@ def _different_planes(sets: Mapping[str, list[dict]], facts: Mapping[str, list[C
     for name, items in sets.items():
         for item, case in zip(items, facts[name]):
             if case.normal is not None:
-                plane = next((plane for plane in planes if _is_along(plane[0][1], case.normal)), [])
-                planes += [] if plane else [plane]
+                plane = next((plane for plane in planes if _is_along(plane[0][1], case.normal)), None)
+                if plane is None:
+                    planes.append(plane := [])
                 plane.append((image_paths(item)[0], case.normal))
     if len(planes) < 2:
         return

@@ -162,9 +162,8 @@ class CaseMetrics:
         width = max(map(len, (*names, "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
         split = "" if self.split is None else f" of the {self.split} split"
-        title = f"Metrics of {len(values)} cases{split}, mean and standard deviation"
-        title = title if len(values) > 1 else f"Metrics of 1 case{split}"
-        lines = [title, header + "   undefined"]
+        what = f"1 case{split}" if len(values) == 1 else f"{len(values)} cases{split}, mean and standard deviation"
+        lines = [f"Metrics of {what}", header + "   undefined"]
         for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
             line = f"{name:<{width}}  {components:<10}"
             classes = slice(None) if c == len(self.class_names) else slice(c, c + 1)
