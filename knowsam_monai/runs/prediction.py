@@ -13,7 +13,6 @@ from typing import Any
 from ignite.handlers import ProgressBar
 from monai.bundle import ConfigWorkflow, ReferenceResolver
 
-from knowsam_monai.data import evaluation
 from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAMValueError, named_as_set, root_cause
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.bundle_folder import SHIPPED
@@ -134,14 +133,9 @@ def predict_folder(
 
 def _segment(workflow: ConfigWorkflow, output: str) -> SkippingLoader:
     """Run the workflow, and return its loader, which knows the images that could not be segmented."""
-    if "datalist" in workflow.parser:
-        notes = logging.getLogger(evaluation.__name__)
-        was_disabled, notes.disabled = notes.disabled, True  # until the list is read again
-        try:
-            workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
-        finally:
-            notes.disabled = was_disabled
     workflow.initialize()
+    if "datalist" in workflow.parser:
+        workflow.parser.get_parsed_content("datalist")  # reports missing scans before problems of the student
     loader = SkippingLoader(workflow.evaluator)
     ProgressBar(desc="Segmenting", persist=True).attach(workflow.evaluator)
     check_writable(output=output)
