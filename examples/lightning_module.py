@@ -25,12 +25,13 @@ class Segmenter(LightningModule):
 
 # --- SKD
 class Distillation(Callback):
-    def __init__(self, distiller):
+    def __init__(self, distiller, accumulation_steps=None):
         self.distiller = distiller
+        self.accumulation_steps = accumulation_steps  # by which a manual optimization divides its loss
 
     def on_train_start(self, trainer, module):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        steps = trainer.accumulate_grad_batches
+        steps = self.accumulation_steps or trainer.accumulate_grad_batches
         self.skd = self.distiller.attach(module.network, trainer.optimizers[0], scaler=scaler, accumulation_steps=steps)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from knowsam_monai import ranks
 from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.gradients import output_gradients
-from knowsam_monai.distillation.labeled_rows import Rows
+from knowsam_monai.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
@@ -365,7 +365,7 @@ class Attachment:
         distiller = self.distiller.train()
         run = self.iteration // self.every  # counts the teacher's runs
         distiller.measure_if_due(
-            run, self.gate_interval, self.student, student, image, label, rows, sam_image, self.logits_of
+            run, self.gate_interval, self.student, image, label, rows, sam_image, self.logits_of, student
         )
         weight = weight_at(self.weight, self.iteration, self.start)
         leaf = at_least_float32(logits.detach()).requires_grad_()
@@ -444,7 +444,7 @@ def _remove_deleted(handles: list[Any], batch: CurrentBatch) -> None:
     """Remove the hooks of an attachment that was deleted without `remove()`."""
     if handles and batch.is_unused:
         logger.warning(
-            "SKD: an attachment was deleted before the student was called on its batch, so SKD has stopped: keep a "
+            "SKD: an attachment was deleted before the student was called on a batch, so nothing was taught: keep a "
             "reference to what `attach` returns, and let the host iterate over its `watch(loader)`."
         )
     _remove_all(handles)

@@ -19,7 +19,7 @@ from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.gate import TeacherGate
 from knowsam_monai.distillation.gradients import SAMGradients
 from knowsam_monai.distillation.inputs import check_output, check_shapes, check_teacher_arguments, view_at
-from knowsam_monai.distillation.labeled_rows import (
+from knowsam_monai.labeled_rows import (
     Rows,
     knows_labels,
     labeled_slice,
@@ -148,9 +148,8 @@ class SAMDistiller(nn.Module):
         optimizer = torch.optim.Adam((p for p in teacher.parameters() if p.requires_grad), lr=1e-4)
         distiller = SAMDistiller(teacher, optimizer)
         distiller.follow(student_optimizer)               # once: the teacher steps after the student
-        for step, (image, label) in enumerate(batches):   # of all epochs; B rows, the first B_l have labels
-            if step % 50 == 0:                            # for the gate "agreement"
-                distiller.measure_agreement(student, image, label, turn=step // 50)
+        for step, (image, label) in enumerate(batches, start=1):   # of all epochs; the first B_l of B rows have labels
+            distiller.measure_if_due(step, 50, student, image, label)   # the gate, at every 50th step
             logits = student(image)
             loss = supervised_loss(logits[: len(label)], label) + distiller(image, logits, label).loss
 
@@ -354,12 +353,12 @@ class SAMDistiller(nn.Module):
         run: int,
         interval: int,
         network: nn.Module,
-        student: Callable[[Tensor], Tensor],
         image: Tensor,
         label: Tensor | None = None,
         labeled_rows: Rows = None,
         sam_image: Tensor | None = None,
         logits_of: Callable[[Any], Tensor] | None = None,
+        student: Callable[[Tensor], Any] | None = None,
     ) -> None:
         """
         Call :meth:`measure_agreement` if it is due: first after a few runs of the teacher, then at intervals, and soon
@@ -368,12 +367,13 @@ class SAMDistiller(nn.Module):
         Args:
             run: number of this run of the teacher, 1 or more.
             interval: number of runs between measurements.
-            network: is put in eval mode for the measurement.
-            student, image, label, labeled_rows, sam_image, logits_of: as in :meth:`measure_agreement`.
+            network: the student's network, which is put in eval mode for the measurement.
+            image, label, labeled_rows, sam_image, logits_of: as in :meth:`measure_agreement`.
+            student: ``f(image)``, which calls the network; None: the network itself.
         """
         is_due = self.gate.is_due(run, interval)
         if is_due or (self.gate.missing and self.gate.mode != "none" and not ranks.is_distributed()):
-            turn = run // interval
+            turn, student = run // interval, network if student is None else student
             measure_gate(self, network, student, image, label, labeled_rows, turn, sam_image, logits_of, run, is_due)
 
     @kept_random_state()

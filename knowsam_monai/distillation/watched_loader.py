@@ -120,7 +120,7 @@ class CurrentBatch:
         batch: the batch; None before the first one.
         is_over: whether the student has stepped since, so the next call must be on a new batch.
         num_calls: number of the student's calls on this batch.
-        is_unused: whether the student has not yet been called on it in train mode, and no error was raised.
+        is_unused: whether the student has not yet been called on any batch in train mode, and no error was raised.
 
     Raises:
         RuntimeError: if the student is called without a batch, or on another one.
@@ -148,7 +148,7 @@ class CurrentBatch:
             self._uncalled_images.clear()
         elif former_image is not None:
             self._uncalled_images.append(weakref.ref(former_image))
-        self.batch, self.is_over, self.num_calls, self.is_unused, self._moved = batch, False, 0, True, None
+        self.batch, self.is_over, self.num_calls, self._moved = batch, False, 0, None
 
     def on(self, device: torch.device) -> Any:
         """The batch with its tensors on a device; moved once."""

@@ -25,9 +25,9 @@ INSPECTED_CALLS = (1, 50)  # calls at which the values of image and logits are c
 CHECKED = 50  # every so many calls SAM's loss and output are read
 MISSED = 3  # calls in a row with labeled rows only; some hosts have separate calls for the others
 MEASURED_BY = {
-    "agreement": "call `measure_agreement` about every 50 steps",
+    "agreement": "call `measure_if_due` in each step",
     "validation": "add `TeacherValidation` to the evaluator, or call `gate.update` after each validation and "
-    "`measure_agreement` about every 50 steps (ignore this if the first validation is still to come)",
+    "`measure_if_due` in each step (ignore this if the first validation is still to come)",
 }
 
 
@@ -175,6 +175,14 @@ class Wiring:
                 f"the gate {gate.mode!r} was not measured in {self.num_calls} steps, so {named(distiller.teacher)} "
                 f"teaches nothing yet: {MEASURED_BY[gate.mode]}, or use the gate 'none'."
             )
+        if self.num_calls == 1 and distiller.optimizer is None:
+            trainable = sum(parameter.requires_grad for parameter in distiller.teacher.parameters())
+            if trainable:
+                self.warn(
+                    f"the distiller has no optimizer, so {named(distiller.teacher)} does not learn, although {trainable} "
+                    "of its tensors require a gradient: pass the teacher's optimizer, or call "
+                    "`teacher.requires_grad_(False)` if it is trained already."
+                )
         if distiller.optimizer is not None and self.num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(
                 "SAM's optimizer has no parameter of the teacher that requires a gradient, so SAM learns nothing: "

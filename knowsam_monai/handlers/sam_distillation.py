@@ -17,13 +17,13 @@ from torch import Tensor
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.distillation.labeled_rows import Rows, labeled_slice
+from knowsam_monai.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.errors import KnowSAMValueError, check_counts
 from knowsam_monai.handlers.supervision import check_ignores, check_supervision, has_deep_supervision, logits_from
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
-from knowsam_monai.losses.supervised import has_sigmoid
+from knowsam_monai.losses.supervised import check_hides_labels, has_sigmoid
 from knowsam_monai.tensors import class_numbers, predicted_label, unstack_views, without_meta
 
 
@@ -57,7 +57,8 @@ class SAMDistillation:
             always learns from the beginning.
         labeled_rows: the rows whose labels SAM learns from: an int n (the first n), a slice, "all", or a callable of
             the batch that returns one of these. None: the first ``len(label)``, which must not be all rows unless the
-            SAM loss has an `ignore_index`.
+            SAM loss has an `ignore_index`. If every row has a label, :class:`knowsam_monai.losses.PartiallyLabeledLoss`
+            needs its own `labeled_rows`.
         every: k; the teacher runs only at every k-th iteration. At the others it neither learns nor teaches. `weight`
             is not scaled; k times the weight gives the same average.
         gate_interval: number of teacher runs between measurements of the gate on training rows; the first is after 10.
@@ -68,8 +69,8 @@ class SAMDistillation:
     Raises:
         ValueError: if an interval is below 1; at the start, if student and teacher share parameters, or if only
             heads of deep supervision would be taught; at a step, if a required `"sam_image"` is missing or does not
-            fit, if the classes or rows of student, teacher and labels disagree, or if every row has a label but
-            `labeled_rows` is None.
+            fit, if the classes or rows of student, teacher and labels disagree, if every row has a label but
+            `labeled_rows` is None, or if the trainer's loss uses labels of other rows than `labeled_rows`.
         RuntimeError: at a step, if the distiller is also attached to a student.
 
     Example::
@@ -163,10 +164,13 @@ class SAMDistillation:
         run = iteration // self.every  # counts the teacher's runs
         student = partial(engine.inferer, network=engine.network)
         self.distiller.measure_if_due(
-            run, self.gate_interval, engine.network, student, image, label, rows, sam_image, self.logits_of
+            run, self.gate_interval, engine.network, image, label, rows, sam_image, self.logits_of, student
         )
 
         labeled = labeled_slice(rows, label, len(image))
+        if label is not None and rows is not None:
+            loss = getattr(engine, "loss_function", None)
+            check_hides_labels(loss, len(image), len(label), len(range(len(image))[labeled]))
         # the teacher's first run since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
         is_logged &= label is not None and len(range(len(image))[labeled]) > 0

@@ -12,6 +12,7 @@ from monai.losses import DiceLoss, FocalLoss
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError
+from knowsam_monai.labeled_rows import Rows, labeled_slice
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.tensors import at_least_float32, class_logits, class_numbers, unstack_views, without_meta
 
@@ -78,10 +79,12 @@ class PartiallyLabeledLoss(nn.Module):
         overlapping: the C channels are regions that may overlap, each with a sigmoid and a label channel of its own.
             ``loss`` gets all channels at once, but :func:`dice_ce_loss` gets each alone, see
             :func:`knowsam_monai.losses.region_loss`.
+        labeled_rows: the rows whose labels the student may see, if your batches have a label for every row: an int n
+            (the first n), a slice, or "all". None: the first ``len(label)``, so all rows if every row has a label.
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B; if `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B, or of all rows with `labeled_rows` given; if `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1
           or `overlapping`, ``loss`` receives floats
         - output: scalar
 
@@ -106,6 +109,7 @@ class PartiallyLabeledLoss(nn.Module):
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         view_weights: Sequence[float] | None = None,
         overlapping: bool = False,
+        labeled_rows: Rows = None,
     ) -> None:
         super().__init__()
         if view_weights is not None and (min(view_weights, default=-1) < 0 or sum(view_weights) == 0):
@@ -116,6 +120,7 @@ class PartiallyLabeledLoss(nn.Module):
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
         self.overlapping = overlapping
+        self.labeled_rows = labeled_rows
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         if label is None:
@@ -125,7 +130,11 @@ class PartiallyLabeledLoss(nn.Module):
             # otherwise `pred` may be stacked views of one channel
             _check_channel(label, pred.shape[2:])
             _check_channel(label, pred.shape[3:])
-        views = unstack_views(without_meta(pred), label)
+        views, rows = unstack_views(without_meta(pred), label), slice(len(label))
+        if self.labeled_rows is not None:
+            rows = labeled_slice(self.labeled_rows, label, len(pred))
+            label = label[rows] if len(label) == len(pred) else label
+        views = [view[rows] for view in views]
         check_label(views[0], label, getattr(self.loss, "ignore_index", None), self.overlapping)
         weights = (1.0,) * len(views) if self.view_weights is None else self.view_weights
         if len(weights) != len(views):
@@ -134,13 +143,13 @@ class PartiallyLabeledLoss(nn.Module):
                 "A plain network has one view, MultiViewNet has three (fused, unet, vnet); in a bundle, "
                 "network_plain.json selects the plain network."
             )
-        labeled_views = [at_least_float32(view[: len(label)]) for view in views]
-        if labeled_views[0].shape[1] == 1 or self.overlapping:
-            label = label.to(labeled_views[0].dtype)
+        views = [at_least_float32(view) for view in views]
+        if views[0].shape[1] == 1 or self.overlapping:
+            label = label.to(views[0].dtype)
         by_region = self.overlapping and isinstance(self.loss, _DiceCELoss)
         loss = partial(region_loss if by_region else loss_of, self.loss)
         with torch.autocast(label.device.type, enabled=False):
-            losses = [weight * loss(view, label).mean() for view, weight in zip(labeled_views, weights) if weight > 0]
+            losses = [weight * loss(view, label).mean() for view, weight in zip(views, weights) if weight > 0]
         return torch.stack(losses).sum()
 
 
@@ -241,15 +250,48 @@ def check_loss_takes(
     """
     if num_labels >= num_rows:
         return
-    parts = [type(module) for module in loss.modules()] if isinstance(loss, nn.Module) else [loss]
-    if all(
-        part is _DiceCELoss or getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts
-    ):
+    if _takes_every_label(loss):
         name = "dice_ce_loss" if isinstance(loss, _DiceCELoss) else getattr(loss, "__name__", type(loss).__name__)
         raise KnowSAMValueError(
             f"`loss_function` must be a PartiallyLabeledLoss if only {num_labels} of {num_rows} rows have a label "
             f"but is {name}; wrap it: PartiallyLabeledLoss(loss={name}(...))."
         )
+
+
+def check_hides_labels(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_rows: int, num_labels: int, num_visible: int
+) -> None:
+    """Raise a clear error if a loss would learn from labels that the student must not see.
+
+    Args:
+        loss: the trainer's loss. Only losses of torch and MONAI, :func:`dice_ce_loss` and :class:`PartiallyLabeledLoss`
+            are known; one that ignores a label value may get it in the other rows.
+        num_rows: B, rows of the batch.
+        num_labels: B_l, rows with a label.
+        num_visible: rows whose labels the student may see.
+
+    Raises:
+        ValueError: if every row has a label, ``num_visible`` is below ``num_rows``, and ``loss`` uses every label.
+    """
+    if num_labels < num_rows or num_visible == num_rows:
+        return
+    parts = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    ours = [part for part in parts if isinstance(part, PartiallyLabeledLoss)]
+    uses_all = any(part.labeled_rows is None for part in ours) if ours else _takes_every_label(loss)
+    if uses_all and all(getattr(part, "ignore_index", None) in (None, -100) for part in parts):
+        raise KnowSAMValueError(
+            f"`loss_function` must use the labels of the {num_visible} rows that `labeled_rows` selects but would use "
+            f"those of all {num_rows}; make it PartiallyLabeledLoss(..., labeled_rows={num_visible}), or "
+            'labeled_rows="all" if the student may see every label.'
+        )
+
+
+def _takes_every_label(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a loss is one of torch's or MONAI's, or :func:`dice_ce_loss`; a custom one may select rows."""
+    parts = [type(module) for module in loss.modules()] if isinstance(loss, nn.Module) else [loss]
+    return all(
+        part is _DiceCELoss or getattr(part, "__module__", "").partition(".")[0] in ("torch", "monai") for part in parts
+    )
 
 
 def has_sigmoid(loss: Callable | None) -> bool | None:

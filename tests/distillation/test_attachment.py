@@ -81,7 +81,7 @@ def test_plain_loop_that_measures_if_due_equals_the_handler():
     for step, batch in enumerate(batches, start=1):
         image, label = batch["image"], batch["label"]
         logits = student(image)
-        distiller.measure_if_due(step, 50, student, student, image, label)
+        distiller.measure_if_due(step, 50, student, image, label)
         optimizer.zero_grad()
         (loss(logits, label) + distiller(image, logits, label).loss).backward()
         optimizer.step()

@@ -219,7 +219,7 @@ def test_each_measurement_at_an_interval_turns_the_images_otherwise(student, tea
     distiller = distiller_of(teacher, gate="agreement")
     seen = measurements_of(distiller, monkeypatch)
     for run in range(1, 21):
-        distiller.measure_if_due(run, 5, student, student, image)
+        distiller.measure_if_due(run, 5, student, image)
     assert [measurement["turn"] for measurement in seen] == [1, 2, 3, 4]
 
 

@@ -26,7 +26,7 @@ WAYS = ["handler", "loop", "attachment"]
 def train(way, student, optimizer, distiller, batches, before_step=lambda step: None, **options):
     """Train in one of the three ways; `before_step` may change the host. Returns the object that keeps SKD attached."""
     if way == "handler":
-        loss = PartiallyLabeledLoss(dice_ce_loss(3))
+        loss = PartiallyLabeledLoss(dice_ce_loss(3), labeled_rows="all" if "labeled_rows" in options else None)
         trainer = toy_trainer(student, batches, loss, [SAMDistillation(distiller, **options)], optimizer=optimizer)
         trainer.add_event_handler(Events.ITERATION_STARTED, lambda engine: before_step(engine.state.iteration))
         trainer.run()
@@ -246,6 +246,15 @@ def test_teacher_that_does_not_learn_takes_labels_of_every_row():
     SAMDistiller(distiller.teacher, taught_views=(1, 2), gate="none")(batch["image"], logits, batch["label"])
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_teacher_that_could_learn_but_has_no_optimizer_is_warned_of_at_once(is_frozen, caplog):
+    student, _, _, (batch, *_) = build()
+    distiller = SAMDistiller(ToyTeacher().double().requires_grad_(not is_frozen), gate="none").train()
+    distiller(batch["image"], student(batch["image"]), batch["label"])
+    found = warnings_with(caplog, "no optimizer, so ToyTeacher does not learn, although 4 of its tensors require a grad")
+    assert len(found) == (not is_frozen)
+
+
 # --- what is deleted --------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +318,22 @@ def test_attachment_that_nobody_keeps_is_warned_of(caplog):
         )
         == 1
     )
+
+
+def test_loop_that_stops_before_its_last_batch_is_not_warned(caplog):
+    student, optimizer, distiller, batches = build()
+
+    def train_two_steps():
+        skd = distiller.attach(student, optimizer)
+        for step, batch in enumerate(skd.watch(batches)):
+            if step == 2:
+                break
+            student(batch["image"]).sum().backward()
+            optimizer.step()
+
+    train_two_steps()
+    gc.collect()
+    assert not student._forward_hooks and not warnings_with(caplog, "an attachment was deleted")
 
 
 @pytest.mark.parametrize("fault", ["no batch", "no logits", "orientations", "step"])

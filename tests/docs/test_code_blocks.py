@@ -111,7 +111,7 @@ class Reader:
         names["distiller"] = SAMDistiller(names["teacher"], names["sam_optimizer"])
         labeled, unlabeled, label = (torch.rand(rows, 1, 32, 32) for rows in (2, 3, 2))
         logits = {"labeled_logits": names["student"](labeled), "unlabeled_logits": names["student"](unlabeled)}
-        data = {"labeled": labeled, "unlabeled": unlabeled, "label": label.round(), "step": 0}
+        data = {"labeled": labeled, "unlabeled": unlabeled, "label": label.round(), "step": 10}
         return {**names, **data, **logits, "loss": torch.zeros(()), "torch": torch}
 
     def after_recipes_5(self, names):

@@ -302,7 +302,7 @@ def test_labeled_rows_may_be_a_callable_of_the_batch():
     rows = []
     teacher.register_forward_hook(lambda m, a, out: rows.append(len(out)) if out.requires_grad else None)
     handler = SAMDistillation(distiller, labeled_rows=lambda batch: batch["count"])
-    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3)), [handler]).run()
+    toy_trainer(student, batches, PartiallyLabeledLoss(dice_ce_loss(3), labeled_rows=1), [handler]).run()
     assert rows == [1, 1]
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +21,7 @@ from knowsam_monai.handlers import (
 from knowsam_monai.handlers.supervision import unlabeled_rows
 from knowsam_monai.losses import PartiallyLabeledLoss, dice_ce_loss
 from knowsam_monai.networks.ema_student import EMAStudent
-from tests.toys import ToyStudent, ToyTeacher, region_batches, toy_batches, toy_trainer
+from tests.toys import ToyStudent, ToyTeacher, distiller_of, region_batches, toy_batches, toy_trainer
 
 
 def ema_student():
@@ -117,6 +119,54 @@ def test_bare_loss_passes_where_every_row_has_a_label():
         SAMDistillation(SAMDistiller(ToyTeacher())), FusedLoss(softmax=True, to_onehot_y=True), num_unlabeled=0
     )
     assert torch.isfinite(trainer.state.output["loss"])
+
+
+@pytest.mark.parametrize("labeled_rows", [2, lambda batch: slice(0, 2)], ids=["number", "callable"])
+def test_hidden_labels_never_reach_the_student(labeled_rows):
+    def student_of(batch):
+        torch.manual_seed(0)
+        handler = SAMDistillation(distiller_of(ToyTeacher(), taught_rows="unlabeled"), labeled_rows=labeled_rows)
+        trainer = trainer_of(handler, [batch], PartiallyLabeledLoss(labeled_rows=2))
+        trainer.run()
+        return torch.cat([parameter.flatten() for parameter in trainer.network.parameters()])
+
+    (batch,) = ({name: tensor.float() for name, tensor in b.items()} for b in toy_batches(1, 4, 0))
+    hidden = torch.cat([batch["label"][:2], 2 - batch["label"][2:]])
+    expected = student_of({**batch, "label": batch["label"][:2]})
+    assert torch.equal(student_of(batch), expected) and torch.equal(student_of({**batch, "label": hidden}), expected)
+
+
+@pytest.mark.parametrize("loss", [PartiallyLabeledLoss(), dice_ce_loss(3), DeepSupervisionLoss(PartiallyLabeledLoss())])
+def test_loss_that_uses_hidden_labels_is_one_clear_error(loss):
+    class Fused(ToyStudent):
+        def forward(self, image):
+            return super().forward(image)[:, 0]
+
+    batches = [{name: tensor.float() for name, tensor in b.items()} for b in toy_batches(1, 4, 0)]
+    student = Fused()
+    before = copy.deepcopy(student.state_dict())
+    handler = SAMDistillation(SAMDistiller(ToyTeacher()), labeled_rows=2)
+    with pytest.raises(
+        ValueError,
+        match=r"labels of the 2 rows that `labeled_rows` selects but would use those of all 4; make it "
+        r"PartiallyLabeledLoss\(..., labeled_rows=2\), or labeled_rows=\"all\" if the student may see every label",
+    ):
+        toy_trainer(student, batches, loss, [handler]).run()
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "loss, labeled_rows",
+    [
+        (PartiallyLabeledLoss(labeled_rows="all"), 2),  # the student may see every label
+        (PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=255)), 2),  # other rows may have it everywhere
+        (lambda pred, label: F.cross_entropy(pred[:2, 0], label[:2, 0].long()), 2),
+        (PartiallyLabeledLoss(), "all"),
+    ],
+)
+def test_loss_that_may_use_every_label_passes(loss, labeled_rows):
+    handler = SAMDistillation(SAMDistiller(ToyTeacher(), gate="none"), labeled_rows=labeled_rows)
+    assert torch.isfinite(run(handler, loss, num_labeled=4, num_unlabeled=0).state.output["loss"])
 
 
 def test_unlabeled_rows_are_those_after_the_labels():

@@ -49,6 +49,16 @@ def test_first_rows_are_the_labeled_ones(num_labels):
     assert reached.tolist() == [row < num_labels for row in range(4)]
 
 
+@pytest.mark.parametrize("labeled_rows, rows", [(2, [0, 1]), (slice(1, 3), [1, 2]), ("all", [0, 1, 2, 3])])
+def test_labels_of_other_rows_than_the_labeled_ones_are_not_used(labeled_rows, rows):
+    pred, label = torch.randn(4, 2, 3, 6, 6, requires_grad=True), torch.randint(3, (4, 1, 6, 6))
+    loss = PartiallyLabeledLoss(labeled_rows=labeled_rows)
+    expected = sum(dice_ce_loss()(pred[rows, view], label[rows]) for view in range(2))
+    assert torch.equal(loss(pred, label), expected) and torch.equal(loss(pred, label[rows]), expected)
+    loss(pred, label).backward()
+    assert (pred.grad.abs().sum(dim=(1, 2, 3, 4)) > 0).tolist() == [row in rows for row in range(4)]
+
+
 def test_every_view_counts_once_by_default():
     pred = torch.randn(4, 3, 2, 6, 6)
     label = torch.randint(2, (2, 1, 6, 6))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knowsam_monai.distillation.labeled_rows import knows_labels, labeled_slice, other_rows, put_rows, take_rows
+from knowsam_monai.labeled_rows import knows_labels, labeled_slice, other_rows, put_rows, take_rows
 
 
 def label_of(num_rows):
