@@ -20,7 +20,7 @@ from monai.bundle.utils import merge_kv
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.files import VARIABLE, expand_path
-from knowsam_monai.runs.config import literal, plain_values, read_config, running_parser
+from knowsam_monai.runs.config import literal, parts, plain_values, read_config, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -141,23 +141,13 @@ def _missing_part(key: str, config: ConfigParser) -> KnowSAMValueError:
     return KnowSAMValueError(f"`{key}` must lead to a part of this config but {where} has no {name!r}; {remedy}")
 
 
-def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Each part of a config with its name, as in ``train#handlers#0``; a part comes before what it contains."""
-    yield name, part
-    if isinstance(part, (list, tuple)):
-        part = dict(enumerate(part))
-    if isinstance(part, Mapping):
-        for key, value in part.items():
-            yield from _parts(value, f"{name}#{key}" if name else str(key))
-
-
 def _check_parts(parser: ConfigParser) -> None:
     """
     Refuse what MONAI does not, or names only after the data is checked, above many lines of traceback.
 
     MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true.
     """
-    for name, part in _parts(parser.config):
+    for name, part in parts(parser.config):
         if isinstance(part, str) and part in ("true", "false", "null"):
             raise KnowSAMValueError(f"`{name}` must not be the text {part!r}; write {json.loads(part)}, as in Python.")
         target = str(part.get("_target_")).rpartition(".")[2] if isinstance(part, Mapping) else ""
