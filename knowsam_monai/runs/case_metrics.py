@@ -116,7 +116,7 @@ class CaseMetrics:
         raw, summary = self._raw_rows(names, spacings, values), self._summary_rows(spacings, values)
         for name, rows in (("raw", raw), ("summary", summary)):
             write_csv(os.path.join(self.output_dir, f"metrics_{name}.csv"), rows)
-        for line in self._table(values):
+        for line in self._table(summary, len(cases)):
             logger.info("%s", line)
         logger.info("The metrics of every case are in %s.", os.path.join(self.output_dir, "metrics_raw.csv"))
 
@@ -155,27 +155,25 @@ class CaseMetrics:
             )
         return rows
 
-    def _table(self, values: np.ndarray) -> list[str]:
+    def _table(self, summary: list[dict], num_cases: int) -> list[str]:
         """Mean and standard deviation over the cases; undefined distances are counted, not averaged."""
-        shown = [m for m in METRICS if m != "jaccard" and not (m.endswith("_mm") and np.isnan(values[..., 2:4]).all())]
-        names = [shortened(name, 40) for name in (*self.class_names, "mean")]
-        width = max(map(len, (*names, "class")))
+        rows = {(row["class"], row["components"], row["metric"]): row for row in summary}
+        has_mm = any(row["count"] for row in summary if row["metric"].endswith("_mm"))
+        shown = [m for m in METRICS if m != "jaccard" and (has_mm or not m.endswith("_mm"))]
+        names = {name: shortened(name, 40) for name in (*self.class_names, "mean")}
+        width = max(map(len, (*names.values(), "class")))
         header = f"{'class':<{width}}  components" + "".join(f"{m.replace('_', ' '):>16}" for m in shown)
         split = "" if self.split is None else f" of the {self.split} split"
-        what = f"1 case{split}" if len(values) == 1 else f"{len(values)} cases{split}, mean and standard deviation"
+        what = f"1 case{split}" if num_cases == 1 else f"{num_cases} cases{split}, mean and standard deviation"
         lines = [f"Metrics of {what}", header + "   undefined"]
-        for (c, name), (k, components) in product(enumerate(names), enumerate(COMPONENTS)):
-            line = f"{name:<{width}}  {components:<10}"
-            classes = slice(None) if c == len(self.class_names) else slice(c, c + 1)
-            of_class = values[:, k, classes]  # (cases, classes, metrics)
+        for name, components in product(names, COMPONENTS):
+            line = f"{names[name]:<{width}}  {components:<10}"
             for metric in shown:
-                per_case = _nanmean(of_class[..., METRICS.index(metric)])
-                per_case = per_case[~np.isnan(per_case)]
-                digits = 3 if metric == "dice" else 2
-                text = f"{per_case.mean():.{digits}f}" if len(per_case) else "-"
-                text += f" ± {per_case.std():.{digits}f}" if len(per_case) > 1 else ""
+                row, digits = rows[name, components, metric], 3 if metric == "dice" else 2
+                mean, std = (f"{float(row[statistic]):.{digits}f}" for statistic in ("mean", "std"))
+                text = f"{mean} ± {std}" if row["count"] > 1 else mean if row["count"] else "-"
                 line += f"{text:>16}"
-            lines.append(line + f"{int(np.isnan(of_class[..., METRICS.index('hd95_voxel')]).sum()):>12}")
+            lines.append(line + f"{rows[name, components, 'hd95_voxel']['num_undefined']:>12}")
         return lines
 
 

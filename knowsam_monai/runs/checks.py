@@ -11,7 +11,7 @@ from torch import nn
 
 from knowsam_monai import ranks
 from knowsam_monai.data.check import check_datalist
-from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError, error_line
 from knowsam_monai.runs.config import check_bundle_root
 from knowsam_monai.tensors import all_in_eval_mode
 
@@ -83,10 +83,9 @@ def check_student(
         with all_in_eval_mode(network):
             pred = network(torch.zeros(shape, device=device))
     except Exception as error:  # every network refuses in its own way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise KnowSAMValueError(
             f"`network_def` must accept images of `in_channels` and `image_size`, {shape}, but "
-            f"{type(network).__name__} does not: {reason}"
+            f"{type(network).__name__} does not: {error_line(error)}"
         ) from None
     expected = (1, num_classes, *spatial)
     if not isinstance(pred, torch.Tensor) or tuple(pred.shape) != expected:

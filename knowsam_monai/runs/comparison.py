@@ -10,6 +10,7 @@ from typing import Any
 
 from knowsam_monai.files import sha256
 from knowsam_monai.runs.config import SECTIONS, plain_values
+from knowsam_monai.texts import shortened
 
 # A run may resume if these differ: they affect where it runs and what it shows, but not its result.
 LEFT_OUT = {
@@ -172,5 +173,4 @@ def _as_json(value: Any) -> Any:
 
 
 def _short(settings: Mapping[str, Any], key: str) -> str:
-    text = repr(settings[key]) if key in settings else "left out"
-    return text if len(text) <= 80 else f"{text[:60]}..."
+    return shortened(repr(settings[key]), 80) if key in settings else "left out"

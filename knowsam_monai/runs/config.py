@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,20 @@ def is_plain(key: str, config: Mapping[str, Any], referrers: tuple[str, ...] = (
     """
     if key in SECTIONS or key in referrers or key not in config:
         return False
-    return not _holds_component(config[key]) and all(
-        is_plain(name, config, (*referrers, key)) for name in referred_keys(config[key])
-    )
+    for _, part in parts(config[key]):
+        if ConfigComponent.is_instantiable(part) or ConfigExpression.is_import_statement(part):
+            return False
+    return all(is_plain(name, config, (*referrers, key)) for name in referred_keys(config[key]))
+
+
+def parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each part of a config with its name, as in ``train#handlers#0``; a part comes before what it contains."""
+    yield name, part
+    if isinstance(part, (list, tuple, set)):
+        part = dict(enumerate(part))
+    if isinstance(part, Mapping):
+        for key, value in part.items():
+            yield from parts(value, f"{name}#{key}" if name else str(key))
 
 
 def referred_keys(part: Any) -> set[str]:
@@ -165,13 +176,9 @@ def referred_keys(part: Any) -> set[str]:
         >>> sorted(referred_keys({"a": "@train#dataset", "b": ["$@lr * 2", "plain @text"]}))
         ['lr', 'train']
     """
-    if isinstance(part, Mapping):
-        return set().union(*map(referred_keys, part.values()))
-    if isinstance(part, (list, tuple)):
-        return set().union(*map(referred_keys, part))
-    if not isinstance(part, str):
-        return set()
-    return {ReferenceResolver.split_id(reference)[0] for reference in ReferenceResolver.match_refs_pattern(part)}
+    texts = (inner for _, inner in parts(part) if isinstance(inner, str))
+    references = (reference for text in texts for reference in ReferenceResolver.match_refs_pattern(text))
+    return {ReferenceResolver.split_id(reference)[0] for reference in references}
 
 
 def keys_of_arguments(part: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -197,11 +204,3 @@ def keys_of_arguments(part: Mapping[str, Any], config: Mapping[str, Any]) -> dic
         if ConfigComponent.is_instantiable(value):
             of_parts |= keys_of_arguments(value, config)
     return of_parts | own
-
-
-def _holds_component(part: Any) -> bool:
-    if isinstance(part, Mapping):
-        return ConfigComponent.is_instantiable(part) or any(map(_holds_component, part.values()))
-    if isinstance(part, (list, tuple)):
-        return any(map(_holds_component, part))
-    return ConfigExpression.is_import_statement(part)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
-import monai
 import torch
 from monai.bundle import ComponentLocator, ConfigComponent, ConfigExpression, ConfigParser, ReferenceResolver
 from monai.bundle.utils import merge_kv
@@ -20,7 +19,7 @@ from monai.bundle.utils import merge_kv
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMRuntimeError, KnowSAMValueError
 from knowsam_monai.files import VARIABLE, expand_path
-from knowsam_monai.runs.config import literal, plain_values, read_config, running_parser
+from knowsam_monai.runs.config import literal, parts, plain_values, read_config, running_parser
 from knowsam_monai.runs.messages import explain_errors, is_command_line
 from knowsam_monai.runs.trained_student import warn_of_other_settings
 from knowsam_monai.teachers.bundle_network import check_bundle
@@ -29,13 +28,6 @@ PATHS = (
     *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "sam_checkpoint", "sam_cache_dir"),
     "teacher_bundle",
 )
-# where MONAI's config parser finds components by their last name
-MONAI_PACKAGES = (
-    *(monai.data, monai.engines, monai.handlers, monai.inferers, monai.losses, monai.metrics, monai.networks.blocks),
-    *(monai.networks.layers, monai.networks.nets, monai.optimizers, monai.transforms, monai.visualize),
-)
-# components of MONAI, the package that each imports when it is built, and what installs it: requirement and extra
-NEEDED_PACKAGES = {"MLFlowHandler": ("mlflow", "mlflow>=3", "mlflow")}
 
 
 def check_config() -> None:
@@ -70,18 +62,22 @@ def check_config() -> None:
         )
     _refuse_none_on_the_command_line(parser.config)
     _check_parts(parser)
-    given = {**_given_paths(parser.config), **_paths_with_hash(parser.config)}
-    paths = {key: (value, expand_path(value, key)) for key, value in given.items()}
-    converted = {key: path for key, (value, path) in paths.items() if path != value or "#" in path}
-    parser.config.update({key: literal(path) if "#" in path else path for key, path in converted.items()})
+    converted: dict[str, Any] = {}
+    for key, value in (_given_paths(parser.config) | _paths_with_hash(parser.config)).items():
+        path = expand_path(value, key)
+        if path != value or "#" in path:
+            converted[key] = literal(path) if "#" in path else path
+    parser.config.update(converted)
     try:
         from knowsam_monai.runs.values import check_values
     except ModuleNotFoundError as error:
         if error.name != "pydantic":
             raise
     else:
-        converted |= check_values(parser.config)
-    values = {**plain_values(parser.config), **{key: path for key, path in converted.items() if key in PATHS}}
+        for key, value in check_values(parser.config).items():
+            converted[key] = f"$torch.device({str(value)!r})" if isinstance(value, torch.device) else value
+        parser.config.update(converted)
+    values = plain_values(parser.config)
     if values.get("process_timeout") is not None and "start_run" not in str(parser.config.get("run")):
         raise KnowSAMValueError(
             "`process_timeout` must be None in an evaluation, which runs in one process, but is "
@@ -92,15 +88,9 @@ def check_config() -> None:
     if is_training and is_path and data is not None and not os.path.exists(data):
         load_datalist(data, "phantom")  # says what is missing
     if "ckpt_path" in values:
-        warn_of_other_settings(values["ckpt_path"], values | converted)
+        warn_of_other_settings(values["ckpt_path"], values)
     if values.get("use_sam") and values.get("teacher_bundle") is not None:
         check_bundle(values["teacher_bundle"], "teacher_bundle")
-    for key, value in converted.items():
-        if isinstance(value, torch.device):
-            value = f"$torch.device({str(value)!r})"
-        elif key in PATHS and "#" in value:
-            value = literal(value)
-        parser.config[key] = value
     if converted:
         parser.parse(reset=True)
 
@@ -141,34 +131,23 @@ def _missing_part(key: str, config: ConfigParser) -> KnowSAMValueError:
     return KnowSAMValueError(f"`{key}` must lead to a part of this config but {where} has no {name!r}; {remedy}")
 
 
-def _parts(part: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Each part of a config with its name, as in ``train#handlers#0``; a part comes before what it contains."""
-    yield name, part
-    if isinstance(part, (list, tuple)):
-        part = dict(enumerate(part))
-    if isinstance(part, Mapping):
-        for key, value in part.items():
-            yield from _parts(value, f"{name}#{key}" if name else str(key))
-
-
 def _check_parts(parser: ConfigParser) -> None:
     """
     Refuse what MONAI does not, or names only after the data is checked, above many lines of traceback.
 
     MONAI reads a dictionary on the command line as Python, where JSON's `true` and `false` are texts, both true.
     """
-    for name, part in _parts(parser.config):
+    for name, part in parts(parser.config):
         if isinstance(part, str) and part in ("true", "false", "null"):
             raise KnowSAMValueError(f"`{name}` must not be the text {part!r}; write {json.loads(part)}, as in Python.")
-        target = str(part.get("_target_")).rpartition(".")[2] if isinstance(part, Mapping) else ""
-        package, requirement, extra = NEEDED_PACKAGES.get(target, ("", "", ""))
-        if package and not importlib.util.find_spec(package):
+        if not ConfigComponent.is_instantiable(part):
+            continue
+        if str(part["_target_"]).endswith("MLFlowHandler") and not importlib.util.find_spec("mlflow"):
             raise KnowSAMImportError(
-                f"{target} (`--tracking {package}`) needs `{package}`, which is not installed; get it with "
-                f"`pip install '{requirement}'` (the extra `{extra}`)."
+                "MLFlowHandler (`--tracking mlflow`) needs `mlflow`, which is not installed; get it with "
+                "`pip install 'mlflow>=3'` (the extra `mlflow`)."
             )
-        if ConfigComponent.is_instantiable(part):
-            _refuse_unknown_arguments(name, part, parser.locator)
+        _refuse_unknown_arguments(name, part, parser.locator)
 
 
 def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: ComponentLocator) -> None:
@@ -180,7 +159,7 @@ def _refuse_unknown_arguments(name: str, part: Mapping[str, Any], locator: Compo
     try:
         function = locate(target) if is_name else None
         if is_name and function is None and _is_on_the_command_line(name):
-            raise _missing_component(name, target)
+            raise _missing_component(name, target, locator)
         parameters = {} if function is None else _parameters_of(function)
     except KnowSAMValueError:
         raise
@@ -204,11 +183,11 @@ def _is_on_the_command_line(name: str) -> bool:
     return any(f"{name}#_target_".startswith(f"{key}#") or key == f"{name}#_target_" for key in keys)
 
 
-def _missing_component(name: str, target: str) -> KnowSAMValueError:
+def _missing_component(name: str, target: str, locator: ComponentLocator) -> KnowSAMValueError:
     """The error for a class that does not exist, with the closest name of its module, or else of MONAI."""
     module, _, last = target.rpartition(".")
-    known = {key for package in ([locate(module)] if module else MONAI_PACKAGES) for key in dir(package)}
-    close = difflib.get_close_matches(last, sorted(key for key in known if not key.startswith("_")), n=1)
+    known = dir(locate(module)) if module else locator._components_table  # MONAI lists its components nowhere else
+    close = difflib.get_close_matches(last, sorted(key for key in known or () if not key.startswith("_")), n=1)
     remedy = (
         f"did you mean {'.'.join(filter(None, (module, *close)))}?" if close else "write it as package.module.Class."
     )

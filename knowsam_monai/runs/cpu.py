@@ -13,7 +13,6 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 LARGEST_ERROR = 1e-5  # of float32 products, compared with float64
-_before_run: str | None = None  # torch's precision
 
 
 def keep_freed_memory() -> None:
@@ -83,20 +82,6 @@ def match_matmul(precision: str | None) -> None:
         if _largest_error() > LARGEST_ERROR:
             torch.set_float32_matmul_precision(previous)
             logger.warning("Matrix products as in the interrupted run would be less exact on this CPU, so they differ.")
-
-
-def keep_matmul() -> None:
-    """Note torch's precision at the start of a run, for :func:`give_back_matmul`."""
-    global _before_run
-    _before_run = matmul_precision()
-
-
-def give_back_matmul() -> None:
-    """Set torch's precision as at the start of the run; on CUDA it matters too."""
-    global _before_run
-    if _before_run not in (None, matmul_precision()):
-        torch.set_float32_matmul_precision(_before_run)
-    _before_run = None
 
 
 @cache

@@ -30,6 +30,7 @@ from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.intensity_window import IntensityWindow, is_sam_range
 from knowsam_monai.teachers.sam_teacher import SAMTeacher
 from knowsam_monai.teachers.slice_teacher import SliceTeacher
+from knowsam_monai.teachers.weights import some
 from knowsam_monai.tensors import without_meta
 from knowsam_monai.wrappers import plain_network
 
@@ -184,11 +185,11 @@ def _first_images(labeled: Any, unlabeled: Any) -> tuple[Tensor, Tensor]:
         [row for index in range(min(len(dataset), INSPECTED_ITEMS)) for row in rows_of(dataset[index])]
         for dataset in (labeled, unlabeled)
     ]
-    shapes = [sorted({tuple(row[Keys.IMAGE].shape) for row in rows}) for rows in streams]
+    shapes = [sorted({str(tuple(row[Keys.IMAGE].shape)) for row in rows}) for rows in streams]
     if len({*shapes[0], *shapes[1]}) > 1:
         raise KnowSAMValueError(
-            f"`{Keys.IMAGE}` must have one shape in all rows of a batch but has {_listing(shapes[0])} in labeled rows "
-            f"and {_listing(shapes[1])} in unlabeled ones; end the bundle's training transforms with a crop "
+            f"`{Keys.IMAGE}` must have one shape in all rows of a batch but has {some(shapes[0])} in labeled rows "
+            f"and {some(shapes[1])} in unlabeled ones; end the bundle's training transforms with a crop "
             "(RandSpatialCropd) or a resize of fixed size."
         )
     compare_streams(*([row[Keys.IMAGE] for row in rows] for rows in streams))
@@ -278,7 +279,3 @@ def _to_rgb(images: Tensor) -> int | str | IntensityWindow:
         return 0
     logger.info("SAM gets the intensities %.4g to %.4g, those of the first images, as 0..1; see `to_rgb`.", low, high)
     return IntensityWindow(low, high)
-
-
-def _listing(shapes: Sequence[tuple[int, ...]]) -> str:
-    return " and ".join(map(str, shapes[:2])) + (" and others" if len(shapes) > 2 else "")

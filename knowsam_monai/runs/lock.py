@@ -13,7 +13,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError
 from knowsam_monai.files import LOCK, write_text
 from knowsam_monai.texts import command_line
@@ -26,7 +25,7 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # answers of a 
 _held: list[FileLock] = []  # of this process, at most one
 
 
-def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
+def lock_folder(folder: str | os.PathLike) -> None:
     """
     Lock a run's folder until :func:`unlock_folder`, the next run in this process, or the end of the process.
 
@@ -37,7 +36,6 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
 
     Args:
         folder: the run's folder, created if missing.
-        enabled: False does nothing (a preflight). Only the first of several processes takes the lock.
 
     Raises:
         RuntimeError: if another process holds the lock, naming it.
@@ -45,8 +43,6 @@ def lock_folder(folder: str | os.PathLike, enabled: bool = True) -> None:
     Example:
         >>> lock_folder("output")     # doctest: +SKIP
     """
-    if not enabled or ranks.rank() != 0:
-        return
     unlock_folder()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

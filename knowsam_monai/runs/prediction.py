@@ -17,7 +17,7 @@ from knowsam_monai.errors import KnowSAMError, KnowSAMFileNotFoundError, KnowSAM
 from knowsam_monai.files import expand_path
 from knowsam_monai.runs.bundle_folder import SHIPPED
 from knowsam_monai.runs.checks import check_writable
-from knowsam_monai.runs.config import literal, plain_values, read_config
+from knowsam_monai.runs.config import literal, parts, plain_values, read_config
 from knowsam_monai.runs.segmenting import SkippingLoader, reason
 from knowsam_monai.runs.trained_student import CONFIG, MODEL, student_options, trained_settings
 
@@ -185,11 +185,10 @@ def _parsed(text: str) -> Any:
 
 def _is_code(value: Any) -> bool:
     """Whether MONAI's parser would evaluate, look up or build something in a value."""
-    if isinstance(value, Mapping):
-        return any(str(key).startswith("_") or _is_code(item) for key, item in value.items())
-    if isinstance(value, (list, tuple, set)):
-        return any(map(_is_code, value))
-    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+    return any(
+        name.rpartition("#")[2].startswith("_") or isinstance(part, str) and part.startswith(("$", "@", "%"))
+        for name, part in parts(value)
+    )
 
 
 def _quieten() -> None:

@@ -109,7 +109,7 @@ def training_handlers(
     built += [
         *handlers,
         Resume(state, output_dir, evaluator, saver, data, enabled=resume, save=not preflight),
-        RunRecord(output_dir, seed, resume, not preflight, None if distiller is None else distiller.teacher, data),
+        *([] if preflight else [RunRecord(output_dir, seed, resume, getattr(distiller, "teacher", None), data)]),
         Preflight(network, state["optimizer"], distiller, num_rows, preflight, state.get("ema_student")),
         LastIteration(max_iterations),
     ]

@@ -49,7 +49,6 @@ class RunRecord:
         output_dir: the run's folder, created if missing.
         seed: recorded as given.
         resume: True adds to the entries of earlier starts, False discards them.
-        enabled: False does nothing (a preflight).
         teacher: the teacher, if there is one.
         data: for each set, the files and the hashes of their contents, see :func:`check_data`.
 
@@ -63,14 +62,12 @@ class RunRecord:
         output_dir: str | os.PathLike,
         seed: int | None = None,
         resume: bool = True,
-        enabled: bool = True,
         teacher: nn.Module | None = None,
         data: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.seed = seed
         self.resume = resume
-        self.enabled = enabled
         self.teacher = None if teacher is None else describe(teacher)
         self.data = data or {}
         self.config = running_config()
@@ -80,7 +77,7 @@ class RunRecord:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if not self.enabled or ranks.rank() != 0:
+        if ranks.rank() != 0:
             return
         if self.config is not None:
             write_text(self.output_dir / CONFIG, json.dumps(self.config, indent=4, default=str))
@@ -142,14 +139,13 @@ class RunLog(logging.FileHandler):
         logger.warning("%s cannot be written anymore (%s); the run continues without it.", LOG, sys.exc_info()[1])
 
 
-def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = True) -> None:
+def open_log(folder: str | os.PathLike, resume: bool = True) -> None:
     """
     From now on, write everything that is logged to ``log.txt`` in a run's folder too; for a bundle's `run`.
 
     Args:
         folder: the run's folder, created if missing.
         resume: True appends to an existing log, False replaces it.
-        enabled: False does nothing (a preflight). Only the first of several processes writes a log.
 
     Raises:
         PermissionError: if the file cannot be written.
@@ -157,8 +153,6 @@ def open_log(folder: str | os.PathLike, resume: bool = True, enabled: bool = Tru
     Example:
         >>> open_log("output")     # doctest: +SKIP
     """
-    if not enabled or ranks.rank() > 0:
-        return
     close_log()
     path = Path(folder) / LOG
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMRuntimeError, named_as_set
 from knowsam_monai.runs.checks import check_writable
 from knowsam_monai.runs.config import keys_of_arguments, running_parser
-from knowsam_monai.runs.cpu import fast_cpu_matmul, give_back_matmul, keep_freed_memory, keep_matmul
+from knowsam_monai.runs.cpu import fast_cpu_matmul, keep_freed_memory, matmul_precision
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
 from knowsam_monai.runs.messages import ignore_known_warnings
 from knowsam_monai.runs.run_record import open_log
 from knowsam_monai.runs.stop_signals import end_on_signals, give_back
+
+_at_the_end = ExitStack()  # gives back torch's precision
 
 
 def start_run(
@@ -62,7 +65,9 @@ def start_run(
     """
     ignore_known_warnings()
     end_on_signals()
-    keep_matmul()
+    precision = matmul_precision()
+    if precision is not None:
+        _at_the_end.callback(torch.set_float32_matmul_precision, precision)  # on CUDA it matters too
     try:
         keep_freed_memory()
         if device.type == "cuda" and device.index is not None:
@@ -75,9 +80,11 @@ def start_run(
                 "but is None; add the config multi_gpu_train.json (`knowsam train`: --with multi_gpu_train)."
             )
         check_writable(output_dir=output_dir, ckpt_dir=ckpt_dir)
-        lock_folder(output_dir, not preflight)
-        open_log(output_dir, resume, not preflight)
-        old_curves = [] if resume or preflight or ranks.rank() > 0 else _curves(Path(output_dir))
+        old_curves: list[Path] = []
+        if ranks.rank() == 0 and not preflight:
+            lock_folder(output_dir)
+            open_log(output_dir, resume)
+            old_curves = [] if resume else _curves(Path(output_dir))
         if fast_matmul and device.type == "cpu":
             fast_cpu_matmul()
         parser = running_parser()
@@ -131,7 +138,7 @@ def release() -> None:
         >>> release()
     """
     give_back()
-    give_back_matmul()
+    _at_the_end.close()
     unlock_folder()
 
 

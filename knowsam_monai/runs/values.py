@@ -17,6 +17,7 @@ from knowsam_monai.teachers.sam2_model import SAM2_VARIANTS
 from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR as SAM2_SIZE_DIVISOR
 from knowsam_monai.teachers.sam2_model import sam2_variant_hint
 from knowsam_monai.teachers.sam_variants import SAM_VARIANTS, VIT_T
+from knowsam_monai.texts import shortened
 
 # keys that hold components instead of settings
 COMPONENTS = (
@@ -455,12 +456,9 @@ def _sentence(key: str, field: Any, value: Any) -> str:
         remedy = f"did you mean {close[0]!r}?"
     elif isinstance(value, str) and expected.startswith(("a number", "a whole")):
         remedy = "give a number, without quotes"
-    return f"`{key}` must be {expected} but is {_shown(value)}; {remedy}{'' if remedy.endswith('?') else '.'}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return (
+        f"`{key}` must be {expected} but is {shortened(repr(value), 80)}; {remedy}{'' if remedy.endswith('?') else '.'}"
+    )
 
 
 def _unknown_keys(config: Mapping[str, Any], models: tuple[type[BaseModel], ...]) -> Iterator[tuple[str, str]]:
@@ -499,7 +497,7 @@ def _broken_expressions(
         elif "is_phantom" in names and values.get("is_phantom") is False and values.get("dataset_dir", "") is None:
             yield "`is_phantom` must be left out but is False; it follows from `dataset_dir`, so set that."
         elif is_plain(key, config) and all(name in values or name not in fields for name in names):
-            yield f"`{key}` must be a valid expression but is {_shown(config[key])}; correct it."
+            yield f"`{key}` must be a valid expression but is {shortened(repr(config[key]), 80)}; correct it."
 
 
 def _contradictions(values: Mapping[str, Any], is_training: bool) -> Iterator[str]:

@@ -129,7 +129,7 @@ def test_change_in_any_set_that_a_training_reads_is_found(name):
 
 def test_long_values_are_shortened():
     (text,) = other_settings({"a": "x" * 78}, {"a": "x" * 79})
-    assert text == f"`a` must be '{78 * 'x'}' but is '{59 * 'x'}..."
+    assert text == f"`a` must be '{78 * 'x'}' but is '{38 * 'x'}…{39 * 'x'}'"
 
 
 def test_item_that_is_in_another_list_or_place_is_not_called_changed():

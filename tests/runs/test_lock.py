@@ -7,8 +7,10 @@ import re
 import time
 
 import pytest
+import torch
 
 from knowsam_monai.runs.lock import lock_folder, unlock_folder
+from knowsam_monai.runs.starting import end_run, start_run
 from tests.processes import start, wait_for
 
 
@@ -79,7 +81,10 @@ def test_other_errors_of_the_lock_are_errors(tmp_path, monkeypatch):
         lock_folder(tmp_path / "run")
 
 
-@pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])
-def test_other_processes_and_a_preflight_lock_nothing(tmp_path, holder, monkeypatch, rank, enabled):
+@pytest.mark.parametrize("rank, preflight", [(1, False), (0, True)], ids=["second process", "preflight"])
+def test_other_processes_and_a_preflight_take_no_lock_and_open_no_log(tmp_path, holder, monkeypatch, rank, preflight):
     monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
-    lock_folder(tmp_path / "run", enabled=enabled)
+    before = sorted((tmp_path / "run").iterdir())
+    start_run(tmp_path / "run", tmp_path / "models", torch.device("cpu"), preflight=preflight)
+    end_run()
+    assert sorted((tmp_path / "run").iterdir()) == before

@@ -87,11 +87,6 @@ def test_start_that_fails_leaves_the_record_unchanged(tmp_path, cause):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_preflight_records_nothing(tmp_path):
-    run(built_by_a_config(tmp_path / "run", enabled=False))
-    assert not (tmp_path / "run").exists()
-
-
 def test_outside_a_config_only_the_starts_are_recorded(tmp_path):
     run(RunRecord(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -130,13 +125,6 @@ def test_log_has_what_is_logged_from_there_on_and_one_run_at_a_time(tmp_path):
     lines = [(tmp_path / name / "log.txt").read_text().splitlines() for name in "ab"]
     found = [[line.split("  ", 1)[1] for line in log] for log in lines]
     assert found == [["of a, resume is True"] * 2, ["of b, resume is False"]]
-
-
-@pytest.mark.parametrize("rank,enabled", [(1, True), (0, False)], ids=["second process", "preflight"])
-def test_other_processes_and_a_preflight_open_no_log(tmp_path, monkeypatch, rank, enabled):
-    monkeypatch.setattr("knowsam_monai.ranks.rank", lambda: rank)
-    open_log(tmp_path / "run", enabled=enabled)
-    assert not (tmp_path / "run").exists()
 
 
 def test_revision_is_of_the_tree_that_the_file_is_part_of(tmp_path):

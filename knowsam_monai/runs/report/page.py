@@ -14,6 +14,7 @@ from typing import Any
 from knowsam_monai import ranks
 from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import expand_path, write_whole
+from knowsam_monai.runs.config import parts
 from knowsam_monai.runs.next_steps import TITLES, next_steps
 from knowsam_monai.runs.report.figures import NUM_SERIES, Line, case_chart, line_chart
 from knowsam_monai.runs.report.run_folder import RunFolder, read_run
@@ -202,16 +203,13 @@ def _cases(run: RunFolder, series: tuple[int, int]) -> dict[str, Any]:
 
 def _differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """The keys and values that differ between the configs."""
-    flat = [dict(_leaves(run.config)) for run in runs]
+    flat = [
+        {name: json.dumps(part) for name, part in parts(run.config) if not part or not isinstance(part, (dict, list))}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for config in flat for key in config)
     values = {key: [config.get(key, "–") for config in flat] for key in keys}
     return [(key, row) for key, row in values.items() if len(set(row)) > 1]
-
-
-def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    children = [leaf for name, value in items for leaf in _leaves(value, f"{key}#{name}" if key else str(name))]
-    yield from children or [(key, json.dumps(config))]
 
 
 def _title(name: str) -> str:
