@@ -1,4 +1,4 @@
-"""SAM 2 of `transformers`: variants, adapters, and strict loading of published weights from a local path."""
+"""SAM 2 of `transformers`: variants, and strict loading of published weights from a local path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError, root_cause
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
 from knowsam_monai.teachers.sam_checkpoint import SAM1_TEACHER, which_model
 from knowsam_monai.teachers.weights import (
     PREFIXES,
@@ -202,43 +201,6 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         if name not in state and twin in state:
             state[name] = state[twin]
     return state
-
-
-class AdaptedPairAttention(AdaptedAttention):
-    """
-    An attention that returns its output and its weights, followed by an adapter on the output.
-
-    Example::
-
-        layer.self_attn = AdaptedPairAttention(layer.self_attn, dim=256)
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        output, weights = self.attention(*args, **kwargs)
-        return self.adapter(output), weights
-
-
-def add_sam2_adapters(sam2: nn.Module, encoder: bool = True) -> None:
-    """
-    Wrap the attentions and MLPs of a Sam2Model in place, as :func:`knowsam_monai.teachers.adapter.add_adapters` does.
-
-    Args:
-        sam2: a Sam2Model with its weights loaded; wrapping renames its parameters.
-        encoder: whether the image encoder gets adapters too.
-
-    Example::
-
-        add_sam2_adapters(build_sam2("tiny"))
-    """
-    for block in sam2.vision_encoder.backbone.blocks if encoder else ():
-        block.attn = AdaptedAttention(block.attn, block.dim_out)
-        block.mlp = AdaptedMLP(block.mlp, block.dim_out)
-    dim, transformer = sam2.mask_decoder.hidden_size, sam2.mask_decoder.transformer
-    for layer in transformer.layers:
-        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-            setattr(layer, name, AdaptedPairAttention(getattr(layer, name), dim))
-        layer.mlp = AdaptedMLP(layer.mlp, dim)
-    transformer.final_attn_token_to_image = AdaptedPairAttention(transformer.final_attn_token_to_image, dim)
 
 
 def _config(transformers: ModuleType, variant: str) -> Any:

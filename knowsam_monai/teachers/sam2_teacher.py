@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
-from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, backbone_numbers, build_sam2
+from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, backbone_numbers, build_sam2
 from knowsam_monai.teachers.sam_decoder import token_centers
 from knowsam_monai.tensors import without_meta
 
@@ -113,10 +114,11 @@ class Sam2Teacher(PromptedTeacher):
         )
         self.variant = variant if isinstance(variant, str) else "custom config"
         self.sam = build_sam2(variant, checkpoint)
-        add_sam2_adapters(self.sam, encoder=encoder == "adapted")
+        dim = self.sam.mask_decoder.hidden_size
+        blocks = self.sam.vision_encoder.backbone.blocks if encoder == "adapted" else ()
+        add_adapters(blocks, self.sam.mask_decoder.transformer, dim)
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        dim = self.sam.mask_decoder.hidden_size
         self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
         self._set_up(
             nn.ModuleList([self.sam.vision_encoder, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1]),

@@ -114,8 +114,10 @@ class SAMTeacher(PromptedTeacher):
         )
         self.variant = variant
         self.sam = build_sam(variant, self.image_size, checkpoint)
-        add_adapters(self.sam, encoder=encoder == "adapted")
-        self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
+        dim = self.sam.prompt_encoder.embed_dim
+        blocks = self.sam.image_encoder.blocks if encoder == "adapted" else ()
+        add_adapters(blocks, self.sam.mask_decoder.transformer, dim)
+        self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
         self._set_up(
             self.sam.image_encoder,
             UNUSED_IN_SAM,
@@ -124,7 +126,7 @@ class SAMTeacher(PromptedTeacher):
                 "image_size": self.image_size,
                 "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
             },
-            embedding_shape=(self.sam.prompt_encoder.embed_dim, *self.sam.prompt_encoder.image_embedding_size),
+            embedding_shape=(dim, *self.sam.prompt_encoder.image_embedding_size),
             cache_dir=cache_dir,
             cache_dtype=cache_dtype,
         )
