@@ -19,6 +19,7 @@ from knowsam_monai.data.slice_axis import find_slice_axis
 from knowsam_monai.data.transforms import check_slice_range
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
+from knowsam_monai.texts import some
 
 logger = logging.getLogger(__name__)
 
@@ -338,8 +339,7 @@ def _warning(
 ) -> Iterator[str]:
     paths = [image_paths(item, key)[0] for item, is_affected in zip(items, affected) if is_affected]
     if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
+        yield f"`{name}`: {len(paths)} of {num} {sentence}: {some(paths)}."
 
 
 def _warnings_across_sets(
