@@ -49,8 +49,8 @@ class PromptedTeacher(nn.Module):
     ``decode(encode(image), prompt_logits)``, always in eval mode.
 
     Subclasses override ``_encode(rgb)``, which maps images (B, 3, *image_size) in 0..1 to an embedding, and
-    ``decode(embedding, prompt_logits, size)``. A subclass's constructor sets `sam` and `variant` and ends with
-    ``_set_up``. With a `cache` each image is encoded once.
+    ``_decode(embedding, masks)``, which maps it and mask prompts (B, C, 4 h, 4 w) to masks. A subclass's constructor
+    sets `sam` and `variant` and ends with ``_set_up``. With a `cache` each image is encoded once.
 
     Args:
         num_classes: C, background included; for a sigmoid student its channels, one for each region.
@@ -181,13 +181,21 @@ class PromptedTeacher(nn.Module):
             )
         return self.cache(rgb, self._resize_and_encode)
 
-    @abstractmethod
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
+        prompts = without_meta(prompt_logits).detach().to(next(self.sam.mask_decoder.parameters()).dtype)
+        height, width = embedding.shape[2:]
+        masks = self._decode(embedding, F.interpolate(prompts, size=(4 * height, 4 * width), mode="bilinear"))
+        masks = masks.to(prompts.dtype)  # half precision under autocast
+        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
 
     @abstractmethod
     def _encode(self, rgb: Tensor) -> Tensor:
         """Encode images (B, 3, *image_size) in 0..1."""
+
+    @abstractmethod
+    def _decode(self, embedding: Tensor, masks: Tensor) -> Tensor:
+        """Decode mask prompts on 4 x the token grid, (B, C, 4 h, 4 w), to mask logits of any size."""
 
     def _resize_and_encode(self, rgb: Tensor) -> Tensor:
         if rgb.shape[2:] != self.image_size:
