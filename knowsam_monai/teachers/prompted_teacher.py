@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, check_counts
+from knowsam_monai.errors import KnowSAMValueError, check_choice, check_counts
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import is_sam_range
@@ -94,9 +94,7 @@ class PromptedTeacher(nn.Module):
                 f"`cache_dir` must be left out unless `encoder` is 'cached' but is {os.fspath(cache_dir)!r}; leave it "
                 "out, or set `encoder` to 'cached'."
             )
-        if not (pretrained_on is None or isinstance(pretrained_on, str)):
-            raise KnowSAMTypeError(f"`pretrained_on` must be text or None but is {pretrained_on!r}.")
-        if not callable(to_rgb) and not isinstance(to_rgb, (int, type(None))) and to_rgb not in ("mean", "rgb"):
+        if isinstance(to_rgb, str) and to_rgb not in ("mean", "rgb"):
             raise KnowSAMValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
         self.num_classes = num_classes
         self.image_size = image_size
