@@ -179,14 +179,13 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         raise KnowSAMFileNotFoundError(
             f"{expectation} does not exist; it is not downloaded automatically, so {_command(path, variant)}."
         )
-    files = [path]
     if path.is_dir():
         refuse_changes(path, expectation)
         _check_config(path, variant, config, expectation)
-        files = _weight_files(path, expectation)
-    prefixes = PREFIXES | TRAINERS_PREFIXES
-    tensors = (read_state_dict(file, expectation, prefixes=prefixes) for file in files)
-    state = {name: value for part in tensors for name, value in part.items()}
+        path = path / "model.safetensors"
+        if not path.is_file():
+            raise KnowSAMFileNotFoundError(f"{expectation} has no {path.name}; download the complete folder.")
+    state = read_state_dict(path, expectation, prefixes=PREFIXES | TRAINERS_PREFIXES)
     if any(name.startswith("image_encoder.trunk.") for name in state):
         state = _transformers_names(state)
     if PATCH_PROJECTION not in state or any("decoder.hf_" in name for name in state):  # of HQ-SAM 2
@@ -263,24 +262,6 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
 def backbone_numbers(backbone: Any) -> dict[str, list[int]]:
     """The numbers of a `Sam2HieraDetConfig` that tell variants apart; not all of them show in tensor shapes."""
     return {key: list(getattr(backbone, key)) for key in SAM2_VARIANTS["tiny"]}
-
-
-def _weight_files(folder: Path, expectation: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [folder / Path(shard).name for shard in shards]
-            files[0]
-        except Exception as error:  # of JSON, or of a file that is something else
-            raise KnowSAMValueError(f"{expectation} has a damaged {index.name}; download it again.") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the complete folder.")
-        return files
-    raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the complete folder.")
 
 
 def sam2_variant_hint(variant: Any) -> str:
