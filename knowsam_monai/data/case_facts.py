@@ -189,18 +189,15 @@ def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
 
 def _cache_file(items: Sequence[dict], folder: Path) -> Path:
     """One cache file per data folder, shared by all its data lists."""
-    folders = sorted({os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)})
-    try:
-        common = os.path.commonpath(folders)
-    except ValueError:  # several drives
-        common = folders[0]
+    folders = {os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)}
+    common = os.path.commonpath(folders)
     return folder / f"checked_{hashlib.blake2b(common.encode(), digest_size=8).hexdigest()}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:
     try:
         cached = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # missing or damaged
+    except (OSError, ValueError):  # missing or damaged
         return {}
     return cached if isinstance(cached, dict) else {}
 
