@@ -51,19 +51,7 @@ class PromptedTeacher(nn.Module):
     Subclasses override ``_encode(rgb)``, which maps images (B, 3, *image_size) in 0..1 to an embedding, and
     ``_decode(embedding, masks)``, which maps it and mask prompts (B, C, 4 h, 4 w) to masks. A subclass's constructor
     sets `sam` and `variant` and ends with ``_set_up``. With a `cache` each image is encoded once.
-
-    Args:
-        num_classes: C, background included; for a sigmoid student its channels, one for each region.
-        num_prompt_tokens: prompt tokens of each class.
-        image_size: (height, width) of the encoder's input.
-        to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
-            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W). None: the first channel, with a
-            warning if there are others.
-        trainable: "adapters" or "all".
-        encoder: "adapted" or "cached".
-        checkpoint: path of the weights, None for random ones.
-        cache_dir: folder for the embeddings of a "cached" encoder.
-        pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
+    The arguments are those of SAMTeacher, with `image_size` as (height, width).
     """
 
     display_name: str  # for warnings
