@@ -37,12 +37,8 @@ class KnowSAMFileNotFoundError(KnowSAMError, FileNotFoundError):
     """A missing file or folder."""
 
 
-class KnowSAMNotADirectoryError(KnowSAMError, NotADirectoryError):
-    """A file in place of a folder."""
-
-
 class KnowSAMPermissionError(KnowSAMError, PermissionError):
-    """A folder or file that cannot be written."""
+    """A folder or file that cannot be created or written."""
 
 
 class KnowSAMImportError(KnowSAMError, ImportError):

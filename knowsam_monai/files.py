@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError
+from knowsam_monai.texts import some
 
 PART = ".knowsam-part"  # suffix of files that are still being written
 PART_NAME = re.compile(rf".+\.[0-9a-f]{{8}}{re.escape(PART)}", re.DOTALL)
@@ -226,10 +227,9 @@ def save_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None
     path = Path(path)
     broken = [name for name, value in content.items() if not _is_finite(value)]
     if broken:
-        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if broken[3:] else "")
         raise KnowSAMRuntimeError(
-            f"Weights must be finite in a checkpoint but {names} {'are' if broken[1:] else 'is'} not, so {path} was "
-            "not written; lower the learning rate or set amp to False. Earlier checkpoints are intact."
+            f"Weights must be finite in a checkpoint but {some(broken)} {'are' if broken[1:] else 'is'} not, so {path} "
+            "was not written; lower the learning rate or set amp to False. Earlier checkpoints are intact."
         )
     try:
         write_whole(path, lambda file: write_tensor_file(content, file))

@@ -1,4 +1,4 @@
-"""Make the names of files and classes safe to show in a file, page or terminal."""
+"""Make names of files, classes and tensors safe and short enough to show in a message, file, page or terminal."""
 
 from __future__ import annotations
 
@@ -52,6 +52,19 @@ def shortened(text: str, length: int) -> str:
         return text
     head = (length - 1) // 2
     return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def some(names: Iterable[object], limit: int = 3) -> str:
+    """
+    The first names and the number of the others.
+
+    Example:
+        >>> some(["a", "b", "c", "d"])
+        '`a`, `b`, `c` and 1 more'
+    """
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + rest or "nothing"
 
 
 def _is_invisible(character: str) -> bool:

@@ -153,7 +153,7 @@ def test_full_disk_is_one_sentence_and_leaves_the_file_before(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named_and_never_written(tmp_path, value):
     content = {"good": torch.ones(2), "count": torch.tensor(3), "state": {0: [torch.tensor([1.0, value])]}}
-    with pytest.raises(RuntimeError, match=r"must be finite in a checkpoint but state is not"):
+    with pytest.raises(RuntimeError, match=r"must be finite in a checkpoint but `state` is not"):
         save_checkpoint(content, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 

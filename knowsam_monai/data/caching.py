@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from monai.data import CacheDataset, get_track_meta, set_track_meta
-from monai.transforms import Compose
 
 from knowsam_monai import ranks
 from knowsam_monai.data.transforms import rows_of
@@ -52,7 +51,7 @@ def cached_dataset(
     """
     progress = progress and sys.stderr.isatty() and ranks.rank() == 0
     try:
-        loaded = CacheDataset(data, _compose(preprocessing), num_workers=num_workers, progress=progress)
+        loaded = CacheDataset(data, preprocessing, num_workers=num_workers, progress=progress)
         cases = [loaded[index] for index in range(len(loaded))]
     except RuntimeError as error:
         cause = root_cause(error)
@@ -61,9 +60,9 @@ def cached_dataset(
         raise cause from None  # without MONAI's "applying transform ..."
     slices = [entry for case in cases for entry in rows_of(case)]
     if augmentation is None:
-        return CacheDataset(slices, _compose(None), progress=False)
+        return CacheDataset(slices, None, progress=False)
     slices = [{key: without_meta(value) for key, value in entry.items()} for entry in slices]
-    return _Augmented(slices, _compose(augmentation), progress=False)
+    return _Augmented(slices, augmentation, progress=False)
 
 
 class _Augmented(CacheDataset):
@@ -76,7 +75,3 @@ class _Augmented(CacheDataset):
             return super()._transform(index)
         finally:
             set_track_meta(tracked)
-
-
-def _compose(transform: Callable | Sequence[Callable] | None) -> Compose:
-    return transform if isinstance(transform, Compose) else Compose(transform)

@@ -27,7 +27,7 @@ from knowsam_monai.files import expand_path, write_text
 logger = logging.getLogger(__name__)
 
 # Increment if facts or checks change; entries of other versions are ignored.
-VERSION = 8
+VERSION = 9
 
 
 @dataclass
@@ -44,9 +44,7 @@ class CaseFacts:
     normal: Sequence[float] | None = None  # direction across the slices of a volume, of length 1
     content: Sequence[str] = ()  # hash of the voxels of each slice that is not constant
     digest: str = ""  # hash of the data that training uses: voxels of image and label, spacings, orientations
-    label_spacing: Sequence[float] | None = None
-    label_orientation: str | None = None
-    label_alignment: str = ""  # a key of `ALIGNMENTS`
+    label_alignment: str = ""  # see `align_label`
     label_values: Sequence[int] | None = None  # after the check's corrections
     label_is_mask: bool = False  # values 0 and 255, read as 0 and 1
 
@@ -87,7 +85,6 @@ class CaseReader:
             facts.normal = [round(value, 4) for value in (step / step.norm()).tolist()]
         facts.low, facts.high, facts.content = _intensities(image)
         if label is not None:
-            facts.label_spacing, facts.label_orientation = _geometry(label)
             facts.label_alignment = align_label(image, label)[1]
         facts.digest = _digest(facts, image, label)
         try:
@@ -160,7 +157,7 @@ def _unturned(image_slice: np.ndarray) -> bytes:
 
 
 def _digest(facts: CaseFacts, image: torch.Tensor, label: torch.Tensor | None) -> str:
-    geometry = [facts.spacing, facts.orientation, facts.label_spacing, facts.label_orientation]
+    geometry = [facts.spacing, facts.orientation, *((None, None) if label is None else _geometry(label))]
     digest = hashlib.blake2b(json.dumps(geometry).encode(), digest_size=12)
     for array in [np.asarray(image)] + ([] if label is None else [np.asarray(label)]):
         digest.update(f"{array.shape} {array.dtype}".encode())
@@ -192,18 +189,15 @@ def _key_and_state(item: dict, settings: str) -> tuple[str, list | None]:
 
 def _cache_file(items: Sequence[dict], folder: Path) -> Path:
     """One cache file per data folder, shared by all its data lists."""
-    folders = sorted({os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)})
-    try:
-        common = os.path.commonpath(folders)
-    except ValueError:  # several drives
-        common = folders[0]
+    folders = {os.path.abspath(os.path.dirname(path)) for item in items for path in image_paths(item)}
+    common = os.path.commonpath(folders)
     return folder / f"checked_{hashlib.blake2b(common.encode(), digest_size=8).hexdigest()}.json"
 
 
 def _read_cache(path: Path) -> dict[str, dict]:
     try:
         cached = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # missing or damaged
+    except (OSError, ValueError):  # missing or damaged
         return {}
     return cached if isinstance(cached, dict) else {}
 

@@ -19,6 +19,7 @@ from knowsam_monai.data.slice_axis import find_slice_axis
 from knowsam_monai.data.transforms import check_slice_range
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
+from knowsam_monai.texts import some
 
 logger = logging.getLogger(__name__)
 
@@ -276,11 +277,10 @@ def _errors_across_sets(sets: Mapping[str, list[dict]], facts: Mapping[str, list
 
 def _warnings_of_set(name: str, items: list[dict], facts: list[CaseFacts]) -> Iterator[str]:
     """Possibly intentional issues of one set."""
-
     num_labeled = sum(case.label_values is not None for case in facts)
-    alignments = [_alignment(case) for case in facts]
-    for sentence in sorted(set(alignments) - {""}):
-        yield from _warning(name, items, sentence, [own == sentence for own in alignments], num_labeled, "label")
+    for alignment in sorted({case.label_alignment for case in facts} - {""}):
+        affected = [case.label_alignment == alignment for case in facts]
+        yield from _warning(name, items, f"labels have {alignment}", affected, num_labeled, "label")
     yield from _warning(
         name, items, "labels are empty", [case.label_values == [0] for case in facts], num_labeled, "label"
     )
@@ -339,20 +339,7 @@ def _warning(
 ) -> Iterator[str]:
     paths = [image_paths(item, key)[0] for item, is_affected in zip(items, affected) if is_affected]
     if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        yield f"`{name}`: {len(paths)} of {num} {sentence}: {', '.join(paths[:3])}{more}."
-
-
-def _alignment(case: CaseFacts) -> str:
-    """How a label on another grid than its image was aligned with it."""
-    if case.label_alignment == "reoriented":
-        return "labels have axes in another order or direction than their images; they are reoriented"
-    if case.label_alignment != "assumed":
-        return ""
-    differs = "origin or rotation" if case.orientation == case.label_orientation else "orientation"
-    if len(case.spacing) == len(case.label_spacing) and not np.allclose(case.spacing, case.label_spacing, rtol=1e-3):
-        differs = "spacing"
-    return f"labels have another {differs} than their images; their voxels are assumed to be aligned"
+        yield f"`{name}`: {len(paths)} of {num} {sentence}: {some(paths)}."
 
 
 def _warnings_across_sets(

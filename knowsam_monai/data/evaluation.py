@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from knowsam_monai.data.datalist import load_datalist
 from knowsam_monai.data.nifti_writer import is_label_map
+from knowsam_monai.data.overlap import image_paths
 from knowsam_monai.data.phantom import LIST_NAME, phantom_datalist, write_phantom
 from knowsam_monai.errors import KnowSAMValueError
 from knowsam_monai.files import expand_path
@@ -66,7 +67,7 @@ def inference_items(
     folder = expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
         datalist = load_datalist(folder, phantom_dir, required=("test",), existing=False)
-        return _items([item["image"] for item in datalist["test"]], {})
+        return _items([{"image": item["image"]} for item in datalist["test"]], {})
     if os.path.isfile(folder):
         return [{"image": folder}]
     if not os.path.isdir(folder):
@@ -120,7 +121,7 @@ def inference_items(
             len(labels),
             labels[0],
         )
-    return _items([path for path in images if path not in labels], left_out)
+    return _items([{"image": path} for path in images if path not in labels], left_out)
 
 
 def _labels_beside_scans(images: Sequence[str]) -> list[str]:
@@ -148,7 +149,7 @@ def images_root(dataset_dir: str | PathLike | None, items: Sequence[Mapping]) ->
     """
     folder = "" if dataset_dir is None else expand_path(dataset_dir, "dataset_dir")
     if folder.endswith(".json"):
-        return os.path.commonpath([os.path.dirname(os.path.abspath(_first_file(item["image"]))) for item in items])
+        return os.path.commonpath([os.path.dirname(os.path.abspath(image_paths(item)[0])) for item in items])
     return folder if os.path.isdir(folder) else ""
 
 
@@ -156,10 +157,10 @@ def _is_below(path: str | None, folder: str) -> bool:
     return path is not None and Path(path).is_relative_to(folder)
 
 
-def _items(images: Sequence[str | Sequence[str]], left_out: Mapping[str, str]) -> list[dict]:
-    """The items of images, with the reasons for those that are left out."""
+def _items(items: Sequence[dict], left_out: Mapping[str, str]) -> list[dict]:
+    """The items, with the reasons for those that are left out."""
     outputs: dict[str, list[str]] = {}
-    files = list(map(_first_file, images))
+    files = [image_paths(item)[0] for item in items]
     for file in files:
         if file not in left_out:
             outputs.setdefault(_output_stem(file), []).append(file)
@@ -171,20 +172,12 @@ def _items(images: Sequence[str | Sequence[str]], left_out: Mapping[str, str]) -
                 f"`image` must have a name of its own but {' and '.join(same)} would write the same output file; "
                 "rename one, or select one with `image_pattern`.",
             )
-    return [
-        {"image": image, "left_out": reasons[file]} if file in reasons else {"image": image}
-        for image, file in zip(images, files)
-    ]
+    return [{**item, "left_out": reasons[file]} if file in reasons else item for item, file in zip(items, files)]
 
 
 def _output_stem(file: str) -> str:
     """A segmentation has the name of its image's first file, except for the extension, as in MONAI's SaveImage."""
     return os.path.splitext(file.removesuffix(".gz"))[0]
-
-
-def _first_file(image: str | Sequence[str]) -> str:
-    """The file of an image, or its first file if each channel is a file."""
-    return str(image) if isinstance(image, (str, PathLike)) else str(image[0])
 
 
 def split_items(datalist: Mapping[str, list[dict]], split: str = "validation") -> list[dict]:

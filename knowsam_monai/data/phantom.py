@@ -13,7 +13,7 @@ import numpy as np
 
 from knowsam_monai.data.phantom_image import draw_patient
 from knowsam_monai.data.phantom_left_atrium import draw_left_atrium
-from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError, check_choice
 from knowsam_monai.files import expand_path
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def write_phantom(
     counts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "validation": num_validation, "test": num_test}
     if num_labeled < 1 or min(counts.values()) < 0:
         raise KnowSAMValueError(f"`num_labeled` must be at least 1 and all counts at least 0 but they are {counts}.")
-    if anatomy not in MAX_SIZES:
-        raise KnowSAMValueError(f"`anatomy` must be one of {list(MAX_SIZES)} but is {anatomy!r}.")
+    check_choice("anatomy", anatomy, tuple(MAX_SIZES))
     max_size = MAX_SIZES[anatomy] if max_size is None else max_size
     if max_size < 32:
         raise KnowSAMValueError(f"`max_size` must be at least 32 voxels but is {max_size}.")
@@ -137,7 +136,7 @@ def _written(list_path: Path) -> dict:
     """The data list that `write_phantom` wrote; empty if there is none, or another file."""
     try:
         datalist = json.loads(list_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return datalist if isinstance(datalist, dict) and "phantom" in datalist else {}
 

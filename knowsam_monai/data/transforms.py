@@ -19,12 +19,6 @@ from knowsam_monai.errors import KnowSAMValueError
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))  # as in nibabel
 
-# How a label was aligned with its image, "" if both have one grid; see `align_label`.
-ALIGNMENTS = {
-    "reoriented": "its label has axes in another order or direction and is reoriented to the image",
-    "assumed": "its label has another spacing, orientation or position, and its voxels are assumed to be aligned",
-}
-
 # Tolerance for labels that resampling or float32 arithmetic moved off their integers.
 ROUNDED = 1e-3
 # The square of a larger value overflows float32, and so does the variance.
@@ -109,7 +103,7 @@ class CheckDatad(Transform):
             return data
         label, alignment = align_label(image, data[self.label_key])
         if alignment and self.warn:
-            logger.warning("%s: %s.", image_name(image), ALIGNMENTS[alignment])
+            logger.warning("%s: its label has %s.", image_name(image), alignment)
         label = self._as_classes(image, label)
         return data if label is data[self.label_key] else {**data, self.label_key: label}
 
@@ -243,7 +237,7 @@ def check_slice_range(name: str, low: float, high: float, key: str = "image") ->
 
 
 def align_label(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """A label with the geometry of its image, and how it was aligned, a key of `ALIGNMENTS`.
+    """A label with the geometry of its image, and what was different about it; "" if both have one grid.
 
     A label with the image's grid but another order or direction of axes is reoriented to the image. With other
     differences of more than half a voxel, such as a lost header, voxels are assumed to be aligned. So they are if the
@@ -264,14 +258,23 @@ def align_label(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
         return label, ""
     aligned, alignment = label.clone(), ""
     if is_known and not is_same_grid(image.affine, label.affine, image.shape[1:]):
-        alignment = "assumed"
+        alignment = f"another {_difference(image, label)} than the image; the voxels are assumed to be aligned"
         if image.ndim == label.ndim == 4:
             turned = Orientation(axcodes=nibabel.aff2axcodes(image.affine.numpy()), labels=AXES)(label)
             if turned.shape[1:] == image.shape[1:] and is_same_grid(image.affine, turned.affine, image.shape[1:]):
-                aligned, alignment = turned, "reoriented"
+                aligned = turned
+                alignment = "axes in another order or direction than the image; they are reoriented"
     aligned.affine, aligned.applied_operations = image.affine.clone(), []
     aligned.meta["spacing_known"] = True
     return aligned, alignment
+
+
+def _difference(image: torch.Tensor, label: torch.Tensor) -> str:
+    spacings = [known_spacing(image), known_spacing(label)]
+    if len(spacings[0]) == len(spacings[1]) and not torch.allclose(*spacings, rtol=1e-3):
+        return "spacing"
+    codes, label_codes = (nibabel.aff2axcodes(x.affine.numpy())[: x.ndim - 1] for x in (image, label))
+    return "origin or rotation" if codes == label_codes else "orientation"
 
 
 def known_spacing(image: torch.Tensor) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class AdaptedAttention(nn.Module):
     ``y = A(attention(...))``
 
     Args:
-        attention: the module to wrap; it receives the arguments of the call.
+        attention: the module to wrap; it receives the arguments of the call. If it returns its weights too, as those
+            of `transformers` do, they are passed on.
         dim: number of output channels.
 
     Shape:
@@ -74,8 +76,11 @@ class AdaptedAttention(nn.Module):
         self.attention = attention
         self.adapter = Adapter(dim, skip=True)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.adapter(self.attention(*args, **kwargs))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.attention(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.adapter(output[0]), *output[1:])
+        return self.adapter(output)
 
 
 class AdaptedMLP(nn.Module):
@@ -109,32 +114,31 @@ class AdaptedMLP(nn.Module):
         return torch.add(self.mlp(x), self.adapter(normalized), alpha=MLP_ADAPTER_SCALE)
 
 
-def add_adapters(sam: nn.Module, encoder: bool = True) -> None:
-    """Wrap the attentions and MLPs of a SAM in place.
+def add_adapters(blocks: Iterable[nn.Module], transformer: nn.Module, dim: int) -> None:
+    """Wrap the attentions and MLPs of a SAM or SAM 2 in place.
 
     Each encoder block (in MobileSAM, each with attention) gets an adapter after its attention and one parallel to its
     MLP. Each decoder layer gets one after each of its three attentions and one parallel to its MLP. The decoder's final
-    attention gets one too. The forwards of :mod:`knowsam_monai.teachers.sam_encoder`,
-    :mod:`knowsam_monai.teachers.sam_decoder` and upstream all run them.
+    attention gets one too. The forwards of this package and upstream's all run them.
 
     Args:
-        sam: a `segment_anything` Sam with its weights loaded; wrapping renames its parameters.
-        encoder: whether the image encoder gets adapters too.
+        blocks: of the image encoder, with their weights loaded; wrapping renames their parameters. Empty for an encoder
+            without adapters.
+        transformer: of the mask decoder.
+        dim: number of the transformer's channels.
 
     Example::
 
         >>> from knowsam_monai.teachers.sam import build_sam
         >>> sam = build_sam("stand_in", image_size=64)
-        >>> add_adapters(sam)
+        >>> add_adapters(sam.image_encoder.blocks, sam.mask_decoder.transformer, dim=128)
         >>> type(sam.image_encoder.blocks[0].mlp).__name__
         'AdaptedMLP'
     """
-    for block in sam.image_encoder.blocks if encoder else ():
-        dim = block.attn.proj.out_features
-        block.attn = AdaptedAttention(block.attn, dim)
-        block.mlp = AdaptedMLP(block.mlp, dim)
-    transformer = sam.mask_decoder.transformer
-    dim = transformer.embedding_dim
+    for block in blocks:
+        width = block.attn.proj.out_features
+        block.attn = AdaptedAttention(block.attn, width)
+        block.mlp = AdaptedMLP(block.mlp, width)
     for layer in transformer.layers:
         for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
             setattr(layer, name, AdaptedAttention(getattr(layer, name), dim))

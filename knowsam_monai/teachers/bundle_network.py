@@ -20,7 +20,8 @@ from torch import nn
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMValueError, error_line
 from knowsam_monai.files import expand_path
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.weights import load_strictly, read_state_dict, some
+from knowsam_monai.teachers.weights import load_strictly, read_state_dict
+from knowsam_monai.texts import some
 
 CONFIGS = tuple(f"configs/inference.{ending}" for ending in ("json", "yaml", "yml"))
 MODEL, TORCHSCRIPT, METADATA = "models/model.pt", "models/model.ts", "configs/metadata.json"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from knowsam_monai.errors import KnowSAMNotADirectoryError, KnowSAMPermissionError, KnowSAMValueError
+from knowsam_monai.errors import KnowSAMPermissionError, KnowSAMValueError
 from knowsam_monai.files import expand_path, write_text, write_whole
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ class EmbeddingCache:
     Raises:
         ValueError: if `dtype` is unsupported, if the folder belongs to another encoder, size or precision, or if an
             embedding is not finite in this precision. A damaged file causes a warning and is computed again.
-        NotADirectoryError: if `folder` is a file.
-        PermissionError: if `folder` cannot be created.
+        PermissionError: if `folder` cannot be created, or is a file.
 
     Example::
 
@@ -158,10 +157,6 @@ class EmbeddingCache:
         facts = json.loads(json.dumps(facts))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise KnowSAMNotADirectoryError(
-                f"`cache_dir` must be a folder but {folder} is, or is inside, a file."
-            ) from None
         except OSError as error:
             raise KnowSAMPermissionError(
                 f"`cache_dir` must be a writable folder but {folder} cannot be created ({error.strerror}); name "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMTypeError, KnowSAMValueError, check_choice, check_counts
+from knowsam_monai.errors import KnowSAMValueError, check_choice, check_counts
 from knowsam_monai.teachers.adapter import Adapter
 from knowsam_monai.teachers.embedding_cache import EmbeddingCache
 from knowsam_monai.teachers.intensity_window import is_sam_range
@@ -49,21 +49,9 @@ class PromptedTeacher(nn.Module):
     ``decode(encode(image), prompt_logits)``, always in eval mode.
 
     Subclasses override ``_encode(rgb)``, which maps images (B, 3, *image_size) in 0..1 to an embedding, and
-    ``decode(embedding, prompt_logits, size)``. A subclass's constructor sets `sam` and `variant` and ends with
-    ``_set_up``. With a `cache` each image is encoded once.
-
-    Args:
-        num_classes: C, background included; for a sigmoid student its channels, one for each region.
-        num_prompt_tokens: prompt tokens of each class.
-        image_size: (height, width) of the encoder's input.
-        to_rgb: conversion to three channels: the index of a channel to repeat, "mean" of the channels, "rgb" for images
-            with three channels, or a callable (B, channels, H, W) -> (B, 3, H, W). None: the first channel, with a
-            warning if there are others.
-        trainable: "adapters" or "all".
-        encoder: "adapted" or "cached".
-        checkpoint: path of the weights, None for random ones.
-        cache_dir: folder for the embeddings of a "cached" encoder.
-        pretrained_on: training data of the weights; None: recognized by the checkpoint's path.
+    ``_decode(embedding, masks)``, which maps it and mask prompts (B, C, 4 h, 4 w) to masks. A subclass's constructor
+    sets `sam` and `variant` and ends with ``_set_up``. With a `cache` each image is encoded once.
+    The arguments are those of SAMTeacher, with `image_size` as (height, width).
     """
 
     display_name: str  # for warnings
@@ -94,9 +82,7 @@ class PromptedTeacher(nn.Module):
                 f"`cache_dir` must be left out unless `encoder` is 'cached' but is {os.fspath(cache_dir)!r}; leave it "
                 "out, or set `encoder` to 'cached'."
             )
-        if not (pretrained_on is None or isinstance(pretrained_on, str)):
-            raise KnowSAMTypeError(f"`pretrained_on` must be text or None but is {pretrained_on!r}.")
-        if not callable(to_rgb) and not isinstance(to_rgb, (int, type(None))) and to_rgb not in ("mean", "rgb"):
+        if isinstance(to_rgb, str) and to_rgb not in ("mean", "rgb"):
             raise KnowSAMValueError(f"`to_rgb` must be a channel index, 'mean', 'rgb' or a callable but is {to_rgb!r}.")
         self.num_classes = num_classes
         self.image_size = image_size
@@ -181,13 +167,21 @@ class PromptedTeacher(nn.Module):
             )
         return self.cache(rgb, self._resize_and_encode)
 
-    @abstractmethod
     def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
+        prompts = without_meta(prompt_logits).detach().to(next(self.sam.mask_decoder.parameters()).dtype)
+        height, width = embedding.shape[2:]
+        masks = self._decode(embedding, F.interpolate(prompts, size=(4 * height, 4 * width), mode="bilinear"))
+        masks = masks.to(prompts.dtype)  # half precision under autocast
+        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
 
     @abstractmethod
     def _encode(self, rgb: Tensor) -> Tensor:
         """Encode images (B, 3, *image_size) in 0..1."""
+
+    @abstractmethod
+    def _decode(self, embedding: Tensor, masks: Tensor) -> Tensor:
+        """Decode mask prompts on 4 x the token grid, (B, C, 4 h, 4 w), to mask logits of any size."""
 
     def _resize_and_encode(self, rgb: Tensor) -> Tensor:
         if rgb.shape[2:] != self.image_size:

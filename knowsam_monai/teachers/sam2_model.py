@@ -1,4 +1,4 @@
-"""SAM 2 of `transformers`: variants, adapters, and strict loading of published weights from a local path."""
+"""SAM 2 of `transformers`: variants, and strict loading of published weights from a local path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMFileNotFoundError, KnowSAMImportError, KnowSAMValueError, root_cause
 from knowsam_monai.seeds import kept_random_state
-from knowsam_monai.teachers.adapter import AdaptedAttention, AdaptedMLP
 from knowsam_monai.teachers.sam_checkpoint import SAM1_TEACHER, which_model
 from knowsam_monai.teachers.weights import (
     PREFIXES,
@@ -24,8 +23,8 @@ from knowsam_monai.teachers.weights import (
     load_strictly,
     read_state_dict,
     refuse_changes,
-    some,
 )
+from knowsam_monai.texts import some
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +179,13 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         raise KnowSAMFileNotFoundError(
             f"{expectation} does not exist; it is not downloaded automatically, so {_command(path, variant)}."
         )
-    files = [path]
     if path.is_dir():
         refuse_changes(path, expectation)
         _check_config(path, variant, config, expectation)
-        files = _weight_files(path, expectation)
-    prefixes = PREFIXES | TRAINERS_PREFIXES
-    tensors = (read_state_dict(file, expectation, prefixes=prefixes) for file in files)
-    state = {name: value for part in tensors for name, value in part.items()}
+        path = path / "model.safetensors"
+        if not path.is_file():
+            raise KnowSAMFileNotFoundError(f"{expectation} has no {path.name}; download the complete folder.")
+    state = read_state_dict(path, expectation, prefixes=PREFIXES | TRAINERS_PREFIXES)
     if any(name.startswith("image_encoder.trunk.") for name in state):
         state = _transformers_names(state)
     if PATCH_PROJECTION not in state or any("decoder.hf_" in name for name in state):  # of HQ-SAM 2
@@ -202,43 +200,6 @@ def read_sam2_checkpoint(checkpoint: str | os.PathLike[str], variant: str | Any,
         if name not in state and twin in state:
             state[name] = state[twin]
     return state
-
-
-class AdaptedPairAttention(AdaptedAttention):
-    """
-    An attention that returns its output and its weights, followed by an adapter on the output.
-
-    Example::
-
-        layer.self_attn = AdaptedPairAttention(layer.self_attn, dim=256)
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        output, weights = self.attention(*args, **kwargs)
-        return self.adapter(output), weights
-
-
-def add_sam2_adapters(sam2: nn.Module, encoder: bool = True) -> None:
-    """
-    Wrap the attentions and MLPs of a Sam2Model in place, as :func:`knowsam_monai.teachers.adapter.add_adapters` does.
-
-    Args:
-        sam2: a Sam2Model with its weights loaded; wrapping renames its parameters.
-        encoder: whether the image encoder gets adapters too.
-
-    Example::
-
-        add_sam2_adapters(build_sam2("tiny"))
-    """
-    for block in sam2.vision_encoder.backbone.blocks if encoder else ():
-        block.attn = AdaptedAttention(block.attn, block.dim_out)
-        block.mlp = AdaptedMLP(block.mlp, block.dim_out)
-    dim, transformer = sam2.mask_decoder.hidden_size, sam2.mask_decoder.transformer
-    for layer in transformer.layers:
-        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
-            setattr(layer, name, AdaptedPairAttention(getattr(layer, name), dim))
-        layer.mlp = AdaptedMLP(layer.mlp, dim)
-    transformer.final_attn_token_to_image = AdaptedPairAttention(transformer.final_attn_token_to_image, dim)
 
 
 def _config(transformers: ModuleType, variant: str) -> Any:
@@ -301,24 +262,6 @@ def _check_config(folder: Path, variant: str | Any, config: Any, expectation: st
 def backbone_numbers(backbone: Any) -> dict[str, list[int]]:
     """The numbers of a `Sam2HieraDetConfig` that tell variants apart; not all of them show in tensor shapes."""
     return {key: list(getattr(backbone, key)) for key in SAM2_VARIANTS["tiny"]}
-
-
-def _weight_files(folder: Path, expectation: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [folder / Path(shard).name for shard in shards]
-            files[0]
-        except Exception as error:  # of JSON, or of a file that is something else
-            raise KnowSAMValueError(f"{expectation} has a damaged {index.name}; download it again.") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise KnowSAMFileNotFoundError(f"{expectation} lacks {some(missing)}; download the complete folder.")
-        return files
-    raise KnowSAMFileNotFoundError(f"{expectation} has no model.safetensors; download the complete folder.")
 
 
 def sam2_variant_hint(variant: Any) -> str:

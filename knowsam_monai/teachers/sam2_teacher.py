@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
+from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.prompt import LearnablePrompt
 from knowsam_monai.teachers.prompted_teacher import PromptedTeacher, check_image_size
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
-from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, add_sam2_adapters, backbone_numbers, build_sam2
+from knowsam_monai.teachers.sam2_model import SIZE_DIVISOR, backbone_numbers, build_sam2
 from knowsam_monai.teachers.sam_decoder import token_centers
-from knowsam_monai.tensors import without_meta
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of Meta's SAM2Transforms, for images in 0..1
 
@@ -113,10 +113,11 @@ class Sam2Teacher(PromptedTeacher):
         )
         self.variant = variant if isinstance(variant, str) else "custom config"
         self.sam = build_sam2(variant, checkpoint)
-        add_sam2_adapters(self.sam, encoder=encoder == "adapted")
+        dim = self.sam.mask_decoder.hidden_size
+        blocks = self.sam.vision_encoder.backbone.blocks if encoder == "adapted" else ()
+        add_adapters(blocks, self.sam.mask_decoder.transformer, dim)
         self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        dim = self.sam.mask_decoder.hidden_size
         self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
         self._set_up(
             nn.ModuleList([self.sam.vision_encoder, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1]),
@@ -139,33 +140,26 @@ class Sam2Teacher(PromptedTeacher):
         finer = F.pixel_unshuffle(self.sam.mask_decoder.conv_s1(finer), 2)  # (B, D, h, w)
         return torch.cat((finest, finer, coarse), dim=1)
 
-    def decode(self, embedding: Tensor, prompt_logits: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
+    def _decode(self, embedding: Tensor, masks: Tensor) -> Tensor:
         dim = embedding.shape[1] // 4
         finest, finer, coarse = embedding.split((2 * dim, dim, dim), dim=1)
         coarse = coarse + self.sam.no_memory_embedding.view(1, dim, 1, 1)
-        height, width = coarse.shape[2:]
-        prompts = without_meta(prompt_logits).detach().to(self.sam.no_memory_embedding.dtype)
-        masks = F.interpolate(prompts, size=(4 * height, 4 * width), mode="bilinear").flatten(0, 1)
 
         def for_each_class(x: Tensor) -> Tensor:
             return x.repeat_interleave(self.num_classes, dim=0)
 
-        masks, *_ = self.sam.mask_decoder(
+        decoded, *_ = self.sam.mask_decoder(
             image_embeddings=for_each_class(coarse),
-            image_positional_embeddings=self._positions(height, width),
+            image_positional_embeddings=self._positions(*coarse.shape[2:]),
             sparse_prompt_embeddings=self.prompt(coarse).flatten(0, 1)[:, None],  # (B * C, 1, tokens, D)
-            dense_prompt_embeddings=self.sam.prompt_encoder.mask_embed(masks[:, None]),
+            dense_prompt_embeddings=self.sam.prompt_encoder.mask_embed(masks.flatten(0, 1)[:, None]),
             multimask_output=False,
             high_resolution_features=[
                 for_each_class(F.pixel_shuffle(finest, 4)),
                 for_each_class(F.pixel_shuffle(finer, 2)),
             ],
         )
-        masks = masks.view(len(prompts), self.num_classes, *masks.shape[-2:]).to(
-            prompts.dtype
-        )  # half precision under autocast
-        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")
+        return decoded.view(*masks.shape[:2], *decoded.shape[-2:])
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Encode the positions of the token grid, (1, D, h, w); upstream's is for the square grid of its config."""

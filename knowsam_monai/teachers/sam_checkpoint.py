@@ -21,8 +21,8 @@ from knowsam_monai.teachers.weights import (
     load_strictly,
     read_state_dict,
     refuse_changes,
-    some,
 )
+from knowsam_monai.texts import some
 
 logger = logging.getLogger(__name__)
 

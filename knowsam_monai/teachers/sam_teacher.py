@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from knowsam_monai.arguments import check_types
 from knowsam_monai.seeds import kept_random_state
@@ -17,7 +16,6 @@ from knowsam_monai.teachers.sam import SIZE_DIVISOR, build_sam
 from knowsam_monai.teachers.sam_decoder import decode_masks, dense_positions, embed_masks
 from knowsam_monai.teachers.sam_encoder import encode_image
 from knowsam_monai.teachers.tiny_vit import TinyViTEncoder
-from knowsam_monai.tensors import without_meta
 
 # parameters that a single mask from prompt tokens and a mask prompt does not use
 UNUSED_IN_SAM = (
@@ -114,8 +112,10 @@ class SAMTeacher(PromptedTeacher):
         )
         self.variant = variant
         self.sam = build_sam(variant, self.image_size, checkpoint)
-        add_adapters(self.sam, encoder=encoder == "adapted")
-        self.prompt = LearnablePrompt(num_classes, self.sam.prompt_encoder.embed_dim, num_prompt_tokens)
+        dim = self.sam.prompt_encoder.embed_dim
+        blocks = self.sam.image_encoder.blocks if encoder == "adapted" else ()
+        add_adapters(blocks, self.sam.mask_decoder.transformer, dim)
+        self.prompt = LearnablePrompt(num_classes, dim, num_prompt_tokens)
         self._set_up(
             self.sam.image_encoder,
             UNUSED_IN_SAM,
@@ -124,7 +124,7 @@ class SAMTeacher(PromptedTeacher):
                 "image_size": self.image_size,
                 "pixel_mean_and_std": [x.flatten().tolist() for x in (self.sam.pixel_mean, self.sam.pixel_std)],
             },
-            embedding_shape=(self.sam.prompt_encoder.embed_dim, *self.sam.prompt_encoder.image_embedding_size),
+            embedding_shape=(dim, *self.sam.prompt_encoder.image_embedding_size),
             cache_dir=cache_dir,
             cache_dtype=cache_dtype,
         )
@@ -139,19 +139,12 @@ class SAMTeacher(PromptedTeacher):
         encoder = self.sam.image_encoder
         return encoder(normalized) if isinstance(encoder, TinyViTEncoder) else encode_image(encoder, normalized)
 
-    def decode(
-        self, embedding: torch.Tensor, prompt_logits: torch.Tensor, size: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Decode embeddings of ``encode`` to logits (B, C, *size); `size` defaults to that of the prompts."""
+    def _decode(self, embedding: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         prompt_encoder = self.sam.prompt_encoder
-        prompts = without_meta(prompt_logits).detach().to(prompt_encoder.no_mask_embed.weight.dtype)
-        masks = F.interpolate(prompts, size=prompt_encoder.mask_input_size, mode="bilinear")
-        masks = decode_masks(
+        return decode_masks(
             decoder=self.sam.mask_decoder,
             embedding=embedding,
             positions=dense_positions(prompt_encoder),
             prompt_tokens=self.prompt(embedding),
             mask_tokens=embed_masks(prompt_encoder, masks.flatten(0, 1)).unflatten(0, masks.shape[:2]),
         )
-        masks = masks.to(prompts.dtype)  # half precision under autocast
-        return F.interpolate(masks, size=tuple(size or prompt_logits.shape[2:]), mode="bilinear")

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from knowsam_monai.arguments import check_types
-from knowsam_monai.errors import KnowSAMValueError
+from knowsam_monai.errors import KnowSAMValueError, check_choice
 from knowsam_monai.teachers.slice_selection import SliceSelection, draw_axis, draw_by_entropy, draw_uniform
 from knowsam_monai.tensors import without_meta
 
-SAMPLINGS = ("uniform", "entropy")
 # attributes that describe a teacher and the provenance of its weights
 DESCRIPTION = (
     *("num_classes", "overlapping", "image_size", "variant", "checkpoint"),
@@ -75,8 +74,7 @@ class SliceTeacher(nn.Module):
         super().__init__()
         if slices is not None and slices < 1:
             raise KnowSAMValueError(f"`slices` must be a number of slices, 1 or more, or None for all but is {slices}.")
-        if sampling not in SAMPLINGS:
-            raise KnowSAMValueError(f"`sampling` must be one of {', '.join(SAMPLINGS)} but is {sampling!r}.")
+        check_choice("sampling", sampling, ("uniform", "entropy"))
         if getattr(sam_teacher, "encoder", "adapted") == "cached":
             raise KnowSAMValueError(
                 "`sam_teacher` must have the encoder 'adapted' but has 'cached'; slices of random patches do not "

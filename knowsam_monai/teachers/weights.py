@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from knowsam_monai.errors import KnowSAMImportError, KnowSAMTypeError, KnowSAMValueError
 from knowsam_monai.files import InvalidCheckpointError, expand_path, read_tensor_file
+from knowsam_monai.texts import some
 
 logger = logging.getLogger(__name__)
 
@@ -173,19 +174,6 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], expectation: str,
     if found:
         raise KnowSAMValueError(f"{expectation} holds another model ({'; '.join(found)}); {remedy}.")
     module.load_state_dict(state)
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """List the first names and the number of the others.
-
-    Example::
-
-        >>> some(["a", "b", "c", "d"])
-        '`a`, `b`, `c` and 1 more'
-    """
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"`{name}`" for name in names[:limit]) + rest or "nothing"
 
 
 def _changes(expectation: str, names: Iterable[str]) -> KnowSAMValueError:

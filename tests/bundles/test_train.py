@@ -495,7 +495,7 @@ def test_weights_that_are_not_finite_reach_no_checkpoint_even_if_the_loss_is_fin
     run = training(whole=True, max_iterations=1, **{"sgd#lr": float("inf")})
     with pytest.raises(RuntimeError) as error:
         run.run()
-    assert "Weights must be finite in a checkpoint but unet." in str(root_cause(error.value))
+    assert "Weights must be finite in a checkpoint but `unet." in str(root_cause(error.value))
     assert math.isfinite(run.history[0]["loss"]) and not [name for name in files(run.output_dir) if ".pt" in name]
 
 

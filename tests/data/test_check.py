@@ -225,15 +225,15 @@ def test_errors_are_raised_in_one_sentence(folder, name):
 WARNINGS = {
     "spacing": (
         spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE @ np.diag([1.1, 1, 1, 1])),
-        "`labeled`: 1 of 2 labels have another spacing than their images.*labeled0_gt.nii.gz",
+        "`labeled`: 1 of 2 labels have another spacing than the image.*labeled0_gt.nii.gz",
     ),
     "orientation": (
         spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE @ np.diag([-1, 1, 1, 1])),
-        "`labeled`: 1 of 2 labels have another orientation than their images.*labeled0_gt.nii.gz",
+        "`labeled`: 1 of 2 labels have another orientation than the image.*labeled0_gt.nii.gz",
     ),
     "origin": (
         spoil_array("labeled0_gt.nii.gz", label(), affine=OBLIQUE + np.outer([30, 0, 0, 0], [0, 0, 0, 1])),
-        "`labeled`: 1 of 2 labels have another origin or rotation than their images; .*labeled0_gt.nii.gz",
+        "`labeled`: 1 of 2 labels have another origin or rotation than the image; .*labeled0_gt.nii.gz",
     ),
     "empty": (spoil_array("test1_gt.nii.gz", np.zeros((6, 5, 3))), "`test`: 1 of 2 labels are empty: .*test1_gt"),
     "absent class": (
@@ -276,7 +276,7 @@ WARNINGS = {
             nibabel.load(f.path / "labeled0_gt.nii.gz").as_reoriented([[0, -1], [2, 1], [1, 1]]),
             f.path / "labeled0_gt.nii.gz",
         ),
-        "`labeled`: 1 of 2 labels have axes in another order or direction than their images; they are reoriented: ",
+        "`labeled`: 1 of 2 labels have axes in another order or direction than the image; they are reoriented: ",
     ),
     "planes": (
         spoil_array("unlabeled0.nii.gz", np.random.default_rng(0).random((6, 5, 3)), affine=np.diag([8.0, 2, 2, 1])),

@@ -91,7 +91,7 @@ def test_label_in_another_place_is_warned_about(caplog):
     case = {"image": volume(1, 4, 5, affine=torch.eye(4)), "label": label(1, 4, 5)}
     with caplog.at_level(logging.WARNING):
         CheckDatad()(case)
-    assert "case.nii.gz: its label has another spacing, orientation or position, and" in caplog.text
+    assert "case.nii.gz: its label has another spacing than the image; the voxels are assumed" in caplog.text
 
 
 def test_label_that_is_taken_as_aligned_has_its_image_s_affine_and_so_its_spacing(caplog):
@@ -126,7 +126,7 @@ def test_label_with_axes_in_another_order_or_direction_is_turned_to_the_image_s(
     stored.affine[:3, 3] += shift  # less than half a voxel, 0.7 mm
     placed = CheckDatad()({"image": image, "label": stored})["label"]
     assert torch.equal(placed.as_tensor(), right.as_tensor()) and torch.equal(placed.affine, image.affine)
-    assert not placed.applied_operations and "and is reoriented to the image" in caplog.text
+    assert not placed.applied_operations and "; they are reoriented" in caplog.text
 
 
 def test_line_is_no_image():

@@ -90,13 +90,13 @@ def test_attention_adapter_sees_the_attentions_output():
 @pytest.mark.parametrize("forward", [our_forward, upstream_forward])
 def test_with_adapters_at_zero_sam_is_bit_for_bit_sam_without(sam, forward):
     without = forward(sam)
-    add_adapters(sam)
+    add_adapters(sam.image_encoder.blocks, sam.mask_decoder.transformer, sam.prompt_encoder.embed_dim)
     assert torch.equal(forward(sam), without)
 
 
 @pytest.mark.parametrize("forward", [our_forward, upstream_forward])
 def test_every_adapter_changes_the_output(sam, forward):
-    add_adapters(sam)
+    add_adapters(sam.image_encoder.blocks, sam.mask_decoder.transformer, sam.prompt_encoder.embed_dim)
     before = forward(sam)
     adapters = [module for module in sam.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
@@ -107,7 +107,7 @@ def test_every_adapter_changes_the_output(sam, forward):
 
 
 def test_adapters_sit_where_the_method_puts_them(sam):
-    add_adapters(sam)
+    add_adapters(sam.image_encoder.blocks, sam.mask_decoder.transformer, sam.prompt_encoder.embed_dim)
     adapters = {name: module.skip for name, module in sam.named_modules() if isinstance(module, Adapter)}
     expected = {}
     for i in range(4):

@@ -241,7 +241,9 @@ def test_images_that_never_come_again_are_warned_of_once(monkeypatch, caplog, nu
 @pytest.mark.parametrize("path", ["file", "file/inside"])
 def test_folder_that_is_a_file_is_an_error(tmp_path, path):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="`cache_dir` must be a folder but .*file.* is, or is inside, a file"):
+    with pytest.raises(
+        PermissionError, match=r"`cache_dir` must be a writable folder but .*file.* cannot .* \(.*\); name"
+    ):
         build(folder=tmp_path / path)
 
 

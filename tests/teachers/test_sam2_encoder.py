@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from knowsam_monai.teachers.adapter import add_adapters
 from knowsam_monai.teachers.sam2_encoder import encode_sam2_image
-from knowsam_monai.teachers.sam2_model import add_sam2_adapters, build_sam2
+from knowsam_monai.teachers.sam2_model import build_sam2
 from tests.networks.sam_toys import randomized
-from tests.teachers.sam2_toys import toy_model
+from tests.teachers.sam2_toys import DIM, toy_model
 
 transformers = pytest.importorskip("transformers", reason="SAM 2 needs the extra `sam2`")
 
@@ -37,7 +38,7 @@ def test_gradients_equal_those_of_transformers_also_through_the_padding(adapted)
     """With the biases of padded keys and values, and with adapters, which upstream's forward runs on padded tokens."""
     sam2 = toy_model()
     if adapted:
-        add_sam2_adapters(sam2)
+        add_adapters(sam2.vision_encoder.backbone.blocks, sam2.mask_decoder.transformer, DIM)
     encoder = sam2.vision_encoder.double()
     image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     parameters = dict(encoder.named_parameters())

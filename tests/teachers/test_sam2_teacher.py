@@ -243,22 +243,6 @@ def test_no_hub_is_asked(folder, monkeypatch):
         build_sam2("tiny", "facebook/sam2.1-hiera-tiny")
 
 
-def test_shards_are_put_together(folder):
-    state = safetensors.load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(state)
-    shards = {"model-1-of-2.safetensors": names[:100], "model-2-of-2.safetensors": names[100:]}
-    for shard, part in shards.items():
-        safetensors.save_file({name: state[name] for name in part}, folder / shard)
-    weight_map = {name: shard for shard, part in shards.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    loaded = build_sam2(toy_config(), folder).state_dict()
-    assert all(torch.equal(loaded[name], state[name]) for name in names)
-    (folder / "model-2-of-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks `model-2-of-2.safetensors`; download the complete folder"):
-        build_sam2(toy_config(), folder)
-
-
 def test_a_video_models_folder_loads_without_its_memory(folder):
     """The hub's own folders are of Sam2VideoModel, and some hold the matrix of positions once."""
     state = safetensors.load_file(folder / "model.safetensors")
@@ -427,21 +411,19 @@ def test_a_folder_of_another_variant_or_model_is_named(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    "content",
     [
-        *(("config.json", content) for content in ("[", "[]", '{"model_type": "sam2", "vision_config": [1]}')),
-        ("config.json", '{"model_type": "sam2", "vision_config": {"backbone_config": "x"}}'),
-        ("config.json", '{"model_type": "sam2", "vision_config": {"backbone_config": {"blocks_per_stage": 7}}}'),
-        *(("model.safetensors.index.json", content) for content in ("{", "{}", '{"weight_map": []}')),
-        *(("model.safetensors.index.json", f'{{"weight_map": {content}}}') for content in ("{}", '{"a": 7}')),
+        *("[", "[]", '{"model_type": "sam2", "vision_config": [1]}'),
+        '{"model_type": "sam2", "vision_config": {"backbone_config": "x"}}',
+        '{"model_type": "sam2", "vision_config": {"backbone_config": {"blocks_per_stage": 7}}}',
     ],
 )
-def test_damaged_folder_of_the_hub_is_one_sentence(tmp_path, name, content):
+def test_damaged_config_of_the_hub_is_one_sentence(tmp_path, content):
     toy_config().save_pretrained(tmp_path)
-    (tmp_path / name).write_text(content)
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError) as error:
         build_sam2(toy_config(), tmp_path)
-    assert str(error.value).endswith(f"but {tmp_path} has a damaged {name}; download it again.")
+    assert str(error.value).endswith(f"but {tmp_path} has a damaged config.json; download it again.")
 
 
 @pytest.mark.parametrize("teacher", [SAMTeacher, Sam2Teacher])

@@ -128,7 +128,7 @@ def test_teacher_of_slices_says_of_itself_what_sam_says_and_stays_in_eval_mode()
         (dict(slices=0), "`slices` must be a number of slices, 1 or more, or None for all but is 0"),
         (dict(slices=2.5), "`slices` must be a whole number or None but is 2.5"),
         (dict(slices="8"), "`slices` must be a whole number or None but is '8'"),
-        (dict(sampling="random"), "`sampling` must be one of uniform, entropy but is 'random'"),
+        (dict(sampling="random"), "`sampling` must be 'uniform' or 'entropy' but is 'random'"),
     ],
 )
 def test_bad_arguments_are_errors(sam_teacher, arguments, message):
