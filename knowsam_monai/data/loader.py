@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from knowsam_monai.data.sampling import LABELED, UNLABELED, RowKey, TwoStreamSampler
 from knowsam_monai.data.transforms import image_name, rows_of
 from knowsam_monai.errors import KnowSAMError, KnowSAMValueError
-from knowsam_monai.seeds import derive_seed, kept_random_state
+from knowsam_monai.seeds import derive_seed
 
 
 class SemiSupervisedLoader:
@@ -146,10 +147,7 @@ class _SeededRows(Dataset):
         dataset = self.datasets[key.stream]
         seed = derive_seed(self.seed, *key)
         set_rnd(getattr(dataset, "transform", dataset), seed)
-        with kept_random_state():  # for transforms that use the global generators
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA
+        with _seeded_globals(seed):
             rows = rows_of(dataset[key.index])
         is_labeled = key.stream == LABELED
         if any((self.label_key in row) != is_labeled for row in rows):
@@ -202,3 +200,18 @@ def _unequal_shapes(key: str, rows: Sequence[dict]) -> KnowSAMValueError | None:
         f"`{key}` must have one shape in all rows of a batch but has {one} and {other}; end the training transforms "
         "with a crop (RandSpatialCropd) or a resize (Resized) to a fixed size."
     )
+
+
+@contextmanager
+def _seeded_globals(seed: int) -> Iterator[None]:
+    """Temporarily seed the global generators, for transforms that use them."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed CUDA
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
