@@ -136,7 +136,7 @@ def _written(list_path: Path) -> dict:
     """The data list that `write_phantom` wrote; empty if there is none, or another file."""
     try:
         datalist = json.loads(list_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return datalist if isinstance(datalist, dict) and "phantom" in datalist else {}
 

@@ -84,10 +84,13 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file, with or without a byte-order mark.
 
     Raises:
-        ValueError: if it cannot be read, is not JSON, or has a duplicate key in an object; without the file's name.
+        ValueError: if it cannot be read, is not JSON, is nested too deeply, or has a duplicate key in an object;
+            without the file's name.
     """
     try:
         return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise KnowSAMValueError("it is nested too deeply") from None
     except OSError as error:
         raise KnowSAMValueError(error.strerror) from error
 

@@ -329,6 +329,7 @@ LISTS = {
     "NUL": (spoiled(unlabeled=["a\0b.nii"]), "`image` must exist but .* does not"),
     "half a surrogate": (spoiled(unlabeled=["\ud800.nii"]), "`image` must exist but .* does not"),
     "a number": (spoiled(unlabeled=[{"image": 3}]), "`image` must be a path .* item 0 of `unlabeled` in .*list.json"),
+    "deep": (lambda _: b'{"labeled": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "list.json is not: it is nested too"),
     "unlabelled": (
         spoiled(unlabelled=[]),
         "`unlabelled` must be one of the lists .*list.json; did you mean `unlabeled`",

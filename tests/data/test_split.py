@@ -67,6 +67,7 @@ def test_name_that_may_leave_its_folder_is_refused(tmp_path, name):
     ("content", "message"),
     [
         ('{"a": 1, "b": {"c": 2, "d": 3, "d": 4}}', "the key 'd' appears twice"),
+        ("[" * 100_000, "it is nested too deeply"),
         ("{", "Expecting"),
     ],
 )
