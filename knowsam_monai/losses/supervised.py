@@ -84,8 +84,8 @@ class PartiallyLabeledLoss(nn.Module):
 
     Shape:
         - pred: logits (B, C, *spatial), or stacked views (B, V, C, *spatial)
-        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B, or of all rows with `labeled_rows` given; if `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1
-          or `overlapping`, ``loss`` receives floats
+        - label: class indices (B_l, 1, *spatial), 1 <= B_l <= B, or of all rows with `labeled_rows` given; if
+          `overlapping`, 0 and 1 (B_l, C, *spatial). If C = 1 or `overlapping`, ``loss`` receives floats
         - output: scalar
 
     Raises:
