@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from knowsam_monai import ranks
 from knowsam_monai.arguments import check_types
 from knowsam_monai.distillation.gradients import output_gradients
-from knowsam_monai.labeled_rows import Rows
 from knowsam_monai.distillation.optimizer_hooks import Scaler, ScalerCheck, call_after_step, check_apart, scaler_now
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.distillation.watched_loader import CurrentBatch, WatchedLoader, check_same_image, image_and_label
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMError, KnowSAMRuntimeError, KnowSAMTypeError, KnowSAMValueError, check_counts
+from knowsam_monai.labeled_rows import Rows
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.tensors import at_least_float32, without_meta
 from knowsam_monai.wrappers import plain_network, plain_optimizer, stepped_parameters

@@ -19,6 +19,10 @@ from knowsam_monai.distillation.attachment import Attachment
 from knowsam_monai.distillation.gate import TeacherGate
 from knowsam_monai.distillation.gradients import SAMGradients
 from knowsam_monai.distillation.inputs import check_output, check_shapes, check_teacher_arguments, view_at
+from knowsam_monai.distillation.measurement import measure_gate
+from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
+from knowsam_monai.distillation.wiring import Wiring
+from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.labeled_rows import (
     Rows,
     knows_labels,
@@ -27,10 +31,6 @@ from knowsam_monai.labeled_rows import (
     put_rows,
     take_rows,
 )
-from knowsam_monai.distillation.measurement import measure_gate
-from knowsam_monai.distillation.optimizer_hooks import FollowHandle, Scaler, call_after_step, follow
-from knowsam_monai.distillation.wiring import Wiring
-from knowsam_monai.errors import KnowSAMRuntimeError, KnowSAMValueError, check_choice
 from knowsam_monai.losses import DistillationLoss, dice_ce_loss
 from knowsam_monai.losses.regions import region_loss
 from knowsam_monai.losses.supervised import ADD_A_CHANNEL, check_label, loss_of

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from knowsam_monai import ranks
 from knowsam_monai.distillation.gate import LabeledImages
 from knowsam_monai.distillation.inputs import view_at
-from knowsam_monai.labeled_rows import Rows, knows_labels, labeled_slice, other_rows, take_rows
 from knowsam_monai.distillation.wiring import takes_more_than_images
 from knowsam_monai.errors import KnowSAMError, error_line
+from knowsam_monai.labeled_rows import Rows, knows_labels, labeled_slice, other_rows, take_rows
 from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.tensors import (
     all_in_eval_mode,

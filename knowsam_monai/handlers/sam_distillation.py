@@ -17,10 +17,10 @@ from torch import Tensor
 from knowsam_monai.arguments import check_types
 from knowsam_monai.data.orientation import SAM_IMAGE
 from knowsam_monai.distillation.distiller import SAMDistiller
-from knowsam_monai.labeled_rows import Rows, labeled_slice
 from knowsam_monai.distillation.sam_image import check_orientations, is_cached, sam_image_for
 from knowsam_monai.errors import KnowSAMValueError, check_counts
 from knowsam_monai.handlers.supervision import check_ignores, check_supervision, has_deep_supervision, logits_from
+from knowsam_monai.labeled_rows import Rows, labeled_slice
 from knowsam_monai.losses import dice_ce_loss
 from knowsam_monai.losses.ramp_up import Weight, check_weights, weight_at
 from knowsam_monai.losses.supervised import check_hides_labels, has_sigmoid
