@@ -337,8 +337,8 @@ class Attachment:
         if selection is None and num_calls > 1:
             raise KnowSAMRuntimeError(
                 "`student` must be called once for each batch but is called again; pass `select` to choose the calls "
-                "that are taught. With activation checkpointing of the whole student, checkpoint its blocks instead. For "
-                "an optimizer that calls the student in its own step, such as LBFGS, use the plain loop."
+                "that are taught. With activation checkpointing of the whole student, checkpoint its blocks instead. "
+                "For an optimizer that calls the student in its own step, such as LBFGS, use the plain loop."
             )
         if self.iteration % self.every:  # the teacher does not run
             return image, None, None, None
