@@ -30,8 +30,8 @@ from knowsam_monai.seeds import kept_random_state
 from knowsam_monai.teachers.intensity_window import IntensityWindow, is_sam_range
 from knowsam_monai.teachers.sam_teacher import SAMTeacher
 from knowsam_monai.teachers.slice_teacher import SliceTeacher
-from knowsam_monai.teachers.weights import some
 from knowsam_monai.tensors import without_meta
+from knowsam_monai.texts import some
 from knowsam_monai.wrappers import plain_network
 
 logger = logging.getLogger(__name__)
