@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import knowsam_monai.distillation.distiller
 from knowsam_monai.distillation.distiller import SAMDistiller
+from tests.toys import ToyTeacher, toy_batches
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ["monai_trainer", "plain_loop", "ignite_engine", "lightning_module"]
@@ -89,3 +92,57 @@ def test_script_without_skd_is_the_host_bit_for_bit(script, run, monkeypatch):
     attached, calls = run(source)
     assert calls
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), attached.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("is_manual", [False, True], ids=["automatic", "manual"])
+def test_lightning_callback_accumulates_as_a_plain_loop_does(is_manual, monkeypatch):
+    lightning = pytest.importorskip("lightning.pytorch")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("lightning_module")
+    batches = [{key: value.float() for key, value in batch.items()} for batch in toy_batches(4)]
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.network, self.automatic_optimization = nn.Conv2d(1, 3, 3, padding=1), not is_manual
+
+        def training_step(self, batch, batch_idx):
+            loss = F.cross_entropy(self.network(batch["image"])[:2], batch["label"][:, 0].long())
+            if self.automatic_optimization:
+                return loss
+            self.manual_backward(loss / 2)
+            if batch_idx % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def distiller():
+        torch.manual_seed(1)
+        teacher = ToyTeacher()
+        return SAMDistiller(teacher, torch.optim.SGD(teacher.parameters(), lr=0.1), gate="none")
+
+    ours, expected = [(Module(), distiller()) for _ in range(2)]
+    lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[script.Distillation(ours[1], accumulation_steps=2 if is_manual else None)],
+        accumulate_grad_batches=1 if is_manual else 2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(ours[0], torch.utils.data.DataLoader(batches, batch_size=None))
+    network, optimizer = expected[0].network, expected[0].configure_optimizers()
+    expected[1].follow(optimizer)
+    for step, batch in enumerate(batches):
+        logits = network(batch["image"])
+        loss = F.cross_entropy(logits[:2], batch["label"][:, 0].long())
+        ((loss + expected[1](batch["image"], logits, batch["label"]).loss) / 2).backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    for left, right in zip(ours, expected):
+        assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
