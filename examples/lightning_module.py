@@ -26,8 +26,7 @@ class Segmenter(LightningModule):
 # --- SKD
 class Distillation(Callback):
     def __init__(self, distiller, accumulation_steps=None):
-        self.distiller = distiller
-        self.accumulation_steps = accumulation_steps  # by which a manual optimization divides its loss
+        self.distiller, self.accumulation_steps = distiller, accumulation_steps  # steps: of a manual optimization
 
     def on_train_start(self, trainer, module):
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -12,7 +12,7 @@ SUBPACKAGES = ("data", "distillation", "handlers", "losses", "networks", "runs",
 PUBLIC = {
     "data.evaluation": ("images_root", "inference_items", "split_items"),
     "data.nifti_writer": ("NiftiGeometryWriter",),
-    "distillation.labeled_rows": ("labeled_slice",),
+    "labeled_rows": ("labeled_slice",),
     "distillation.watched_loader": ("CurrentBatch",),
     "distillation.wiring": ("Wiring",),
     "errors": ("KnowSAMError", "root_cause"),

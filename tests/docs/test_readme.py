@@ -59,6 +59,7 @@ def test_without_its_entry_the_trainer_runs_without_skd():
 
 def test_loop_trains_teacher_and_network():
     names = with_objects_of_the_trainer(supervised_loss=DiceCELoss(to_onehot_y=True, softmax=True))
+    names["loader"] *= 2  # the gate is first measured at the tenth step
     before = weights(names["teacher"])
     names = run(LOOP, **names)
     assert names["distiller"].gate.num_measured > 0 and moved(names["teacher"], before)

@@ -274,7 +274,7 @@ def test_labeled_dice_of_a_teacher_that_neither_learns_nor_teaches_is_written():
 def test_no_labeled_dice_is_written_where_no_row_is_labeled():
     student, _, distiller = build()
     handler = SAMDistillation(distiller, labeled_rows=0, log_interval=1)
-    loss = PartiallyLabeledLoss(dice_ce_loss(3))
+    loss = PartiallyLabeledLoss(dice_ce_loss(3), labeled_rows="all")
     trainer = toy_trainer(student, toy_batches(1, num_labeled=4, num_unlabeled=0), loss, [handler])
     trainer.run()
     assert "distillation_loss" in trainer.state.output and "teacher_labeled_dice" not in trainer.state.output

@@ -90,6 +90,6 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
             torch.nn.init.constant_(student.first.bias, float("nan"))
 
     trainer, _ = run(tmp_path, spoil, save_key_metric=True, key_metric_filename="model.pt")
-    with pytest.raises(RuntimeError, match="first.bias is not, so .*model.pt was not written"):
+    with pytest.raises(RuntimeError, match="`first.bias` is not, so .*model.pt was not written"):
         trainer.run()
     assert all(value.isfinite().all() for value in torch.load(tmp_path / "model.pt").values())

@@ -479,7 +479,7 @@ def test_other_settings_and_data_are_refused_by_name_and_nothing_is_deleted(tmp_
         trainer.run()
     assert re.fullmatch(
         r"This run differs from the one in .*/resume_6.pt: `seed` must be 0 but is 1, `sizes` must be "
-        r"\[1, 1, .*\.\.\. but is \[2, 2, .*\.\.\., /moved/b.nii or its label must be unchanged but is new or has "
+        r"\[1, 1, .*….* but is \[2, 2, .*….*, /moved/b.nii or its label must be unchanged but is new or has "
         r"different content; choose another --output_dir, or start over with --resume False, which replaces that run\.",
         str(error.value),
     )
