@@ -270,8 +270,10 @@ def align_label(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _difference(image: torch.Tensor, label: torch.Tensor) -> str:
+    if image.ndim != label.ndim:
+        return "number of axes"
     spacings = [known_spacing(image), known_spacing(label)]
-    if len(spacings[0]) == len(spacings[1]) and not torch.allclose(*spacings, rtol=1e-3):
+    if not torch.allclose(*spacings, rtol=1e-3):
         return "spacing"
     codes, label_codes = (nibabel.aff2axcodes(x.affine.numpy())[: x.ndim - 1] for x in (image, label))
     return "origin or rotation" if codes == label_codes else "orientation"

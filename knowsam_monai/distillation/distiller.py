@@ -149,7 +149,7 @@ class SAMDistiller(nn.Module):
         distiller = SAMDistiller(teacher, optimizer)
         distiller.follow(student_optimizer)               # once: the teacher steps after the student
         for step, (image, label) in enumerate(batches, start=1):   # of all epochs; the first B_l of B rows have labels
-            distiller.measure_if_due(step, 50, student, image, label)   # the gate, at every 50th step
+            distiller.measure_if_due(step, 50, student, image, label)   # the gate, at step 10, 60, 110 ...
             logits = student(image)
             loss = supervised_loss(logits[: len(label)], label) + distiller(image, logits, label).loss
 

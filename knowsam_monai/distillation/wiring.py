@@ -179,9 +179,9 @@ class Wiring:
             trainable = sum(parameter.requires_grad for parameter in distiller.teacher.parameters())
             if trainable:
                 self.warn(
-                    f"the distiller has no optimizer, so {named(distiller.teacher)} does not learn, although "
-                    f"{trainable} of its tensors require a gradient: pass the teacher's optimizer, or call "
-                    "`teacher.requires_grad_(False)` if it is trained already."
+                    f"this distiller has no optimizer, so it does not train {named(distiller.teacher)}, which has "
+                    f"{trainable} trainable tensor(s): pass the teacher's optimizer, or call "
+                    "`teacher.requires_grad_(False)` if it is trained already and nothing else trains it."
                 )
         if distiller.optimizer is not None and self.num_calls == UNTAUGHT_CALLS and not distiller.learns:
             self.warn(

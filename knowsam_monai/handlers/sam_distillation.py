@@ -152,25 +152,25 @@ class SAMDistillation:
         engine.state.output.pop("teacher_logits", None)
 
     def __call__(self, engine: Engine) -> None:
-        output, iteration = engine.state.output, engine.state.iteration
+        output, iteration, batch = engine.state.output, engine.state.iteration, engine.state.batch
+        label = output[Keys.LABEL]
+        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
+        labeled = labeled_slice(rows, label, len(output[Keys.IMAGE]))
+        if label is not None and rows is not None:
+            loss = getattr(engine, "loss_function", None)
+            check_hides_labels(loss, len(output[Keys.IMAGE]), len(label), labeled)
         if iteration % self.every:
             return
-        label, pred = output[Keys.LABEL], logits_from(output[Keys.PRED], self.logits_of)
-        batch = engine.state.batch
+        pred = logits_from(output[Keys.PRED], self.logits_of)
         sam_image = batch.get(SAM_IMAGE) if isinstance(batch, Mapping) else None
         image = without_meta(output[Keys.IMAGE])
         sam_image = sam_image_for(image, sam_image, self.distiller.teacher)
-        rows = self.labeled_rows(batch) if callable(self.labeled_rows) else self.labeled_rows
         run = iteration // self.every  # counts the teacher's runs
         student = partial(engine.inferer, network=engine.network)
         self.distiller.measure_if_due(
             run, self.gate_interval, engine.network, image, label, rows, sam_image, self.logits_of, student
         )
 
-        labeled = labeled_slice(rows, label, len(image))
-        if label is not None and rows is not None:
-            loss = getattr(engine, "loss_function", None)
-            check_hides_labels(loss, len(image), len(label), len(range(len(image))[labeled]))
         # the teacher's first run since the last multiple of the interval
         is_logged = iteration // self.log_interval > max(iteration - self.every, 0) // self.log_interval
         is_logged &= label is not None and len(range(len(image))[labeled]) > 0

@@ -67,7 +67,7 @@ class _DiceCELoss(nn.Module):
 
 
 class PartiallyLabeledLoss(nn.Module):
-    """A supervised loss on the labeled rows, which come first in the batch, summed over the student's views.
+    """A supervised loss on the labeled rows, by default the first of the batch, summed over the student's views.
 
     ``L_sup = sum_v w_v * loss(pred_v[:B_l], label)``, in at least float32, under autocast too.
 
@@ -120,6 +120,8 @@ class PartiallyLabeledLoss(nn.Module):
         self.loss = dice_ce_loss() if loss is None else loss
         self.view_weights = None if view_weights is None else tuple(view_weights)
         self.overlapping = overlapping
+        if labeled_rows is not None:
+            labeled_slice(labeled_rows, None, num_rows=1)  # refuses what selects no rows
         self.labeled_rows = labeled_rows
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -259,7 +261,7 @@ def check_loss_takes(
 
 
 def check_hides_labels(
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_rows: int, num_labels: int, num_visible: int
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_rows: int, num_labels: int, rows: slice
 ) -> None:
     """Raise a clear error if a loss would learn from labels that the student must not see.
 
@@ -268,22 +270,36 @@ def check_hides_labels(
             are known; one that ignores a label value may get it in the other rows.
         num_rows: B, rows of the batch.
         num_labels: B_l, rows with a label.
-        num_visible: rows whose labels the student may see.
+        rows: those whose labels the student may see.
 
     Raises:
-        ValueError: if every row has a label, ``num_visible`` is below ``num_rows``, and ``loss`` uses every label.
+        ValueError: if every row has a label, and ``loss`` uses that of a row outside of ``rows``.
     """
-    if num_labels < num_rows or num_visible == num_rows:
+    visible = range(num_rows)[rows]
+    if num_labels < num_rows or len(visible) == num_rows:
         return
     parts = list(loss.modules()) if isinstance(loss, nn.Module) else []
     ours = [part for part in parts if isinstance(part, PartiallyLabeledLoss)]
-    uses_all = any(part.labeled_rows is None for part in ours) if ours else _takes_every_label(loss)
-    if uses_all and all(getattr(part, "ignore_index", None) in (None, -100) for part in parts):
+    parts += [part.loss for part in ours if not isinstance(part.loss, nn.Module)]
+    if any(getattr(part, "ignore_index", None) not in (None, -100) for part in parts):
+        return
+    if any(_uses_hidden_labels(part, num_rows, visible) for part in ours) or (not ours and _takes_every_label(loss)):
+        is_first = visible == range(len(visible))
+        selected = visible.stop if is_first else f"slice{visible.start, visible.stop, visible.step}"
+        remedy = f"PartiallyLabeledLoss(..., labeled_rows={selected}); " if len(visible) > 0 else ""
         raise KnowSAMValueError(
-            f"`loss_function` must use the labels of the {num_visible} rows that `labeled_rows` selects but would use "
-            f"those of all {num_rows}; make it PartiallyLabeledLoss(..., labeled_rows={num_visible}), or "
-            'labeled_rows="all" if the student may see every label.'
+            f"`loss_function` must use no other labels than those of the {len(visible)} of {num_rows} rows that "
+            f'`labeled_rows` selects; make it {remedy}PartiallyLabeledLoss(..., labeled_rows="all") if the student may '
+            "see every label, or the loss ignores those of the other rows."
         )
+
+
+def _uses_hidden_labels(loss: PartiallyLabeledLoss, num_rows: int, visible: range) -> bool:
+    """Not with "all", with which a user says that the student may see every label."""
+    if loss.labeled_rows in (None, "all"):
+        return loss.labeled_rows is None
+    used = range(num_rows)[labeled_slice(loss.labeled_rows, None, num_rows)]
+    return not set(used) <= set(visible)
 
 
 def _takes_every_label(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:

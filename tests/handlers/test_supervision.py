@@ -136,8 +136,20 @@ def test_hidden_labels_never_reach_the_student(labeled_rows):
     assert torch.equal(student_of(batch), expected) and torch.equal(student_of({**batch, "label": hidden}), expected)
 
 
-@pytest.mark.parametrize("loss", [PartiallyLabeledLoss(), dice_ce_loss(3), DeepSupervisionLoss(PartiallyLabeledLoss())])
-def test_loss_that_uses_hidden_labels_is_one_clear_error(loss):
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    "loss, labeled_rows, remedy",
+    [
+        (PartiallyLabeledLoss(), 2, r"labeled_rows=2\)"),
+        (dice_ce_loss(3), 2, r"labeled_rows=2\)"),
+        (DeepSupervisionLoss(PartiallyLabeledLoss()), 2, r"labeled_rows=2\)"),
+        (PartiallyLabeledLoss(labeled_rows=3), 2, r"labeled_rows=2\)"),
+        (PartiallyLabeledLoss(labeled_rows=2), slice(2, 4), r"labeled_rows=slice\(2, 4, 1\)\)"),
+        (PartiallyLabeledLoss(), slice(2, 4), r"labeled_rows=slice\(2, 4, 1\)\)"),
+        (PartiallyLabeledLoss(), 0, r'labeled_rows="all"\)'),
+    ],
+)
+def test_loss_that_uses_hidden_labels_is_one_clear_error(loss, labeled_rows, remedy, every):
     class Fused(ToyStudent):
         def forward(self, image):
             return super().forward(image)[:, 0]
@@ -145,14 +157,19 @@ def test_loss_that_uses_hidden_labels_is_one_clear_error(loss):
     batches = [{name: tensor.float() for name, tensor in b.items()} for b in toy_batches(1, 4, 0)]
     student = Fused()
     before = copy.deepcopy(student.state_dict())
-    handler = SAMDistillation(SAMDistiller(ToyTeacher()), labeled_rows=2)
+    handler = SAMDistillation(SAMDistiller(ToyTeacher()), labeled_rows=labeled_rows, every=every)
     with pytest.raises(
-        ValueError,
-        match=r"labels of the 2 rows that `labeled_rows` selects but would use those of all 4; make it "
-        r"PartiallyLabeledLoss\(..., labeled_rows=2\), or labeled_rows=\"all\" if the student may see every label",
+        ValueError, match=rf"of 4 rows that `labeled_rows` selects; make it PartiallyLabeledLoss\(\.\.\., {remedy}"
     ):
         toy_trainer(student, batches, loss, [handler]).run()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+class IgnoresSome:
+    ignore_index = 255
+
+    def __call__(self, logits, label):
+        return F.cross_entropy(logits, label[:, 0].long(), ignore_index=255)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +177,9 @@ def test_loss_that_uses_hidden_labels_is_one_clear_error(loss):
     [
         (PartiallyLabeledLoss(labeled_rows="all"), 2),  # the student may see every label
         (PartiallyLabeledLoss(dice_ce_loss(3, ignore_index=255)), 2),  # other rows may have it everywhere
+        (PartiallyLabeledLoss(IgnoresSome()), 2),  # no module
+        (PartiallyLabeledLoss(labeled_rows=1), 2),
+        (PartiallyLabeledLoss(labeled_rows=slice(2, 4)), slice(2, 4)),
         (lambda pred, label: F.cross_entropy(pred[:2, 0], label[:2, 0].long()), 2),
         (PartiallyLabeledLoss(), "all"),
     ],

@@ -59,6 +59,12 @@ def test_labels_of_other_rows_than_the_labeled_ones_are_not_used(labeled_rows, r
     assert (pred.grad.abs().sum(dim=(1, 2, 3, 4)) > 0).tolist() == [row in rows for row in range(4)]
 
 
+@pytest.mark.parametrize("labeled_rows", [-1, "some", True, slice(None, None, -1)])
+def test_rows_that_are_none_are_refused_at_once(labeled_rows):
+    with pytest.raises((TypeError, ValueError), match="`labeled_rows` must be"):
+        PartiallyLabeledLoss(labeled_rows=labeled_rows)
+
+
 def test_every_view_counts_once_by_default():
     pred = torch.randn(4, 3, 2, 6, 6)
     label = torch.randint(2, (2, 1, 6, 6))
