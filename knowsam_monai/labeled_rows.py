@@ -1,4 +1,4 @@
-"""The rows of a batch from which SAM learns."""
+"""The labeled rows of a batch: those whose labels SAM and the student may see."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class PartiallyLabeledLoss(nn.Module):
         self.view_weights = None if view_weights is None else tuple(view_weights)
         self.overlapping = overlapping
         if labeled_rows is not None:
-            labeled_slice(labeled_rows, None, num_rows=1)  # refuses what selects no rows
+            labeled_slice(labeled_rows, None, num_rows=1)  # refuses what cannot select rows
         self.labeled_rows = labeled_rows
 
     def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ def check_hides_labels(
     if any(_uses_hidden_labels(part, num_rows, visible) for part in ours) or (not ours and _takes_every_label(loss)):
         is_first = visible == range(len(visible))
         selected = visible.stop if is_first else f"slice{visible.start, visible.stop, visible.step}"
-        remedy = f"PartiallyLabeledLoss(..., labeled_rows={selected}); " if len(visible) > 0 else ""
+        remedy = f"PartiallyLabeledLoss(..., labeled_rows={selected}), or " if len(visible) > 0 else ""
         raise KnowSAMValueError(
             f"`loss_function` must use no other labels than those of the {len(visible)} of {num_rows} rows that "
             f'`labeled_rows` selects; make it {remedy}PartiallyLabeledLoss(..., labeled_rows="all") if the student may '
